@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# One process on this machine: installs on the first call, then trains.
+#   ./launch/local.sh                                        the embedded default, configs/grpo.py
+#   ./launch/local.sh --config=FILE --config.some.field=1    another config, changed fields
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/setup.sh
+exec python -m alphagrpo_jax.train --config=configs/grpo.py "$@"

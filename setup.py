@@ -1,0 +1,50 @@
+"""Packaging of alphagrpo_jax. The tested versions are pinned in constraints.txt."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "alphagrpo_jax" / "__init__.py").read_text(), re.MULTILINE
+)[1]
+
+setuptools.setup(
+    name="alphagrpo_jax",
+    version=VERSION,
+    description="AlphaGRPO for unified multimodal models, in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["alphagrpo_jax", "alphagrpo_jax.*"]),
+    package_data={"alphagrpo_jax": ["shapes/assets/**"]},
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "array_record>=0.8,<0.9",
+        "chex>=0.1.90,<0.2",
+        "flax>=0.12,<0.13",
+        "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
+        "jax>=0.10,<0.12",
+        "matplotlib>=3.9,<4",
+        "ml-collections>=1.0,<2",
+        "numpy>=2,<3",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=11,<14",
+        "safetensors>=0.8,<0.9",
+        "scipy>=1.15,<2",
+        "tensorboardX>=2.6.4,<3",
+        "tensorflow-datasets>=4.9.9,<5",  # used without TensorFlow: array_record files only
+        "tokenizers>=0.22,<0.24",
+        "torch>=2.10,<3",  # the verifiers; everything else is JAX
+        "tqdm>=4.66,<5",
+        "transformers>=5,<6",
+    ],
+    extras_require={
+        "tests": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+    },
+)

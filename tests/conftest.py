@@ -1,0 +1,35 @@
+"""Settings of every test: the CPU, explicit rank promotion, and fake devices on request."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch workers share the cores with JAX
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # an environment variable reaches subprocesses too
+
+import pytest
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess]:
+    """run_python(*arguments, devices=1, timeout=600): a Python process with so many fake devices.
+
+    Fake devices are asked for here and not for the whole suite, since they slow every test down.
+    """
+
+    def run(*arguments: str, devices: int = 1, timeout: float = 600, **variables: str):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        environment = {**os.environ, "XLA_FLAGS": flags, **variables}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
