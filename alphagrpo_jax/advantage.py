@@ -1,0 +1,148 @@
+"""Group-relative advantages from rewards: host side, numpy in and numpy out."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+SCALES = ("global_raw", "global_centered", "group", "none")
+BASELINES = ("group", "initial", "anchor")
+MIN_VALID = 2  # a group with fewer valid samples has nothing to be compared with
+
+
+class Advantages(NamedTuple):
+    """Advantages of P groups of G trajectories."""
+
+    advantage: np.ndarray  # float32[P, G], 0 where not used
+    used: np.ndarray  # bool[P, G], valid samples of groups with at least two of them
+    metrics: dict[str, float]
+
+    @property
+    def all_zero(self) -> bool:
+        """Whether no trajectory would be moved: the update is to be skipped."""
+        return not self.advantage.any()
+
+
+def group_advantage(
+    reward: np.ndarray,
+    valid: np.ndarray,
+    *,
+    std: str = "global_raw",
+    baseline: str = "group",
+    initial: np.ndarray | None = None,
+    eps: float = 1e-4,
+) -> Advantages:
+    """Advantage of each trajectory over its prompt's baseline: `A = (r - b) / (scale + eps)`.
+
+    AlphaGRPO (arXiv 2605.12495), section 3; GRPO (arXiv 2402.03300). Baselines `b`: "group", the
+    mean of the group's valid rewards; "initial", the reward of the image that the group refines;
+    "anchor", the larger of the two. Scales: population standard deviation of the raw rewards of all
+    valid samples ("global_raw"), of group-centred rewards ("global_centered"), or per group
+    ("group"); with baseline "anchor" the root mean square of `r - b` over all used samples or the
+    group; "none" divides by 1 (ReMax, no eps).
+
+    Args:
+      reward: float[P, G]; values of invalid samples are never looked at.
+      valid: bool[P, G].
+      std, baseline: see above.
+      initial: float[P], rewards of the initial images, for "initial" and "anchor".
+      eps: added to the scale.
+    Returns:
+      `Advantages`, with metrics `group/zero_std_fraction` (of the used groups, those whose valid
+      rewards are all equal), `group/left_out_fraction` and `advantage/scale` (mean over groups).
+    Raises:
+      ValueError: unknown option, wrong shapes, missing `initial`, or a valid reward not finite.
+    """
+    reward, valid = _checked(reward, valid)
+    _check_options(std, baseline, initial, len(reward))
+    used = valid & (valid.sum(axis=1, keepdims=True) >= MIN_VALID)
+    rewards = np.where(valid, reward, 0.0)
+    mean = _masked_mean(rewards, valid, axis=1)  # [P, 1]
+    equal = _all_equal(reward, valid)  # [P]
+    offset = _baseline(mean, baseline, initial)
+    centred = np.where(used, rewards - offset, 0.0)
+    if baseline == "group":
+        centred[equal] = 0.0  # rounding of the mean must not pass for a difference
+    scale = _scale(rewards, centred, mean, valid, used, std, baseline)
+    advantage = centred / (scale + eps) if std != "none" else centred
+    groups = used.any(axis=1)
+    metrics = {
+        "group/zero_std_fraction": float(equal[groups].mean()) if groups.any() else 0.0,
+        "group/left_out_fraction": float(1.0 - groups.mean()),
+        "advantage/scale": float(np.mean(scale)),
+    }
+    return Advantages(advantage.astype(np.float32), used, metrics)
+
+
+def _baseline(mean: np.ndarray, baseline: str, initial: np.ndarray | None) -> np.ndarray:
+    """What each group's rewards are compared with, float64[P, 1]."""
+    if baseline == "group":
+        return mean
+    given = np.asarray(initial, np.float64)[:, None]
+    return given if baseline == "initial" else np.maximum(mean, given)
+
+
+def _scale(
+    rewards: np.ndarray,
+    centred: np.ndarray,
+    mean: np.ndarray,
+    valid: np.ndarray,
+    used: np.ndarray,
+    std: str,
+    baseline: str,
+) -> np.ndarray:
+    """Divisor without eps, float64 broadcastable to [P, G]."""
+    if std == "none":
+        return np.ones((1, 1))
+    axis = 1 if std == "group" else None
+    if baseline == "anchor":
+        return np.sqrt(_masked_mean(np.square(centred), used, axis=axis))
+    if std == "global_raw":
+        centre = _masked_mean(rewards, valid, axis=None)
+        return np.sqrt(_masked_mean(np.square(rewards - centre), valid, axis=None))
+    return np.sqrt(_masked_mean(np.square(rewards - mean), valid, axis=axis))
+
+
+def _masked_mean(values: np.ndarray, mask: np.ndarray, *, axis: int | None) -> np.ndarray:
+    """Mean over the masked entries (0 where there are none), dimensions kept."""
+    count = np.maximum(mask.sum(axis=axis, keepdims=True), 1)
+    return np.where(mask, values, 0.0).sum(axis=axis, keepdims=True) / count
+
+
+def _all_equal(reward: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Whether all valid rewards of each group are the same number, bool[P]."""
+    high = np.where(valid, reward, -np.inf).max(axis=1)
+    low = np.where(valid, reward, np.inf).min(axis=1)
+    return high <= low
+
+
+def _checked(reward: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs as float64 and bool, after checking shapes and that valid rewards are finite."""
+    reward = np.asarray(reward, np.float64)
+    valid = np.asarray(valid, bool)
+    if reward.ndim != 2 or reward.shape != valid.shape:
+        raise ValueError(
+            f"got reward of shape {reward.shape} and valid of shape {valid.shape}, "
+            "expected both [prompts, group size]"
+        )
+    bad = valid & ~np.isfinite(reward)
+    if bad.any():
+        where = tuple(int(index) for index in np.argwhere(bad)[0])
+        raise ValueError(
+            f"got reward {reward[where]} at (prompt, member) {where}, which is marked valid; "
+            "expected a finite number: mark samples without a reward invalid"
+        )
+    return reward, valid
+
+
+def _check_options(std: str, baseline: str, initial: np.ndarray | None, prompts: int) -> None:
+    if std not in SCALES:
+        raise ValueError(f"got std={std!r}, expected one of {SCALES}")
+    if baseline not in BASELINES:
+        raise ValueError(f"got baseline={baseline!r}, expected one of {BASELINES}")
+    if baseline == "group":
+        return
+    if initial is None or np.shape(initial) != (prompts,) or not np.isfinite(initial).all():
+        raise ValueError(
+            f"baseline={baseline!r} needs the finite rewards of {prompts} initial images, "
+            f"got {initial!r}"
+        )

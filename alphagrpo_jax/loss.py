@@ -1,0 +1,319 @@
+"""GRPO losses for the text and the image steps of a trajectory: pure functions of arrays.
+
+Conventions: an image log-prob is a mean over the latent (see `flow.sde`); a text log-prob is one
+token's. Every function returns its micro-batch's *share* of the update's loss: sums divided by the
+totals of the whole update, which the caller passes in. Shares of micro-batches therefore add up to
+the same loss and the same gradient however the update is cut; metrics add up too, except those
+whose name contains "max", see `merge_metrics`. Invalid trajectories (`valid` false) count nowhere.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Metrics = dict[str, jax.Array]  # float32[] each
+
+
+class TextTerms(NamedTuple):
+    """What the text loss needs of B trajectories with T scored tokens."""
+
+    new_logp: jax.Array  # float32[B, T], differentiated
+    old_logp: jax.Array  # float32[B, T]
+    mask: jax.Array  # bool[B, T], tokens that count
+    advantage: jax.Array  # float32[B]
+    entropy: jax.Array  # float32[B, T], for the metrics only
+    ref_logp: jax.Array | None = None  # float32[B, T], needed if text_beta > 0
+
+
+class ImageTerms(NamedTuple):
+    """What the image loss needs of B trajectories with J stochastic steps."""
+
+    new_logp: jax.Array  # float32[B, J], differentiated
+    old_logp: jax.Array  # float32[B, J]
+    advantage: jax.Array  # float32[B]
+    kl: jax.Array | None = None  # float32[B, J] from `gaussian_kl`, needed if image_beta > 0
+
+
+def grpo_loss(
+    text: TextTerms | None,
+    image: ImageTerms | None,
+    valid: jax.Array,
+    *,
+    text_tokens_total: jax.Array | None,
+    trajectories_total: jax.Array,
+    text_loss_weight: float = 1.0,
+    level: str = "sequence",
+    clip_low: float = 0.20,
+    clip_high: float = 0.28,
+    text_beta: float = 0.0,
+    image_clip: float = 1e-5,
+    advantage_clip: float = 5.0,
+    image_beta: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+    """A micro-batch's share of the update's loss over `[text, image]` trajectories.
+
+    `L_i = (J w L_text + sum_j L_image_j) / (J + 1)`; without text the mean of `L_image_j`; without
+    image `w L_text`; the update's loss is the mean over its valid trajectories
+    (AlphaGRPO, arXiv 2605.12495, section 3: text and image steps share one advantage).
+
+    Args:
+      text: terms of the text step, None if the task has none.
+      image: terms of the image step, None if the task has none.
+      valid: bool[B], trajectories that count.
+      text_tokens_total: float32[], tokens that count in the whole update (None without text).
+      trajectories_total: float32[], valid trajectories in the whole update.
+      text_loss_weight: `w`.
+      level, clip_low, clip_high, text_beta: see `text_grpo`.
+      image_clip, advantage_clip, image_beta: see `image_grpo`.
+    Returns:
+      (float32[] share, metrics): `loss/total`, and the metrics of `text_grpo`, `image_grpo`.
+    Raises:
+      ValueError: neither text nor image terms.
+    """
+    if text is None and image is None:
+        raise ValueError("grpo_loss got neither text nor image terms; expected at least one")
+    num_steps = 0 if image is None else image.new_logp.shape[1]
+    total = jnp.zeros((), jnp.float32)
+    metrics: Metrics = {}
+    if text is not None:
+        share, part = text_grpo(
+            text,
+            valid,
+            text_tokens_total=text_tokens_total,
+            trajectories_total=trajectories_total,
+            level=level,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            beta=text_beta,
+        )
+        total += text_coefficient(num_steps, text_loss_weight) * share
+        metrics |= part
+    if image is not None:
+        share, part = image_grpo(
+            image,
+            valid,
+            trajectories_total=trajectories_total,
+            clip=image_clip,
+            advantage_clip=advantage_clip,
+            beta=image_beta,
+        )
+        total += image_coefficient(num_steps, has_text=text is not None) * share
+        metrics |= part
+    return total, metrics | {"loss/total": jax.lax.stop_gradient(total)}
+
+
+def text_coefficient(num_steps: int, text_loss_weight: float) -> float:
+    """Weight of `L_text` in a trajectory with `num_steps` image steps: `J w / (J + 1)`, or `w`."""
+    return text_loss_weight * num_steps / (num_steps + 1) if num_steps else text_loss_weight
+
+
+def image_coefficient(num_steps: int, *, has_text: bool) -> float:
+    """Weight of the *mean* image-step loss: `J / (J + 1)` beside a text step, 1 alone."""
+    return num_steps / (num_steps + 1) if has_text else 1.0
+
+
+def text_grpo(
+    text: TextTerms,
+    valid: jax.Array,
+    *,
+    text_tokens_total: jax.Array,
+    trajectories_total: jax.Array,
+    level: str = "sequence",
+    clip_low: float = 0.20,
+    clip_high: float = 0.28,
+    beta: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+    """Clipped policy gradient on sampled tokens, per token (GRPO) or per sequence (GSPO).
+
+    `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with `rho = exp(new - old)` per token, mean over
+    the update's tokens (arXiv 2402.03300, eq. 3), or `rho = exp(mean_t(new - old))` per sequence,
+    mean over the update's trajectories (arXiv 2507.18071, eq. 7); plus `beta` times the k3 KL,
+    mean over the update's tokens.
+
+    Args:
+      text: log-probs, mask and advantages.
+      valid: bool[B].
+      text_tokens_total: float32[], number of true entries of mask and valid in the whole update.
+      trajectories_total: float32[].
+      level: "token" or "sequence".
+      clip_low, clip_high: the two distances from 1 at which the ratio is clipped.
+      beta: KL weight.
+    Returns:
+      (float32[] share, metrics): `loss/text`, `text/ratio_max_dev` (largest |token ratio - 1|),
+      `text/clip_fraction`, `text/entropy`, and `text/kl` where a reference is given.
+    Raises:
+      ValueError: unknown level, or `beta` without reference log-probs.
+    """
+    if level not in ("token", "sequence"):
+        raise ValueError(f"got level={level!r}, expected 'token' or 'sequence'")
+    if beta and text.ref_logp is None:
+        raise ValueError(f"got text beta={beta} without ref_logp; pass the reference log-probs")
+    chex.assert_rank([text.new_logp, text.advantage, valid], [2, 1, 1])
+    chex.assert_equal_shape([text.new_logp, text.old_logp, text.mask, text.entropy])
+    chex.assert_equal_shape([text.advantage, valid])
+    chex.assert_type([text.new_logp, text.mask, valid], [jnp.float32, bool, bool])
+    tokens = text.mask & valid[:, None]
+    advantage = jnp.where(valid, text.advantage, 0.0)
+    log_ratio = _masked_difference(text.new_logp, text.old_logp, tokens)
+    if level == "token":
+        terms, clipped = _clipped(log_ratio, advantage[:, None], clip_low, clip_high)
+        counted, denominator = tokens, text_tokens_total
+    else:
+        length = jnp.maximum(jnp.sum(tokens, axis=1, dtype=jnp.float32), 1.0)
+        mean_ratio = jnp.sum(log_ratio, axis=1) / length
+        terms, clipped = _clipped(mean_ratio, advantage, clip_low, clip_high)
+        counted, denominator = valid, trajectories_total
+    loss = _share(terms, counted, denominator)
+    metrics = {
+        "text/ratio_max_dev": jnp.max(jnp.where(tokens, jnp.abs(jnp.expm1(log_ratio)), 0.0)),
+        "text/clip_fraction": _share(clipped, counted, denominator),
+        "text/entropy": _share(text.entropy, tokens, text_tokens_total),
+    }
+    if text.ref_logp is not None:
+        kl = k3_kl(text.new_logp, text.ref_logp, tokens)
+        kl_share = _share(kl, tokens, text_tokens_total)
+        loss += beta * kl_share
+        metrics["text/kl"] = kl_share
+    return loss, jax.lax.stop_gradient(metrics | {"loss/text": loss})
+
+
+def image_grpo(
+    image: ImageTerms,
+    valid: jax.Array,
+    *,
+    trajectories_total: jax.Array,
+    clip: float = 1e-5,
+    advantage_clip: float = 5.0,
+    beta: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+    """Clipped policy gradient on stochastic sampling steps (Flow-GRPO, arXiv 2505.05470, eq. 5).
+
+    `max(-rho A, -clip(rho, 1 - c, 1 + c) A) + beta KL` with `rho = exp(new - old)` of the step's
+    mean log-prob and A clipped to +-`advantage_clip`; mean over steps and trajectories.
+
+    Args:
+      image: log-probs and advantages, and the steps' KL to the reference policy if known.
+      valid: bool[B].
+      trajectories_total: float32[].
+      clip: `c`; small because a log-prob is a mean over the latent.
+      advantage_clip: largest magnitude of A.
+      beta: KL weight.
+    Returns:
+      (float32[] share, metrics): `loss/image`, `image/ratio_max_dev`, `image/clip_fraction`, and
+      `image/kl` where given.
+    Raises:
+      ValueError: `beta` without KL terms.
+    """
+    if beta and image.kl is None:
+        raise ValueError(f"got image beta={beta} without kl; pass gaussian_kl of every step")
+    chex.assert_rank([image.new_logp, image.advantage, valid], [2, 1, 1])
+    chex.assert_equal_shape([image.new_logp, image.old_logp])
+    chex.assert_equal_shape([image.advantage, valid])
+    chex.assert_type([image.new_logp, valid], [jnp.float32, bool])
+    steps = jnp.broadcast_to(valid[:, None], image.new_logp.shape)
+    denominator = trajectories_total * image.new_logp.shape[1]
+    advantage = jnp.where(valid, image.advantage, 0.0)
+    advantage = jnp.clip(advantage, -advantage_clip, advantage_clip)
+    log_ratio = _masked_difference(image.new_logp, image.old_logp, steps)
+    terms, clipped = _clipped(log_ratio, advantage[:, None], clip, clip)
+    loss = _share(terms, steps, denominator)
+    metrics = {
+        "image/ratio_max_dev": jnp.max(jnp.abs(jnp.expm1(log_ratio))),
+        "image/clip_fraction": _share(clipped, steps, denominator),
+    }
+    if image.kl is not None:
+        chex.assert_equal_shape([image.new_logp, image.kl])
+        kl_share = _share(image.kl, steps, denominator)
+        loss += beta * kl_share
+        metrics["image/kl"] = kl_share
+    return loss, jax.lax.stop_gradient(metrics | {"loss/image": loss})
+
+
+def k3_kl(new_logp: jax.Array, ref_logp: jax.Array, mask: jax.Array) -> jax.Array:
+    """Per-token KL estimate `exp(r) - r - 1`, `r = ref - new` (k3, arXiv 2402.03300, eq. 4).
+
+    Args:
+      new_logp, ref_logp: float32[B, T].
+      mask: bool[B, T].
+    Returns:
+      float32[B, T], at least 0, and 0 where masked.
+    """
+    chex.assert_equal_shape([new_logp, ref_logp, mask])
+    log_ratio = _masked_difference(ref_logp, new_logp, mask)
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def gaussian_kl(mean: jax.Array, mean_ref: jax.Array, std: jax.Array) -> jax.Array:
+    """KL of two transitions of equal spread: mean over the latent of `(m - m_ref)^2 / (2 std^2)`.
+
+    As released by Flow-GRPO and AlphaGRPO, `std` is the diffusion coefficient, without `sqrt(-dt)`.
+
+    Args:
+      mean, mean_ref: float32[B, M, C].
+      std: float32[] or float32[B], positive.
+    Returns:
+      float32[B].
+    """
+    chex.assert_rank([mean, std], [3, {0, 1}])
+    chex.assert_equal_shape([mean, mean_ref])
+    chex.assert_type([mean, mean_ref], jnp.float32)
+    return jnp.mean(jnp.square(mean - mean_ref), axis=(1, 2)) / (2.0 * jnp.square(std))
+
+
+def top_entropy_mask(entropy: jax.Array, mask: jax.Array, *, fraction: float) -> jax.Array:
+    """Keeps the tokens whose entropy is in the top `fraction` of the update's (arXiv 2506.01939).
+
+    Call it once with all of an update's tokens, so that the choice does not depend on micro-batches.
+
+    Args:
+      entropy: float32[B, T].
+      mask: bool[B, T].
+      fraction: share of the masked tokens to keep, in (0, 1]; ties at the threshold are kept.
+    Returns:
+      bool[B, T], a subset of `mask`.
+    """
+    chex.assert_rank(entropy, 2)
+    chex.assert_equal_shape([entropy, mask])
+    chex.assert_type([entropy, mask], [jnp.float32, bool])
+    if fraction >= 1.0:
+        return mask
+    threshold = jnp.nanquantile(jnp.where(mask, entropy, jnp.nan), 1.0 - fraction)
+    return mask & (entropy >= threshold)
+
+
+def merge_metrics(first: Mapping[str, jax.Array], second: Mapping[str, jax.Array]) -> Metrics:
+    """Metrics of two micro-batches as of one: largest where the name has "max", else the sum.
+
+    Raises:
+      ValueError: the two have different names.
+    """
+    if first.keys() != second.keys():
+        raise ValueError(f"got metrics {sorted(second)}, expected the same as {sorted(first)}")
+    return {
+        name: jnp.maximum(first[name], second[name]) if "max" in name else first[name] + second[name]
+        for name in first
+    }
+
+
+def _masked_difference(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
+    """`a - b` where the mask holds, else 0, so that padding never meets an exponential."""
+    return jnp.where(mask, a - b, 0.0)
+
+
+def _clipped(
+    log_ratio: jax.Array, advantage: jax.Array, low: float, high: float
+) -> tuple[jax.Array, jax.Array]:
+    """PPO's pessimistic surrogate as a loss, and where clipping took the gradient (float32)."""
+    ratio = jnp.exp(log_ratio)
+    plain = -ratio * advantage
+    bounded = -jnp.clip(ratio, 1.0 - low, 1.0 + high) * advantage
+    return jnp.maximum(plain, bounded), (bounded > plain).astype(jnp.float32)
+
+
+def _share(terms: jax.Array, mask: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Sum of the masked terms over the update's denominator (at least 1)."""
+    total = jnp.sum(jnp.where(mask, terms, 0.0))
+    return total / jnp.maximum(jnp.asarray(denominator, jnp.float32), 1.0)
