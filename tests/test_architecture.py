@@ -1,0 +1,134 @@
+"""Which file may import which, where torch and HTTP may appear, and how long files may be."""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "alphagrpo_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+# From the bottom to the top: a unit (a top-level file or a folder) imports only units before it.
+LIBRARIES = ("ops", "flow", "config", "types", "runtime", "models", "policy", "sampling", "shapes")
+STAGES = ("prompts", "tasks", "rollout", "rewards", "advantage", "loss", "update")
+ORDER = {unit: level for level, unit in enumerate((*LIBRARIES, *STAGES))}
+# Stages meet in the commands through types.py; these are the exceptions.
+BETWEEN_STAGES = {("update", "loss"), ("rollout", "tasks"), ("prompts", "rewards")}
+# Scripts inside a folder that stand above everything, like the commands.
+SCRIPTS = {"shapes/pretrain.py", "shapes/train_verifier.py"}
+
+PURE = ("ops", "flow", "loss", "advantage")
+PURE_MAY_IMPORT = {"jax", "numpy", "chex", "flax"}
+TORCH_PLACES = ("rewards/verifiers/", "shapes/train_verifier", "serve_verifier")
+HTTP_PLACES = ("rewards/verifiers/", "serve_verifier")
+HTTP = {"http", "urllib", "requests", "httpx", "aiohttp", "fastapi", "starlette", "uvicorn"}
+
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 80
+MAX_TRAIN_MAIN_LINES = 120
+
+
+def imports(path: pathlib.Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module
+            if node.module == "alphagrpo_jax":
+                yield from (f"alphagrpo_jax.{alias.name}" for alias in node.names)
+
+
+def own_units(path: pathlib.Path) -> set[str]:
+    """The units of this package that a file imports: `ops`, `policy`, ..."""
+    names = (name.split(".") for name in imports(path))
+    units = {parts[1] for parts in names if parts[0] == "alphagrpo_jax" and len(parts) > 1}
+    return units - {"__version__"}
+
+
+def relative(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def unit_of(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_unit_is_known():
+    commands = {path.stem for path in PACKAGE.glob("*.py")} - set(ORDER) - {"__init__"}
+    for path in FILES:
+        text = path.read_text()
+        if path.stem in commands and path.parent == PACKAGE:
+            assert '__name__ == "__main__"' in text, f"{relative(path)}: neither stage nor command"
+    folders = {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    assert folders <= set(ORDER), f"folders without a level: {sorted(folders - set(ORDER))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_only_what_is_below(path: pathlib.Path):
+    unit = unit_of(path)
+    if unit not in ORDER or relative(path) in SCRIPTS:
+        return  # a command imports whatever it needs
+    for target in own_units(path) - {unit}:
+        where = f"{relative(path)} imports {target}"
+        assert target in ORDER, f"{where}, a command"
+        if unit in STAGES and target in STAGES:
+            assert (unit, target) in BETWEEN_STAGES, f"{where}: stages meet in the commands only"
+        else:
+            assert ORDER[target] < ORDER[unit], f"{where}, which lies above it"
+
+
+def test_pure_math_imports_only_array_libraries():
+    standard = {"dataclasses", "math", "functools", "typing", "collections"}
+    for path in FILES:
+        if unit_of(path) in PURE:
+            foreign = {name.split(".")[0] for name in imports(path)}
+            extra = foreign - PURE_MAY_IMPORT - standard - {"alphagrpo_jax"}
+            assert not extra, f"{relative(path)} imports {sorted(extra)}"
+
+
+@pytest.mark.parametrize(
+    ("modules", "places"), [({"torch"}, TORCH_PLACES), (HTTP, HTTP_PLACES)], ids=["torch", "http"]
+)
+def test_torch_and_http_stay_in_their_places(modules: set[str], places: tuple[str, ...]):
+    for path in FILES:
+        found = {name.split(".")[0] for name in imports(path)} & modules
+        if found:
+            assert relative(path).startswith(places), f"{relative(path)} imports {sorted(found)}"
+
+
+def test_configs_import_only_ml_collections():
+    assert CONFIGS, "no configs found"
+    for path in CONFIGS:
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert roots <= {"ml_collections", "configs"}, f"{path.name} imports {sorted(roots)}"
+
+
+def test_only_policy_applies_the_model():
+    allowed = {"policy.py", *SCRIPTS}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "apply":
+                assert relative(path) in allowed, f"{relative(path)}:{node.lineno} calls .apply"
+
+
+def test_keys_are_typed():
+    for path in FILES:
+        assert "PRNGKey" not in path.read_text(), f"{relative(path)}: use jax.random.key"
+
+
+@pytest.mark.parametrize("path", FILES + CONFIGS, ids=lambda path: path.name)
+def test_sizes(path: pathlib.Path):
+    text = path.read_text()
+    count = len(text.splitlines())
+    assert count <= MAX_FILE_LINES, f"{path.name} has {count} lines, at most {MAX_FILE_LINES}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            is_main = path.name == "train.py" and node.name == "main"
+            limit = MAX_TRAIN_MAIN_LINES if is_main else MAX_FUNCTION_LINES
+            assert lines <= limit, f"{path.name}:{node.name} has {lines} lines, at most {limit}"
