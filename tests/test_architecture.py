@@ -22,7 +22,7 @@ SCRIPTS = {"shapes/pretrain.py", "shapes/train_verifier.py"}
 
 PURE = ("ops", "flow", "loss", "advantage")
 PURE_MAY_IMPORT = {"jax", "numpy", "chex", "flax"}
-TORCH_PLACES = ("rewards/verifiers/", "shapes/train_verifier", "serve_verifier")
+TORCH_PLACES = ("rewards/verifiers/", "shapes/train_verifier", "shapes/verifier_", "serve_verifier")
 HTTP_PLACES = ("rewards/verifiers/", "serve_verifier")
 HTTP = {"http", "urllib", "requests", "httpx", "aiohttp", "fastapi", "starlette", "uvicorn"}
 
