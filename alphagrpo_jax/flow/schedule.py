@@ -6,8 +6,8 @@ import numpy as np
 def sigmas(num_points: int, *, shift: float = 3.0) -> np.ndarray:
     """Noise levels from pure noise to the image, `num_points - 1` velocity evaluations.
 
-    `t_k = 1 - k / (N - 1)`, `sigma_k = shift t_k / (1 + (shift - 1) t_k)`, in float32 throughout,
-    as the official sampler computes them (BAGEL; shift of arXiv 2403.03206, eq. 23).
+    `t_k = 1 - k / (N - 1)`, `sigma_k = shift t_k / (1 + (shift - 1) t_k)` (shift of arXiv
+    2403.03206, eq. 23), rounded to float32 once, at the end.
 
     Args:
       num_points: N, at least 2.
@@ -24,7 +24,5 @@ def sigmas(num_points: int, *, shift: float = 3.0) -> np.ndarray:
         )
     if not shift > 0:
         raise ValueError(f"got shift={shift}, expected a positive number (BAGEL uses 3.0)")
-    t = np.linspace(1.0, 0.0, num_points).astype(np.float32)
-    one = np.float32(1)
-    scale = np.float32(shift)
-    return scale * t / (one + (scale - one) * t)
+    t = np.linspace(1.0, 0.0, num_points)
+    return (shift * t / (1.0 + (shift - 1.0) * t)).astype(np.float32)

@@ -1,0 +1,220 @@
+"""Question records: one prompt with its atomic yes/no questions, in JSON Lines."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+MAX_REPORTED = 20  # bad lines listed in one error
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_OWN_FIELDS = ("prompt", "semantic_questions", "quality_questions", "id", "original_index")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """An atomic question whose answer "yes" is the good one."""
+
+    text: str
+    tag: str
+    is_valid: bool = True  # false: kept in the record, never asked
+    dependency: tuple[int, ...] = ()  # indexes of semantic questions that must hold first
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A prompt and its questions."""
+
+    prompt: str
+    semantic: tuple[Question, ...]
+    quality: tuple[Question, ...]
+    id: str | None = None
+    original_index: int | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default=_NOTHING, hash=False)  # other JSON fields
+
+    @property
+    def asked_semantic(self) -> list[str]:
+        """Texts of the valid semantic questions."""
+        return [question.text for question in self.semantic if question.is_valid]
+
+    @property
+    def asked_quality(self) -> list[str]:
+        """Texts of the valid quality questions."""
+        return [question.text for question in self.quality if question.is_valid]
+
+    @property
+    def asked(self) -> list[str]:
+        """Texts of all questions that a verifier gets: semantic first, then quality."""
+        return self.asked_semantic + self.asked_quality
+
+    def split(self, answers: Sequence[float | None]) -> tuple[list, list]:
+        """Cuts the answers to `asked` into those of the semantic and of the quality questions.
+
+        Raises:
+          ValueError: another number of answers than of questions asked.
+        """
+        cut = len(self.asked_semantic)
+        if len(answers) != cut + len(self.asked_quality):
+            raise ValueError(
+                f"got {len(answers)} answers for prompt {self.prompt!r}, "
+                f"expected {len(self.asked)}, one per valid question"
+            )
+        return list(answers[:cut]), list(answers[cut:])
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as one JSON object, `parse_record`'s inverse."""
+        fields: dict[str, Any] = {"prompt": self.prompt}
+        if self.id is not None:
+            fields["id"] = self.id
+        if self.original_index is not None:
+            fields["original_index"] = self.original_index
+        for kind, questions in (("semantic", self.semantic), ("quality", self.quality)):
+            fields[f"{kind}_questions"] = [_question_json(kind, each) for each in questions]
+        return fields | dict(self.extra)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[Record]:
+    """Reads records, one JSON object a line; blank lines are skipped.
+
+    Args:
+      path: UTF-8 file whose lines have "prompt", "semantic_questions" and "quality_questions",
+        and may have "id", "original_index" and any further fields (kept in `Record.extra`).
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: bad lines; one message with file, line, what was got, expected, and the fix.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of question records at {path}; check data.train/heldout")
+    records, problems = [], []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                records.append(parse_record(_parse_json(line)))
+            except ValueError as error:
+                problems.append(f"{path}:{number}: {error}")
+    if problems:
+        shown = "\n".join(problems[:MAX_REPORTED])
+        more = len(problems) - MAX_REPORTED
+        tail = f"\n... and {more} more" if more > 0 else ""
+        raise ValueError(f"{len(problems)} bad line(s) in question records:\n{shown}{tail}")
+    if not records:
+        raise ValueError(f"{path}: got no records, expected at least one JSON object a line")
+    return records
+
+
+def parse_record(fields: Any) -> Record:
+    """A record from its decoded JSON object.
+
+    Raises:
+      ValueError: what is wrong with it, and what was expected.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"got {_kind(fields)}, expected a JSON object with prompt and questions")
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"field 'prompt': got {prompt!r}, expected a text that is not empty")
+    semantic = _questions(fields, "semantic")
+    quality = _questions(fields, "quality")
+    for question in (*semantic, *quality):
+        outside = [index for index in question.dependency if not 0 <= index < len(semantic)]
+        if outside:
+            raise ValueError(
+                f"question {question.text!r}: got dependency {outside}, expected indexes of "
+                f"semantic questions, 0..{len(semantic) - 1}"
+            )
+    return Record(
+        prompt=prompt,
+        semantic=semantic,
+        quality=quality,
+        id=_optional_id(fields),
+        original_index=_optional_index(fields),
+        extra=MappingProxyType({k: v for k, v in fields.items() if k not in _OWN_FIELDS}),
+    )
+
+
+def _parse_json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"got bytes that are not UTF-8 ({error}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        start = line[:60].decode(errors="replace").strip()
+        raise ValueError(
+            f"got {start!r}, which is not JSON ({error.msg} at column {error.colno}); "
+            "expected one complete JSON object on the line"
+        ) from error
+
+
+def _questions(fields: dict, kind: str) -> tuple[Question, ...]:
+    name = f"{kind}_questions"
+    if name not in fields:
+        raise ValueError(
+            f"field '{name}' is missing; expected a list of questions "
+            "(the decompose command writes them)"
+        )
+    items = fields[name]
+    if not isinstance(items, list) or not items:
+        got = "an empty list" if items == [] else _kind(items)
+        raise ValueError(f"field '{name}': got {got}, expected a list with at least one question")
+    questions = tuple(_question(item, f"{name}[{i}]", kind) for i, item in enumerate(items))
+    if not any(question.is_valid for question in questions):
+        raise ValueError(f"field '{name}': every question has is_valid false, expected a valid one")
+    return questions
+
+
+def _question(item: Any, where: str, kind: str) -> Question:
+    if not isinstance(item, dict):
+        raise ValueError(f"{where}: got {_kind(item)}, expected an object with 'question', 'tag'")
+    text = item.get("question")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: got question {text!r}, expected a text that is not empty")
+    if item.get("question_type", kind) != kind:
+        raise ValueError(f"{where}: got question_type {item['question_type']!r}, expected {kind!r}")
+    is_valid = item.get("is_valid", True)
+    if not isinstance(is_valid, bool):
+        raise ValueError(f"{where}: got is_valid {is_valid!r}, expected true or false")
+    tag = item.get("tag", "")
+    if not isinstance(tag, str):
+        raise ValueError(f"{where}: got tag {tag!r}, expected a text")
+    dependency = item.get("dependency", [])
+    if not isinstance(dependency, list) or not all(type(i) is int for i in dependency):
+        raise ValueError(f"{where}: got dependency {dependency!r}, expected a list of integers")
+    return Question(text=text, tag=tag, is_valid=is_valid, dependency=tuple(dependency))
+
+
+def _question_json(kind: str, question: Question) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "question_type": kind,
+        "question": question.text,
+        "is_valid": question.is_valid,
+        "tag": question.tag,
+    }
+    return fields | ({"dependency": list(question.dependency)} if question.dependency else {})
+
+
+def _optional_id(fields: dict) -> str | None:
+    value = fields.get("id")
+    if value is None or isinstance(value, str):
+        return value
+    if type(value) is int:
+        return str(value)
+    raise ValueError(f"field 'id': got {value!r}, expected a text or an integer")
+
+
+def _optional_index(fields: dict) -> int | None:
+    value = fields.get("original_index")
+    if value is not None and type(value) is not int:
+        raise ValueError(f"field 'original_index': got {value!r}, expected an integer")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, for messages."""
+    if value is None:
+        return "null"
+    return f"{type(value).__name__} {value!r}"[:80]

@@ -1,0 +1,33 @@
+"""Verifiers, and how a worker process builds one from a description that can be pickled."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from alphagrpo_jax.rewards.verifiers.base import Verifier
+
+# kind -> "module:function"; imported in the worker only, so that the caller never imports torch.
+KINDS = {"hf": "alphagrpo_jax.rewards.verifiers.hf:load"}
+
+
+def build(kind: str, options: Mapping[str, Any]) -> Verifier:
+    """Builds a verifier.
+
+    Args:
+      kind: a key of `KINDS`, or "callable" with `options["target"]` = "module:function" (the other
+        options are that function's arguments).
+      options: keyword arguments of the kind's function.
+    Raises:
+      ValueError: unknown kind, or a target that is not "module:function".
+    """
+    options = dict(options)
+    if kind == "callable":
+        target = options.pop("target", None)
+    elif kind in KINDS:
+        target = KINDS[kind]
+    else:
+        raise ValueError(f"got verifier kind {kind!r}, expected one of {[*KINDS, 'callable']}")
+    if not isinstance(target, str) or target.count(":") != 1:
+        raise ValueError(f"got verifier target {target!r}, expected 'module:function'")
+    module, _, name = target.partition(":")
+    return vars(importlib.import_module(module))[name](**options)

@@ -1,0 +1,28 @@
+"""What a verifier is: something that answers yes/no questions about an image."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Answer(NamedTuple):
+    """P(yes) of one question, or why there is none. Exactly one of the two is None."""
+
+    p_yes: float | None  # P(yes) / (P(yes) + P(no)), in [0, 1]
+    failure: str | None = None
+
+
+class Verifier(Protocol):
+    """Lives inside one worker process; the same image and questions give the same answers."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        """Answers each question about the image, in order.
+
+        Args:
+          image: uint8[H, W, 3] RGB.
+          questions: at least one; "yes" is the good answer of each.
+        Returns:
+          One `Answer` per question. Exceptions are taken as the failure of this attempt.
+        """
+        ...
