@@ -1,0 +1,123 @@
+"""BAGEL: one decoder that reads text and images, writes text and draws latents."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alphagrpo_jax.models.bagel_config import BagelConfig
+from alphagrpo_jax.models.kv_cache import Segment
+from alphagrpo_jax.models.layers import MLP, Embedding, Linear
+from alphagrpo_jax.models.mot import Decoder, Tokens
+from alphagrpo_jax.models.siglip import VisionTransformer
+from alphagrpo_jax.models.vae import VAE
+from alphagrpo_jax.ops.posembed import (
+    grid_ids,
+    interpolated_grid_ids,
+    sincos_table,
+    timestep_features,
+)
+
+EMBED_STDDEV = 0.5  # about the size of a latent token's embedding
+
+
+class Bagel(nn.Module):
+    """Declares all parameters; the functions of `policy.py` are its only callers.
+
+    The two-dimensional position tables are constants, not parameters.
+    """
+
+    config: BagelConfig
+    dtype: Any = jnp.float32  # compute dtype
+    remat: str = "none"  # key of layers.REMAT_POLICIES
+    unroll: int = 1  # layers per iteration of the scan
+
+    def setup(self) -> None:
+        cfg, dtype = self.config, self.dtype
+        width = cfg.llm.hidden_size
+        self.embed_tokens = Embedding(cfg.llm.vocab_size, width, EMBED_STDDEV, dtype)
+        self.language_model = Decoder(cfg.llm, dtype, self.remat, self.unroll)
+        self.lm_head = Linear(cfg.llm.vocab_size, use_bias=False, dtype=dtype)
+        self.time_embedder = MLP(width, width, "silu", dtype, ("mlp_0", "mlp_2"))
+        self.vae2llm = Linear(width, dtype=dtype)
+        self.llm2vae = Linear(cfg.latent_width, dtype=dtype, kernel_init=nn.initializers.zeros)
+        self.vit_model = VisionTransformer(cfg.vit, dtype, self.remat, self.unroll)
+        self.connector = MLP(width, width, cfg.connector_act, dtype)
+        self.vae = VAE(cfg.vae, dtype)
+
+    def embed_text(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, T] -> float[B, T, D]."""
+        return self.embed_tokens(tokens)
+
+    def embed_latents(self, x: jax.Array, sigma: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Latent tokens float[B, M, C] at noise level sigma float[B] -> float[B, M, D]."""
+        time = self.time_embedder(timestep_features(sigma))
+        table = self._positions(grid, self.config.max_latent_size)
+        return self.vae2llm(x) + time[:, None] + table
+
+    def vit_features(self, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """ViT output float[B, M, ViT width], after its final norm."""
+        return self.vit_model(patches, self._ids(grid, self.config.vit_max_num_patch_per_side))
+
+    def connect(self, features: jax.Array) -> jax.Array:
+        """ViT features to the decoder's width."""
+        return self.connector(features)
+
+    def embed_patches(self, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """ViT patches float[B, M, patch width] -> float[B, M, D]."""
+        features = self.connect(self.vit_features(patches, grid))
+        return features + self._positions(grid, self.config.vit_max_num_patch_per_side)
+
+    def decode(
+        self,
+        tokens: Tokens,
+        positions: jax.Array,
+        past: tuple[Segment, ...],
+        masks: tuple[jax.Array, ...],
+        keep_cache: bool = True,
+        final_norm: bool = True,
+    ) -> tuple[Tokens, tuple[jax.Array, jax.Array] | None]:
+        """See `mot.Decoder`."""
+        return self.language_model(
+            tokens, positions, past, masks, keep_cache=keep_cache, final_norm=final_norm
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float[B, T, D] (normed) -> float32[B, T, V]."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def read_velocity(self, hidden: jax.Array) -> jax.Array:
+        """float[B, M, D] (normed) -> float32[B, M, C]."""
+        return self.llm2vae(hidden).astype(jnp.float32)
+
+    def encode_image(self, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Images float[B, H, W, 3] -> latent float32[B, h, w, z]."""
+        return self.vae.encode(images, noise).astype(jnp.float32)
+
+    def decode_image(self, latents: jax.Array) -> jax.Array:
+        """Latent float[B, h, w, z] -> image float32[B, H, W, 3], not clipped."""
+        return self.vae.decode(latents).astype(jnp.float32)
+
+    def initialise(self, images: jax.Array) -> jax.Array:
+        """Touches every parameter once."""
+        self.vae(images)
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        latents = jnp.zeros((1, 1, self.config.latent_width))
+        patches = jnp.zeros((1, 1, self.config.patch_width))
+        und = jnp.concatenate([self.embed_text(tokens), self.embed_patches(patches, (1, 1))], 1)
+        gen = self.embed_latents(latents, jnp.zeros((1,)), (1, 1))
+        hidden, _ = self.decode(
+            Tokens(und, gen), jnp.zeros((1, 3), jnp.int32), (), (jnp.ones((1, 3, 3), bool),)
+        )
+        return self.logits(hidden.und).sum() + self.read_velocity(hidden.gen).sum()
+
+    def _ids(self, grid: tuple[int, int], side: int) -> jax.Array:
+        rule = interpolated_grid_ids if self.config.interpolate_pos else grid_ids
+        return jnp.asarray(rule(grid, side))
+
+    def _positions(self, grid: tuple[int, int], side: int) -> jax.Array:
+        """Rows of the fixed table, float[1, M, D] in the compute dtype."""
+        rule = interpolated_grid_ids if self.config.interpolate_pos else grid_ids
+        table = sincos_table(self.config.llm.hidden_size, side)
+        return jnp.asarray(table[rule(grid, side)][None], self.dtype)

@@ -1,0 +1,246 @@
+"""Sizes and rules of a BAGEL folder, from its JSON files."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alphagrpo_jax.models.vae import VAEConfig
+
+LLM_FILE, VIT_FILE = "llm_config.json", "vit_config.json"
+VAE_FILE, BAGEL_FILE = "vae_config.json", "bagel_config.json"
+# What the official application uses with a folder that has no bagel_config.json; a file that
+# exists but lacks a field falls back on the official configuration class (the field defaults).
+OFFICIAL_APPLICATION = {"max_latent_size": 64}
+DEFAULT_TRANSFORMS = {
+    "vae_transform": {"max": 1024, "min": 512, "stride": 16},
+    "vit_transform": {"max": 980, "min": 224, "stride": 14},
+}
+
+
+class ConfigError(ValueError):
+    """A configuration file with a missing field or a value that contradicts another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that delimit texts and images."""
+
+    im_start: int
+    im_end: int
+    vision_start: int
+    vision_end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LLMConfig:
+    """The Qwen2-MoT decoder: two experts per layer, joint attention, QK norm, untied embeddings."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _divides(LLM_FILE, "num_attention_heads", self.num_attention_heads, self.hidden_size)
+        _divides(
+            LLM_FILE, "num_key_value_heads", self.num_key_value_heads, self.num_attention_heads
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """The SigLIP encoder. `num_hidden_layers` is the file's: the last layer is never used."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int
+    image_size: int
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    def __post_init__(self) -> None:
+        _divides(VIT_FILE, "num_attention_heads", self.num_attention_heads, self.hidden_size)
+        if self.num_hidden_layers < 2:
+            raise ConfigError(
+                f"{VIT_FILE}: num_hidden_layers is {self.num_hidden_layers}, expected at least 2 "
+                "(the last layer is dropped)"
+            )
+
+    @property
+    def used_layers(self) -> int:
+        """Layers that are evaluated and stored."""
+        return self.num_hidden_layers - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSizes:
+    """Size rule of an image transform, pixels: sides within [min, max], multiples of stride."""
+
+    max_size: int
+    min_size: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BagelConfig:
+    """Everything that the policy needs to know about a folder, hashable."""
+
+    llm: LLMConfig
+    vit: ViTConfig
+    vae: VAEConfig
+    tokens: SpecialTokens
+    latent_patch_size: int = 2
+    max_latent_size: int = 32
+    vit_max_num_patch_per_side: int = 70
+    connector_act: str = "gelu_pytorch_tanh"
+    interpolate_pos: bool = False
+    timestep_shift: float = 1.0
+    vae_transform: ImageSizes = ImageSizes(1024, 512, 16)
+    vit_transform: ImageSizes = ImageSizes(980, 224, 14)
+
+    def __post_init__(self) -> None:
+        side = self.vit.image_size // self.vit.patch_size
+        if side != self.vit_max_num_patch_per_side:
+            raise ConfigError(
+                f"{VIT_FILE} gives image_size // patch_size = {side} but {BAGEL_FILE} gives "
+                f"vit_max_num_patch_per_side = {self.vit_max_num_patch_per_side}; both index the "
+                "same position table, make them equal"
+            )
+        if self.llm.hidden_size % 4:
+            raise ConfigError(
+                f"{LLM_FILE}: hidden_size is {self.llm.hidden_size}, expected a multiple of 4 "
+                "(sin-cos position tables)"
+            )
+
+    @property
+    def latent_width(self) -> int:
+        """Features C of a latent token."""
+        return self.latent_patch_size**2 * self.vae.z_channels
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per side of a latent token."""
+        return self.latent_patch_size * self.vae.downsample
+
+    @property
+    def patch_width(self) -> int:
+        """Features of a ViT patch."""
+        return self.vit.patch_size**2 * self.vit.num_channels
+
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of an image of `height` x `width` pixels."""
+        return height // self.latent_stride, width // self.latent_stride
+
+    def vit_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patch rows and columns of an image of `height` x `width` pixels."""
+        return height // self.vit.patch_size, width // self.vit.patch_size
+
+    @classmethod
+    def from_dicts(
+        cls,
+        llm: Mapping[str, Any],
+        vit: Mapping[str, Any],
+        vae: Mapping[str, Any] | None,
+        bagel: Mapping[str, Any] | None,
+        *,
+        tokens: SpecialTokens,
+    ) -> "BagelConfig":
+        """The configuration from the contents of the four JSON files.
+
+        Args:
+          llm: contents of llm_config.json.
+          vit: contents of vit_config.json.
+          vae: contents of vae_config.json; None for FLUX.
+          bagel: contents of bagel_config.json; None for the official application's values.
+          tokens: ids of the special tokens, from the tokenizer.
+        Raises:
+          ConfigError: a missing field or contradicting values.
+        """
+        rules = dict(OFFICIAL_APPLICATION if bagel is None else bagel)
+        for name, default in DEFAULT_TRANSFORMS.items():
+            sizes = default | dict(rules.get(name, {}))
+            rules[name] = ImageSizes(sizes["max"], sizes["min"], sizes["stride"])
+        vae_fields = dict(vae or {})
+        if "ch_mult" in vae_fields:
+            vae_fields["ch_mult"] = tuple(vae_fields["ch_mult"])
+        llm_fields = {"num_key_value_heads": llm.get("num_attention_heads")} | dict(llm)
+        return cls(
+            llm=_build(LLMConfig, LLM_FILE, llm_fields),
+            vit=_build(ViTConfig, VIT_FILE, vit),
+            vae=_build(VAEConfig, VAE_FILE, vae_fields),
+            tokens=tokens,
+            **_known(cls, rules),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, tokens: SpecialTokens) -> "BagelConfig":
+        """The configuration of a folder in the official layout.
+
+        Raises:
+          FileNotFoundError: no llm_config.json or vit_config.json.
+          ConfigError: see `from_dicts`.
+        """
+        folder = Path(folder)
+        return cls.from_dicts(
+            read_json(folder / LLM_FILE),
+            read_json(folder / VIT_FILE),
+            read_json(folder / VAE_FILE) if (folder / VAE_FILE).exists() else None,
+            read_json(folder / BAGEL_FILE) if (folder / BAGEL_FILE).exists() else None,
+            tokens=tokens,
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Contents of a JSON file.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ConfigError: the file is not JSON.
+    """
+    if not path.exists():
+        present = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a BAGEL folder ({LLM_FILE}, {VIT_FILE}, "
+            f"ema.safetensors, ae.safetensors, tokenizer files), found "
+            f"{'no such folder' if present is None else present}; check model.path"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+
+
+def _known(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in fields.items() if name in names}
+
+
+def _build(cls: type, file: str, fields: Mapping[str, Any]) -> Any:
+    required = [
+        field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
+    ]
+    missing = [name for name in required if fields.get(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{file} lacks {missing}; expected at least {required}, got {sorted(fields)}"
+        )
+    return cls(**_known(cls, fields))
+
+
+def _divides(file: str, name: str, divisor: int, whole: int) -> None:
+    if divisor < 1 or whole % divisor:
+        raise ConfigError(f"{file}: {name} is {divisor}, expected a divisor of {whole}")

@@ -1,0 +1,114 @@
+"""The growing context of a sample: cached keys and values with validity masks.
+
+A context is a tuple of segments (one per text or image block). Segments are never written after
+they were made, so that contexts which share a prefix share its arrays: the guidance contexts are
+views, not copies.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Segment:
+    """Keys (rotated) and values of one block of tokens."""
+
+    k: jax.Array  # float[L, B, S, K, H]
+    v: jax.Array  # float[L, B, S, K, H]
+    valid: jax.Array  # bool[B, S]; False at padding
+
+
+@struct.dataclass
+class Context:
+    """Everything a new token may attend to."""
+
+    segments: tuple[Segment, ...]
+    rope: jax.Array  # int32[B]; the next RoPE id (an image block takes a single one)
+
+
+@struct.dataclass
+class GuidanceContexts:
+    """The three contexts of classifier-free guidance."""
+
+    gen: Context
+    cfg_text: Context  # text dropped
+    cfg_img: Context  # images dropped
+
+
+def empty(batch: int) -> Context:
+    """A context without tokens for `batch` rows."""
+    return Context((), jnp.zeros((batch,), jnp.int32))
+
+
+def append(ctx: Context, segment: Segment, advance: jax.Array | int) -> Context:
+    """The context followed by one more block.
+
+    Args:
+      ctx: the context so far.
+      segment: the new block.
+      advance: int32[B] or int, how far the RoPE id moves on.
+    """
+    return Context((*ctx.segments, segment), ctx.rope + advance)
+
+
+def merge(ctx: Context) -> Context:
+    """The same context as one segment (once, before many reads)."""
+    if len(ctx.segments) <= 1:
+        return ctx
+    k, v = (
+        jnp.concatenate([getattr(s, name) for s in ctx.segments], axis=2) for name in ("k", "v")
+    )
+    valid = jnp.concatenate([s.valid for s in ctx.segments], axis=1)
+    return ctx.replace(segments=(Segment(k, v, valid),))
+
+
+def _map_rows(ctx: Context, function: Callable[[jax.Array, int], jax.Array]) -> Context:
+    """Applies `function(array, axis of the rows)` to every array."""
+    segments = tuple(
+        Segment(function(s.k, 1), function(s.v, 1), function(s.valid, 0)) for s in ctx.segments
+    )
+    return Context(segments, function(ctx.rope, 0))
+
+
+def repeat(ctx: Context, count: int) -> Context:
+    """Every row `count` times in a row: a, a, b, b."""
+    return _map_rows(ctx, lambda x, axis: jnp.repeat(x, count, axis=axis))
+
+
+def broadcast(ctx: Context, batch: int) -> Context:
+    """A context of one row for `batch` rows.
+
+    Raises:
+      ValueError: the context has neither one nor `batch` rows.
+    """
+    rows = ctx.rope.shape[0]
+    if rows == batch:
+        return ctx
+    if rows != 1:
+        raise ValueError(f"context has {rows} rows, expected 1 to broadcast to {batch} rows")
+
+    def spread(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.broadcast_to(x, (*x.shape[:axis], batch, *x.shape[axis + 1 :]))
+
+    return _map_rows(ctx, spread)
+
+
+def take(ctx: Context, rows: jax.Array) -> Context:
+    """The rows `rows` (int32[B']) of a context, in that order."""
+    return _map_rows(ctx, lambda x, axis: jnp.take(x, rows, axis=axis))
+
+
+def stop_gradient(ctx: Context) -> Context:
+    """The context as a constant of differentiation."""
+    return jax.tree.map(jax.lax.stop_gradient, ctx)
+
+
+def length(ctx: Context) -> jax.Array:
+    """int32[B]: number of valid cached tokens."""
+    total = jnp.zeros_like(ctx.rope)
+    for segment in ctx.segments:
+        total = total + jnp.sum(segment.valid, axis=1, dtype=jnp.int32)
+    return total

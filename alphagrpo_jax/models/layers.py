@@ -1,0 +1,121 @@
+"""Parameter declarations shared by the decoder, the ViT and the connectors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alphagrpo_jax.ops.norm import layer_norm, rms_norm
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias`, plus the low-rank adapter `(x @ a) @ b` if the "lora" tree has one."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
+            y = y + (x @ a) @ b
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(
+            x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.epsilon
+        )
+
+
+class LayerNorm(nn.Module):
+    """Mean-variance norm over the last axis."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.epsilon)
+
+
+class Embedding(nn.Module):
+    """A table of learned rows."""
+
+    rows: int
+    features: int
+    stddev: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = self.param(
+            "embedding", nn.initializers.normal(self.stddev), (self.rows, self.features)
+        )
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+class MLP(nn.Module):
+    """`fc2(act(fc1(x)))` with biases."""
+
+    hidden: int
+    features: int
+    activation: str
+    dtype: Any = jnp.float32
+    names: tuple[str, str] = ("fc1", "fc2")
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, second = self.names
+        x = ACTIVATIONS[self.activation](Linear(self.hidden, dtype=self.dtype, name=first)(x))
+        return Linear(self.features, dtype=self.dtype, name=second)(x)
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` without biases (SwiGLU)."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+    out_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = x.shape[-1]
+        gate = Linear(self.hidden, use_bias=False, dtype=self.dtype, name="gate_proj")(x)
+        up = Linear(self.hidden, use_bias=False, dtype=self.dtype, name="up_proj")(x)
+        return Linear(
+            features,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=self.out_init,
+            name="down_proj",
+        )(jax.nn.silu(gate) * up)

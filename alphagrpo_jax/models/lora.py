@@ -1,0 +1,78 @@
+"""Low-rank adapters as a separate tree with the paths of the kernels they adapt.
+
+A kernel `[..., in, out]` at `path` gets `{"a": [..., in, r], "b": [..., r, out]}` at the path of
+its layer: `W + scale * a @ b` (Hu et al. 2021). Layers stacked for scan keep their leading axis.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+TARGETS = r"language_model/layers/(self_attn|mlp|mlp_moe_gen)/\w+_proj(_moe_gen)?"
+
+
+def init(key: jax.Array, base: dict, targets: str, rank: int) -> dict:
+    """Adapters that leave the base model unchanged: A ~ N(0, 1 / rank^2), B = 0, float32.
+
+    Args:
+      key: typed PRNG key.
+      base: parameter tree (arrays or shapes).
+      targets: regular expression that a layer's whole path ("a/b/c") must match.
+      rank: width of the adapter.
+    Returns:
+      The adapter tree.
+    Raises:
+      ValueError: no layer matches.
+    """
+    flat = traverse_util.flatten_dict(base)
+    paths = [
+        path
+        for path in sorted(flat)
+        if path[-1] == "kernel" and re.fullmatch(targets, "/".join(path[:-1]))
+    ]
+    if not paths:
+        kernels = sorted("/".join(p[:-1]) for p in flat if p[-1] == "kernel")
+        raise ValueError(
+            f"LoRA targets {targets!r} match none of the {len(kernels)} kernels, e.g. "
+            f"{kernels[:3]}; correct the expression"
+        )
+    lora = {}
+    for path, sub in zip(paths, jax.random.split(key, len(paths)), strict=True):
+        *lead, fan_in, fan_out = flat[path].shape
+        a = jax.random.normal(sub, (*lead, fan_in, rank), jnp.float32) / rank
+        lora[(*path[:-1], "a")] = a
+        lora[(*path[:-1], "b")] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
+    return traverse_util.unflatten_dict(lora)
+
+
+def merge(base: dict, lora: dict, scale: float) -> dict:
+    """The base with `scale * a @ b` added to its kernels, product in float32.
+
+    Args:
+      base: parameter tree.
+      lora: adapter tree of `init`.
+      scale: alpha / rank.
+    Returns:
+      A parameter tree of the shapes and dtypes of `base`.
+    """
+    flat, adapters = traverse_util.flatten_dict(base), traverse_util.flatten_dict(lora)
+    for path in [p[:-1] for p in adapters if p[-1] == "a"]:
+        kernel = flat[(*path, "kernel")]
+        delta = jnp.matmul(adapters[(*path, "a")], adapters[(*path, "b")]) * scale
+        flat[(*path, "kernel")] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+def scaled(lora: dict, scale: float) -> dict:
+    """The adapter tree with `scale` multiplied into every B, as the model reads it."""
+    flat = traverse_util.flatten_dict(lora)
+    return traverse_util.unflatten_dict(
+        {path: leaf * scale if path[-1] == "b" else leaf for path, leaf in flat.items()}
+    )
+
+
+def count(lora: dict) -> int:
+    """Number of adapter parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(lora))

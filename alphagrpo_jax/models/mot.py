@@ -1,0 +1,180 @@
+"""The Qwen2 mixture-of-transformers decoder of BAGEL.
+
+Every layer has two sets of weights: the "und" expert for text, ViT tokens and image delimiters,
+the "gen" expert (`*_moe_gen`) for latent tokens. Attention is joint. The two kinds of tokens stay
+two arrays, [B, Tu, D] and [B, Tg, D], so that no token is computed twice or routed dynamically;
+positions and mask are explicit, and index the tokens in the order und, gen.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alphagrpo_jax.models.bagel_config import LLMConfig
+from alphagrpo_jax.models.kv_cache import Segment
+from alphagrpo_jax.models.layers import REMAT_POLICIES, GatedMLP, Linear, RMSNorm
+from alphagrpo_jax.ops.attention import attend
+from alphagrpo_jax.ops.rope import rotary, rotate
+
+GEN = "_moe_gen"
+
+
+class Tokens(NamedTuple):
+    """Hidden states of the two kinds of tokens."""
+
+    und: jax.Array  # float[B, Tu, D]
+    gen: jax.Array | None  # float[B, Tg, D]; None without latent tokens
+
+    def experts(self) -> list[tuple[str, jax.Array]]:
+        """The name suffix and the tokens of each expert that has any."""
+        pairs = [("", self.und)]
+        return pairs if self.gen is None else [*pairs, (GEN, self.gen)]
+
+
+def _tokens(parts: list[jax.Array]) -> Tokens:
+    return Tokens(parts[0], parts[1] if len(parts) > 1 else None)
+
+
+class Geometry(NamedTuple):
+    """What all layers share: rotary angles of the new tokens and who sees whom."""
+
+    cos: jax.Array  # float32[B, T, H / 2]
+    sin: jax.Array  # float32[B, T, H / 2]
+    masks: tuple[jax.Array, ...]  # bool[B or 1, T or 1, S_i], one per cached segment, then own
+
+
+class MoTAttention(nn.Module):
+    """Joint attention over [cached | und | gen], projections and head norms per expert."""
+
+    config: LLMConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, tokens: Tokens, past: tuple[tuple[jax.Array, jax.Array], ...], geometry: Geometry
+    ) -> tuple[Tokens, tuple[jax.Array, jax.Array]]:
+        heads = [self._heads(suffix, x) for suffix, x in tokens.experts()]
+        q, k, v = (jnp.concatenate(part, axis=1) for part in zip(*heads, strict=True))
+        q = rotate(q, geometry.cos, geometry.sin)
+        k = rotate(k, geometry.cos, geometry.sin)
+        keys = (*(pair[0] for pair in past), k)
+        values = (*(pair[1] for pair in past), v)
+        mixed = attend(q, keys, values, geometry.masks)
+        split = tokens.und.shape[1]
+        parts = [mixed] if tokens.gen is None else [mixed[:, :split], mixed[:, split:]]
+        residual = nn.initializers.variance_scaling(
+            0.5 / self.config.num_hidden_layers, "fan_in", "truncated_normal"
+        )
+        out = [
+            Linear(
+                self.config.hidden_size,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=residual,
+                name="o_proj" + suffix,
+            )(part)
+            for (suffix, _), part in zip(tokens.experts(), parts, strict=True)
+        ]
+        return _tokens(out), (k, v)
+
+    def _heads(self, suffix: str, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query [B, T, N, H], key and value [B, T, K, H] of one expert's tokens."""
+        cfg = self.config
+
+        def project(name: str, count: int) -> jax.Array:
+            y = Linear(count * cfg.head_dim, dtype=self.dtype, name=name + suffix)(x)
+            return y.reshape(*x.shape[:2], count, cfg.head_dim)
+
+        q = project("q_proj", cfg.num_attention_heads)
+        k = project("k_proj", cfg.num_key_value_heads)
+        v = project("v_proj", cfg.num_key_value_heads)
+        q = RMSNorm(cfg.rms_norm_eps, name="q_norm" + suffix)(q)
+        return q, RMSNorm(cfg.rms_norm_eps, name="k_norm" + suffix)(k), v
+
+
+class MoTBlock(nn.Module):
+    """One decoder layer: pre-norm attention and MLP, each with a residual."""
+
+    config: LLMConfig
+    dtype: Any
+    keep_cache: bool
+
+    @nn.compact
+    def __call__(
+        self, tokens: Tokens, past: tuple[tuple[jax.Array, jax.Array], ...], geometry: Geometry
+    ) -> tuple[Tokens, tuple[jax.Array, jax.Array] | None]:
+        cfg = self.config
+        normed = self._norm("input_layernorm", tokens)
+        mixed, pair = MoTAttention(cfg, self.dtype, name="self_attn")(normed, past, geometry)
+        tokens = jax.tree.map(jnp.add, tokens, mixed)
+        residual = nn.initializers.variance_scaling(
+            0.5 / cfg.num_hidden_layers, "fan_in", "truncated_normal"
+        )
+        normed = self._norm("post_attention_layernorm", tokens)
+        out = [
+            GatedMLP(cfg.intermediate_size, self.dtype, residual, name="mlp" + suffix)(x)
+            for suffix, x in normed.experts()
+        ]
+        tokens = jax.tree.map(jnp.add, tokens, _tokens(out))
+        return tokens, (pair if self.keep_cache else None)
+
+    def _norm(self, name: str, tokens: Tokens) -> Tokens:
+        return _tokens(
+            [RMSNorm(self.config.rms_norm_eps, name=name + s)(x) for s, x in tokens.experts()]
+        )
+
+
+class Decoder(nn.Module):
+    """All layers (stacked, scanned) and the final norms."""
+
+    config: LLMConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"  # key of layers.REMAT_POLICIES
+    unroll: int = 1  # layers per iteration of the scan
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        positions: jax.Array,
+        past: tuple[Segment, ...],
+        masks: tuple[jax.Array, ...],
+        *,
+        keep_cache: bool = True,
+        final_norm: bool = True,
+    ) -> tuple[Tokens, tuple[jax.Array, jax.Array] | None]:
+        """Runs new tokens over a cached context.
+
+        Args:
+          tokens: hidden states of the und and gen tokens.
+          positions: int32[B, T] RoPE ids, T = Tu + Tg.
+          past: cached segments.
+          masks: bool[B or 1, T or 1, S_i] per cached segment, then bool[B or 1, T, T].
+          keep_cache: return the new keys and values.
+          final_norm: apply the final norms.
+        Returns:
+          Hidden states, and keys and values float[L, B, T, K, H] in the order und, gen.
+        """
+        cfg = self.config
+        cos, sin = rotary(positions, cfg.head_dim, cfg.rope_theta)
+        block = MoTBlock
+        if self.remat != "none":
+            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=cfg.num_hidden_layers,
+            unroll=self.unroll,
+        )(cfg, self.dtype, keep_cache, name="layers")
+        tokens = jax.tree.map(lambda x: x.astype(self.dtype), tokens)
+        pairs = tuple((segment.k, segment.v) for segment in past)
+        tokens, cache = layers(tokens, pairs, Geometry(cos, sin, masks))
+        if final_norm:
+            tokens = _tokens(
+                [RMSNorm(cfg.rms_norm_eps, name="norm" + s)(x) for s, x in tokens.experts()]
+            )
+        return tokens, cache

@@ -1,0 +1,81 @@
+"""The SigLIP vision encoder (NaViT form): linear patch embedding, full attention per image."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from alphagrpo_jax.models.bagel_config import ViTConfig
+from alphagrpo_jax.models.layers import MLP, REMAT_POLICIES, Embedding, LayerNorm, Linear
+from alphagrpo_jax.ops.attention import attend
+
+
+class ViTAttention(nn.Module):
+    """Multi-head self-attention over all patches of an image."""
+
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads = self.config.num_attention_heads
+        q, k, v = (
+            Linear(x.shape[-1], dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], heads, -1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        mixed = attend(q, (k,), (v,), (jnp.ones((1, 1, x.shape[1]), bool),))
+        return Linear(x.shape[-1], dtype=self.dtype, name="out_proj")(mixed)
+
+
+class ViTBlock(nn.Module):
+    """One pre-norm encoder layer."""
+
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        cfg = self.config
+        normed = LayerNorm(cfg.layer_norm_eps, name="layer_norm1")(x)
+        x = x + ViTAttention(cfg, self.dtype, name="self_attn")(normed)
+        normed = LayerNorm(cfg.layer_norm_eps, name="layer_norm2")(x)
+        mlp = MLP(cfg.intermediate_size, cfg.hidden_size, cfg.hidden_act, self.dtype, name="mlp")
+        return x + mlp(normed), None
+
+
+class VisionTransformer(nn.Module):
+    """Patches to features, after the final norm."""
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, patches: jax.Array, ids: jax.Array) -> jax.Array:
+        """Encodes images of one size.
+
+        Args:
+          patches: float[B, M, patch * patch * 3], features in the order (row, column, channel).
+          ids: int32[M], rows of the learned position table.
+        Returns:
+          float[B, M, hidden_size].
+        """
+        cfg = self.config
+        rows = (cfg.image_size // cfg.patch_size) ** 2
+        x = Linear(cfg.hidden_size, dtype=self.dtype, name="patch_embedding")(patches)
+        x = x + Embedding(rows, cfg.hidden_size, 0.1, self.dtype, name="position_embedding")(
+            ids[None]
+        )
+        block = ViTBlock
+        if self.remat != "none":
+            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        x, _ = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            length=cfg.used_layers,
+            unroll=self.unroll,
+        )(cfg, self.dtype, name="layers")(x, None)
+        return LayerNorm(cfg.layer_norm_eps, name="post_layernorm")(x)

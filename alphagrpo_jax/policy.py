@@ -1,0 +1,476 @@
+"""The policy as pure functions of (model, params, arrays): the only caller of Linen's `apply`.
+
+Shapes: B rows, T text tokens, M image tokens, C latent token width, D width, V vocabulary.
+A text is `<|im_start|> ... <|im_end|>` and takes one RoPE id per token; an image block is
+`<|vision_start|> tokens <|vision_end|>`, sees itself fully, and takes a single RoPE id. Every
+token sees the whole context. Padding is masked, and a row never depends on its neighbours.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from alphagrpo_jax.flow.guidance import Guidance, combine
+from alphagrpo_jax.models import kv_cache, lora
+from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts, Segment
+from alphagrpo_jax.models.mot import Tokens
+from alphagrpo_jax.ops.masked import causal_mask
+from alphagrpo_jax.ops.patchify import patchify, unpatchify
+
+
+@struct.dataclass
+class PolicyParams:
+    """Weights of the policy; without `lora` it is the reference policy."""
+
+    base: dict
+    lora: dict | None = None
+    lora_scale: float = struct.field(pytree_node=False, default=1.0)  # alpha / rank
+
+
+@struct.dataclass
+class TextScores:
+    """Scores of a text; position t is about token t + 1."""
+
+    log_prob: jax.Array  # float32[B, T - 1], nats, 0 where masked
+    entropy: jax.Array  # float32[B, T - 1], nats, 0 where masked
+    mask: jax.Array  # bool[B, T - 1]
+
+
+@struct.dataclass
+class DecodeCache:
+    """A text while it is being written: one preallocated segment."""
+
+    segment: Segment
+    rope: jax.Array  # int32[B], RoPE id of the next token
+    step: jax.Array  # int32[], slots used so far
+
+
+def init_base(model: Bagel, key: jax.Array) -> dict:
+    """Random weights for a model (what its pretraining starts from).
+
+    Args:
+      model: the model.
+      key: typed PRNG key.
+    Returns:
+      The base tree, float32 leaves.
+    """
+    side = model.config.latent_stride
+    images = jnp.zeros((1, side, side, model.config.vae.in_channels))
+    return jax.jit(functools.partial(model.init, method="initialise"))(key, images)["params"]
+
+
+def base_shapes(model: Bagel) -> dict:
+    """The base tree with `jax.ShapeDtypeStruct` leaves, without computing anything."""
+    return jax.eval_shape(functools.partial(init_base, model), jax.random.key(0))
+
+
+def extend_text(
+    model: Bagel, params: PolicyParams, ctx: Context, tokens: jax.Array, mask: jax.Array
+) -> tuple[Context, jax.Array]:
+    """Appends one text per row.
+
+    Args:
+      model: static.
+      params: weights.
+      ctx: context of B rows (or one row, for all).
+      tokens: int32[B, T], `<|im_start|>` to `<|im_end|>`, padded on the right.
+      mask: bool[B, T], False at padding.
+    Returns:
+      The longer context, and float[B, T, D], the final hidden states (normed).
+    """
+    chex.assert_rank([tokens, mask], 2)
+    und = _apply(model, params, "embed_text", tokens)
+    return _extend_causal(model, params, ctx, und, mask)
+
+
+def text_logits(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
+    """float[B, T, D] hidden states (normed) -> float32[B, T, V]."""
+    return _apply(model, params, "logits", hidden)
+
+
+def text_log_probs(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    temperature: float,
+) -> TextScores:
+    """Log-probability and entropy of every token after the first.
+
+    `log softmax(logits_t / temperature)[token_{t+1}]` of the full softmax, in float32
+    (AlphaGRPO, sampling: top-p is not part of the scored distribution).
+
+    Args:
+      model: static.
+      params: weights.
+      ctx: context before the text.
+      tokens: int32[B, T], as for `extend_text`.
+      mask: bool[B, T].
+      temperature: divides the logits.
+    """
+    _, hidden = extend_text(model, params, ctx, tokens, mask)
+    logits = text_logits(model, params, hidden[:, :-1])
+    return score_text(logits, tokens, mask, temperature=temperature)
+
+
+def score_text(
+    logits: jax.Array, tokens: jax.Array, mask: jax.Array, *, temperature: float
+) -> TextScores:
+    """`TextScores` from logits.
+
+    Args:
+      logits: float32[B, T - 1, V], position t predicts token t + 1.
+      tokens: int32[B, T].
+      mask: bool[B, T].
+      temperature: divides the logits.
+    """
+    chex.assert_rank([logits, tokens, mask], [3, 2, 2])
+    log_p = jax.nn.log_softmax(logits / temperature, axis=-1)
+    picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    valid = mask[:, 1:]
+    return TextScores(jnp.where(valid, picked, 0.0), jnp.where(valid, entropy, 0.0), valid)
+
+
+def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:
+    """An empty text of at most `max_tokens` tokens behind a context."""
+    cfg, batch = model.config.llm, ctx.rope.shape[0]
+    shape = (
+        cfg.num_hidden_layers, batch, max_tokens, cfg.num_key_value_heads, cfg.head_dim
+    )  # fmt: skip
+    zeros = jnp.zeros(shape, model.dtype)
+    segment = Segment(zeros, zeros, jnp.zeros((batch, max_tokens), bool))
+    return DecodeCache(segment, ctx.rope, jnp.zeros((), jnp.int32))
+
+
+def decode_step(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    cache: DecodeCache,
+    token: jax.Array,
+    active: jax.Array | None = None,
+) -> tuple[DecodeCache, jax.Array]:
+    """Reads one token per row and predicts the next one; usable in `jax.lax.while_loop`.
+
+    Args:
+      model: static.
+      params: weights.
+      ctx: context before the text (merge it once beforehand).
+      cache: the text so far.
+      token: int32[B].
+      active: bool[B]; a row that is not active writes nothing. None: all are.
+    Returns:
+      The cache with the token, and float32[B, V], the logits of the next token.
+    """
+    chex.assert_rank(token, 1)
+    active = jnp.ones(token.shape, bool) if active is None else active
+    und = _apply(model, params, "embed_text", token[:, None])
+    past = cache.segment
+    so_far = Context((*ctx.segments, past), cache.rope)
+    own = jnp.ones((1, 1, 1), bool)
+    hidden, new = _decode(model, params, so_far, Tokens(und, None), cache.rope[:, None], own)
+    at = cache.step
+
+    def write(old: jax.Array, value: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, axis)
+
+    segment = Segment(
+        write(past.k, new.k, 2), write(past.v, new.v, 2), write(past.valid, active[:, None], 1)
+    )
+    rope = cache.rope + active.astype(jnp.int32)
+    logits = text_logits(model, params, hidden.und)[:, 0]
+    return DecodeCache(segment, rope, at + 1), logits
+
+
+def end_decode(ctx: Context, cache: DecodeCache) -> Context:
+    """The context followed by the text that was written."""
+    return Context((*ctx.segments, cache.segment), cache.rope)
+
+
+def extend_vae(
+    model: Bagel, params: PolicyParams, ctx: Context, latents: jax.Array, grid: tuple[int, int]
+) -> Context:
+    """Appends a clean image as latent tokens (noise level 0).
+
+    Args:
+      model: static.
+      params: weights.
+      ctx: context of B rows.
+      latents: float[B, M, C].
+      grid: token rows and columns.
+    """
+    sigma = jnp.zeros(latents.shape[:1], jnp.float32)
+    _, segment = _latent_block(model, params, ctx, latents, sigma, grid, keep_cache=True)
+    return kv_cache.append(_rows(ctx, latents.shape[0]), segment, 1)
+
+
+def extend_vit(
+    model: Bagel, params: PolicyParams, ctx: Context, patches: jax.Array, grid: tuple[int, int]
+) -> Context:
+    """Appends an image as ViT tokens (to be understood only).
+
+    Args:
+      model: static.
+      params: weights.
+      ctx: context of B rows.
+      patches: float[B, Mv, patch * patch * 3], see `ops.patchify`.
+      grid: patch rows and columns.
+    """
+    batch = patches.shape[0]
+    ctx = _rows(ctx, batch)
+    marks = _delimiters(model, params, batch)
+    und = jnp.concatenate(
+        [marks[:, :1], _apply(model, params, "embed_patches", patches, grid=grid), marks[:, 1:]], 1
+    )
+    positions = jnp.broadcast_to(ctx.rope[:, None], und.shape[:2])
+    own = jnp.ones((1, 1, und.shape[1]), bool)
+    _, segment = _decode(model, params, ctx, Tokens(und, None), positions, own)
+    return kv_cache.append(ctx, segment, 1)
+
+
+def extend_image(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    images: jax.Array,
+    vit_images: jax.Array | None = None,
+) -> Context:
+    """Appends an image as a user's image is: the VAE block, then the ViT block.
+
+    Args:
+      model: static.
+      params: weights.
+      ctx: context of B rows.
+      images: float32[B, Hpx, Wpx, 3] in [-1, 1], of the VAE transform's size.
+      vit_images: the same images at the ViT transform's size; None: the same arrays.
+    """
+    latents = encode_image(model, params, images)
+    ctx = extend_vae(model, params, ctx, latents, model.config.latent_grid(*images.shape[1:3]))
+    seen = images if vit_images is None else vit_images
+    patches = patchify(seen, model.config.vit.patch_size)
+    return extend_vit(model, params, ctx, patches, model.config.vit_grid(*seen.shape[1:3]))
+
+
+def velocity(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    x: jax.Array,
+    sigma: jax.Array,
+    grid: tuple[int, int],
+) -> jax.Array:
+    """Velocity (noise minus data) of noisy latents in a context; nothing is cached.
+
+    Args:
+      model: static.
+      params: weights.
+      ctx: context of B rows (or one); merge it once before many calls.
+      x: float32[B, M, C].
+      sigma: float32[B] in [0, 1], 1 is noise.
+      grid: token rows and columns.
+    Returns:
+      float32[B, M, C].
+    """
+    hidden, _ = _latent_block(model, params, ctx, x, sigma, grid, keep_cache=False)
+    return _apply(model, params, "read_velocity", hidden.gen)
+
+
+def guided_velocity(
+    model: Bagel,
+    params: PolicyParams,
+    contexts: GuidanceContexts,
+    x: jax.Array,
+    sigma: jax.Array,
+    grid: tuple[int, int],
+    guidance: Guidance,
+    *,
+    active: bool | None = None,
+) -> jax.Array:
+    """Velocity with classifier-free guidance; branches with a scale <= 1 are not evaluated.
+
+    Args:
+      model: static.
+      params: weights.
+      contexts: the three contexts.
+      x: float32[B, M, C].
+      sigma: float32[B].
+      grid: token rows and columns.
+      guidance: scales, interval, renormalisation.
+      active: whether sigma lies in the guidance interval, if it is known statically; None:
+        decided per row on the device, at the price of evaluating all branches.
+    Returns:
+      float32[B, M, C].
+    """
+    flow = functools.partial(velocity, model, params, x=x, sigma=sigma, grid=grid)
+    plain = flow(ctx=contexts.gen)
+    if active is False or not guidance.uses_text:
+        return plain
+    dropped_text = flow(ctx=contexts.cfg_text)
+    dropped_image = flow(ctx=contexts.cfg_img) if guidance.uses_image else None
+    guided = combine(plain, dropped_text, dropped_image, guidance)
+    if active:
+        return guided
+    return jnp.where(guidance.active_mask(sigma)[:, None, None], guided, plain)
+
+
+def joint_forward(
+    model: Bagel,
+    params: PolicyParams,
+    tokens: Tokens,
+    positions: jax.Array,
+    mask: jax.Array,
+) -> Tokens:
+    """One pass over a whole sequence with explicit positions and mask (no cache).
+
+    Args:
+      model: static.
+      params: weights.
+      tokens: embedded und and gen tokens (`embed_text`, `embed_latents`, `embed_patches`).
+      positions: int32[B, Tu + Tg], RoPE ids in the order und, gen.
+      mask: bool[B or 1, Tu + Tg, Tu + Tg], query axis first, same order.
+    Returns:
+      Final hidden states (normed); see `text_logits` and `read_velocity`.
+    """
+    hidden, _ = _apply(model, params, "decode", tokens, positions, (), (mask,), keep_cache=False)
+    return hidden
+
+
+def embed_text(model: Bagel, params: PolicyParams, tokens: jax.Array) -> jax.Array:
+    """int32[B, T] -> float[B, T, D]."""
+    return _apply(model, params, "embed_text", tokens)
+
+
+def embed_latents(
+    model: Bagel, params: PolicyParams, x: jax.Array, sigma: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """float[B, M, C] at noise level float[B] -> float[B, M, D]."""
+    return _apply(model, params, "embed_latents", x, sigma, grid=grid)
+
+
+def embed_patches(
+    model: Bagel, params: PolicyParams, patches: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """float[B, Mv, patch width] -> float[B, Mv, D]."""
+    return _apply(model, params, "embed_patches", patches, grid=grid)
+
+
+def read_velocity(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
+    """float[B, M, D] hidden states of latent tokens (normed) -> float32[B, M, C]."""
+    return _apply(model, params, "read_velocity", hidden)
+
+
+def encode_image(
+    model: Bagel, params: PolicyParams, images: jax.Array, noise: jax.Array | None = None
+) -> jax.Array:
+    """Latent tokens of images.
+
+    Args:
+      model: static.
+      params: weights.
+      images: float32[B, Hpx, Wpx, 3] in [-1, 1].
+      noise: float32[B, h, w, z] to draw from the posterior; None: its mean.
+    Returns:
+      float32[B, M, C].
+    """
+    chex.assert_rank(images, 4)
+    latent = _apply(model, params, "encode_image", images, noise)
+    return patchify(latent, model.config.latent_patch_size)
+
+
+def decode_latents(
+    model: Bagel, params: PolicyParams, latents: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+    """Images of latent tokens.
+
+    Args:
+      model: static.
+      params: weights.
+      latents: float[B, M, C].
+      grid: token rows and columns.
+    Returns:
+      float32[B, Hpx, Wpx, 3], clipped to [-1, 1].
+    """
+    latent = unpatchify(latents, model.config.latent_patch_size, grid)
+    return jnp.clip(_apply(model, params, "decode_image", latent), -1.0, 1.0)
+
+
+def _apply(model: Bagel, params: PolicyParams, method: str, *args: Any, **kwargs: Any) -> Any:
+    variables = {"params": params.base}
+    if params.lora is not None:
+        variables["lora"] = lora.scaled(params.lora, params.lora_scale)
+    return model.apply(variables, *args, method=method, **kwargs)
+
+
+def _rows(ctx: Context, batch: int) -> Context:
+    return kv_cache.broadcast(ctx, batch)
+
+
+def _decode(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    tokens: Tokens,
+    positions: jax.Array,
+    own: jax.Array,
+    *,
+    keep_cache: bool = True,
+) -> tuple[Tokens, Segment | None]:
+    """New tokens over a context, all of them valid; `own` is their mask among themselves."""
+    masks = (*(segment.valid[:, None] for segment in ctx.segments), own)
+    hidden, pair = _apply(
+        model, params, "decode", tokens, positions, ctx.segments, masks, keep_cache=keep_cache
+    )
+    if not keep_cache:
+        return hidden, None
+    return hidden, Segment(*pair, jnp.ones(positions.shape, bool))
+
+
+def _extend_causal(
+    model: Bagel, params: PolicyParams, ctx: Context, und: jax.Array, mask: jax.Array
+) -> tuple[Context, jax.Array]:
+    batch, length = mask.shape
+    ctx = _rows(ctx, batch)
+    positions = ctx.rope[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    hidden, segment = _decode(
+        model, params, ctx, Tokens(und, None), positions, causal_mask(mask)
+    )
+    advance = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    return kv_cache.append(ctx, segment.replace(valid=mask), advance), hidden.und
+
+
+def _delimiters(model: Bagel, params: PolicyParams, batch: int) -> jax.Array:
+    """Embedded `<|vision_start|>`, `<|vision_end|>`, float[B, 2, D]."""
+    ids = model.config.tokens
+    marks = jnp.array([[ids.vision_start, ids.vision_end]], jnp.int32)
+    embedded = _apply(model, params, "embed_text", marks)
+    return jnp.broadcast_to(embedded, (batch, *embedded.shape[1:]))
+
+
+def _latent_block(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    x: jax.Array,
+    sigma: jax.Array,
+    grid: tuple[int, int],
+    *,
+    keep_cache: bool,
+) -> tuple[Tokens, Segment | None]:
+    """A block of latent tokens between its delimiters; cached in the order und, gen."""
+    chex.assert_shape(x, (None, grid[0] * grid[1], model.config.latent_width))
+    chex.assert_shape(sigma, x.shape[:1])
+    ctx = _rows(ctx, x.shape[0])
+    gen = _apply(model, params, "embed_latents", x, sigma, grid=grid)
+    tokens = Tokens(_delimiters(model, params, x.shape[0]), gen)
+    length = gen.shape[1] + 2
+    positions = jnp.broadcast_to(ctx.rope[:, None], (x.shape[0], length))
+    own = jnp.ones((1, 1, length), bool)
+    return _decode(model, params, ctx, tokens, positions, own, keep_cache=keep_cache)

@@ -1,0 +1,1 @@
+"""Host-side services: devices, files, tokenizer, images, logs."""
