@@ -268,7 +268,7 @@ def sample_questions(
 
     Args:
       scene: what the image shows, one shape at least.
-      quality_labels: label of each of `QUALITY`; None leaves these questions out.
+      quality_labels: labels by type of `QUALITY`; absent ones are not asked, None asks none.
       rng: source of randomness.
       n: number of questions.
       damaged: indexes of shapes damaged beyond recognition; questions whose answer depends on
@@ -289,6 +289,8 @@ def sample_questions(
         if type_ == "relation" and len(scene.things) == 1 and rng.random() < 0.85:
             continue  # could only be no
         query = sample_query(scene, type_, rng)
+        if type_ in QUALITY and type_ not in quality_labels:
+            continue
         answer = truth(query, scene, quality_labels)
         if damaged and answer != truth(query, without, quality_labels):
             continue

@@ -79,6 +79,31 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float = RADIUS) -
     raise ValueError(f"unknown shape {shape!r}; expected one of {SHAPES}")
 
 
+def alphas(scene: Scene, *, resolution: int = RESOLUTION, supersample: int = 4) -> np.ndarray:
+    """Anti-aliased mask of every shape of a scene: float64[shapes, resolution, resolution].
+
+    Args:
+      scene: what to draw.
+      resolution: side of the image in pixels.
+      supersample: sample points per pixel and axis.
+    """
+    scale = resolution / RESOLUTION
+    points = (np.arange(resolution * supersample) + 0.5) / (supersample * scale)
+    result = np.zeros((len(scene.things), resolution, resolution))
+    for alpha, thing in zip(result, scene.things, strict=True):
+        # Only the pixels of the shape's bounding box can be inside it.
+        (left, right), (top, bottom) = (
+            (max(0, int((c - RADIUS) * scale)), min(resolution, int((c + RADIUS) * scale) + 1))
+            for c in thing.center
+        )
+        x = points[left * supersample : right * supersample] - thing.center[0]
+        y = points[top * supersample : bottom * supersample] - thing.center[1]
+        inside = coverage(thing.shape, x[None, :], y[:, None])
+        blocks = inside.reshape(bottom - top, supersample, right - left, supersample)
+        alpha[top:bottom, left:right] = blocks.mean((1, 3))
+    return result
+
+
 def render(scene: Scene, *, resolution: int = RESOLUTION, supersample: int = 4) -> np.ndarray:
     """Draws a scene with anti-aliased edges.
 
@@ -89,15 +114,9 @@ def render(scene: Scene, *, resolution: int = RESOLUTION, supersample: int = 4) 
     Returns:
       uint8[resolution, resolution, 3].
     """
-    scale = resolution / RESOLUTION
-    points = (np.arange(resolution * supersample) + 0.5) / (supersample * scale)
-    image = np.broadcast_to(
-        np.asarray(BACKGROUNDS[scene.background], np.float64), (resolution, resolution, 3)
-    ).copy()
-    for thing in scene.things:
-        cx, cy = thing.center
-        inside = coverage(thing.shape, points[None, :] - cx, points[:, None] - cy)
-        alpha = inside.reshape(resolution, supersample, resolution, supersample).mean((1, 3))
+    image = np.full((resolution, resolution, 3), BACKGROUNDS[scene.background], np.float64)
+    masks = alphas(scene, resolution=resolution, supersample=supersample)
+    for alpha, thing in zip(masks, scene.things, strict=True):
         image += alpha[..., None] * (np.asarray(COLORS[thing.color], np.float64) - image)
     return np.round(image).astype(np.uint8)
 
