@@ -266,7 +266,7 @@ def gaussian_kl(mean: jax.Array, mean_ref: jax.Array, std: jax.Array) -> jax.Arr
 def top_entropy_mask(entropy: jax.Array, mask: jax.Array, *, fraction: float) -> jax.Array:
     """Keeps the tokens whose entropy is in the top `fraction` of the update's (arXiv 2506.01939).
 
-    Call it once with all of an update's tokens, so that the choice does not depend on micro-batches.
+    Call it once with all of an update's tokens, so that micro-batches do not change the choice.
 
     Args:
       entropy: float32[B, T].
@@ -293,8 +293,8 @@ def merge_metrics(first: Mapping[str, jax.Array], second: Mapping[str, jax.Array
     if first.keys() != second.keys():
         raise ValueError(f"got metrics {sorted(second)}, expected the same as {sorted(first)}")
     return {
-        name: jnp.maximum(first[name], second[name]) if "max" in name else first[name] + second[name]
-        for name in first
+        name: jnp.maximum(value, second[name]) if "max" in name else value + second[name]
+        for name, value in first.items()
     }
 
 

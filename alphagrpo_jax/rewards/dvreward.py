@@ -1,4 +1,4 @@
-"""DVReward: from P(yes) of each atomic question to one reward in [0, 1] (AlphaGRPO, section 3.3)."""
+"""DVReward (AlphaGRPO, arXiv 2605.12495): P(yes) of atomic questions -> a reward in [0, 1]."""
 
 import math
 from collections.abc import Sequence

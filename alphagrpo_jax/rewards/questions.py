@@ -141,7 +141,7 @@ def _parse_json(line: bytes) -> Any:
     try:
         return json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"got bytes that are not UTF-8 ({error}); save the file as UTF-8") from error
+        raise ValueError(f"got bytes that are not UTF-8 ({error}); expected UTF-8") from error
     except json.JSONDecodeError as error:
         start = line[:60].decode(errors="replace").strip()
         raise ValueError(

@@ -7,7 +7,6 @@ parent is gone.
 
 import multiprocessing.connection
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -127,12 +126,12 @@ class Worker:
         try:
             self._connection.send(message)
             return self._connection.recv()
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a closed pipe, or a reply that cannot be unpickled
             self.kill()
             code = self._process.wait()
             if expired.is_set():
                 raise WorkerTimeoutError(f"no answer within {seconds:.1f} s") from error
-            raise WorkerDiedError(f"worker process ended with code {code}") from error
+            raise WorkerDiedError(f"worker process ended with code {code} ({error!r})") from error
         finally:
             timer.cancel()
 
@@ -165,7 +164,7 @@ def _build(
 
     try:
         verifier = verifiers.build(kind, options)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except Exception as error:  # whatever it is, the parent must hear of it
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return None
     connection.send(("ready", None))
@@ -175,9 +174,14 @@ def _build(
 def _answer(verifier: Any, image: np.ndarray, questions: list[str]) -> tuple[str, Any]:
     try:
         answers = verifier.answer(image, questions)
-        return "answers", [(answer.p_yes, answer.failure) for answer in answers]
-    except Exception as error:  # noqa: BLE001 - the failure of one attempt, to be retried
+        return "answers", [(_plain(answer.p_yes), answer.failure) for answer in answers]
+    except Exception as error:  # the failure of one attempt, to be retried
         return "error", f"{type(error).__name__}: {error}"
+
+
+def _plain(p_yes: Any) -> float | None:
+    """A python number, so that the parent needs no tensor library to read it."""
+    return None if p_yes is None else float(p_yes)
 
 
 def _end_with_parent(parent: int) -> None:

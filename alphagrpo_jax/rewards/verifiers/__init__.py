@@ -7,7 +7,7 @@ from typing import Any
 from alphagrpo_jax.rewards.verifiers.base import Verifier
 
 # kind -> "module:function"; imported in the worker only, so that the caller never imports torch.
-KINDS = {"hf": "alphagrpo_jax.rewards.verifiers.hf:load"}
+KINDS = {"hf": "alphagrpo_jax.rewards.verifiers.hf:HFVerifier"}
 
 
 def build(kind: str, options: Mapping[str, Any]) -> Verifier:

@@ -1,0 +1,203 @@
+"""The pool's books: which samples wait, what became of the others, and counts that add up.
+
+Not thread-safe: the pool calls everything here with its lock held. Times are `time.monotonic()`.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Hashable, Sequence
+from typing import TextIO
+
+import numpy as np
+
+COUNTERS = (
+    "submitted",  # = answered + invalid + those still under way
+    "answered",
+    "invalid",
+    "cached",  # of the answered: without asking a worker
+    "attempts",  # = answered - cached + timeouts + deaths + bad_answers
+    "retries",
+    "timeouts",
+    "deaths",
+    "bad_answers",  # the verifier raised, or gave no number, a wrong one, or too many or too few
+    "starts",  # of worker processes
+    "questions",  # answered by workers
+    "busy_seconds",  # summed over workers
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What became of a sample."""
+
+    p_yes: tuple[float, ...] | None  # one per question; None if not valid
+    valid: bool
+    failure: str | None  # of the last attempt, if not valid
+    attempts: int
+    worker: int | None  # that gave the answers
+    latency_s: float  # from submission to outcome
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A sample under way."""
+
+    sample_id: Hashable
+    image: np.ndarray  # uint8[H, W, 3]
+    questions: tuple[str, ...]
+    key: str  # sha256 of image and questions
+    submitted: float
+    deadline: float  # no attempt starts later
+    not_before: float
+    attempts: int = 0
+    avoid: int | None = None  # the worker that failed last; others go first until avoid_until
+    avoid_until: float = 0.0
+    failure: str = "no worker was free"
+
+
+class Ledger:
+    """Samples waiting, under way and finished; remembered answers; counters; audit log."""
+
+    def __init__(self, *, cache_size: int, audit: TextIO | None) -> None:
+        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.under_way: set[Hashable] = set()  # waiting or being tried
+        self.results: dict[Hashable, Scored] = {}
+        self._queue: list[Job] = []  # waiting for a worker
+        self._cache: collections.OrderedDict[str, tuple[float, ...]] = collections.OrderedDict()
+        self._cache_size = cache_size
+        self._audit = audit
+
+    def add(self, job: Job) -> None:
+        """Takes a new sample: answers it from memory or queues it."""
+        self.counters["submitted"] += 1
+        self.under_way.add(job.sample_id)
+        if job.key in self._cache:
+            self._cache.move_to_end(job.key)
+            self.counters["cached"] += 1
+            self._finish(job, self._cache[job.key], None)
+        else:
+            self._queue.append(job)
+
+    def take(self, worker: int, *, alone: bool) -> Job | None:
+        """The first sample that this worker may try now, no longer waiting.
+
+        Args:
+          worker: its index.
+          alone: whether there is no other worker, so that it may not avoid what it failed at.
+        """
+        now = time.monotonic()
+        for job in self._queue:
+            avoided = job.avoid == worker and now < job.avoid_until and not alone
+            if job.not_before <= now and not avoided:
+                self._queue.remove(job)
+                return job
+        return None
+
+    def answered(self, job: Job, worker: int, p_yes: tuple[float, ...], seconds: float) -> None:
+        """Books a successful attempt."""
+        self._book_attempt(job, worker, seconds, p_yes=p_yes, failure=None)
+        self.counters["questions"] += len(p_yes)
+        self._finish(job, p_yes, worker)
+
+    def failed(self, job: Job, worker: int, kind: str, failure: str, seconds: float) -> None:
+        """Books a failed attempt; `kind` is the counter it goes to."""
+        self._book_attempt(job, worker, seconds, p_yes=None, failure=failure)
+        self.counters[kind] += 1
+        job.failure = f"worker {worker}, attempt {job.attempts}: {failure}"
+
+    def retry(self, job: Job, *, avoid: int, not_before: float, avoid_until: float) -> None:
+        """Queues a sample again after a failed attempt."""
+        self.counters["retries"] += 1
+        job.not_before, job.avoid, job.avoid_until = not_before, avoid, avoid_until
+        self._queue.append(job)
+
+    def reject(self, job: Job) -> None:
+        """Finishes a sample as invalid, with the failure it carries."""
+        self._finish(job, None, None)
+
+    def reject_waiting(self, reason: str) -> None:
+        """Finishes all waiting samples as invalid."""
+        for job in self._queue:
+            job.failure = reason
+            self.reject(job)
+        self._queue.clear()
+
+    def expire(self) -> bool:
+        """Finishes the waiting samples whose time is over as invalid; whether there were any."""
+        now = time.monotonic()
+        late = [job for job in self._queue if job.deadline <= now]
+        for job in late:
+            self._queue.remove(job)
+            job.failure = f"gave up after {now - job.submitted:.1f} s: {job.failure}"
+            self.reject(job)
+        return bool(late)
+
+    def seconds_to_next_event(self) -> float | None:
+        """Until something in the queue changes by the clock alone; None if nothing will."""
+        now = time.monotonic()
+        moments = [
+            moment
+            for job in self._queue
+            for moment in (job.deadline, job.not_before, job.avoid_until)
+            if moment > now
+        ]
+        return min(moments) - now if moments else None
+
+    def close(self) -> None:
+        """Closes the audit log."""
+        if self._audit is not None:
+            self._audit.close()
+            self._audit = None
+
+    def _finish(self, job: Job, p_yes: tuple[float, ...] | None, worker: int | None) -> None:
+        valid = p_yes is not None
+        self.counters["answered" if valid else "invalid"] += 1
+        self.under_way.discard(job.sample_id)
+        self.results[job.sample_id] = Scored(
+            p_yes=p_yes,
+            valid=valid,
+            failure=None if valid else job.failure,
+            attempts=job.attempts,
+            worker=worker,
+            latency_s=time.monotonic() - job.submitted,
+        )
+        if valid and self._cache_size:
+            self._cache[job.key] = p_yes
+            self._cache.move_to_end(job.key)
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+
+    def _book_attempt(
+        self,
+        job: Job,
+        worker: int,
+        seconds: float,
+        *,
+        p_yes: tuple[float, ...] | None,
+        failure: str | None,
+    ) -> None:
+        job.attempts += 1
+        self.counters["attempts"] += 1
+        self.counters["busy_seconds"] += seconds
+        if self._audit is None:
+            return
+        row = {
+            "sample": str(job.sample_id),
+            "sha256": job.key,
+            "worker": worker,
+            "attempt": job.attempts,
+            "p_yes": p_yes,
+            "failure": failure,
+        }
+        self._audit.write(json.dumps(row) + "\n")
+        self._audit.flush()
+
+
+def content_key(image: np.ndarray, questions: Sequence[str]) -> str:
+    """sha256 over the image's shape and pixels and the questions."""
+    digest = hashlib.sha256(json.dumps([image.shape, list(questions)]).encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()

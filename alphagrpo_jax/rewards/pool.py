@@ -1,0 +1,382 @@
+"""A pool of verifier workers that answers questions about images and never makes up an answer.
+
+Every worker process is driven by one thread of the caller's process. A sample (one image and its
+questions) is tried until a worker gives a number in [0, 1] for each question, at most
+`max_attempts` times; after that it is invalid. A failed attempt is repeated after an exponential
+back-off, on another worker if there is one. A worker that dies is restarted; one that does not
+answer in time is killed and restarted; neither holds up the others.
+"""
+
+import dataclasses
+import logging
+import math
+import pathlib
+import pickle
+import random
+import threading
+import time
+from collections.abc import Hashable, Iterable, Sequence
+
+import numpy as np
+
+from alphagrpo_jax.rewards import ledger as ledger_lib
+from alphagrpo_jax.rewards import worker as worker_lib
+from alphagrpo_jax.rewards.ledger import Scored
+
+_LOG = logging.getLogger(__name__)
+
+
+class PoolError(RuntimeError):
+    """The pool cannot work at all; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolOptions:
+    """How the pool runs. Durations in seconds."""
+
+    workers: int = 2
+    threads: int = 1  # compute threads of each worker; fixed, so that answers are reproducible
+    capacity: int = 1024  # samples under way; `submit` waits while there are so many
+    attempt_seconds: float = 60.0  # for one attempt, from the moment a worker has it
+    total_seconds: float = 600.0  # after its submission, no further attempt at a sample starts
+    start_seconds: float = 300.0  # for starting a worker and building its verifier
+    max_attempts: int = 4
+    max_restarts: int = 5  # of one worker without an answer in between; then it is given up
+    backoff_seconds: float = 0.2  # before the first retry; doubles, with jitter of +-50%
+    cache_size: int = 0  # samples whose answers are remembered, least recently used go first
+    audit_path: str | None = None  # JSON Lines of every attempt and its outcome
+
+    def __post_init__(self) -> None:
+        for field in ("workers", "threads", "capacity", "max_attempts"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"got {field}={value}, expected at least 1")
+        for field in ("attempt_seconds", "total_seconds", "start_seconds"):
+            value = getattr(self, field)
+            if not 0 < value < math.inf:
+                raise ValueError(f"got {field}={value}, expected a positive number of seconds")
+
+
+class Pool:
+    """Worker processes that answer questions about images; a context manager.
+
+    All public methods may be called from any thread.
+    """
+
+    def __init__(self, factory: worker_lib.Factory, options: PoolOptions | None = None) -> None:
+        """Starts the workers in the background; `wait_ready` waits for them.
+
+        Args:
+          factory: (kind, options) of `verifiers.build`, resolved inside each worker.
+          options: defaults if None.
+        Raises:
+          ValueError: the factory cannot be pickled.
+          OSError: the audit log cannot be opened.
+        """
+        try:
+            pickle.dumps(factory)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ValueError(f"got a verifier factory that cannot be pickled: {error}") from error
+        self._options = options or PoolOptions()
+        path = self._options.audit_path
+        audit = None if path is None else pathlib.Path(path).open("a", encoding="utf-8")  # noqa: SIM115
+        self._changed = threading.Condition()  # guards the ledger and the next three
+        self._ledger = ledger_lib.Ledger(cache_size=self._options.cache_size, audit=audit)
+        self._ready: set[int] = set()  # workers that have been started once
+        self._lost: dict[int, str] = {}  # workers given up, and why
+        self._closing = False
+        self._jitter = random.Random(0)  # no answer depends on it
+        self._workers = [
+            worker_lib.Worker(factory, threads=self._options.threads)
+            for _ in range(self._options.workers)
+        ]
+        self._drivers = [
+            threading.Thread(target=self._drive, args=(index,), daemon=True, name=f"worker-{index}")
+            for index in range(len(self._workers))
+        ]
+        for driver in self._drivers:
+            driver.start()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wait_ready(self) -> None:
+        """Waits until every worker has started or was given up.
+
+        Raises:
+          PoolError: all workers were given up, or the pool is closed.
+        """
+        with self._changed:
+            while len(self._ready | self._lost.keys()) < len(self._workers):
+                self._check_open()
+                self._changed.wait()
+            if self._all_lost():
+                raise PoolError(self._lost_message())
+
+    def submit(self, sample_id: Hashable, image: np.ndarray, questions: Sequence[str]) -> None:
+        """Queues a sample; waits while `capacity` samples are under way.
+
+        Args:
+          sample_id: what `gather` will ask for; any hashable.
+          image: uint8[H, W, 3], copied.
+          questions: at least one, e.g. `Record.asked`.
+        Raises:
+          ValueError: wrong image or questions, or the id is in use.
+          PoolError: the pool is closed.
+        """
+        image = _checked_image(sample_id, image)
+        if isinstance(questions, str) or not questions:
+            raise ValueError(
+                f"sample {sample_id!r}: got questions {questions!r}, expected a list of at least 1"
+            )
+        key = ledger_lib.content_key(image, questions)
+        with self._changed:
+            self._wait_for_room()
+            if sample_id in self._ledger.under_way or sample_id in self._ledger.results:
+                raise ValueError(f"sample {sample_id!r} was submitted before and not yet gathered")
+            now = time.monotonic()
+            job = ledger_lib.Job(
+                sample_id=sample_id,
+                image=image,
+                questions=tuple(questions),
+                key=key,
+                submitted=now,
+                deadline=now + self._options.total_seconds,
+                not_before=now,
+            )
+            self._ledger.add(job)
+            if self._all_lost():
+                self._ledger.reject_waiting(self._lost_message())
+            self._changed.notify_all()
+
+    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, Scored]:
+        """Waits for these samples and hands out their outcomes, each once, in the order given.
+
+        Raises:
+          ValueError: an id that was not submitted, or was gathered before.
+          PoolError: the pool was closed before all had an outcome.
+        """
+        sample_ids = list(dict.fromkeys(sample_ids))
+        with self._changed:
+            ledger = self._ledger
+            known = ledger.under_way | ledger.results.keys()
+            unknown = [sample_id for sample_id in sample_ids if sample_id not in known]
+            if unknown:
+                raise ValueError(
+                    f"got sample ids {unknown[:5]}, expected ids submitted and not yet gathered"
+                )
+            while not ledger.under_way.isdisjoint(sample_ids):
+                self._check_open()
+                if not ledger.expire():
+                    self._changed.wait(ledger.seconds_to_next_event())
+            return {sample_id: ledger.results.pop(sample_id) for sample_id in sample_ids}
+
+    def counters(self) -> dict[str, float]:
+        """Totals since the start, see `ledger.COUNTERS`, and `lost_workers`, those given up."""
+        with self._changed:
+            return self._ledger.counters | {"lost_workers": len(self._lost)}
+
+    def close(self) -> None:
+        """Ends all workers at once; samples under way have no outcome. May be called twice."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for worker, driver in zip(self._workers, self._drivers, strict=True):
+            while driver.is_alive():  # it may be just about to start a process: kill again
+                worker.kill()
+                driver.join(timeout=0.1)
+        with self._changed:
+            self._ledger.close()
+
+    # The thread of one worker.
+
+    def _drive(self, index: int) -> None:
+        """Keeps one worker running and feeds it samples until the pool closes."""
+        worker = self._workers[index]
+        failures = 0  # of the process, since the last answer
+        try:
+            while not self._closing:
+                if not worker.running and not self._start(index, failures):
+                    failures += 1
+                    continue
+                job = self._take(index)
+                if job is None:
+                    return
+                answered = self._attempt(index, job)
+                failures = 0 if answered else failures + (not worker.running)
+        except _GivenUpError as error:
+            self._give_up(index, str(error))
+        finally:
+            worker.stop()
+
+    def _start(self, index: int, failures: int) -> bool:
+        """Starts the worker's process; false if that failed and may be tried again.
+
+        Raises:
+          _GivenUpError: too many failures, or its verifier could not be built at the first start
+            (a wrong path or setting rather than an accident).
+        """
+        if failures > self._options.max_restarts:
+            raise _GivenUpError(f"it failed {failures} times in a row")
+        if failures:
+            self._pause(self._backoff(failures))
+        try:
+            self._workers[index].start(self._options.start_seconds)
+        except (
+            worker_lib.WorkerBuildError,
+            worker_lib.WorkerDiedError,
+            worker_lib.WorkerTimeoutError,
+            OSError,
+        ) as error:
+            if isinstance(error, worker_lib.WorkerBuildError) and index not in self._ready:
+                raise _GivenUpError(str(error)) from error
+            if not self._closing:
+                _LOG.warning("verifier worker %d did not start: %s", index, error)
+            return False
+        with self._changed:
+            self._ledger.counters["starts"] += 1
+            self._ready.add(index)
+            self._changed.notify_all()
+        return True
+
+    def _take(self, index: int) -> ledger_lib.Job | None:
+        """Waits for a sample that this worker may try now; None when the pool closes."""
+        with self._changed:
+            while not self._closing:
+                if self._ledger.expire():
+                    self._changed.notify_all()
+                alone = len(self._workers) - len(self._lost) <= 1
+                job = self._ledger.take(index, alone=alone)
+                if job is not None:
+                    return job
+                self._changed.wait(self._ledger.seconds_to_next_event())
+        return None
+
+    def _attempt(self, index: int, job: ledger_lib.Job) -> bool:
+        """Tries a sample once and settles what becomes of it; whether it was answered."""
+        started = time.monotonic()
+        try:
+            answers = self._workers[index].ask(
+                job.image, job.questions, self._options.attempt_seconds
+            )
+            p_yes = _checked_answers(answers, len(job.questions))
+        except worker_lib.WorkerTimeoutError as error:
+            self._settle_failure(index, job, "timeouts", str(error), started)
+            return False
+        except worker_lib.WorkerDiedError as error:
+            self._settle_failure(index, job, "deaths", str(error), started)
+            return False
+        except (worker_lib.WorkerError, _BadAnswerError) as error:
+            self._settle_failure(index, job, "bad_answers", str(error), started)
+            return False
+        with self._changed:
+            self._ledger.answered(job, index, p_yes, time.monotonic() - started)
+            self._changed.notify_all()
+        return True
+
+    def _settle_failure(
+        self, index: int, job: ledger_lib.Job, kind: str, failure: str, started: float
+    ) -> None:
+        """Books a failed attempt, then queues the sample again or makes it invalid."""
+        now = time.monotonic()
+        with self._changed:
+            if self._closing:
+                return  # the pool itself killed the worker
+            self._ledger.failed(job, index, kind, failure, now - started)
+            _LOG.warning("sample %r: %s", job.sample_id, job.failure)
+            if job.attempts >= self._options.max_attempts or now >= job.deadline:
+                self._ledger.reject(job)
+            else:
+                not_before = now + self._backoff(job.attempts)
+                self._ledger.retry(
+                    job,
+                    avoid=index,
+                    not_before=not_before,
+                    avoid_until=not_before + self._options.attempt_seconds,
+                )
+            self._changed.notify_all()
+
+    def _give_up(self, index: int, reason: str) -> None:
+        """Leaves a worker out from now on; without any worker all waiting samples are invalid."""
+        _LOG.error("verifier worker %d is given up: %s", index, reason)
+        with self._changed:
+            self._lost[index] = reason
+            if self._all_lost():
+                self._ledger.reject_waiting(self._lost_message())
+            self._changed.notify_all()
+
+    def _backoff(self, failures: int) -> float:
+        doubled = self._options.backoff_seconds * 2.0 ** (failures - 1)
+        return doubled * self._jitter.uniform(0.5, 1.5)
+
+    def _pause(self, seconds: float) -> None:
+        """Sleeps, but not through the pool's closing."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while not self._closing and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+    # Called with the lock held.
+
+    def _wait_for_room(self) -> None:
+        self._check_open()
+        while len(self._ledger.under_way) >= self._options.capacity:
+            if not self._ledger.expire():
+                self._changed.wait(self._ledger.seconds_to_next_event())
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise PoolError("the verifier pool is closed; make a new one")
+
+    def _all_lost(self) -> bool:
+        return len(self._lost) == len(self._workers)
+
+    def _lost_message(self) -> str:
+        reasons = "; ".join(sorted(set(self._lost.values())))
+        return f"no verifier worker is left: {reasons}"
+
+
+class _BadAnswerError(Exception):
+    """A reply that is not one number in [0, 1] per question."""
+
+
+class _GivenUpError(Exception):
+    """A worker is not to be started again."""
+
+
+def _checked_image(sample_id: Hashable, image: np.ndarray) -> np.ndarray:
+    """A copy of the image.
+
+    Raises:
+      ValueError: it is not uint8[H, W, 3].
+    """
+    image = np.array(image, order="C")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"sample {sample_id!r}: got an image {image.dtype}{list(image.shape)}, "
+            "expected uint8[H, W, 3]"
+        )
+    return image
+
+
+def _checked_answers(
+    answers: Sequence[tuple[float | None, str | None]], expected: int
+) -> tuple[float, ...]:
+    """The numbers of a verifier's reply.
+
+    Raises:
+      _BadAnswerError: another number of answers than of questions, or one that is no probability.
+    """
+    if len(answers) != expected:
+        raise _BadAnswerError(f"got {len(answers)} answers, expected {expected}")
+    numbers = []
+    for position, (p_yes, failure) in enumerate(answers):
+        if failure is not None or p_yes is None or not 0.0 <= p_yes <= 1.0:
+            why = failure or f"got P(yes) = {p_yes}, expected a number in [0, 1]"
+            raise _BadAnswerError(f"question {position}: {why}")
+        numbers.append(p_yes)
+    return tuple(numbers)
