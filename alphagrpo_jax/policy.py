@@ -17,6 +17,12 @@ from flax import struct
 from alphagrpo_jax.flow.guidance import Guidance, combine
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.models.bagel import base_shapes as base_shapes
+from alphagrpo_jax.models.bagel import init_base as init_base
+from alphagrpo_jax.models.bagel_weights import Loaded as Loaded
+from alphagrpo_jax.models.bagel_weights import load_model as load_model
+from alphagrpo_jax.models.bagel_weights import new_model as new_model
+from alphagrpo_jax.models.bagel_weights import save_model as save_model
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts, Segment
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.masked import causal_mask
@@ -50,23 +56,12 @@ class DecodeCache:
     step: jax.Array  # int32[], slots used so far
 
 
-def init_base(model: Bagel, key: jax.Array) -> dict:
-    """Random weights for a model (what its pretraining starts from).
-
-    Args:
-      model: the model.
-      key: typed PRNG key.
-    Returns:
-      The base tree, float32 leaves.
-    """
-    side = model.config.latent_stride
-    images = jnp.zeros((1, side, side, model.config.vae.in_channels))
-    return jax.jit(functools.partial(model.init, method="initialise"))(key, images)["params"]
-
-
-def base_shapes(model: Bagel) -> dict:
-    """The base tree with `jax.ShapeDtypeStruct` leaves, without computing anything."""
-    return jax.eval_shape(functools.partial(init_base, model), jax.random.key(0))
+def call(model: Bagel, params: PolicyParams, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Any method of `Bagel` with the policy's weights; the functions below are made of it."""
+    variables = {"params": params.base}
+    if params.lora is not None:
+        variables["lora"] = lora.scaled(params.lora, params.lora_scale)
+    return model.apply(variables, *args, method=method, **kwargs)
 
 
 def extend_text(
@@ -84,13 +79,13 @@ def extend_text(
       The longer context, and float[B, T, D], the final hidden states (normed).
     """
     chex.assert_rank([tokens, mask], 2)
-    und = _apply(model, params, "embed_text", tokens)
+    und = call(model, params, "embed_text", tokens)
     return _extend_causal(model, params, ctx, und, mask)
 
 
 def text_logits(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
     """float[B, T, D] hidden states (normed) -> float32[B, T, V]."""
-    return _apply(model, params, "logits", hidden)
+    return call(model, params, "logits", hidden)
 
 
 def text_log_probs(
@@ -172,7 +167,7 @@ def decode_step(
     """
     chex.assert_rank(token, 1)
     active = jnp.ones(token.shape, bool) if active is None else active
-    und = _apply(model, params, "embed_text", token[:, None])
+    und = call(model, params, "embed_text", token[:, None])
     past = cache.segment
     so_far = Context((*ctx.segments, past), cache.rope)
     own = jnp.ones((1, 1, 1), bool)
@@ -228,7 +223,7 @@ def extend_vit(
     ctx = _rows(ctx, batch)
     marks = _delimiters(model, params, batch)
     und = jnp.concatenate(
-        [marks[:, :1], _apply(model, params, "embed_patches", patches, grid=grid), marks[:, 1:]], 1
+        [marks[:, :1], call(model, params, "embed_patches", patches, grid=grid), marks[:, 1:]], 1
     )
     positions = jnp.broadcast_to(ctx.rope[:, None], und.shape[:2])
     own = jnp.ones((1, 1, und.shape[1]), bool)
@@ -280,7 +275,7 @@ def velocity(
       float32[B, M, C].
     """
     hidden, _ = _latent_block(model, params, ctx, x, sigma, grid, keep_cache=False)
-    return _apply(model, params, "read_velocity", hidden.gen)
+    return call(model, params, "read_velocity", hidden.gen)
 
 
 def guided_velocity(
@@ -339,32 +334,32 @@ def joint_forward(
     Returns:
       Final hidden states (normed); see `text_logits` and `read_velocity`.
     """
-    hidden, _ = _apply(model, params, "decode", tokens, positions, (), (mask,), keep_cache=False)
+    hidden, _ = call(model, params, "decode", tokens, positions, (), (mask,), keep_cache=False)
     return hidden
 
 
 def embed_text(model: Bagel, params: PolicyParams, tokens: jax.Array) -> jax.Array:
     """int32[B, T] -> float[B, T, D]."""
-    return _apply(model, params, "embed_text", tokens)
+    return call(model, params, "embed_text", tokens)
 
 
 def embed_latents(
     model: Bagel, params: PolicyParams, x: jax.Array, sigma: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """float[B, M, C] at noise level float[B] -> float[B, M, D]."""
-    return _apply(model, params, "embed_latents", x, sigma, grid=grid)
+    return call(model, params, "embed_latents", x, sigma, grid=grid)
 
 
 def embed_patches(
     model: Bagel, params: PolicyParams, patches: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """float[B, Mv, patch width] -> float[B, Mv, D]."""
-    return _apply(model, params, "embed_patches", patches, grid=grid)
+    return call(model, params, "embed_patches", patches, grid=grid)
 
 
 def read_velocity(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
     """float[B, M, D] hidden states of latent tokens (normed) -> float32[B, M, C]."""
-    return _apply(model, params, "read_velocity", hidden)
+    return call(model, params, "read_velocity", hidden)
 
 
 def encode_image(
@@ -381,7 +376,7 @@ def encode_image(
       float32[B, M, C].
     """
     chex.assert_rank(images, 4)
-    latent = _apply(model, params, "encode_image", images, noise)
+    latent = call(model, params, "encode_image", images, noise)
     return patchify(latent, model.config.latent_patch_size)
 
 
@@ -399,14 +394,7 @@ def decode_latents(
       float32[B, Hpx, Wpx, 3], clipped to [-1, 1].
     """
     latent = unpatchify(latents, model.config.latent_patch_size, grid)
-    return jnp.clip(_apply(model, params, "decode_image", latent), -1.0, 1.0)
-
-
-def _apply(model: Bagel, params: PolicyParams, method: str, *args: Any, **kwargs: Any) -> Any:
-    variables = {"params": params.base}
-    if params.lora is not None:
-        variables["lora"] = lora.scaled(params.lora, params.lora_scale)
-    return model.apply(variables, *args, method=method, **kwargs)
+    return jnp.clip(call(model, params, "decode_image", latent), -1.0, 1.0)
 
 
 def _rows(ctx: Context, batch: int) -> Context:
@@ -425,7 +413,7 @@ def _decode(
 ) -> tuple[Tokens, Segment | None]:
     """New tokens over a context, all of them valid; `own` is their mask among themselves."""
     masks = (*(segment.valid[:, None] for segment in ctx.segments), own)
-    hidden, pair = _apply(
+    hidden, pair = call(
         model, params, "decode", tokens, positions, ctx.segments, masks, keep_cache=keep_cache
     )
     if not keep_cache:
@@ -450,7 +438,7 @@ def _delimiters(model: Bagel, params: PolicyParams, batch: int) -> jax.Array:
     """Embedded `<|vision_start|>`, `<|vision_end|>`, float[B, 2, D]."""
     ids = model.config.tokens
     marks = jnp.array([[ids.vision_start, ids.vision_end]], jnp.int32)
-    embedded = _apply(model, params, "embed_text", marks)
+    embedded = call(model, params, "embed_text", marks)
     return jnp.broadcast_to(embedded, (batch, *embedded.shape[1:]))
 
 
@@ -468,7 +456,7 @@ def _latent_block(
     chex.assert_shape(x, (None, grid[0] * grid[1], model.config.latent_width))
     chex.assert_shape(sigma, x.shape[:1])
     ctx = _rows(ctx, x.shape[0])
-    gen = _apply(model, params, "embed_latents", x, sigma, grid=grid)
+    gen = call(model, params, "embed_latents", x, sigma, grid=grid)
     tokens = Tokens(_delimiters(model, params, x.shape[0]), gen)
     length = gen.shape[1] + 2
     positions = jnp.broadcast_to(ctx.rope[:, None], (x.shape[0], length))

@@ -1,5 +1,6 @@
 """BAGEL: one decoder that reads text and images, writes text and draws latents."""
 
+import functools
 from typing import Any
 
 import jax
@@ -75,6 +76,7 @@ class Bagel(nn.Module):
         positions: jax.Array,
         past: tuple[Segment, ...],
         masks: tuple[jax.Array, ...],
+        *,
         keep_cache: bool = True,
         final_norm: bool = True,
     ) -> tuple[Tokens, tuple[jax.Array, jax.Array] | None]:
@@ -121,3 +123,22 @@ class Bagel(nn.Module):
         rule = interpolated_grid_ids if self.config.interpolate_pos else grid_ids
         table = sincos_table(self.config.llm.hidden_size, side)
         return jnp.asarray(table[rule(grid, side)][None], self.dtype)
+
+
+def init_base(model: Bagel, key: jax.Array) -> dict:
+    """Random weights for a model (what its pretraining starts from).
+
+    Args:
+      model: the model.
+      key: typed PRNG key.
+    Returns:
+      The base tree, float32 leaves.
+    """
+    side = model.config.latent_stride
+    images = jnp.zeros((1, side, side, model.config.vae.in_channels))
+    return jax.jit(functools.partial(model.init, method="initialise"))(key, images)["params"]
+
+
+def base_shapes(model: Bagel) -> dict:
+    """The base tree with `jax.ShapeDtypeStruct` leaves, without computing anything."""
+    return jax.eval_shape(functools.partial(init_base, model), jax.random.key(0))

@@ -7,30 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from alphagrpo_jax.models.vae import VAEConfig
+from alphagrpo_jax.runtime.images import ImageSizes
+from alphagrpo_jax.runtime.tokenizer import SpecialTokens
 
 LLM_FILE, VIT_FILE = "llm_config.json", "vit_config.json"
 VAE_FILE, BAGEL_FILE = "vae_config.json", "bagel_config.json"
 # What the official application uses with a folder that has no bagel_config.json; a file that
 # exists but lacks a field falls back on the official configuration class (the field defaults).
 OFFICIAL_APPLICATION = {"max_latent_size": 64}
-DEFAULT_TRANSFORMS = {
-    "vae_transform": {"max": 1024, "min": 512, "stride": 16},
-    "vit_transform": {"max": 980, "min": 224, "stride": 14},
-}
+VAE_TRANSFORM = ImageSizes(max_size=1024, min_size=512, stride=16)
+VIT_TRANSFORM = ImageSizes(max_size=980, min_size=224, stride=14)
 
 
 class ConfigError(ValueError):
     """A configuration file with a missing field or a value that contradicts another."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens that delimit texts and images."""
-
-    im_start: int
-    im_end: int
-    vision_start: int
-    vision_end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +77,6 @@ class ViTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSizes:
-    """Size rule of an image transform, pixels: sides within [min, max], multiples of stride."""
-
-    max_size: int
-    min_size: int
-    stride: int
-
-
-@dataclasses.dataclass(frozen=True)
 class BagelConfig:
     """Everything that the policy needs to know about a folder, hashable."""
 
@@ -109,8 +90,8 @@ class BagelConfig:
     connector_act: str = "gelu_pytorch_tanh"
     interpolate_pos: bool = False
     timestep_shift: float = 1.0
-    vae_transform: ImageSizes = ImageSizes(1024, 512, 16)
-    vit_transform: ImageSizes = ImageSizes(980, 224, 14)
+    vae_transform: ImageSizes = VAE_TRANSFORM
+    vit_transform: ImageSizes = VIT_TRANSFORM
 
     def __post_init__(self) -> None:
         side = self.vit.image_size // self.vit.patch_size
@@ -171,9 +152,13 @@ class BagelConfig:
           ConfigError: a missing field or contradicting values.
         """
         rules = dict(OFFICIAL_APPLICATION if bagel is None else bagel)
-        for name, default in DEFAULT_TRANSFORMS.items():
-            sizes = default | dict(rules.get(name, {}))
-            rules[name] = ImageSizes(sizes["max"], sizes["min"], sizes["stride"])
+        for name, default in (("vae_transform", VAE_TRANSFORM), ("vit_transform", VIT_TRANSFORM)):
+            given = rules.get(name, {})
+            rules[name] = ImageSizes(
+                max_size=given.get("max", default.max_size),
+                min_size=given.get("min", default.min_size),
+                stride=given.get("stride", default.stride),
+            )
         vae_fields = dict(vae or {})
         if "ch_mult" in vae_fields:
             vae_fields["ch_mult"] = tuple(vae_fields["ch_mult"])
@@ -185,6 +170,23 @@ class BagelConfig:
             tokens=tokens,
             **_known(cls, rules),
         )
+
+    def to_dicts(self) -> dict[str, dict[str, Any]]:
+        """Contents of the four JSON files, by file name; `from_dicts` reads them back."""
+        parts = {
+            file: dataclasses.asdict(part)
+            for file, part in ((LLM_FILE, self.llm), (VIT_FILE, self.vit), (VAE_FILE, self.vae))
+        }
+        nested = {"llm", "vit", "vae", "tokens"}
+        rules = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in nested
+        }
+        for name in ("vae_transform", "vit_transform"):
+            sizes = rules[name]
+            rules[name] = {"max": sizes.max_size, "min": sizes.min_size, "stride": sizes.stride}
+        return parts | {BAGEL_FILE: rules}
 
     @classmethod
     def from_folder(cls, folder: str | Path, tokens: SpecialTokens) -> "BagelConfig":

@@ -1,0 +1,288 @@
+"""BAGEL folders: reading one into a model, and writing it back byte-compatibly."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+
+from alphagrpo_jax.models.bagel import Bagel, base_shapes, init_base
+from alphagrpo_jax.models.bagel_config import (
+    BAGEL_FILE,
+    LLM_FILE,
+    VAE_FILE,
+    VIT_FILE,
+    BagelConfig,
+)
+from alphagrpo_jax.models.name_table import AE, EMA, Entry, entries, position_tables
+from alphagrpo_jax.ops.posembed import sincos_table
+from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.tokenizer import Tokenizer
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+CONFIG_FILES = (LLM_FILE, VIT_FILE, VAE_FILE, BAGEL_FILE)
+
+Place = Callable[[str, np.ndarray], jax.Array]
+
+
+class WeightsError(ValueError):
+    """A weight file that cannot be read or does not fit the configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A BAGEL folder in memory."""
+
+    model: Bagel
+    base: dict
+    tokenizer: Tokenizer
+    config: BagelConfig
+    json_files: Mapping[str, bytes]  # the configuration files as they were
+    dtypes: Mapping[str, str]  # dtype of every tensor in the files, by name
+
+
+def load_model(
+    folder: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    remat: str = "none",
+    unroll: int = 1,
+    place: Place | None = None,
+) -> Loaded:
+    """Reads a folder in the official layout.
+
+    Args:
+      folder: path or `package:NAME`.
+      dtype: of the weights in memory and of the computation; the files may hold another one.
+      remat: see `models.layers.REMAT_POLICIES`.
+      unroll: layers per iteration of the scan over layers.
+      place: puts one leaf ("a/b/c", array) on the devices; called as soon as a leaf is read, so
+        that a large model is never whole on the host. None: the default device.
+    Raises:
+      FileNotFoundError: a missing file.
+      TokenizerError, ConfigError, WeightsError: files that do not fit.
+    """
+    folder = resolve(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    config = BagelConfig.from_folder(folder, tokenizer.special)
+    _check_vocabulary(folder, config, tokenizer)
+    model = Bagel(config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll)
+    base, dtypes = read_weights(folder, model, place)
+    files = {name: folder / name for name in CONFIG_FILES}
+    json_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
+    return Loaded(model, base, tokenizer, config, json_files, dtypes)
+
+
+def new_model(
+    key: jax.Array,
+    tokenizer: Tokenizer,
+    *,
+    llm: Mapping[str, Any],
+    vit: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    bagel: Mapping[str, Any],
+    remat: str = "none",
+    unroll: int = 1,
+) -> Loaded:
+    """A model with random float32 weights, ready for pretraining and `save_model`.
+
+    Args:
+      key: typed PRNG key.
+      tokenizer: its special tokens become the model's.
+      llm, vit, vae, bagel: contents of the four JSON files.
+      remat: see `models.layers.REMAT_POLICIES`.
+      unroll: layers per iteration of the scan over layers.
+    """
+    config = BagelConfig.from_dicts(llm, vit, vae, bagel, tokens=tokenizer.special)
+    model = Bagel(config, remat=remat, unroll=unroll)
+    contents = zip(CONFIG_FILES, (llm, vit, vae, bagel), strict=True)
+    files = {name: json.dumps(dict(fields), indent=2).encode() for name, fields in contents}
+    return Loaded(model, init_base(model, key), tokenizer, config, files, {})
+
+
+def save_model(
+    folder: str | Path, loaded: Loaded, *, base: dict | None = None, dtype: str | None = None
+) -> None:
+    """Writes a folder in the official layout: JSON files, tokenizer, both weight files.
+
+    Args:
+      folder: created if needed.
+      loaded: model, tokenizer and configuration files.
+      base: other weights than the loaded ones (e.g. with an adapter merged in).
+      dtype: of all tensors in the files; None: each tensor's dtype in the folder it came from,
+        float32 if it came from none.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    generated = loaded.config.to_dicts()
+    for name in CONFIG_FILES:
+        contents = loaded.json_files.get(name, json.dumps(generated[name], indent=2).encode())
+        (folder / name).write_bytes(contents)
+    loaded.tokenizer.save(folder)
+    dtypes = loaded.dtypes if dtype is None else {}
+    write_weights(
+        folder, loaded.model, loaded.base if base is None else base, dtypes, dtype or "float32"
+    )
+
+
+def read_weights(
+    folder: Path, model: Bagel, place: Place | None = None
+) -> tuple[dict, dict[str, str]]:
+    """The base tree of a folder's two weight files, and every tensor's dtype in them.
+
+    Raises:
+      FileNotFoundError: a missing file.
+      WeightsError: an unreadable file; or tensors missing, unexpected or of another shape, all
+        of them in one message.
+    """
+    shapes = base_shapes(model)
+    table = entries(shapes)
+    put = place or (lambda _, array: jnp.asarray(array))
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(_open(folder / name)) for name in (EMA, AE)}
+        dtypes = _check(folder, files, table, position_tables(model.config))
+        groups: dict[tuple[str, ...], list[Entry]] = {}
+        for entry in table:
+            groups.setdefault(entry.path, []).append(entry)
+        leaves = {}
+        flat = traverse_util.flatten_dict(shapes)
+        for path, group in groups.items():
+            leaf = np.empty(flat[path].shape, model.dtype)
+            for entry in group:
+                tensor = entry.to_tree(files[entry.file].get_tensor(entry.name))
+                leaf[... if entry.layer is None else entry.layer] = tensor
+            leaves[path] = put("/".join(path), leaf)
+    return traverse_util.unflatten_dict(leaves), dtypes
+
+
+def write_weights(
+    folder: Path, model: Bagel, base: dict, dtypes: Mapping[str, str], default: str
+) -> None:
+    """Writes both weight files, one tensor in memory at a time.
+
+    Args:
+      folder: existing.
+      model: its configuration gives the position tables.
+      base: parameter tree.
+      dtypes: dtype by tensor name.
+      default: dtype of the others.
+    """
+    flat = traverse_util.flatten_dict(base)
+    writers: dict[str, dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]] = {
+        EMA: {},
+        AE: {},
+    }
+
+    def reader(entry: Entry) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            leaf = flat[entry.path]
+            return entry.to_file(np.asarray(leaf if entry.layer is None else leaf[entry.layer]))
+
+        return read
+
+    for entry in entries(base):
+        writers[entry.file][entry.name] = (entry.shape, reader(entry))
+    for name, (width, side) in position_tables(model.config).items():
+        table = sincos_table(width, side)
+        writers[EMA][name] = (table.shape, lambda table=table: table)
+    for file, tensors in writers.items():
+        chosen = {name: jnp.dtype(dtypes.get(name, default)) for name in tensors}
+        _write(folder / file, tensors, chosen)
+
+
+def _write(
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
+    dtypes: Mapping[str, np.dtype],
+) -> None:
+    """The safetensors format: header length, JSON header, tensor bytes in the header's order."""
+    header, start = {}, 0
+    names = sorted(tensors)
+    for name in names:
+        shape, dtype = tensors[name][0], dtypes[name]
+        stop = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        offsets = {"data_offsets": [start, stop]}
+        header[name] = {"dtype": CODES[dtype.name], "shape": list(shape)} | offsets
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(np.ascontiguousarray(tensors[name][1](), dtypes[name]).tobytes())
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    if not path.exists():
+        present = sorted(p.name for p in path.parent.iterdir())
+        raise FileNotFoundError(
+            f"{path} does not exist; expected the official layout with {EMA} and {AE}, found "
+            f"{present}; download the missing file"
+        )
+    try:
+        opened = safe_open(path, "numpy")
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file ({error}); "
+            "it may be truncated: download or copy it again"
+        ) from error
+    with opened as file:
+        yield file
+
+
+def _check(
+    folder: Path, files: Mapping[str, Any], table: list[Entry], optional: Mapping[str, Any]
+) -> dict[str, str]:
+    """Compares the files' headers with the table; returns the dtype of every tensor."""
+    problems, dtypes = [], {}
+    for file, handle in files.items():
+        expected = {entry.name: entry.shape for entry in table if entry.file == file}
+        found = {}
+        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            header = handle.get_slice(name)
+            found[name] = tuple(header.get_shape())
+            if header.get_dtype() not in DTYPES:
+                problems.append(f"  {file}: {name} has dtype {header.get_dtype()}, not a float")
+                continue
+            dtypes[name] = DTYPES[header.get_dtype()]
+        for name in sorted(expected.keys() | (found.keys() - optional.keys())):
+            if expected.get(name) != found.get(name):
+                problems.append(_difference(file, name, expected.get(name), found.get(name)))
+    if problems:
+        raise WeightsError(
+            f"the weights in {folder} do not fit its JSON files ({len(problems)} tensors):\n"
+            + "\n".join(problems)
+            + f"\nfetch weights and {', '.join(CONFIG_FILES)} of one and the same model"
+        )
+    return dtypes
+
+
+def _difference(
+    file: str, name: str, expected: tuple[int, ...] | None, found: tuple[int, ...] | None
+) -> str:
+    if found is None:
+        return f"  {file}: missing {name}, expected shape {list(expected)}"
+    if expected is None:
+        return f"  {file}: unexpected {name} of shape {list(found)}, expected no such tensor"
+    return f"  {file}: {name} has shape {list(found)}, expected {list(expected)}"
+
+
+def _check_vocabulary(folder: Path, config: BagelConfig, tokenizer: Tokenizer) -> None:
+    ids = dataclasses.asdict(tokenizer.special)
+    if max(ids.values()) >= config.llm.vocab_size:
+        raise WeightsError(
+            f"{folder}: the tokenizer's special tokens {ids} exceed the model's vocabulary of "
+            f"{config.llm.vocab_size} ({LLM_FILE}); use the tokenizer of the same model"
+        )

@@ -1,0 +1,134 @@
+"""Images on the host: BAGEL's resize rule, and the conversions between uint8 and [-1, 1]."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 14 * 14 * 9 * 1024  # largest image of either transform
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSizes:
+    """Size rule of an image transform, pixels: sides within [min, max], multiples of stride."""
+
+    max_size: int
+    min_size: int
+    stride: int
+
+
+def fitted_size(width: int, height: int, sizes: ImageSizes) -> tuple[int, int]:
+    """Width and height after a transform.
+
+    The longer side is brought down to `max_size`, then the shorter one up to `min_size`; both are
+    rounded (half to even) to multiples of `stride`; then the pixel count and the longer side are
+    limited again.
+
+    Args:
+      width: pixels.
+      height: pixels.
+      sizes: the transform's rule.
+    """
+    scale = min(sizes.max_size / max(width, height), 1.0)
+    scale = max(scale, sizes.min_size / min(width, height))
+    width, height = _scaled(width, height, scale, sizes.stride)
+    if width * height > MAX_PIXELS:
+        width, height = _scaled(width, height, MAX_PIXELS / (width * height), sizes.stride)
+    if max(width, height) > sizes.max_size:
+        width, height = _scaled(width, height, sizes.max_size / max(width, height), sizes.stride)
+    return width, height
+
+
+def _scaled(width: int, height: int, scale: float, stride: int) -> tuple[int, int]:
+    return tuple(
+        max(stride, round(round(side * scale) / stride) * stride) for side in (width, height)
+    )
+
+
+def resize(image: Image.Image, sizes: ImageSizes) -> Image.Image:
+    """The image at a transform's size (bicubic)."""
+    return image.resize(fitted_size(*image.size, sizes), Image.Resampling.BICUBIC)
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """Reads an image file; transparency is laid on white.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not an image.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{path} is not a readable image ({error}); give a PNG or JPEG file"
+        ) from error
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An RGB image; transparency is laid on white."""
+    if image.mode == "RGBA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def to_float(image: np.ndarray | Image.Image) -> np.ndarray:
+    """uint8[..., H, W, 3] -> float32[..., H, W, 3] in [-1, 1]."""
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"got an image of {pixels.dtype}, expected uint8")
+    return (pixels.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """float[..., H, W, 3] in [-1, 1] -> uint8, clipped and truncated (not rounded)."""
+    unit = np.clip(np.asarray(images, np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
+    return (unit * np.float32(255)).astype(np.uint8)
+
+
+def conditioning(
+    image: Image.Image, vae_sizes: ImageSizes, vit_sizes: ImageSizes
+) -> tuple[np.ndarray, np.ndarray]:
+    """A user's image as the two encoders see it.
+
+    The VAE's size comes first and the ViT's transform starts from that resized image.
+
+    Args:
+      image: RGB.
+      vae_sizes: rule of the VAE transform.
+      vit_sizes: rule of the ViT transform.
+    Returns:
+      float32[H, W, 3] for the VAE and float32[h, w, 3] for the ViT, in [-1, 1].
+    """
+    resized = resize(image, vae_sizes)
+    # Resized twice for the VAE: the size rule is not idempotent for extreme aspect ratios.
+    return to_float(resize(resized, vae_sizes)), to_float(resize(resized, vit_sizes))
+
+
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """Tiles images row by row on white.
+
+    Args:
+      images: uint8[N, H, W, 3].
+      columns: images per row.
+      gap: pixels between images.
+    Returns:
+      uint8[rows * (H + gap) + gap, columns * (W + gap) + gap, 3].
+    """
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)
+    canvas = np.full(shape, 255, np.uint8)
+    for index, image in enumerate(images):
+        top = gap + (index // columns) * (height + gap)
+        left = gap + (index % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas

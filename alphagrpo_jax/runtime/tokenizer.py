@@ -1,0 +1,158 @@
+"""The Qwen2 byte-level BPE tokenizer of a BAGEL folder."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = {
+    "im_start": "<|im_start|>",
+    "im_end": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}
+PAD = "<|endoftext|>"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read or lacks special tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that delimit texts and images."""
+
+    im_start: int
+    im_end: int
+    vision_start: int
+    vision_end: int
+
+
+class Tokenizer:
+    """Text to ids and back. Special-token strings inside a text become special ids."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes], where: str) -> None:
+        """Wraps a tokenizer.
+
+        Args:
+          backend: the tokenizer proper.
+          files: contents of the folder's tokenizer files, by name (what `save` writes).
+          where: the folder, for messages.
+        Raises:
+          TokenizerError: a special token is missing.
+        """
+        self._backend = backend
+        self.files = files
+        ids = {name: backend.token_to_id(token) for name, token in SPECIAL.items()}
+        missing = [SPECIAL[name] for name, value in ids.items() if value is None]
+        if missing:
+            raise TokenizerError(
+                f"the tokenizer in {where} lacks the special tokens {missing}; expected "
+                f"{list(SPECIAL.values())} among its added tokens (tokenizer.json); use the "
+                "tokenizer files of the BAGEL folder"
+            )
+        self.special = SpecialTokens(**ids)
+        pad = backend.token_to_id(PAD)
+        self.pad = self.special.im_end if pad is None else pad
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Reads tokenizer.json, or vocab.json and merges.txt with tokenizer_config.json.
+
+        Raises:
+          FileNotFoundError: neither is there.
+          TokenizerError: unreadable files, or special tokens missing.
+        """
+        folder = Path(folder)
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+        try:
+            if "tokenizer.json" in files:
+                backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+            elif "vocab.json" in files and "merges.txt" in files:
+                backend = _from_vocabulary(files)
+            else:
+                raise FileNotFoundError(
+                    f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and "
+                    f"merges.txt; found {sorted(files)}; copy the files of the BAGEL folder"
+                )
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise TokenizerError(
+                f"the tokenizer files in {folder} cannot be read ({error}); fetch them again"
+            ) from error
+        return cls(backend, files, str(folder))
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without `<|im_start|>` and `<|im_end|>`."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens included as their strings."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def wrap(self, text: str) -> list[int]:
+        """Ids of a text as it enters a context: `<|im_start|>`, ids, `<|im_end|>`."""
+        return [self.special.im_start, *self.encode(text), self.special.im_end]
+
+    def batch(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pads rows of ids on the right.
+
+        Args:
+          rows: B lists of ids.
+          length: T.
+        Returns:
+          int32[B, T] and bool[B, T], False at padding.
+        Raises:
+          ValueError: a row is longer than `length`.
+        """
+        tokens = np.full((len(rows), length), self.pad, np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for index, row in enumerate(rows):
+            if len(row) > length:
+                raise ValueError(
+                    f"text {index} has {len(row)} tokens, at most {length} fit: "
+                    f"{self.decode(row)[:80]!r}...; shorten it or raise the length"
+                )
+            tokens[index, : len(row)] = row
+            mask[index, : len(row)] = True
+        return tokens, mask
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files into a folder."""
+        for name, contents in self.files.items():
+            (Path(folder) / name).write_bytes(contents)
+
+
+def _from_vocabulary(files: dict[str, bytes]) -> tokenizers.Tokenizer:
+    """The tokenizer from vocab.json, merges.txt and the added tokens of tokenizer_config.json."""
+    vocabulary = json.loads(files["vocab.json"])
+    lines = files["merges.txt"].decode("utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(entry["content"], normalized=False) for _, entry in added]
+    )
+    return backend
