@@ -5,11 +5,9 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 MAX_REPORTED = 20  # bad lines listed in one error
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _OWN_FIELDS = ("prompt", "semantic_questions", "quality_questions", "id", "original_index")
 
 
@@ -32,7 +30,7 @@ class Record:
     quality: tuple[Question, ...]
     id: str | None = None
     original_index: int | None = None
-    extra: Mapping[str, Any] = dataclasses.field(default=_NOTHING, hash=False)  # other JSON fields
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # other fields
 
     @property
     def asked_semantic(self) -> list[str]:
@@ -133,7 +131,7 @@ def parse_record(fields: Any) -> Record:
         quality=quality,
         id=_optional_id(fields),
         original_index=_optional_index(fields),
-        extra=MappingProxyType({k: v for k, v in fields.items() if k not in _OWN_FIELDS}),
+        extra={name: value for name, value in fields.items() if name not in _OWN_FIELDS},
     )
 
 

@@ -1,0 +1,318 @@
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pool_fakes
+import pytest
+
+from alphagrpo_jax.rewards.pool import Pool, PoolError, PoolOptions
+
+QUESTIONS = ["Is there a circle?", "Is it red?"]
+FAST = {"attempt_seconds": 20.0, "backoff_seconds": 0.01, "total_seconds": 60.0}
+DIE, HANG, STOP, RAISE, NAN, FEW, MANY, RANGE, NEITHER, NOTHING = range(1, 11)
+
+
+def make_pool(tmp_path, **options):
+    factory = ("callable", {"target": "pool_fakes:Fake", "folder": str(tmp_path)})
+    return Pool(factory, PoolOptions(**(FAST | options)))
+
+
+def picture(number, fault=0, times=0):
+    image = np.full((4, 4, 3), 10 * number % 256, np.uint8)
+    image[0, 0] = fault, times, number
+    return image
+
+
+def expected(image):
+    return tuple(pool_fakes.truth(image, QUESTIONS))
+
+
+def check_books(counters):
+    assert counters["submitted"] == counters["answered"] + counters["invalid"]
+    failures = sum(counters[name] for name in ("timeouts", "deaths", "bad_answers"))
+    assert counters["attempts"] == counters["answered"] - counters["cached"] + failures
+
+
+def test_answers_every_sample_whoever_answers(tmp_path):
+    images = {number: picture(number) for number in range(12)}
+    with make_pool(tmp_path) as pool:
+        pool.wait_ready()
+        for number, image in images.items():
+            pool.submit(number, image, QUESTIONS)
+        late = pool.gather([11, 5, 0])
+        early = pool.gather([number for number in images if number not in late])
+        counters = pool.counters()
+    assert list(late) == [11, 5, 0]
+    for number, scored in (late | early).items():
+        assert scored.valid
+        assert scored.p_yes == expected(images[number])
+        assert (scored.attempts, scored.failure) == (1, None)
+        assert scored.latency_s >= 0
+    check_books(counters)
+    assert counters["questions"] == 24
+    assert counters["starts"] == 2
+
+
+@pytest.mark.parametrize("fault", [DIE, HANG, STOP])
+def test_a_worker_that_dies_or_hangs_costs_one_attempt(tmp_path, fault):
+    with make_pool(tmp_path, attempt_seconds=3.0, total_seconds=60.0) as pool:
+        pool.wait_ready()
+        pool.submit("bad", picture(1, fault, times=1), QUESTIONS)
+        others = list(range(2, 8))
+        for number in others:
+            pool.submit(number, picture(number), QUESTIONS)
+        results = pool.gather(others)
+        assert pool.counters()["timeouts"] == 0  # the others did not wait for the one that hangs
+        bad = pool.gather(["bad"])["bad"]
+        counters = pool.counters()
+    assert all(scored.valid and scored.attempts == 1 for scored in results.values())
+    assert bad.p_yes == expected(picture(1, fault, times=1))
+    assert bad.attempts == 2
+    assert counters["deaths" if fault == DIE else "timeouts"] == 1
+    assert counters["retries"] == 1
+    check_books(counters)
+
+
+@pytest.mark.parametrize("fault", [RAISE, NAN, FEW, MANY, RANGE, NEITHER, NOTHING])
+def test_bad_answers_are_tried_again_and_never_become_numbers(tmp_path, fault):
+    with make_pool(tmp_path, max_attempts=3) as pool:
+        pool.submit("once", picture(1, fault, times=2), QUESTIONS)
+        pool.submit("always", picture(2, fault, times=99), QUESTIONS)
+        results = pool.gather(["once", "always"])
+        counters = pool.counters()
+    assert results["once"].p_yes == expected(picture(1, fault, times=2))
+    assert results["once"].attempts == 3
+    always = results["always"]
+    assert (always.valid, always.p_yes, always.worker) == (False, None, None)
+    assert always.attempts == 3
+    assert "attempt 3" in always.failure
+    assert counters["bad_answers"] == 5
+    assert counters["starts"] <= 2  # the processes lived on
+    check_books(counters)
+
+
+def test_failing_reply_says_what_was_wrong(tmp_path):
+    messages = {}
+    with make_pool(tmp_path, workers=1, max_attempts=1) as pool:
+        for number, fault in enumerate([RAISE, NAN, FEW, NEITHER]):
+            pool.submit(number, picture(number, fault, times=9), QUESTIONS)
+        messages = {n: scored.failure for n, scored in pool.gather(range(4)).items()}
+    assert messages[0].endswith("RuntimeError: the model is on fire")
+    assert messages[1].endswith("question 0: got P(yes) = nan, expected a number in [0, 1]")
+    assert messages[2].endswith("got 1 answers, expected 2")
+    assert messages[3].endswith("question 0: neither yes nor no")
+
+
+def test_retries_go_to_another_worker(tmp_path):
+    audit = tmp_path / "audit.jsonl"
+    with make_pool(tmp_path, audit_path=str(audit), max_attempts=2) as pool:
+        pool.wait_ready()
+        for number in range(6):
+            pool.submit(number, picture(number, RAISE, times=1), QUESTIONS)
+        results = pool.gather(range(6))
+    assert all(scored.valid for scored in results.values())
+    rows = [json.loads(line) for line in audit.read_text().splitlines()]
+    for number in range(6):
+        first, second = (row for row in rows if row["sample"] == str(number))
+        assert first["worker"] != second["worker"]
+        assert (first["p_yes"], second["failure"]) == (None, None)
+        assert tuple(second["p_yes"]) == results[number].p_yes
+
+
+def test_audit_log_has_an_answer_for_every_reward_and_only_those(tmp_path):
+    audit = tmp_path / "audit.jsonl"
+    with make_pool(tmp_path, audit_path=str(audit), max_attempts=2) as pool:
+        for number in range(10):
+            pool.submit(number, picture(number, (0, NAN, RAISE)[number % 3], times=2), QUESTIONS)
+        results = pool.gather(range(10))
+        counters = pool.counters()
+    rows = [json.loads(line) for line in audit.read_text().splitlines()]
+    assert len(rows) == counters["attempts"]
+    given = {row["sample"]: tuple(row["p_yes"]) for row in rows if row["p_yes"] is not None}
+    assert given == {str(n): scored.p_yes for n, scored in results.items() if scored.valid}
+    assert counters["invalid"] == 6
+    check_books(counters)
+
+
+def test_a_worker_that_dies_every_time_is_given_up_and_samples_become_invalid(tmp_path):
+    with make_pool(tmp_path, workers=1, max_attempts=9, max_restarts=2) as pool:
+        for number in range(3):
+            pool.submit(number, picture(number, DIE, times=99), QUESTIONS)
+        results = pool.gather(range(3))
+        pool.submit("after", picture(9), QUESTIONS)
+        after = pool.gather(["after"])["after"]
+        counters = pool.counters()
+    assert not any(scored.valid for scored in (*results.values(), after))
+    assert after.failure.startswith("no verifier worker is left: it failed 3 times in a row")
+    assert counters["lost_workers"] == 1
+    assert counters["starts"] == 3
+    check_books(counters)
+
+
+def test_samples_past_their_total_time_are_invalid(tmp_path):
+    options = {"workers": 1, "attempt_seconds": 1.5, "total_seconds": 0.8}
+    with make_pool(tmp_path, **options) as pool:
+        pool.wait_ready()
+        pool.submit("hangs", picture(1, HANG, times=1), QUESTIONS)
+        time.sleep(0.2)
+        pool.submit("waits", picture(2), QUESTIONS)
+        waits = pool.gather(["waits"])["waits"]
+        hangs = pool.gather(["hangs"])["hangs"]
+    assert not waits.valid
+    assert waits.attempts == 0
+    assert waits.failure.startswith("gave up after")
+    assert not hangs.valid
+    assert hangs.attempts == 1
+
+
+def test_submit_waits_while_the_pool_is_full():
+    options = PoolOptions(workers=1, capacity=2)
+    with Pool(("callable", {"target": "pool_fakes:Slow"}), options) as pool:
+        pool.wait_ready()
+        most = 0
+        for number in range(8):
+            pool.submit(number, picture(number), QUESTIONS)
+            counters = pool.counters()
+            under_way = counters["submitted"] - counters["answered"] - counters["invalid"]
+            most = max(most, under_way)
+        assert all(scored.valid for scored in pool.gather(range(8)).values())
+    assert most == 2
+
+
+def test_workers_get_their_threads_and_no_jax():
+    questions = ["OMP_NUM_THREADS=3", "imported numpy", "imported jax", "imported torch"]
+    options = PoolOptions(workers=1, threads=3)
+    with Pool(("callable", {"target": "pool_fakes:Environment"}), options) as pool:
+        pool.submit(0, picture(0), questions)
+        assert pool.gather([0])[0].p_yes == (1.0, 1.0, 0.0, 0.0)
+
+
+def test_cache_answers_the_same_image_and_questions_without_asking(tmp_path):
+    with make_pool(tmp_path, cache_size=2) as pool:
+        for sample_id, number in enumerate([1, 1, 2, 3, 1]):  # 1 has been dropped at the end
+            pool.submit(sample_id, picture(number), QUESTIONS)
+            assert pool.gather([sample_id])[sample_id].p_yes == expected(picture(number))
+        pool.submit("other", picture(1), QUESTIONS[:1])
+        assert len(pool.gather(["other"])["other"].p_yes) == 1
+        counters = pool.counters()
+    assert counters["cached"] == 1
+    assert counters["attempts"] == 5
+    check_books(counters)
+
+
+def test_a_verifier_that_cannot_be_built_is_reported_at_once():
+    with (
+        Pool(("callable", {"target": "pool_fakes:broken"})) as pool,
+        pytest.raises(PoolError, match="no weights in /nowhere"),
+    ):
+        pool.wait_ready()
+    with Pool(("nonsense", {})) as pool, pytest.raises(PoolError, match="got verifier kind"):
+        pool.wait_ready()
+
+
+def test_a_process_that_dies_while_starting_is_given_up():
+    options = PoolOptions(workers=1, max_restarts=1, backoff_seconds=0.01)
+    with (
+        Pool(("callable", {"target": "pool_fakes:dies_at_once"}), options) as pool,
+        pytest.raises(PoolError, match="failed 2 times in a row"),
+    ):
+        pool.wait_ready()
+
+
+def test_close_ends_busy_workers_and_waiting_callers(tmp_path):
+    pool = make_pool(tmp_path, attempt_seconds=60.0)
+    pool.wait_ready()
+    pids = [worker.pid for worker in pool._workers]
+    pool.submit("hangs", picture(1, HANG, times=9), QUESTIONS)
+    caught = []
+
+    def wait():
+        with pytest.raises(PoolError, match="closed") as info:
+            pool.gather(["hangs"])
+        caught.append(info)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    time.sleep(0.2)
+    pool.close()
+    pool.close()
+    waiter.join(timeout=5)
+    assert len(caught) == 1
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with pytest.raises(PoolError, match="closed"):
+        pool.submit("later", picture(1), QUESTIONS)
+
+
+def test_workers_ignore_ctrl_c(tmp_path):
+    with make_pool(tmp_path) as pool:
+        pool.wait_ready()
+        for worker in pool._workers:
+            os.kill(worker.pid, signal.SIGINT)
+        pool.submit(0, picture(0), QUESTIONS)
+        assert pool.gather([0])[0].attempts == 1
+        assert pool.counters()["starts"] == 2
+
+
+def test_workers_end_when_their_parent_is_killed(run_python, tmp_path):
+    program = (
+        "import os, signal, numpy as np\n"
+        "from alphagrpo_jax.rewards.pool import Pool, PoolOptions\n"
+        f"factory = ('callable', {{'target': 'pool_fakes:Fake', 'folder': {str(tmp_path)!r}}})\n"
+        "pool = Pool(factory, PoolOptions(workers=2))\n"
+        "pool.wait_ready()\n"
+        "image = np.zeros((4, 4, 3), np.uint8)\n"
+        f"image[0, 0] = {HANG}, 9, 0\n"
+        "pool.submit(0, image, ['Is it?'])\n"  # one worker is busy for ever, the other idle
+        "print(*[worker.pid for worker in pool._workers], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = run_python("-c", program, PYTHONPATH=os.pathsep.join(sys.path))
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2
+    end = time.monotonic() + 8
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_refuses_wrong_samples(tmp_path):
+    with make_pool(tmp_path, workers=1) as pool:
+        with pytest.raises(ValueError, match=r"got an image float64\[4, 4, 3\]"):
+            pool.submit(0, np.zeros((4, 4, 3)), QUESTIONS)
+        with pytest.raises(ValueError, match="expected a list of at least 1"):
+            pool.submit(0, picture(0), [])
+        with pytest.raises(ValueError, match="expected ids submitted"):
+            pool.gather([0])
+        pool.submit(0, picture(0), QUESTIONS)
+        with pytest.raises(ValueError, match="not yet gathered"):
+            pool.submit(0, picture(0), QUESTIONS)
+        pool.gather([0])
+        pool.submit(0, picture(0), QUESTIONS)
+        assert pool.gather([0, 0])[0].valid
+
+
+def test_refuses_wrong_options():
+    with pytest.raises(ValueError, match="workers=0"):
+        PoolOptions(workers=0)
+    with pytest.raises(ValueError, match="attempt_seconds=nan"):
+        PoolOptions(attempt_seconds=float("nan"))
+    with pytest.raises(ValueError, match="cannot be pickled"):
+        Pool(("callable", {"target": lambda: None}))

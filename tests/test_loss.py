@@ -1,0 +1,359 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alphagrpo_jax import loss as loss_lib
+from alphagrpo_jax.loss import ImageTerms, TextTerms
+
+B, T, J = 6, 5, 3
+
+
+def arrays(seed=0):
+    """Terms of an update with ragged texts, one empty text, and an invalid trajectory."""
+    rng = np.random.default_rng(seed)
+
+    def f32(values):
+        return jnp.asarray(values, jnp.float32)
+
+    lengths = np.array([5, 3, 1, 4, 0, 2])
+    old_text, old_image = rng.normal(-1, 0.5, (B, T)), rng.normal(-0.5, 0.1, (B, J))
+    advantage = f32([1.0, -2.0, 0.5, 8.0, -7.0, 3.0])  # two beyond the image's clip
+    text = TextTerms(
+        new_logp=f32(old_text + rng.normal(0, 0.3, (B, T))),
+        old_logp=f32(old_text),
+        mask=jnp.asarray(np.arange(T) < lengths[:, None]),
+        advantage=advantage,
+        entropy=f32(rng.random((B, T))),
+        ref_logp=f32(old_text + rng.normal(0, 0.3, (B, T))),
+    )
+    image = ImageTerms(
+        new_logp=f32(old_image + rng.normal(0, 2e-5, (B, J))),
+        old_logp=f32(old_image),
+        advantage=advantage,
+        kl=f32(rng.random((B, J))),
+    )
+    return text, image, jnp.asarray([True, True, True, True, True, False])
+
+
+def totals(text, valid):
+    tokens = jnp.sum(text.mask & valid[:, None], dtype=jnp.float32)
+    return {"text_tokens_total": tokens, "trajectories_total": jnp.sum(valid, dtype=jnp.float32)}
+
+
+def reference(text, image, valid, *, level, w, text_beta=0.0, image_beta=0.0):
+    """The loss in float64, trajectory by trajectory and token by token."""
+    text = [np.asarray(x, np.float64) for x in text]
+    image = [np.asarray(x, np.float64) for x in image]
+    valid = np.asarray(valid)
+    new, old, mask, advantage, _, ref = text
+    rows = [i for i in range(B) if valid[i]]
+    tokens = [(i, t) for i in rows for t in range(T) if mask[i, t]]
+
+    def surrogate(log_ratio, a, low, high):
+        ratio = np.exp(log_ratio)
+        return -min(ratio * a, np.clip(ratio, 1 - low, 1 + high) * a)
+
+    if level == "token":
+        parts = [surrogate(new[i, t] - old[i, t], advantage[i], 0.2, 0.28) for i, t in tokens]
+    else:
+        parts = []
+        for i in rows:
+            kept = mask[i].astype(bool)
+            mean = (new[i] - old[i])[kept].mean() if kept.any() else 0.0
+            parts.append(surrogate(mean, advantage[i], 0.2, 0.28))
+    text_loss = np.mean(parts)
+    r = np.array([ref[i, t] - new[i, t] for i, t in tokens])
+    text_loss += text_beta * np.mean(np.exp(r) - r - 1)
+    image_loss = 0.0
+    for i in rows:
+        for j in range(J):
+            a = np.clip(advantage[i], -5, 5)
+            image_loss += surrogate(image[0][i, j] - image[1][i, j], a, 1e-5, 1e-5)
+            image_loss += image_beta * image[3][i, j]
+    return (J * w * text_loss + image_loss / len(rows)) / (J + 1)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("jit", [True, False])
+def test_whole_loss_against_float64(level, jit):
+    text, image, valid = arrays()
+    options = {"text_beta": 0.1, "image_beta": 0.3}
+
+    def run(text, image, valid):
+        return loss_lib.grpo_loss(
+            text,
+            image,
+            valid,
+            level=level,
+            text_loss_weight=0.5,
+            **totals(text, valid),
+            **options,
+        )
+
+    got, metrics = (jax.jit(run) if jit else run)(text, image, valid)
+    expected = reference(text, image, valid, level=level, w=0.5, **options)
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert metrics["loss/total"] == got
+
+
+def test_text_token_level_by_hand():
+    # ratios 1.5, 0.5 with A = 2: min(3, 2.56) = 2.56 and min(1, 1.6) = 1; with A = -1 ratios 1.5,
+    # 0.5: min(-1.5, -1.28) = -1.5 and min(-0.5, -0.8) = -0.8
+    ratio = jnp.array([[1.5, 0.5], [1.5, 0.5]])
+    text = TextTerms(
+        new_logp=jnp.log(ratio),
+        old_logp=jnp.zeros((2, 2)),
+        mask=jnp.ones((2, 2), bool),
+        advantage=jnp.array([2.0, -1.0]),
+        entropy=jnp.array([[1.0, 2.0], [3.0, 4.0]]),
+    )
+    valid = jnp.ones(2, bool)
+    got, metrics = loss_lib.text_grpo(text, valid, level="token", **totals(text, valid))
+    assert got == pytest.approx(-(2.56 + 1.0 - 1.5 - 0.8) / 4)
+    assert metrics["text/clip_fraction"] == 0.5
+    assert metrics["text/ratio_max_dev"] == pytest.approx(0.5)
+    assert metrics["text/entropy"] == pytest.approx(2.5)
+    assert metrics["loss/text"] == got
+
+
+def test_text_sequence_level_by_hand():
+    # log ratios 0.3, 0.1 -> exp(0.2) = 1.2214, inside; 0.6, 0.4 -> exp(0.5) = 1.6487, clipped 1.28
+    text = TextTerms(
+        new_logp=jnp.array([[0.3, 0.1, 9.0], [0.6, 0.4, 9.0]]),
+        old_logp=jnp.zeros((2, 3)),
+        mask=jnp.array([[True, True, False]] * 2),
+        advantage=jnp.array([1.0, 1.0]),
+        entropy=jnp.zeros((2, 3)),
+    )
+    valid = jnp.ones(2, bool)
+    got, metrics = loss_lib.text_grpo(text, valid, **totals(text, valid))
+    assert got == pytest.approx(-(np.exp(0.2) + 1.28) / 2, rel=1e-6)
+    assert metrics["text/clip_fraction"] == 0.5
+    assert metrics["text/ratio_max_dev"] == pytest.approx(np.exp(0.6) - 1, rel=1e-6)
+
+
+def test_image_by_hand():
+    # A = 9 is clipped to 5; ratio e^1e-4 to 1 + 1e-5; with A = -2 the unclipped term is the larger
+    image = ImageTerms(
+        new_logp=jnp.array([[1e-4, 0.0], [1e-4, -1e-4]]),
+        old_logp=jnp.zeros((2, 2)),
+        advantage=jnp.array([9.0, -2.0]),
+    )
+    valid = jnp.ones(2, bool)
+    got, metrics = loss_lib.image_grpo(image, valid, trajectories_total=jnp.float32(2))
+    expected = (-5 * (1 + 1e-5) - 5 + 2 * np.exp(1e-4) + 2 * (1 - 1e-5)) / 4
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert metrics["image/clip_fraction"] == 0.5
+    assert metrics["image/ratio_max_dev"] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_first_update_has_ratio_one_and_the_policy_gradient():
+    text, image, valid = arrays()
+    text = text._replace(old_logp=text.new_logp)
+    image = image._replace(old_logp=image.new_logp)
+
+    def run(new_text, new_image):
+        return loss_lib.grpo_loss(
+            text._replace(new_logp=new_text),
+            image._replace(new_logp=new_image),
+            valid,
+            level="token",
+            **totals(text, valid),
+        )
+
+    gradients, metrics = jax.grad(run, argnums=(0, 1), has_aux=True)(text.new_logp, image.new_logp)
+    assert metrics["text/ratio_max_dev"] == 0.0
+    assert metrics["image/ratio_max_dev"] == 0.0
+    assert metrics["text/clip_fraction"] == metrics["image/clip_fraction"] == 0.0
+    kept = np.asarray(text.mask & valid[:, None])
+    advantage = np.asarray(text.advantage)[:, None]
+    expected = np.where(kept, -advantage, 0) / kept.sum() * J / (J + 1)
+    np.testing.assert_allclose(gradients[0], expected, rtol=1e-6)
+    clipped = np.clip(advantage, -5, 5) * np.ones((1, J))
+    expected = np.where(np.asarray(valid)[:, None], -clipped, 0) / 5 / (J + 1)
+    np.testing.assert_allclose(gradients[1], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradients_against_finite_differences_of_float64(level):
+    text, image, valid = arrays(seed=1)
+    options = {"text_beta": 0.2, "image_beta": 0.0}
+
+    def run(new_text, new_image):
+        return loss_lib.grpo_loss(
+            text._replace(new_logp=new_text),
+            image._replace(new_logp=new_image),
+            valid,
+            level=level,
+            **totals(text, valid),
+            **options,
+        )[0]
+
+    gradients = jax.grad(run, argnums=(0, 1))(text.new_logp, image.new_logp)
+    size = 1e-7
+    for which, gradient in enumerate(gradients):
+        for index in np.ndindex(gradient.shape):
+            values = []
+            for sign in (1, -1):
+                news = [np.asarray(t.new_logp, np.float64).copy() for t in (text, image)]
+                news[which][index] += sign * size
+                moved = text._replace(new_logp=news[0]), image._replace(new_logp=news[1])
+                values.append(reference(*moved, valid, level=level, w=1.0, **options))
+            numeric = (values[0] - values[1]) / (2 * size)
+            assert gradient[index] == pytest.approx(numeric, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch(level, micro_batch):
+    text, image, valid = arrays()
+    whole = totals(text, valid)
+
+    def run(rows, delta):
+        part_text = TextTerms(*(x[rows] for x in text))
+        part_image = ImageTerms(*(x[rows] for x in image))
+        return loss_lib.grpo_loss(
+            part_text._replace(new_logp=part_text.new_logp + delta),
+            part_image._replace(new_logp=part_image.new_logp + 1e-5 * delta),
+            valid[rows],
+            level=level,
+            text_beta=0.1,
+            image_beta=0.2,
+            **whole,
+        )
+
+    value = jax.value_and_grad(run, argnums=1, has_aux=True)
+    (full, metrics), gradient = value(slice(None), 0.01)
+    parts = [value(slice(i, i + micro_batch), 0.01) for i in range(0, B, micro_batch)]
+    merged = parts[0][0][1]
+    for (_, more), _ in parts[1:]:
+        merged = loss_lib.merge_metrics(merged, more)
+    assert sum(part[0][0] for part in parts) == pytest.approx(full, rel=1e-5)
+    assert sum(part[1] for part in parts) == pytest.approx(gradient, rel=1e-5)
+    assert merged.keys() == metrics.keys()
+    for name, number in metrics.items():
+        assert merged[name] == pytest.approx(number, rel=1e-5), name
+
+
+def test_padding_and_invalid_trajectories_count_nowhere_even_as_nan():
+    text, image, valid = arrays()
+    kept = text.mask & valid[:, None]
+    bad_text = text._replace(
+        new_logp=jnp.where(kept, text.new_logp, jnp.nan),
+        old_logp=jnp.where(kept, text.old_logp, jnp.inf),
+        entropy=jnp.where(kept, text.entropy, jnp.nan),
+        ref_logp=jnp.where(kept, text.ref_logp, jnp.nan),
+        advantage=jnp.where(valid, text.advantage, jnp.nan),
+    )
+    bad_image = ImageTerms(
+        *(jnp.where(valid[:, None], x, jnp.nan) for x in (image.new_logp, image.old_logp)),
+        advantage=bad_text.advantage,
+        kl=jnp.where(valid[:, None], image.kl, jnp.nan),
+    )
+    for level in ("token", "sequence"):
+
+        def run(text, image, level=level):
+            return loss_lib.grpo_loss(
+                text,
+                image,
+                valid,
+                level=level,
+                text_beta=0.1,
+                image_beta=0.1,
+                **totals(text, valid),
+            )
+
+        expected, metrics = run(text, image)
+        got, bad_metrics = run(bad_text, bad_image)
+        assert got == expected
+        assert bad_metrics == metrics
+
+        def scalar(new_text, new_image, run=run):
+            terms = bad_text._replace(new_logp=new_text), bad_image._replace(new_logp=new_image)
+            return run(*terms)[0]
+
+        gradients = jax.grad(scalar, argnums=(0, 1))(bad_text.new_logp, bad_image.new_logp)
+        assert np.isfinite(gradients[0]).all()
+        assert np.isfinite(gradients[1]).all()
+        np.testing.assert_array_equal(np.asarray(gradients[0])[~np.asarray(kept)], 0.0)
+        np.testing.assert_array_equal(gradients[1][5], 0.0)
+
+
+def test_nothing_valid_gives_zero():
+    text, image, _ = arrays()
+    none = jnp.zeros(B, bool)
+    got, metrics = loss_lib.grpo_loss(text, image, none, **totals(text, none))
+    assert got == 0.0
+    assert all(value == 0.0 for value in metrics.values())
+
+
+def test_text_alone_and_image_alone():
+    text, image, valid = arrays()
+    whole = totals(text, valid)
+    text_only, _ = loss_lib.grpo_loss(text, None, valid, text_loss_weight=0.3, **whole)
+    image_only, _ = loss_lib.grpo_loss(None, image, valid, **whole)
+    both, metrics = loss_lib.grpo_loss(text, image, valid, text_loss_weight=0.3, **whole)
+    assert text_only == pytest.approx(0.3 * metrics["loss/text"])
+    assert image_only == pytest.approx(metrics["loss/image"])
+    assert both == pytest.approx((J * text_only + J * image_only) / (J + 1), rel=1e-6)
+    with pytest.raises(ValueError, match="neither text nor image"):
+        loss_lib.grpo_loss(None, None, valid, **whole)
+
+
+def test_clipped_terms_have_no_gradient_on_the_clipped_side_only():
+    def gradient(ratio, advantage):
+        def run(new):
+            image = ImageTerms(new[None, None], jnp.zeros((1, 1)), jnp.array([advantage]))
+            valid = jnp.ones(1, bool)
+            return loss_lib.image_grpo(image, valid, trajectories_total=1.0, clip=0.1)[0]
+
+        return jax.grad(run)(jnp.log(jnp.float32(ratio)))
+
+    assert gradient(1.2, 1.0) == 0.0
+    assert gradient(0.8, -1.0) == 0.0
+    assert gradient(0.8, 1.0) == pytest.approx(-0.8)
+    assert gradient(1.2, -1.0) == pytest.approx(1.2)
+    assert gradient(1.05, 1.0) == pytest.approx(-1.05)
+
+
+def test_k3_kl_by_hand():
+    new, ref = jnp.array([[0.0, 0.0, 5.0]]), jnp.array([[0.0, np.log(2.0), -5.0]])
+    got = loss_lib.k3_kl(new, ref, jnp.array([[True, True, False]]))
+    np.testing.assert_allclose(got, [[0.0, 2 - np.log(2.0) - 1, 0.0]], rtol=1e-6)
+
+
+def test_gaussian_kl_by_hand():
+    mean = jnp.array([[[1.0, 3.0]], [[0.0, 0.0]]])
+    got = loss_lib.gaussian_kl(mean, jnp.zeros((2, 1, 2)), jnp.float32(2.0))
+    np.testing.assert_allclose(got, [5 / 8, 0.0])
+    got = loss_lib.gaussian_kl(mean, jnp.zeros((2, 1, 2)), jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(got, [2.5, 0.0])
+
+
+def test_top_entropy_mask():
+    entropy = jnp.array([[0.1, 0.9, 9.0], [0.5, 0.7, 0.3]])
+    mask = jnp.array([[True, True, False], [True, True, True]])
+    got = loss_lib.top_entropy_mask(entropy, mask, fraction=0.5)  # median 0.5 of 0.1 .3 .5 .7 .9
+    np.testing.assert_array_equal(got, [[False, True, False], [True, True, False]])
+    np.testing.assert_array_equal(loss_lib.top_entropy_mask(entropy, mask, fraction=1.0), mask)
+    nothing = jnp.zeros_like(mask)
+    got = loss_lib.top_entropy_mask(entropy, nothing, fraction=0.5)
+    np.testing.assert_array_equal(got, nothing)
+
+
+def test_refuses_what_does_not_fit():
+    text, image, valid = arrays()
+    whole = totals(text, valid)
+    with pytest.raises(ValueError, match="got level='word'"):
+        loss_lib.text_grpo(text, valid, level="word", **whole)
+    with pytest.raises(ValueError, match="without ref_logp"):
+        loss_lib.text_grpo(text._replace(ref_logp=None), valid, beta=0.1, **whole)
+    with pytest.raises(ValueError, match="without kl"):
+        loss_lib.grpo_loss(None, image._replace(kl=None), valid, image_beta=0.1, **whole)
+    with pytest.raises(AssertionError):
+        loss_lib.text_grpo(text._replace(old_logp=text.old_logp[:, :-1]), valid, **whole)
+    with pytest.raises(AssertionError):
+        loss_lib.image_grpo(image, valid[:-1], trajectories_total=1.0)
+    with pytest.raises(ValueError, match="expected the same as"):
+        loss_lib.merge_metrics({"a": 1.0}, {"b": 1.0})
