@@ -1,0 +1,395 @@
+"""The run's configuration as frozen dataclasses; unknown keys and contradictions are refused here.
+
+A ConfigDict ends in `from_config_dict`: nothing below it sees one.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.")  # may differ when a run is resumed
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str  # a folder, or "package:NAME" for a shipped asset
+    dtype: str  # "float32" or "bfloat16"
+    height: int  # of a drawn image, pixels
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int
+    alpha: float  # adapters are scaled by alpha / rank
+    targets: str  # regex over layer paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+    path: str
+    workers: int  # processes
+    threads: int  # per worker, fixed: the same answers whatever the load
+    text_fallback: bool  # a text that is exactly yes or no counts as 1 or 0
+    deadline_seconds: float  # for the answers about one image, from when a worker takes it
+    total_deadline_seconds: float  # for all images of one gather
+    retries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    aggregate: str  # "geometric", "mean" or "pooled"
+    score: str  # "confidence" or "binary"
+    format_weight: float
+    max_invalid_fraction: float  # of an update's samples; above it the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: str  # a JSONL file of records, or "package:NAME"
+    heldout: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceScales:
+    text_scale: float
+    image_scale: float
+    interval: tuple[float, ...]  # (lo, hi]: guidance is on while lo < sigma <= hi
+    renorm: str
+    renorm_min: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions:
+    prompt_tokens: int  # bucket of a prompt with its two delimiters
+    text_tokens: int  # most new tokens of a think text, <|im_end|> included
+    num_points: int  # of the schedule: one more than velocity evaluations
+    shift: float
+    window: int  # stochastic (trained) steps
+    window_range: tuple[int, ...]  # (lo, hi): the window lies within steps lo .. hi - 1
+    noise_level: float
+    sampler: str  # "sde" or "cps"
+    shared_noise: bool  # one initial noise per group
+    temperature: float
+    top_p: float
+    micro_batch: int  # trajectories drawn at a time
+    guidance: GuidanceScales
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    micro_batch: int  # trajectories per forward and backward pass
+    updates_per_batch: int
+    trainable: str  # "lora" or "full"
+    full_targets: str  # regex over parameter paths, for "full"
+    old_logprob: str  # "recompute" or "self"
+    context_gradient: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    text: str  # "grpo" or "none"
+    image: str  # "grpo" or "none"
+    text_loss_weight: float
+    level: str  # "sequence" or "token"
+    clip_low: float
+    clip_high: float
+    entropy_fraction: float  # share of the tokens, by entropy, that are trained
+    text_beta: float
+    image_clip: float
+    advantage_clip: float
+    image_beta: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageOptions:
+    std: str  # "global_raw", "global_centered", "group" or "none"
+    baseline: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float
+    gen_scale: float  # the image expert's learning rate, relative
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup_steps: int
+    decay_steps: int  # linear decay to zero ends here; 0: constant
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every: int  # steps; 0: only at the start and the end
+    prompts: int
+    micro_batch: int
+    temperature: float
+    top_p: float
+    num_points: int
+    text_guidance: float
+    seed: int
+    checker: str  # "shapes" (records with facts) or "" (verifier's reward only)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    samples_every: int  # steps between sample grids; 0: only with evaluations
+    tensorboard: bool
+    progress: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is; see configs/grpo.py for values."""
+
+    seed: int
+    task: str
+    model: Model
+    lora: Lora
+    verifier: Verifier
+    reward: Reward
+    data: Data
+    rollout: RolloutOptions
+    train: Train
+    loss: Loss
+    advantage: AdvantageOptions
+    optimizer: Optimizer
+    eval: Eval
+    checkpoint: Checkpoint
+    log: Log
+    mesh: MeshShape
+
+    @property
+    def trajectories(self) -> int:
+        """B, trajectories per update."""
+        return self.train.prompts_per_step * self.train.group_size
+
+
+def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """The checked, frozen form of a configuration.
+
+    Raises:
+      ConfigError: unknown or missing keys, wrong types, or values that contradict each other.
+    """
+    mapping = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    parsed = _parse(Config, mapping, "config")
+    _check_choices(parsed)
+    _check_numbers(parsed)
+    _check_sizes(parsed)
+    return parsed
+
+
+def to_json(config: Config) -> str:
+    """The resolved configuration as text."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+
+
+def check_resumable(config: Config, saved: Mapping[str, Any]) -> None:
+    """Refuses to continue a run under another configuration.
+
+    Args:
+      config: of this start.
+      saved: the JSON object that the run wrote.
+    Raises:
+      ConfigError: a field outside `RESUMABLE` differs; all such fields are listed.
+    """
+    now, then = _flatten(json.loads(to_json(config))), _flatten(saved)
+    different = [
+        f"{key}: the run has {then.get(key)!r}, this start {now.get(key)!r}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not key.startswith(RESUMABLE)
+    ]
+    if different:
+        raise ConfigError(
+            "the run folder holds a run of another configuration:\n  "
+            + "\n  ".join(different)
+            + "\nuse these values, or another --workdir"
+        )
+
+
+def _parse(cls: type, mapping: Any, where: str) -> Any:
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{where}: got {mapping!r}, expected a section with keys")
+    types = typing.get_type_hints(cls)
+    unknown = sorted(set(mapping) - set(types))
+    missing = sorted(set(types) - set(mapping))
+    if unknown:
+        raise ConfigError(f"{where}: unknown keys {unknown}; known: {sorted(types)}")
+    if missing:
+        raise ConfigError(f"{where}: missing keys {missing}; configs/grpo.py has them all")
+    return cls(**{key: _value(types[key], mapping[key], f"{where}.{key}") for key in types})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _parse(kind, value, where)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: got {value!r}, expected a list")
+        inner = typing.get_args(kind)[0]
+        return tuple(_value(inner, each, f"{where}[{i}]") for i, each in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}: got {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        flat.update(_flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+CHOICES = {
+    "task": ("rt2i", "t2i"),
+    "model.dtype": ("float32", "bfloat16"),
+    "reward.aggregate": ("geometric", "mean", "pooled"),
+    "reward.score": ("confidence", "binary"),
+    "rollout.sampler": ("sde", "cps"),
+    "rollout.guidance.renorm": ("global", "channel", "text_channel"),
+    "train.trainable": ("lora", "full"),
+    "train.old_logprob": ("recompute", "self"),
+    "loss.text": ("grpo", "none"),
+    "loss.image": ("grpo", "none"),
+    "loss.level": ("sequence", "token"),
+    "advantage.std": ("global_raw", "global_centered", "group", "none"),
+    "advantage.baseline": ("group",),
+    "eval.checker": ("shapes", ""),
+}
+
+# key -> (lowest, highest) value, both allowed
+RANGES = {
+    "model.height": (16, 4096),
+    "model.width": (16, 4096),
+    "lora.rank": (1, 4096),
+    "lora.alpha": (1e-6, 1e6),
+    "verifier.workers": (1, 1024),
+    "verifier.threads": (1, 1024),
+    "verifier.deadline_seconds": (1e-3, 1e6),
+    "verifier.total_deadline_seconds": (1e-3, 1e6),
+    "verifier.retries": (0, 1000),
+    "reward.format_weight": (0.0, 100.0),
+    "reward.max_invalid_fraction": (0.0, 1.0),
+    "rollout.prompt_tokens": (3, 1 << 20),
+    "rollout.text_tokens": (1, 1 << 20),
+    "rollout.num_points": (2, 1000),
+    "rollout.shift": (1e-3, 1e3),
+    "rollout.window": (1, 999),
+    "rollout.noise_level": (1e-6, 100.0),
+    "rollout.temperature": (1e-6, 100.0),
+    "rollout.top_p": (1e-6, 1.0),
+    "rollout.micro_batch": (1, 1 << 20),
+    "train.steps": (0, 1 << 40),
+    "train.prompts_per_step": (1, 1 << 20),
+    "train.group_size": (2, 1 << 20),
+    "train.micro_batch": (1, 1 << 20),
+    "train.updates_per_batch": (1, 1000),
+    "loss.text_loss_weight": (0.0, 1e6),
+    "loss.clip_low": (0.0, 1.0),
+    "loss.clip_high": (0.0, 1e6),
+    "loss.entropy_fraction": (1e-6, 1.0),
+    "loss.text_beta": (0.0, 1e6),
+    "loss.image_clip": (0.0, 1.0),
+    "loss.advantage_clip": (1e-6, 1e6),
+    "loss.image_beta": (0.0, 1e6),
+    "optimizer.learning_rate": (0.0, 10.0),
+    "optimizer.gen_scale": (0.0, 1e6),
+    "optimizer.b1": (0.0, 0.999999),
+    "optimizer.b2": (0.0, 0.999999),
+    "optimizer.eps": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, 10.0),
+    "optimizer.clip_norm": (1e-6, 1e9),
+    "optimizer.warmup_steps": (0, 1 << 40),
+    "optimizer.decay_steps": (0, 1 << 40),
+    "eval.every": (0, 1 << 40),
+    "eval.prompts": (1, 1 << 30),
+    "eval.micro_batch": (1, 1 << 20),
+    "eval.temperature": (0.0, 100.0),
+    "eval.top_p": (1e-6, 1.0),
+    "eval.num_points": (2, 1000),
+    "checkpoint.every": (0, 1 << 40),
+    "checkpoint.keep": (1, 1 << 20),
+    "log.samples_every": (0, 1 << 40),
+}
+
+
+def _check_choices(config: Config) -> None:
+    flat = _flatten(dataclasses.asdict(config))
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            raise ConfigError(f"{key}: got {flat[key]!r}, expected one of {choices}")
+
+
+def _check_numbers(config: Config) -> None:
+    flat = _flatten(dataclasses.asdict(config))
+    for key, (low, high) in RANGES.items():
+        if not low <= flat[key] <= high:
+            raise ConfigError(f"{key}: got {flat[key]}, expected between {low} and {high}")
+
+
+def _check_sizes(config: Config) -> None:
+    """Values that must agree with each other."""
+    total, rollout, train = config.trajectories, config.rollout, config.train
+    for key, size in (("train", train.micro_batch), ("rollout", rollout.micro_batch)):
+        if total % size:
+            raise ConfigError(
+                f"{key}.micro_batch: got {size}, which does not divide the update's "
+                f"{train.prompts_per_step} prompts x {train.group_size} = {total} trajectories"
+            )
+    if rollout.micro_batch % train.group_size:
+        raise ConfigError(
+            f"rollout.micro_batch: got {rollout.micro_batch}, expected a multiple of "
+            f"train.group_size={train.group_size} (a group is drawn together)"
+        )
+    if len(rollout.window_range) != 2 or len(rollout.guidance.interval) != 2:
+        raise ConfigError("rollout.window_range and rollout.guidance.interval must be (lo, hi)")
+    lo, hi = rollout.window_range
+    if not 0 <= lo <= hi - rollout.window or hi > rollout.num_points - 1:
+        raise ConfigError(
+            f"rollout.window_range: got {lo, hi} for a window of {rollout.window} among "
+            f"{rollout.num_points - 1} steps (rollout.num_points - 1); expected "
+            "0 <= lo, lo + window <= hi <= number of steps"
+        )
+    if rollout.sampler == "cps" and (hi == rollout.num_points - 1 or rollout.noise_level >= 1):
+        raise ConfigError(
+            "rollout.sampler=cps: the last step has no noise, so window_range must end before it, "
+            f"and noise_level must be below 1; got {lo, hi} and {rollout.noise_level}"
+        )
+    if train.updates_per_batch > 1 and train.old_logprob == "self":
+        raise ConfigError(
+            f"train.old_logprob=self is exact for one update per batch only; got "
+            f"train.updates_per_batch={train.updates_per_batch}: use 'recompute'"
+        )
+    if config.loss.text == config.loss.image == "none":
+        raise ConfigError("loss.text and loss.image are both 'none': nothing would be trained")
+    if config.task == "t2i" and config.loss.image == "none":
+        raise ConfigError("task t2i has no text to train; loss.image must not be 'none'")

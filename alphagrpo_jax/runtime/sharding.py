@@ -1,0 +1,188 @@
+"""All sharding decisions: the mesh, and two tables that say how every array lies on it.
+
+`PARAM_AXES` gives each parameter path its logical axes, `AXIS_RULES` each logical axis its mesh
+axes. Both are strict: a path that no row matches, or a mesh axis used twice in one array, is an
+error. What a configuration changes is only the mesh's shape; an axis of size 1 is no sharding.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes
+AXIS_RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "rank": (),
+    "length": (),
+    "none": (),
+}
+
+_ATTENTION_IN = r"(q|k|v)_proj(_moe_gen)?"
+_MLP = r"mlp(_moe_gen)?"
+
+# (regex over the "/"-joined path, logical axes of the trailing dimensions). First match wins.
+# Kernels are [in, out]; the axes are aligned to the right, leading ones (scanned layers) are
+# not sharded.
+PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (rf"layers/.*{_ATTENTION_IN}/kernel$", ("embed", "heads")),
+    (rf"layers/.*{_ATTENTION_IN}/bias$", ("heads",)),
+    (r"layers/.*(o_proj|out_proj)(_moe_gen)?/kernel$", ("heads", "embed")),
+    (rf"layers/.*{_MLP}/(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
+    (rf"layers/.*{_MLP}/fc1/bias$", ("mlp",)),
+    (rf"layers/.*{_MLP}/(down_proj|fc2)/kernel$", ("mlp", "embed")),
+    (rf"layers/.*({_ATTENTION_IN}|o_proj(_moe_gen)?)/a$", ("embed", "rank")),
+    (rf"layers/.*{_ATTENTION_IN}/b$", ("rank", "heads")),
+    (r"layers/.*o_proj(_moe_gen)?/b$", ("rank", "embed")),
+    (rf"layers/.*{_MLP}/(gate_proj|up_proj)/a$", ("embed", "rank")),
+    (rf"layers/.*{_MLP}/(gate_proj|up_proj)/b$", ("rank", "mlp")),
+    (rf"layers/.*{_MLP}/down_proj/a$", ("mlp", "rank")),
+    (rf"layers/.*{_MLP}/down_proj/b$", ("rank", "embed")),
+    (r"embed_tokens(/embedding)?$", ("vocab", "embed")),
+    (r"lm_head/kernel$", ("embed", "vocab")),
+    (r"(^|/)(vae|vae_model)/", ()),
+    (r"(norm|layernorm|layer_norm)\w*/(scale|bias|weight)$", ()),
+    (r"(bias|scale|pos_embed|position_embedding|embedding)$", ()),
+    (r"(vae2llm|llm2vae|time_embedder|connector|patch_embedding)", ()),
+)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The one mesh, axes ("data", "fsdp", "tensor"), all of type Auto.
+
+    Args:
+      data, fsdp, tensor: sizes; one of them may be -1 (what is left).
+      devices: default `jax.devices()`.
+    Raises:
+      ValueError: the product is not the device count, or more than one size is -1.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    got = f"mesh data={data} fsdp={fsdp} tensor={tensor}"
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"{got}: sizes must be positive, at most one of them -1")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"{got} needs {math.prod(sizes)} devices, but there are {len(devices)}; set "
+            "mesh.data, mesh.fsdp and mesh.tensor so that their product is the device count"
+        )
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def partition_spec(axes: Sequence[str | None], *, where: str = "array") -> PartitionSpec:
+    """Logical axes -> PartitionSpec by `AXIS_RULES`.
+
+    Raises:
+      ValueError: an unknown logical axis, or a mesh axis used twice.
+    """
+    entries: list[Any] = []
+    used: list[str] = []
+    for axis in axes:
+        if axis is not None and axis not in AXIS_RULES:
+            raise ValueError(f"{where}: unknown logical axis {axis!r}; known: {list(AXIS_RULES)}")
+        names = () if axis is None else AXIS_RULES[axis]
+        used.extend(names)
+        entries.append(None if not names else names[0] if len(names) == 1 else names)
+    if len(set(used)) != len(used):
+        raise ValueError(f"{where}: logical axes {tuple(axes)} use a mesh axis twice: {used}")
+    return PartitionSpec(*entries)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as "a/b/c"."""
+    return "/".join(
+        str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
+        for entry in path
+    )
+
+
+def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of one parameter from `PARAM_AXES`; dimensions that the mesh does not
+    divide stay whole.
+
+    Raises:
+      ValueError: no row matches a parameter of two or more dimensions, or a row names more axes
+        than the array has.
+    """
+    for pattern, axes in PARAM_AXES:
+        if re.search(pattern, path):
+            break
+    else:
+        raise ValueError(
+            f"no row of PARAM_AXES matches parameter {path} of shape {tuple(shape)}; add one in "
+            "runtime/sharding.py"
+        )
+    if len(axes) > len(shape):
+        raise ValueError(f"{path}: axes {axes} for an array of shape {tuple(shape)}")
+    spec = partition_spec([None] * (len(shape) - len(axes)) + list(axes), where=path)
+    fitted = [
+        entry if size % _ways(entry, mesh) == 0 else None
+        for entry, size in zip(spec, shape, strict=True)
+    ]
+    return PartitionSpec(*fitted)
+
+
+def _ways(entry: Any, mesh: Mesh) -> int:
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of a parameter-like tree (parameters, adapters, optimizer state: optax keeps the
+    paths). Scalars and typed keys are replicated."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, param_spec(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Rows over ("data", "fsdp"), the batch being dimension `axis`."""
+    return NamedSharding(mesh, partition_spec([None] * axis + ["batch"]))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the batch is cut."""
+    return math.prod(mesh.shape[name] for name in AXIS_RULES["batch"])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how an activation lies on the mesh; identity where no mesh is set or it
+    has one device.
+
+    Args:
+      x: any array.
+      axes: one logical axis name or None per dimension.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = partition_spec(axes)
+    fitted = [
+        entry if size % _ways(entry, mesh) == 0 else None
+        for entry, size in zip(spec, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))

@@ -1,0 +1,1 @@
+"""Loops over policy functions: writing a text, drawing an image."""

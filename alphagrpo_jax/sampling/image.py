@@ -1,0 +1,175 @@
+"""Drawing an image: a deterministic walk down the schedule with a short stochastic window."""
+
+import dataclasses
+import functools
+from itertools import groupby
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alphagrpo_jax import policy
+from alphagrpo_jax.flow import schedule, sde
+from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.models.kv_cache import GuidanceContexts
+from alphagrpo_jax.types import ImageSample
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """How images are drawn; hashable, so it may be a static argument of jit."""
+
+    grid: tuple[int, int]  # latent token rows and columns
+    num_points: int  # of the schedule
+    shift: float
+    window: int  # J, stochastic steps; 0 for a deterministic walk
+    window_range: tuple[int, int]  # the window lies within steps lo .. hi - 1
+    noise_level: float
+    sampler: str  # "sde" or "cps"
+    guidance: Guidance
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """float32[num_points], from 1 to 0."""
+        return schedule.sigmas(self.num_points, shift=self.shift)
+
+
+def draw(
+    model: Bagel,
+    params: policy.PolicyParams,
+    contexts: GuidanceContexts,
+    initial: jax.Array,
+    noise_keys: jax.Array,
+    start: jax.Array,
+    *,
+    options: ImageOptions,
+) -> ImageSample:
+    """Draws one image per row; steps start .. start + J - 1 are stochastic, the others ODE.
+
+    The start is traced: every window runs through the same compiled code. Row i's image depends on
+    its own contexts, initial noise and key only.
+
+    Args:
+      model, params: the policy.
+      contexts: of B rows, merged.
+      initial: float32[B, M, C] noise.
+      noise_keys: typed key[B], for the stochastic steps.
+      start: int32[].
+      options: static.
+    """
+    chex.assert_rank([initial, noise_keys, start], [3, 1, 0])
+    chex.assert_type(initial, jnp.float32)
+    levels = options.sigmas
+    window = options.window
+    shape = (max(window, 1), *initial.shape[1:])
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(noise_keys)
+
+    def step(x: jax.Array, at: jax.Array, *, guided: bool) -> tuple[jax.Array, tuple]:
+        sigma, sigma_next = jnp.asarray(levels)[at], jnp.asarray(levels)[at + 1]
+        v = _velocity(model, params, contexts, x, sigma, options, guided=guided)
+        after = sde.ode_step(x, v, sigma, sigma_next)
+        if not window:
+            return after, ()
+        own = jnp.take(noise, jnp.clip(at - start, 0, window - 1), axis=1)
+        mean, std = transition(x, v, sigma, sigma_next, options=options)
+        scale = std * jnp.sqrt(sigma - sigma_next) if options.sampler == "sde" else std
+        stochastic = (at >= start) & (at < start + window)
+        after = jnp.where(stochastic, mean + scale * own, after)
+        return after, (x, after, log_prob(after, mean, std, sigma, sigma_next, options=options))
+
+    x, trails, at = initial, [], 0
+    for guided, run in groupby(levels[:-1], key=options.guidance.active):
+        count = len(list(run))
+        steps = jnp.arange(at, at + count, dtype=jnp.int32)
+        x, trail = jax.lax.scan(functools.partial(step, guided=guided), x, steps)
+        trails.append(trail)
+        at += count
+    if not window:
+        nothing = jnp.zeros((x.shape[0], 0, *x.shape[1:]), jnp.float32)
+        return ImageSample(nothing, nothing, nothing[:, :, 0, 0], start, x)
+    before, after, logp = (
+        jnp.moveaxis(
+            jax.lax.dynamic_slice_in_dim(jnp.concatenate(parts), start, window, axis=0), 0, 1
+        )
+        for parts in zip(*trails, strict=True)
+    )
+    return ImageSample(before=before, after=after, log_prob=logp, start=start, latents=x)
+
+
+def score(
+    model: Bagel,
+    params: policy.PolicyParams,
+    contexts: GuidanceContexts,
+    sample: ImageSample,
+    *,
+    options: ImageOptions,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and means of a sample's stochastic steps, with the guidance they were drawn with.
+
+    Args:
+      model, params: the policy that scores.
+      contexts: of B rows, merged.
+      sample: the images.
+      options: static.
+    Returns:
+      float32[B, J] log-probs; float32[B, J, M, C] means.
+    """
+    levels = jnp.asarray(options.sigmas)
+    lo, hi = options.window_range
+    possible = {options.guidance.active(sigma) for sigma in options.sigmas[lo:hi]}
+    guided = possible.pop() if len(possible) == 1 else None
+
+    def step(_: None, each: tuple) -> tuple[None, tuple]:
+        x, after, at = each
+        sigma, sigma_next = levels[at], levels[at + 1]
+        v = _velocity(model, params, contexts, x, sigma, options, guided=guided)
+        mean, std = transition(x, v, sigma, sigma_next, options=options)
+        return None, (log_prob(after, mean, std, sigma, sigma_next, options=options), mean)
+
+    at = sample.start + jnp.arange(options.window, dtype=jnp.int32)
+    pairs = (jnp.moveaxis(sample.before, 1, 0), jnp.moveaxis(sample.after, 1, 0), at)
+    _, (logp, mean) = jax.lax.scan(step, None, pairs)
+    return jnp.moveaxis(logp, 0, 1), jnp.moveaxis(mean, 0, 1)
+
+
+def transition(
+    x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array, *, options: ImageOptions
+) -> tuple[jax.Array, jax.Array]:
+    """Mean float32[B, M, C] and std float32[] of one stochastic step of the chosen sampler."""
+    if options.sampler == "cps":
+        return sde.cps_mean_std(x, v, sigma, sigma_next, options.noise_level)
+    second = jnp.float32(options.sigmas[1])
+    return sde.sde_mean_std(x, v, sigma, sigma_next, second, options.noise_level)
+
+
+def log_prob(
+    after: jax.Array,
+    mean: jax.Array,
+    std: jax.Array,
+    sigma: jax.Array,
+    sigma_next: jax.Array,
+    *,
+    options: ImageOptions,
+) -> jax.Array:
+    """float32[B] log-prob of the chosen sampler's step."""
+    if options.sampler == "cps":
+        return sde.cps_log_prob(after, mean)
+    return sde.sde_log_prob(after, mean, std, sigma, sigma_next)
+
+
+def _velocity(
+    model: Bagel,
+    params: policy.PolicyParams,
+    contexts: GuidanceContexts,
+    x: jax.Array,
+    sigma: jax.Array,
+    options: ImageOptions,
+    *,
+    guided: bool | None,
+) -> jax.Array:
+    rows = jnp.broadcast_to(sigma, x.shape[:1])
+    return policy.guided_velocity(
+        model, params, contexts, x, rows, options.grid, options.guidance, active=guided
+    )

@@ -1,0 +1,140 @@
+"""Batched sampling of a text with a key/value cache, stopping when every row has ended."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from alphagrpo_jax import policy
+from alphagrpo_jax.models import kv_cache
+from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.models.kv_cache import Context
+from alphagrpo_jax.types import TextSample
+
+
+class _State(NamedTuple):
+    """What the loop carries; slot `step` of `tokens` is read next."""
+
+    step: jax.Array  # int32[]
+    cache: policy.DecodeCache
+    tokens: jax.Array  # int32[B, T]
+    log_prob: jax.Array  # float32[B, T], of the token in the same slot
+    length: jax.Array  # int32[B], tokens so far, <|im_start|> included
+    sampled: jax.Array  # int32[B], tokens that were drawn
+    open: jax.Array  # bool[B], <|im_end|> not yet written
+    active: jax.Array  # bool[B], the slot `step` holds a token that the cache lacks
+
+
+def write(
+    model: Bagel,
+    params: policy.PolicyParams,
+    ctx: Context,
+    keys: jax.Array,
+    *,
+    max_tokens: int,
+    temperature: jax.Array,
+    top_p: float,
+) -> tuple[TextSample, Context]:
+    """Samples one text per row, from `<|im_start|>` to `<|im_end|>`.
+
+    A text that reaches its limit gets `<|im_end|>` appended, which is not scored. Row i's text
+    depends on its own context and key only. Log-probs are of the full softmax at `temperature`,
+    whatever `top_p` (AlphaGRPO, sampling).
+
+    Args:
+      model, params: the policy.
+      ctx: context of B rows.
+      keys: typed key[B].
+      max_tokens: most new tokens, a sampled `<|im_end|>` included; T = max_tokens + 2.
+      temperature: float32[]; 0 takes the likeliest token (log-probs then at temperature 1).
+      top_p: static, in (0, 1].
+    Returns:
+      The sample, and the context followed by the text.
+    """
+    chex.assert_rank([keys, temperature], [1, 0])
+    batch, length = keys.shape[0], max_tokens + 2
+    ctx = kv_cache.merge(kv_cache.broadcast(ctx, batch))
+    end = model.config.tokens.im_end
+    tokens = jnp.zeros((batch, length), jnp.int32).at[:, 0].set(model.config.tokens.im_start)
+    every = jnp.ones((batch,), bool)
+    state = _State(
+        step=jnp.zeros((), jnp.int32),
+        cache=policy.init_decode(model, ctx, length),
+        tokens=tokens,
+        log_prob=jnp.zeros((batch, length), jnp.float32),
+        length=jnp.ones((batch,), jnp.int32),
+        sampled=jnp.zeros((batch,), jnp.int32),
+        open=every,
+        active=every,
+    )
+
+    def step(state: _State) -> _State:
+        token = jax.lax.dynamic_index_in_dim(state.tokens, state.step, axis=1, keepdims=False)
+        cache, logits = policy.decode_step(model, params, ctx, state.cache, token, state.active)
+        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+        log_p = jax.nn.log_softmax(scaled, axis=-1)
+        drawn = _draw(log_p, keys, state.step, temperature=temperature, top_p=top_p)
+        picked = jnp.take_along_axis(log_p, drawn[:, None], axis=1)[:, 0]
+        room = state.step < max_tokens
+        new = jnp.where(state.open, jnp.where(room, drawn, end), 0)
+        scored = state.open & room
+        at = state.step + 1
+        return _State(
+            step=at,
+            cache=cache,
+            tokens=_put(state.tokens, new, at),
+            log_prob=_put(state.log_prob, jnp.where(scored, picked, 0.0), at),
+            length=state.length + state.open.astype(jnp.int32),
+            sampled=state.sampled + scored.astype(jnp.int32),
+            open=state.open & (new != end),
+            active=state.open,
+        )
+
+    final = jax.lax.while_loop(lambda state: jnp.any(state.active), step, state)
+    slots = jnp.arange(length, dtype=jnp.int32)[None]
+    mask = slots < final.length[:, None]
+    sample = TextSample(
+        tokens=final.tokens,
+        mask=mask,
+        scored=slots[:, 1:] <= final.sampled[:, None],
+        log_prob=final.log_prob[:, 1:],
+        truncated=final.length - 1 > final.sampled,
+    )
+    return sample, policy.end_decode(ctx, final.cache)
+
+
+def _draw(
+    log_p: jax.Array, keys: jax.Array, step: jax.Array, *, temperature: jax.Array, top_p: float
+) -> jax.Array:
+    """One token per row, int32[B], from log-probs float32[B, V]; row i uses key i and the step."""
+    kept = log_p if top_p >= 1.0 else jnp.where(nucleus(log_p, top_p=top_p), log_p, -jnp.inf)
+    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    drawn = jax.vmap(jax.random.categorical)(step_keys, kept)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(log_p, axis=-1)).astype(jnp.int32)
+
+
+def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
+    """The smallest set of likeliest tokens whose probability reaches `top_p`.
+
+    A token is kept if the tokens strictly likelier than it, in sorted order, sum to less than
+    `top_p`; the likeliest is always kept (Holtzman et al. 2020).
+
+    Args:
+      log_p: float32[B, V], normalised.
+      top_p: in (0, 1].
+    Returns:
+      bool[B, V].
+    """
+    chex.assert_rank(log_p, 2)
+    descending = -jnp.sort(-log_p, axis=-1)
+    probability = jnp.exp(descending)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    threshold = jnp.take_along_axis(descending, jnp.maximum(count - 1, 0), axis=-1)
+    return log_p >= threshold
+
+
+def _put(array: jax.Array, column: jax.Array, at: jax.Array) -> jax.Array:
+    """`array[:, at] = column`; nothing where `at` lies beyond the end."""
+    return array.at[:, at].set(column, mode="drop")

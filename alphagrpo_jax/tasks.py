@@ -1,0 +1,153 @@
+"""What each task is: the list of its events, and which context each step sees.
+
+A trajectory is a list of events over growing contexts. `plan` turns the list into a static graph
+of *nodes* (an event's tokens as computed in one particular context) by the rules of AlphaGRPO
+(arXiv 2605.12495) and BAGEL's inference:
+
+| event                             | gen     | cfg_text            | cfg_img   |
+|-----------------------------------|---------|---------------------|-----------|
+| system prompt (think mode)        | + text  | unchanged           | + text    |
+| input text                        | + text  | := gen before it    | + text    |
+| input image                       | + image | := gen after it     | unchanged |
+| generated think text              | + text  | unchanged           | unchanged |
+| generated answer, more follows    | + text  | + text              | + text    |
+| generated image, more follows     | + image | := gen after it     | unchanged |
+
+Adding a task is adding an entry to `TASKS`.
+"""
+
+import dataclasses
+
+THINK_SYSTEM_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process "
+    "here </think> image here"
+)
+ANSWER_SYSTEM_PROMPT = (
+    "You should first think about the reasoning process in the mind and then provide the user with "
+    "the answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. <think> "
+    "reasoning process here </think> answer here"
+)
+
+SYSTEM, TEXT, GIVEN_IMAGE = "system", "text", "given_image"  # inputs
+THINK, ANSWER, IMAGE = "think", "answer", "image"  # steps of the policy
+GENERATED = (THINK, ANSWER, IMAGE)
+LEVELS = ("shared", "prompt", "trajectory")
+EVENT_LEVELS = dict.fromkeys(GENERATED, "trajectory") | {
+    SYSTEM: "shared",
+    TEXT: "prompt",
+    GIVEN_IMAGE: "prompt",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A list of events and how its text is rewarded."""
+
+    name: str
+    events: tuple[str, ...]
+    system_prompt: str = ""
+    format_reward: bool = False  # whether the think text's form is part of the reward
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("rt2i", (SYSTEM, TEXT, THINK, IMAGE), THINK_SYSTEM_PROMPT, format_reward=True),
+        Task("t2i", (TEXT, IMAGE)),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """The tokens of one event, computed in the context of the nodes `before`."""
+
+    event: int  # index into the task's events
+    kind: str
+    before: tuple[int, ...]
+    level: str  # whose it is: "shared" (one row for all), "prompt" or "trajectory"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """A step of the policy and the nodes of its three contexts."""
+
+    kind: str
+    event: int
+    index: int  # counts text steps and image steps separately
+    gen: tuple[int, ...]
+    cfg_text: tuple[int, ...]
+    cfg_img: tuple[int, ...]
+    node: int | None  # the node that holds its tokens afterwards; None if nothing follows
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A task as a static graph; hashable, so it may be a static argument of jit."""
+
+    events: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    steps: tuple[PlannedStep, ...]
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Indices of the nodes with one row."""
+        return tuple(index for index, node in enumerate(self.nodes) if node.level == "shared")
+
+    @property
+    def text_steps(self) -> tuple[PlannedStep, ...]:
+        """The steps that write text."""
+        return tuple(step for step in self.steps if step.kind != IMAGE)
+
+    @property
+    def image_steps(self) -> tuple[PlannedStep, ...]:
+        """The steps that draw."""
+        return tuple(step for step in self.steps if step.kind == IMAGE)
+
+
+def plan(events: tuple[str, ...]) -> Plan:
+    """The contexts of every step of a list of events, by the table above.
+
+    Args:
+      events: kinds in order.
+    Raises:
+      ValueError: an unknown kind, or a list that does not end with a generated event.
+    """
+    if not events or events[-1] not in GENERATED:
+        raise ValueError(f"got events {events}; expected the last one to be among {GENERATED}")
+    nodes: list[Node] = []
+    steps: list[PlannedStep] = []
+    gen: tuple[int, ...] = ()
+    cfg_text: tuple[int, ...] = ()
+    cfg_img: tuple[int, ...] = ()
+
+    def extended(context: tuple[int, ...], event: int) -> tuple[int, ...]:
+        own = LEVELS.index(EVENT_LEVELS[events[event]])
+        level = max([own, *(LEVELS.index(nodes[index].level) for index in context)])
+        node = Node(event, events[event], context, LEVELS[level])
+        if node not in nodes:
+            nodes.append(node)
+        return (*context, nodes.index(node))
+
+    for event, kind in enumerate(events):
+        if kind not in EVENT_LEVELS:
+            raise ValueError(f"got event {kind!r} in {events}; known: {tuple(EVENT_LEVELS)}")
+        before = (gen, cfg_text, cfg_img)
+        last = event == len(events) - 1
+        if kind == SYSTEM:
+            gen, cfg_img = extended(gen, event), extended(cfg_img, event)
+        elif kind == TEXT:
+            gen, cfg_text, cfg_img = extended(gen, event), gen, extended(cfg_img, event)
+        elif kind == THINK:
+            gen = gen if last else extended(gen, event)
+        elif kind == ANSWER:
+            if not last:
+                gen, cfg_text, cfg_img = (extended(each, event) for each in before)
+        elif not last:  # an image, given or generated
+            gen = extended(gen, event)
+            cfg_text = gen
+        if kind in GENERATED:
+            index = sum((step.kind == IMAGE) == (kind == IMAGE) for step in steps)
+            steps.append(PlannedStep(kind, event, index, *before, None if last else gen[-1]))
+    return Plan(tuple(events), tuple(nodes), tuple(steps))

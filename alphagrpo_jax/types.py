@@ -1,0 +1,122 @@
+"""The pytrees that pass between the stages, and the one legend of their dimensions.
+
+B trajectories, P prompts, G group size (B = P G, the members of a group in a row), T text tokens,
+S cached tokens, L layers, N query heads, K key/value heads, H head dimension, D width, M latent
+tokens per image, C latent token width, J stochastic (trained) image steps, V vocabulary,
+Q questions.
+
+Conventions: sigma = 1 is noise, sigma = 0 the image; rewards lie in [0, 1]; an image step's
+log-prob is a mean over the latent, a text log-prob is one token's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import struct
+
+from alphagrpo_jax.models.kv_cache import Segment
+
+
+@struct.dataclass
+class TextBlock:
+    """Texts between `<|im_start|>` and `<|im_end|>`, right padded."""
+
+    tokens: jax.Array  # int32[B, T]
+    mask: jax.Array  # bool[B, T]
+
+
+@struct.dataclass
+class Piece:
+    """What one event added to a context: a text one segment, a given image two (VAE, ViT)."""
+
+    segments: tuple[Segment, ...]
+    advance: jax.Array  # int32[B], by how much the next RoPE id moved
+
+
+@struct.dataclass
+class TextSample:
+    """A generated text. `log_prob[:, t]` is that of `tokens[:, t + 1]`."""
+
+    tokens: jax.Array  # int32[B, T], from <|im_start|> to <|im_end|>, then padding
+    mask: jax.Array  # bool[B, T], no padding
+    scored: jax.Array  # bool[B, T - 1], sampled tokens (not an appended <|im_end|>)
+    log_prob: jax.Array  # float32[B, T - 1], the sampler's own, 0 where not scored
+    truncated: jax.Array  # bool[B], cut at the length limit
+
+
+@struct.dataclass
+class ImageSample:
+    """A generated image and its stochastic steps."""
+
+    before: jax.Array  # float32[B, J, M, C], latents entering each stochastic step
+    after: jax.Array  # float32[B, J, M, C], latents that were drawn
+    log_prob: jax.Array  # float32[B, J], the sampler's own
+    start: jax.Array  # int32[], the first stochastic step in the schedule
+    latents: jax.Array  # float32[B, M, C], the finished image
+
+
+@struct.dataclass
+class Rollout:
+    """B trajectories: what was given, what was generated, and the contexts on the way.
+
+    `pieces` has one entry per node of the task's plan; those of shared nodes have one row.
+    """
+
+    inputs: tuple[TextBlock, ...]  # one per text input of the task
+    pieces: tuple[Piece, ...]
+    texts: tuple[TextSample, ...]  # one per text step
+    images: tuple[ImageSample, ...]  # one per image step
+
+
+@struct.dataclass
+class StepScores:
+    """Log-probs of a rollout's own tokens and transitions under some policy."""
+
+    text_log_prob: tuple[jax.Array, ...]  # float32[B, T - 1] per text step
+    text_entropy: tuple[jax.Array, ...]  # float32[B, T - 1] per text step
+    image_log_prob: tuple[jax.Array, ...]  # float32[B, J] per image step
+    image_mean: tuple[jax.Array, ...]  # float32[B, J, M, C], means of the transitions
+
+
+@struct.dataclass
+class UpdateBatch:
+    """Everything the update needs of all of its trajectories."""
+
+    rollout: Rollout
+    advantage: jax.Array  # float32[B]
+    valid: jax.Array  # bool[B], trajectories that count
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes, and nothing else: never the base model."""
+
+    trainable: Any  # the adapter tree, or {path: array} of the trained part of the base
+    opt_state: Any
+    key: jax.Array  # typed key[], the run's root key: every draw folds the step into it
+
+
+def map_rows(
+    function: Callable[[jax.Array, int], jax.Array], tree: Any, *, shared: tuple[int, ...] = ()
+) -> Any:
+    """Applies `function(array, axis of its rows)` to the arrays of a pytree of this module.
+
+    Cached keys and values carry their rows on axis 1, everything else on axis 0; scalars and the
+    pieces of a rollout named in `shared` (one row for all) are left alone.
+    """
+
+    def one(node: Any) -> Any:
+        if isinstance(node, Segment):
+            return Segment(function(node.k, 1), function(node.v, 1), function(node.valid, 0))
+        if isinstance(node, Rollout):
+            pieces = tuple(
+                piece if index in shared else map_rows(function, piece)
+                for index, piece in enumerate(node.pieces)
+            )
+            parts = (node.inputs, node.texts, node.images)
+            inputs, texts, images = map_rows(function, parts)
+            return Rollout(inputs, pieces, texts, images)
+        return function(node, 0) if node.ndim else node
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Segment | Rollout))

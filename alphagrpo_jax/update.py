@@ -1,0 +1,410 @@
+"""Stage 6: scores stored trajectories, and takes one optimizer step on the GRPO loss.
+
+An update is: `forward` of each micro-batch for the old log-probs; then, per micro-batch, `forward`
+and `backward`; then `apply`. Each is jitted once, in the command.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from alphagrpo_jax import loss, policy
+from alphagrpo_jax.models import lora
+from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.rollout import context, guidance_contexts, rebuild
+from alphagrpo_jax.sampling import image
+from alphagrpo_jax.tasks import Plan
+from alphagrpo_jax.types import Rollout, StepScores, TrainState, UpdateBatch, map_rows
+
+GEN_EXPERT = r"_moe_gen/|(^|/)(vae2llm|llm2vae|time_embedder)/"  # paths of the image side
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """Fields of `loss.grpo_loss`, and which of its two parts are trained."""
+
+    text: bool
+    image: bool
+    text_loss_weight: float
+    level: str
+    clip_low: float
+    clip_high: float
+    entropy_fraction: float
+    text_beta: float
+    image_clip: float
+    advantage_clip: float
+    image_beta: float
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference policy has to score the trajectories."""
+        return self.text_beta > 0 or self.image_beta > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateOptions:
+    """What an update compiles for; hashable, a static argument of jit."""
+
+    plan: Plan
+    system_tokens: tuple[int, ...]
+    image: image.ImageOptions
+    temperature: float
+    micro_batch: int
+    context_gradient: bool
+    lora_scale: float | None  # alpha / rank; None: part of the base is trained
+    loss: LossOptions
+
+
+class Totals(NamedTuple):
+    """What a micro-batch has to know of the whole update."""
+
+    tokens: jax.Array  # float32[], trained tokens of valid trajectories
+    trajectories: jax.Array  # float32[], valid ones
+    entropy_threshold: jax.Array  # float32[], tokens below it are not trained
+
+
+def policy_params(base: dict, trainable: Any, *, lora_scale: float | None) -> policy.PolicyParams:
+    """The policy's weights from the frozen and the trained part.
+
+    Args:
+      base: the pretrained parameters.
+      trainable: an adapter tree, or {"a/b/c": array} that replaces entries of the base.
+      lora_scale: alpha / rank of the adapters; None for the second form.
+    """
+    if lora_scale is not None:
+        return policy.PolicyParams(base=base, lora=trainable, lora_scale=lora_scale)
+    flat = traverse_util.flatten_dict(base, sep="/") | trainable
+    return policy.PolicyParams(base=traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def init_trainable(
+    base: dict, key: jax.Array, *, rank: int, targets: str, full_targets: str | None
+) -> Any:
+    """What is trained at the start: fresh adapters, or float32 copies of a part of the base.
+
+    Args:
+      base: parameter tree.
+      key: typed key, for the adapters.
+      rank, targets: of the adapters.
+      full_targets: regex over whole parameter paths; None: adapters.
+    Raises:
+      ValueError: nothing matches.
+    """
+    if full_targets is None:
+        return lora.init(key, base, targets, rank=rank)
+    flat = traverse_util.flatten_dict(base, sep="/")
+    chosen = {
+        path: jnp.array(leaf, jnp.float32)
+        for path, leaf in sorted(flat.items())
+        if re.fullmatch(full_targets, path)
+    }
+    if not chosen:
+        raise ValueError(
+            f"train.full_targets={full_targets!r} matches none of {len(flat)} parameter paths, "
+            f"e.g. {sorted(flat)[:3]}"
+        )
+    return chosen
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    gen_scale: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    warmup_steps: int,
+    decay_steps: int,
+) -> optax.GradientTransformation:
+    """AdamW after clipping the global gradient norm.
+
+    The rate rises linearly over `warmup_steps` and, if `decay_steps` > 0, falls linearly to zero at
+    `decay_steps`; both count applied updates. `gen_scale` multiplies the steps of the image
+    expert's parameters.
+    """
+    schedule: optax.Schedule = optax.constant_schedule(learning_rate)
+    if decay_steps:
+        schedule = optax.linear_schedule(learning_rate, 0.0, max(decay_steps - warmup_steps, 1))
+    if warmup_steps:
+        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
+    parts = [
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    ]
+    if gen_scale != 1.0:
+        parts.append(optax.masked(optax.scale(gen_scale), _is_gen))
+    return optax.chain(*parts)
+
+
+def _is_gen(tree: Any) -> Any:
+    def one(path: tuple, _: jax.Array) -> bool:
+        name = "/".join(str(entry.key) for entry in path)
+        return re.search(GEN_EXPERT, name) is not None
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def score(
+    model: Bagel, params: policy.PolicyParams, trajectories: Rollout, *, options: UpdateOptions
+) -> StepScores:
+    """Log-probs of all text and image steps of B trajectories, in their stored contexts.
+
+    The stored contexts are constants; with `context_gradient` they are computed again here, so
+    that the gradient flows through them.
+    """
+    plan, rows = options.plan, trajectories.inputs[0].tokens.shape[0]
+    pieces = jax.lax.stop_gradient(trajectories.pieces)
+    if options.context_gradient:
+        pieces = rebuild(
+            model, params, trajectories, plan=plan, system_tokens=options.system_tokens
+        )
+    texts = [
+        policy.text_log_probs(
+            model,
+            params,
+            context(pieces, step.gen, rows),
+            trajectories.texts[step.index].tokens,
+            trajectories.texts[step.index].mask,
+            temperature=options.temperature,
+        )
+        for step in plan.text_steps
+    ]
+    images = [
+        image.score(
+            model,
+            params,
+            guidance_contexts(pieces, step, rows),
+            trajectories.images[step.index],
+            options=options.image,
+        )
+        for step in plan.image_steps
+    ]
+    return StepScores(
+        text_log_prob=tuple(each.log_prob for each in texts),
+        text_entropy=tuple(each.entropy for each in texts),
+        image_log_prob=tuple(logp for logp, _ in images),
+        image_mean=tuple(mean for _, mean in images),
+    )
+
+
+def forward(
+    trainable: Any,
+    base: dict,
+    trajectories: Rollout,
+    part: jax.Array,
+    *,
+    model: Bagel,
+    options: UpdateOptions,
+) -> tuple[StepScores, Callable]:
+    """Scores one micro-batch, and what its backward pass needs.
+
+    Old and new log-probs both come from this one function, compiled once: before the first step
+    of a batch they are the same bits, so that the first ratio is exactly 1.
+
+    Args:
+      trainable, base: the policy.
+      trajectories: of the whole update.
+      part: int32[], which micro-batch.
+      model, options: static.
+    Returns:
+      The scores, and the function from their cotangents to the gradient (a pytree).
+    """
+    parts = trajectories.inputs[0].tokens.shape[0] // options.micro_batch
+    micro = take_part(trajectories, part, parts, shared=options.plan.shared)
+
+    def scores(tree: Any) -> StepScores:
+        params = policy_params(base, tree, lora_scale=options.lora_scale)
+        return score(model, params, micro, options=options)
+
+    return jax.vjp(scores, trainable)
+
+
+def score_reference(
+    base: dict, trajectories: Rollout, part: jax.Array, *, model: Bagel, options: UpdateOptions
+) -> StepScores:
+    """Scores of a micro-batch under the base alone, in contexts that it builds from the tokens."""
+    parts = trajectories.inputs[0].tokens.shape[0] // options.micro_batch
+    micro = take_part(trajectories, part, parts, shared=options.plan.shared)
+    rebuilt = dataclasses.replace(options, context_gradient=True)
+    return score(model, policy.PolicyParams(base=base), micro, options=rebuilt)
+
+
+def backward(
+    pullback: Callable,
+    new: StepScores,
+    old: StepScores | None,
+    reference: StepScores | None,
+    batch: UpdateBatch,
+    part: jax.Array,
+    totals: Totals,
+    *,
+    options: UpdateOptions,
+) -> tuple[Any, loss.Metrics]:
+    """A micro-batch's share of the gradient and of the metrics.
+
+    Args:
+      pullback, new: from `forward` of the same part.
+      old: scores of this part before the first step of the batch; None: `new` itself.
+      reference: of this part, if the loss has a KL term.
+      batch: of the whole update.
+      part: int32[].
+      totals: from `totals` of the whole update.
+      options: static.
+    """
+    parts = batch.advantage.shape[0] // options.micro_batch
+    micro = take_part(batch, part, parts, shared=options.plan.shared)
+    old = jax.lax.stop_gradient(new) if old is None else old
+
+    def share(scores: StepScores) -> tuple[jax.Array, loss.Metrics]:
+        return micro_loss(scores, old, reference, micro, totals, options=options)
+
+    cotangents, metrics = jax.grad(share, has_aux=True)(new)
+    (gradient,) = pullback(cotangents)
+    return gradient, metrics
+
+
+def apply(
+    state: TrainState,
+    gradient: Any,
+    metrics: loss.Metrics,
+    *,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, loss.Metrics]:
+    """One optimizer step. A loss or gradient that is not finite leaves the state as it was;
+    `update/finite` tells.
+    """
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+    moved = (optax.apply_updates(state.trainable, updates), opt_state)
+    trainable, opt_state = jax.tree.map(
+        lambda new, same: jnp.where(finite, new, same), moved, (state.trainable, state.opt_state)
+    )
+    metrics = metrics | {"update/grad_norm": norm, "update/finite": finite.astype(jnp.float32)}
+    return state.replace(trainable=trainable, opt_state=opt_state), metrics
+
+
+def accumulate(
+    first: tuple[Any, loss.Metrics], second: tuple[Any, loss.Metrics]
+) -> tuple[Any, loss.Metrics]:
+    """Gradients and metrics of two micro-batches as of one."""
+    gradient = jax.tree.map(jnp.add, first[0], second[0])
+    return gradient, loss.merge_metrics(first[1], second[1])
+
+
+def take_part(tree: Any, part: jax.Array, parts: int, *, shared: tuple[int, ...] = ()) -> Any:
+    """Rows part, part + parts, part + 2 parts, ... of a batch.
+
+    Strided, so that on a mesh every device holds its share of each micro-batch already.
+    """
+
+    def one(x: jax.Array, axis: int) -> jax.Array:
+        cut = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+        return jax.lax.dynamic_index_in_dim(x.reshape(cut), part, axis + 1, keepdims=False)
+
+    return map_rows(one, tree, shared=shared)
+
+
+def count(batch: UpdateBatch, entropy: jax.Array | None, *, options: UpdateOptions) -> Totals:
+    """The denominators of the whole update's means.
+
+    Args:
+      batch: of the whole update.
+      entropy: float32[B, T - 1] of the first text step before the update, if only the most
+        uncertain tokens are trained.
+      options: static.
+    """
+    threshold = jnp.float32(-jnp.inf)
+    tokens = jnp.zeros((), jnp.float32)
+    if options.plan.text_steps:
+        mask = batch.rollout.texts[0].scored & batch.valid[:, None]
+        if entropy is not None:
+            kept = loss.top_entropy_mask(
+                entropy, mask, fraction=options.loss.entropy_fraction
+            )
+            threshold = jnp.min(jnp.where(kept, entropy, jnp.inf))
+            mask = kept
+        tokens = jnp.sum(mask, dtype=jnp.float32)
+    return Totals(tokens, jnp.sum(batch.valid, dtype=jnp.float32), threshold)
+
+
+def micro_loss(
+    new: StepScores,
+    old: StepScores,
+    reference: StepScores | None,
+    micro: UpdateBatch,
+    totals: Totals,
+    *,
+    options: UpdateOptions,
+) -> tuple[jax.Array, loss.Metrics]:
+    """A micro-batch's share of the update's loss, as a function of the new scores."""
+    trajectories, own = micro.rollout, options.loss
+    text = picture = None
+    if own.text and options.plan.text_steps:
+        uncertain = old.text_entropy[0] >= totals.entropy_threshold
+        text = loss.TextTerms(
+            new_logp=new.text_log_prob[0],
+            old_logp=old.text_log_prob[0],
+            mask=trajectories.texts[0].scored & uncertain,
+            advantage=micro.advantage,
+            entropy=jax.lax.stop_gradient(new.text_entropy[0]),
+            ref_logp=reference.text_log_prob[0] if own.text_beta else None,
+        )
+    if own.image and options.plan.image_steps:
+        picture = loss.ImageTerms(
+            new_logp=new.image_log_prob[0],
+            old_logp=old.image_log_prob[0],
+            advantage=micro.advantage,
+            kl=_image_kl(new, reference, trajectories, options) if own.image_beta else None,
+        )
+    share, metrics = loss.grpo_loss(
+        text,
+        picture,
+        micro.valid,
+        text_tokens_total=totals.tokens,
+        trajectories_total=totals.trajectories,
+        text_loss_weight=own.text_loss_weight,
+        level=own.level,
+        clip_low=own.clip_low,
+        clip_high=own.clip_high,
+        text_beta=own.text_beta,
+        image_clip=own.image_clip,
+        advantage_clip=own.advantage_clip,
+        image_beta=own.image_beta,
+    )
+    return share, metrics | {"logp/rollout_update_max_abs_diff": _sampler_gap(old, trajectories)}
+
+
+def _image_kl(
+    new: StepScores, reference: StepScores, trajectories: Rollout, options: UpdateOptions
+) -> jax.Array:
+    """KL to the reference of every stochastic step, float32[B, J]."""
+    sample, levels = trajectories.images[0], jnp.asarray(options.image.sigmas)
+    columns = []
+    for j in range(options.image.window):
+        x, at = sample.before[:, j], sample.start + j
+        _, std = image.transition(x, x, levels[at], levels[at + 1], options=options.image)
+        pair = (new.image_mean[0][:, j], reference.image_mean[0][:, j])
+        columns.append(loss.gaussian_kl(*pair, std))
+    return jnp.stack(columns, axis=1)
+
+
+def _sampler_gap(old: StepScores, trajectories: Rollout) -> jax.Array:
+    """Largest difference between the sampler's own log-probs and the update's, float32[]."""
+    gaps = [
+        jnp.max(jnp.where(sample.scored, jnp.abs(sample.log_prob - logp), 0.0))
+        for sample, logp in zip(trajectories.texts, old.text_log_prob, strict=True)
+    ] + [
+        jnp.max(jnp.abs(sample.log_prob - logp))
+        for sample, logp in zip(trajectories.images, old.image_log_prob, strict=True)
+    ]
+    return jax.lax.stop_gradient(jnp.max(jnp.stack(gaps)))
