@@ -229,11 +229,11 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch(level, micro
     merged = parts[0][0][1]
     for (_, more), _ in parts[1:]:
         merged = loss_lib.merge_metrics(merged, more)
-    assert sum(part[0][0] for part in parts) == pytest.approx(full, rel=1e-5)
-    assert sum(part[1] for part in parts) == pytest.approx(gradient, rel=1e-5)
+    assert sum(part[0][0] for part in parts) == pytest.approx(float(full), rel=1e-5)
+    assert sum(part[1] for part in parts) == pytest.approx(float(gradient), rel=1e-5)
     assert merged.keys() == metrics.keys()
     for name, number in metrics.items():
-        assert merged[name] == pytest.approx(number, rel=1e-5), name
+        assert merged[name] == pytest.approx(float(number), rel=1e-5), name
 
 
 def test_padding_and_invalid_trajectories_count_nowhere_even_as_nan():
@@ -294,9 +294,9 @@ def test_text_alone_and_image_alone():
     text_only, _ = loss_lib.grpo_loss(text, None, valid, text_loss_weight=0.3, **whole)
     image_only, _ = loss_lib.grpo_loss(None, image, valid, **whole)
     both, metrics = loss_lib.grpo_loss(text, image, valid, text_loss_weight=0.3, **whole)
-    assert text_only == pytest.approx(0.3 * metrics["loss/text"])
-    assert image_only == pytest.approx(metrics["loss/image"])
-    assert both == pytest.approx((J * text_only + J * image_only) / (J + 1), rel=1e-6)
+    assert text_only == pytest.approx(0.3 * float(metrics["loss/text"]))
+    assert image_only == pytest.approx(float(metrics["loss/image"]))
+    assert both == pytest.approx(float(text_only + image_only) * J / (J + 1), rel=1e-6)
     with pytest.raises(ValueError, match="neither text nor image"):
         loss_lib.grpo_loss(None, None, valid, **whole)
 
