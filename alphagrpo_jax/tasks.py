@@ -28,6 +28,12 @@ ANSWER_SYSTEM_PROMPT = (
     "the answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. <think> "
     "reasoning process here </think> answer here"
 )
+REFLECTION_REQUEST = (
+    "The user requires to generate image of `{prompt}`. You tried to generate an image based on "
+    "the user's request, but you failed to create the correct image. \nReflect on what went wrong "
+    "and write down the editing instruction that will help you do better and refine the image to "
+    "meet user's request based on your own reflection."
+)
 
 SYSTEM, TEXT, GIVEN_IMAGE = "system", "text", "given_image"  # inputs
 THINK, ANSWER, IMAGE = "think", "answer", "image"  # steps of the policy

@@ -29,6 +29,7 @@ TRAINING_SCRIPTS = (
     "shapes/batches",
     "shapes/muon",
     "shapes/pretrain",
+    "shapes/tokenizer_build",
     "shapes/train_",
     "shapes/verifier_",
 )
