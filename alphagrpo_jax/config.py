@@ -22,6 +22,7 @@ class ConfigError(ValueError):
 class Model:
     path: str  # a folder, or "package:NAME" for a shipped asset
     dtype: str  # "float32" or "bfloat16"
+    remat: str  # what a layer's backward pass recomputes: "none", "dots" or "full"
     height: int  # of a drawn image, pixels
     width: int
 
@@ -35,13 +36,15 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Verifier:
+    kind: str  # "hf", or "callable": path is then "module:function"
     path: str
     workers: int  # processes
     threads: int  # per worker, fixed: the same answers whatever the load
     text_fallback: bool  # a text that is exactly yes or no counts as 1 or 0
-    deadline_seconds: float  # for the answers about one image, from when a worker takes it
-    total_deadline_seconds: float  # for all images of one gather
-    retries: int
+    attempt_seconds: float  # for one attempt at one image
+    total_seconds: float  # after its submission, no further attempt at an image starts
+    start_seconds: float  # for starting a worker
+    max_attempts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ class RolloutOptions:
     temperature: float
     top_p: float
     micro_batch: int  # trajectories drawn at a time
+    merge_lora: bool  # fold the adapters into a copy of the weights while drawing
     guidance: GuidanceScales
 
 
@@ -152,7 +156,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    samples_every: int  # steps between sample grids; 0: only with evaluations
+    samples: int  # held-out images in a sample grid
     tensorboard: bool
     progress: bool
 
@@ -272,6 +276,8 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 CHOICES = {
     "task": ("rt2i", "t2i"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full", "dots"),
+    "verifier.kind": ("hf", "callable"),
     "reward.aggregate": ("geometric", "mean", "pooled"),
     "reward.score": ("confidence", "binary"),
     "rollout.sampler": ("sde", "cps"),
@@ -294,9 +300,10 @@ RANGES = {
     "lora.alpha": (1e-6, 1e6),
     "verifier.workers": (1, 1024),
     "verifier.threads": (1, 1024),
-    "verifier.deadline_seconds": (1e-3, 1e6),
-    "verifier.total_deadline_seconds": (1e-3, 1e6),
-    "verifier.retries": (0, 1000),
+    "verifier.attempt_seconds": (1e-3, 1e6),
+    "verifier.total_seconds": (1e-3, 1e6),
+    "verifier.start_seconds": (1e-3, 1e6),
+    "verifier.max_attempts": (1, 1000),
     "reward.format_weight": (0.0, 100.0),
     "reward.max_invalid_fraction": (0.0, 1.0),
     "rollout.prompt_tokens": (3, 1 << 20),
@@ -338,7 +345,7 @@ RANGES = {
     "eval.num_points": (2, 1000),
     "checkpoint.every": (0, 1 << 40),
     "checkpoint.keep": (1, 1 << 20),
-    "log.samples_every": (0, 1 << 40),
+    "log.samples": (1, 4096),
 }
 
 
@@ -389,6 +396,8 @@ def _check_sizes(config: Config) -> None:
             f"train.old_logprob=self is exact for one update per batch only; got "
             f"train.updates_per_batch={train.updates_per_batch}: use 'recompute'"
         )
+    if config.loss.entropy_fraction < 1 and train.old_logprob == "self":
+        raise ConfigError("loss.entropy_fraction below 1 needs train.old_logprob=recompute")
     if config.loss.text == config.loss.image == "none":
         raise ConfigError("loss.text and loss.image are both 'none': nothing would be trained")
     if config.task == "t2i" and config.loss.image == "none":

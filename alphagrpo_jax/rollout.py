@@ -152,7 +152,7 @@ def pixels(
 
 def repeat_rows(tree: TextBlock | Piece, count: int) -> TextBlock | Piece:
     """Every row `count` times in a row."""
-    return map_rows(lambda x, axis: jnp.repeat(x, count, axis=axis), tree)
+    return map_rows(lambda axis, x: jnp.repeat(x, count, axis=axis), tree)
 
 
 def _input_block(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from alphagrpo_jax.models.kv_cache import Segment
@@ -92,31 +93,48 @@ class UpdateBatch:
 class TrainState:
     """What training changes, and nothing else: never the base model."""
 
-    trainable: Any  # the adapter tree, or {path: array} of the trained part of the base
+    trainable: Any  # the adapter tree, or the trained part of the base
     opt_state: Any
     key: jax.Array  # typed key[], the run's root key: every draw folds the step into it
 
 
 def map_rows(
-    function: Callable[[jax.Array, int], jax.Array], tree: Any, *, shared: tuple[int, ...] = ()
+    function: Callable[..., jax.Array], tree: Any, *rest: Any, shared: tuple[int, ...] = ()
 ) -> Any:
-    """Applies `function(array, axis of its rows)` to the arrays of a pytree of this module.
+    """Applies `function(axis of the rows, array, *arrays)` to the arrays of these pytrees.
 
     Cached keys and values carry their rows on axis 1, everything else on axis 0; scalars and the
-    pieces of a rollout named in `shared` (one row for all) are left alone.
+    pieces of a rollout named in `shared` (one row for all) are left as in the first tree.
+
+    Args:
+      function: gets the axis, then the array of each tree.
+      tree, rest: pytrees of this module, of one structure.
+      shared: indices of pieces.
     """
 
-    def one(node: Any) -> Any:
+    def one(node: Any, *others: Any) -> Any:
+        nodes = (node, *others)
         if isinstance(node, Segment):
-            return Segment(function(node.k, 1), function(node.v, 1), function(node.valid, 0))
+            fields = (("k", 1), ("v", 1), ("valid", 0))
+            return Segment(
+                *(function(axis, *(getattr(each, name) for each in nodes)) for name, axis in fields)
+            )
         if isinstance(node, Rollout):
             pieces = tuple(
-                piece if index in shared else map_rows(function, piece)
-                for index, piece in enumerate(node.pieces)
+                each[0] if index in shared else map_rows(function, *each)
+                for index, each in enumerate(zip(*(n.pieces for n in nodes), strict=True))
             )
-            parts = (node.inputs, node.texts, node.images)
-            inputs, texts, images = map_rows(function, parts)
+            parts = [(each.inputs, each.texts, each.images) for each in nodes]
+            inputs, texts, images = map_rows(function, *parts)
             return Rollout(inputs, pieces, texts, images)
-        return function(node, 0) if node.ndim else node
+        return function(0, *nodes) if node.ndim else node
 
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Segment | Rollout))
+    def is_whole(node: Any) -> bool:
+        return isinstance(node, Segment | Rollout)
+
+    return jax.tree.map(one, tree, *rest, is_leaf=is_whole)
+
+
+def join_rows(parts: list[Rollout], *, shared: tuple[int, ...]) -> Rollout:
+    """Rollouts of one update, one after the other."""
+    return map_rows(lambda axis, *arrays: jnp.concatenate(arrays, axis=axis), *parts, shared=shared)

@@ -74,13 +74,13 @@ def policy_params(base: dict, trainable: Any, *, lora_scale: float | None) -> po
 
     Args:
       base: the pretrained parameters.
-      trainable: an adapter tree, or {"a/b/c": array} that replaces entries of the base.
+      trainable: an adapter tree, or a part of the base tree, which it replaces.
       lora_scale: alpha / rank of the adapters; None for the second form.
     """
     if lora_scale is not None:
         return policy.PolicyParams(base=base, lora=trainable, lora_scale=lora_scale)
-    flat = traverse_util.flatten_dict(base, sep="/") | trainable
-    return policy.PolicyParams(base=traverse_util.unflatten_dict(flat, sep="/"))
+    flat = traverse_util.flatten_dict(base) | traverse_util.flatten_dict(trainable)
+    return policy.PolicyParams(base=traverse_util.unflatten_dict(flat))
 
 
 def init_trainable(
@@ -109,7 +109,7 @@ def init_trainable(
             f"train.full_targets={full_targets!r} matches none of {len(flat)} parameter paths, "
             f"e.g. {sorted(flat)[:3]}"
         )
-    return chosen
+    return traverse_util.unflatten_dict(chosen, sep="/")
 
 
 def make_optimizer(
@@ -307,11 +307,17 @@ def take_part(tree: Any, part: jax.Array, parts: int, *, shared: tuple[int, ...]
     Strided, so that on a mesh every device holds its share of each micro-batch already.
     """
 
-    def one(x: jax.Array, axis: int) -> jax.Array:
+    def one(axis: int, x: jax.Array) -> jax.Array:
         cut = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
         return jax.lax.dynamic_index_in_dim(x.reshape(cut), part, axis + 1, keepdims=False)
 
     return map_rows(one, tree, shared=shared)
+
+
+def join_entropy(scores: list[StepScores]) -> jax.Array:
+    """Entropies float32[B, T - 1] of the first text step, from the scores of all parts."""
+    stacked = jnp.stack([each.text_entropy[0] for each in scores], axis=1)
+    return stacked.reshape(-1, stacked.shape[-1])
 
 
 def count(batch: UpdateBatch, entropy: jax.Array | None, *, options: UpdateOptions) -> Totals:

@@ -119,10 +119,8 @@ def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
       ValueError: no row matches a parameter of two or more dimensions, or a row names more axes
         than the array has.
     """
-    for pattern, axes in PARAM_AXES:
-        if re.search(pattern, path):
-            break
-    else:
+    axes = next((axes for pattern, axes in PARAM_AXES if re.search(pattern, path)), None)
+    if axes is None:
         raise ValueError(
             f"no row of PARAM_AXES matches parameter {path} of shape {tuple(shape)}; add one in "
             "runtime/sharding.py"
@@ -147,9 +145,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     paths). Scalars and typed keys are replicated."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, param_spec(path_name(path), leaf.shape, mesh))
+        return param_sharding(path_name(path), leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -157,6 +153,11 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`param_spec` as a sharding; scalars are replicated."""
+    return NamedSharding(mesh, param_spec(path, shape, mesh)) if shape else replicated(mesh)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -1,0 +1,126 @@
+"""Saving and restoring what a run cannot compute again: state, keys, place in the data."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from alphagrpo_jax.runtime.distributed import to_host
+from alphagrpo_jax.runtime.sharding import path_name
+
+FOLDER = "checkpoints"
+ROOM = 4  # checkpoints of free space that a run wants at its start
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or continued."""
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run. A save is complete or invisible, and synchronous."""
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False
+        )
+        path = pathlib.Path(folder).absolute() / FOLDER
+        self._manager = ocp.CheckpointManager(path, options=options)
+
+    def latest(self) -> int | None:
+        """The newest step that was saved."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and waits until it is complete.
+
+        Args:
+          step: updates done.
+          state: pytree of arrays (typed keys as their data).
+          progress: JSON object.
+        Raises:
+          CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress))
+                ),
+                force=True,
+            )
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"step {step}: the checkpoint could not be written ({error}); free some space, "
+                "then run the same command again: it continues from the checkpoint before"
+            ) from error
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """The JSON object of a checkpoint."""
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return dict(self._restore(step, args)["progress"])
+
+    def state(self, step: int, like: Any) -> Any:
+        """The arrays of a checkpoint, in the structure, shapes and shardings of `like`."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._restore(step, args)["state"]
+
+    def close(self) -> None:
+        """Ends the manager."""
+        self._manager.close()
+
+    def _restore(self, step: int, args: ocp.args.Composite) -> Any:
+        try:
+            return self._manager.restore(step, args=args)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {step} cannot be restored ({error}); if it is damaged, delete its "
+                "folder: the run then continues from the one before"
+            ) from error
+
+
+def digest(state: Any, progress: Mapping[str, Any]) -> str:
+    """sha256 over the bytes of a checkpoint's payload, arrays sorted by path."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(to_host(state))
+    total = hashlib.sha256()
+    for path, leaf in sorted((path_name(path), leaf) for path, leaf in flat):
+        total.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+        total.update(np.ascontiguousarray(leaf).tobytes())
+    total.update(json.dumps(dict(progress), sort_keys=True).encode())
+    return total.hexdigest()
+
+
+def check_writable(folder: str | os.PathLike, *, state_bytes: int) -> None:
+    """Makes the run folder and makes sure that it takes files and has room for checkpoints.
+
+    Raises:
+      CheckpointError: it cannot be made or written, or the disk is full.
+    """
+    folder = pathlib.Path(folder)
+    probe = folder / ".write_probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"\0" * (1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"the run folder {folder} cannot be written ({error}); choose another --workdir or "
+            "free some space"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < ROOM * state_bytes:
+        raise CheckpointError(
+            f"{folder} has {free / 1e6:.0f} MB free, a checkpoint takes {state_bytes / 1e6:.0f} MB "
+            f"and the run wants room for {ROOM}; free some space or choose another --workdir"
+        )

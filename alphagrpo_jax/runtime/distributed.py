@@ -1,0 +1,75 @@
+"""One process or many: start-up, who writes, and arrays that lie on several hosts."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def initialize() -> None:
+    """Joins the other processes if the environment asks for it.
+
+    `COORDINATOR_ADDRESS`, `NUM_PROCESSES` and `PROCESS_ID` name them; `DISTRIBUTED=1` leaves it to
+    JAX to find them (TPU pods, Slurm). Without these variables there is one process.
+
+    Raises:
+      ValueError: `COORDINATOR_ADDRESS` without the other two.
+    """
+    address = os.environ.get("COORDINATOR_ADDRESS")
+    if address is None:
+        if os.environ.get("DISTRIBUTED") == "1":
+            jax.distributed.initialize()
+        return
+    try:
+        count, number = int(os.environ["NUM_PROCESSES"]), int(os.environ["PROCESS_ID"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"COORDINATOR_ADDRESS={address} is set, but NUM_PROCESSES and PROCESS_ID are not "
+            f"both numbers ({error}); set all three or none"
+        ) from error
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=count, process_id=number)
+
+
+def is_primary() -> bool:
+    """Whether this process writes logs."""
+    return jax.process_index() == 0
+
+
+def to_host(tree: Any) -> Any:
+    """A pytree of device arrays as numpy arrays, whole on every host."""
+
+    def one(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+def own_rows(count: int) -> np.ndarray:
+    """The rows of a batch that this process scores, int64 indices."""
+    return np.arange(jax.process_index(), count, jax.process_count())
+
+
+def merge_rows(values: np.ndarray, count: int) -> np.ndarray:
+    """Rows that the processes computed for `own_rows`, put together on every process.
+
+    Args:
+      values: float[len(own_rows(count)), ...].
+      count: rows of the whole batch, a multiple of the number of processes.
+    """
+    if jax.process_count() == 1:
+        return values
+    stacked = np.asarray(multihost_utils.process_allgather(values))  # [processes, rows, ...]
+    return np.moveaxis(stacked, 0, 1).reshape(count, *values.shape[1:])
+
+
+def any_process(flag: bool) -> bool:  # noqa: FBT001
+    """Whether the flag is set on any process, so that all take the same branch."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))

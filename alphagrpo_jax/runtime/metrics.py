@@ -1,0 +1,178 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard events, sample grids, a progress bar."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+from PIL import Image
+
+from alphagrpo_jax.runtime import images as images_lib
+
+METRICS = "metrics.jsonl"
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class MetricsLog:
+    """The rows of metrics.jsonl, one object per step, never a step twice."""
+
+    def __init__(self, folder: str | os.PathLike, *, last_step: int, writes: bool = True) -> None:
+        """Opens the log of a run that continues after `last_step`.
+
+        Rows of later steps (done, but lost with their checkpoint) and an unfinished last line are
+        dropped, by writing a new file beside the old one and renaming it.
+
+        Args:
+          folder: the run's.
+          last_step: of the checkpoint that the run continues from.
+          writes: False on all processes but the first.
+        """
+        self._writes = writes
+        self._path = pathlib.Path(folder) / METRICS
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= last_step]
+        if writes and self._path.exists():
+            replace_text(self._path, "".join(_line(row) for row in self.rows))
+
+    def has(self, step: int) -> bool:
+        """Whether the row of a step is there."""
+        return any(row["step"] == step for row in self.rows)
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Appends a row; values that are not finite become null.
+
+        Raises:
+          ValueError: a row for this step or a later one exists.
+        """
+        if self.rows and self.rows[-1]["step"] >= step:
+            raise ValueError(f"metrics of step {step} after those of {self.rows[-1]['step']}")
+        row = {"step": step} | {key: _plain(value) for key, value in sorted(values.items())}
+        self.rows.append(row)
+        if self._writes:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The complete rows of a metrics.jsonl; none if there is no file."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the process was killed while it wrote this line
+    return rows
+
+
+def replace_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new."""
+    path = pathlib.Path(path)
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+class Board:
+    """TensorBoard events of the same numbers; does nothing where it is switched off."""
+
+    def __init__(self, folder: str | os.PathLike, *, enabled: bool, step: int) -> None:
+        self._writer = (
+            tensorboardX.SummaryWriter(str(folder), purge_step=step + 1) if enabled else None
+        )
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Adds the numbers of a row."""
+        if self._writer is None:
+            return
+        for key, value in values.items():
+            if not isinstance(value, str) and math.isfinite(value):
+                self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def write_samples(
+    folder: str | os.PathLike, step: int, images: np.ndarray, captions: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes step_N.png, a grid of uint8[N, H, W, 3], and step_N.json, what each image is."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = math.ceil(math.sqrt(len(images)))
+    grid = images_lib.grid(images, columns)
+    scale = max(1, 96 // images.shape[1])  # small images are enlarged for the eye
+    large = Image.fromarray(grid.repeat(scale, axis=0).repeat(scale, axis=1))
+    large.save(folder / f"step_{step:06d}.png")
+    replace_text(folder / f"step_{step:06d}.json", json.dumps(list(captions), indent=1) + "\n")
+
+
+class Progress:
+    """One line: steps, reward, exact score, seconds per stage, time left."""
+
+    def __init__(self, *, total: int, done: int, enabled: bool) -> None:
+        self._bar = tqdm.tqdm(
+            total=total, initial=done, disable=not enabled, unit="step", dynamic_ncols=True
+        )
+        self._shown: dict[str, str] = {}
+
+    def show(self, values: Mapping[str, float | str], *, advance: int) -> None:
+        """Moves on and shows what of these is worth a glance."""
+        names = {
+            "reward/mean": "reward",
+            "eval/exact_all": "exact",
+            "eval/reward/mean": "eval reward",
+            "time/rollout": "rollout s",
+            "time/reward_wait": "wait s",
+            "time/update": "update s",
+        }
+        for key, name in names.items():
+            if key in values:
+                self._shown[name] = f"{values[key]:.3f}"
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(advance)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leaves the line as it stands."""
+        self._bar.close()
+
+
+class CompileCounter:
+    """Counts compilations of this process and their seconds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.count += 1
+            self.seconds += duration
+
+
+def _plain(value: Any) -> float | int | str | None:
+    if isinstance(value, str | int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

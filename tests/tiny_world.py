@@ -1,0 +1,157 @@
+"""A tiny random model, prompts and verifier for tests of the trainer; nothing here is trained."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from alphagrpo_jax.models.bagel_weights import new_model, save_model
+from alphagrpo_jax.rewards.verifiers.base import Answer
+from alphagrpo_jax.runtime.tokenizer import PAD, SPECIAL, Tokenizer
+from configs import grpo
+
+SIDE = 32  # pixels; 2x2 latent tokens
+WORDS = ("a red circle", "a blue square", "two green crosses", "a shape with three sides")
+TRANSFORM = {"max": SIDE, "min": SIDE, "stride": 16}
+LLM = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+}
+VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "image_size": SIDE,
+}
+VAE = {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 4}
+BAGEL = {
+    "latent_patch_size": 2,
+    "max_latent_size": 2,
+    "vit_max_num_patch_per_side": SIDE // 8,
+    "vae_transform": TRANSFORM,
+    "vit_transform": TRANSFORM | {"stride": 8},
+}
+
+
+def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer with the special tokens."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([*WORDS, "<think> </think>"], trainer)
+    backend.add_special_tokens([PAD, *SPECIAL.values()])
+    return Tokenizer(backend, {"tokenizer.json": backend.to_str().encode()}, "tests")
+
+
+def model(seed: int = 0):
+    """A tiny model with random weights, the zero-initialised output included."""
+    own = tokenizer()
+    llm = LLM | {"vocab_size": len(own)}
+    loaded = new_model(jax.random.key(seed), own, llm=llm, vit=VIT, vae=VAE, bagel=BAGEL)
+    kernel = loaded.base["llm2vae"]["kernel"]
+    noise = jax.random.normal(jax.random.key(seed + 1), kernel.shape) * 0.3
+    base = loaded.base | {"llm2vae": loaded.base["llm2vae"] | {"kernel": noise}}
+    return dataclasses.replace(loaded, base=base)
+
+
+def write_model(folder: pathlib.Path) -> pathlib.Path:
+    """Writes the tiny model in the official layout."""
+    save_model(folder, model())
+    return folder
+
+
+def record(prompt: str, **extra: object) -> dict:
+    """A record with two semantic questions and one quality question."""
+
+    def question(kind: str, text: str, tag: str) -> dict:
+        return {"question_type": kind, "question": text, "is_valid": True, "tag": tag}
+
+    semantic = [f"Is there {prompt}?", f"Is only {prompt} to be seen?"]
+    return {
+        "prompt": prompt,
+        "semantic_questions": [question("semantic", text, "Existence") for text in semantic],
+        "quality_questions": [question("quality", "Is it flat?", "Texture")],
+        **extra,
+    }
+
+
+def write_records(path: pathlib.Path, count: int = 6) -> pathlib.Path:
+    """Writes `count` records."""
+    rows = [record(f"{WORDS[i % len(WORDS)]} {i}") for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Honest:
+    """P(yes) from the image's brightness and the question's length: deterministic, never equal."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        mean = float(image.astype(np.float64).mean()) / 255.0
+        return [Answer((7.0 * mean + 0.37 * len(text)) % 1.0) for text in questions]
+
+
+class Mute:
+    """Never gives a number."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        return [Answer(None, "no answer") for _ in questions]
+
+
+class Constant:
+    """Always the same answer: groups without differences."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        return [Answer(0.5) for _ in questions]
+
+
+def config(root: pathlib.Path) -> ml_collections.ConfigDict:
+    """A configuration over the files that `write_all` makes in `root`."""
+    config = grpo.get_config()
+    config.model.path = str(root / "model")
+    config.model.height = config.model.width = SIDE
+    config.verifier.kind, config.verifier.path = "callable", "tiny_world:Honest"
+    config.data.train, config.data.heldout = str(root / "train.jsonl"), str(root / "heldout.jsonl")
+    config.lora.rank, config.lora.alpha = 4, 8.0
+    config.rollout.prompt_tokens, config.rollout.text_tokens = 24, 5
+    config.rollout.num_points, config.rollout.window_range = 5, (0, 3)
+    config.rollout.guidance.text_scale = 2.0
+    config.rollout.micro_batch = 4
+    config.train.steps, config.train.prompts_per_step, config.train.group_size = 4, 2, 4
+    config.train.micro_batch = 4
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 0
+    config.eval.every, config.eval.prompts, config.eval.micro_batch = 2, 3, 2
+    config.eval.num_points, config.eval.checker = 4, ""
+    config.checkpoint.every = 2
+    config.log.tensorboard = config.log.progress = False
+    config.log.samples = 2
+    return config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The configuration file of the e2e tests: run the command in the folder of the files."""
+    return config(pathlib.Path())
+
+
+def write_all(root: pathlib.Path) -> pathlib.Path:
+    """Model, training and held-out records in a folder."""
+    write_model(root / "model")
+    write_records(root / "train.jsonl", 6)
+    write_records(root / "heldout.jsonl", 3)
+    return root
