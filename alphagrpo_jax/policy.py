@@ -1,5 +1,6 @@
 """The policy as pure functions of (model, params, arrays): the only caller of Linen's `apply`.
 
+In every function `model` is static (hashable) and `params` are the weights.
 Shapes: B rows, T text tokens, M image tokens, C latent token width, D width, V vocabulary.
 A text is `<|im_start|> ... <|im_end|>` and takes one RoPE id per token; an image block is
 `<|vision_start|> tokens <|vision_end|>`, sees itself fully, and takes a single RoPE id. Every
@@ -12,21 +13,23 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from alphagrpo_jax.flow.guidance import Guidance, combine
 from alphagrpo_jax.models import kv_cache, lora
-from alphagrpo_jax.models.bagel import Bagel
-from alphagrpo_jax.models.bagel import base_shapes as base_shapes
-from alphagrpo_jax.models.bagel import init_base as init_base
-from alphagrpo_jax.models.bagel_weights import Loaded as Loaded
-from alphagrpo_jax.models.bagel_weights import load_model as load_model
-from alphagrpo_jax.models.bagel_weights import new_model as new_model
-from alphagrpo_jax.models.bagel_weights import save_model as save_model
-from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts, Segment
+from alphagrpo_jax.models.bagel import Bagel, base_shapes, init_base  # noqa: F401
+from alphagrpo_jax.models.bagel_weights import (  # noqa: F401
+    Loaded,
+    load_model,
+    new_model,
+    save_model,
+)
+from alphagrpo_jax.models.kv_cache import Context, DecodeCache, GuidanceContexts, Segment
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.patchify import patchify, unpatchify
+from alphagrpo_jax.ops.scores import TextScores, score_text
 
 
 @struct.dataclass
@@ -36,24 +39,6 @@ class PolicyParams:
     base: dict
     lora: dict | None = None
     lora_scale: float = struct.field(pytree_node=False, default=1.0)  # alpha / rank
-
-
-@struct.dataclass
-class TextScores:
-    """Scores of a text; position t is about token t + 1."""
-
-    log_prob: jax.Array  # float32[B, T - 1], nats, 0 where masked
-    entropy: jax.Array  # float32[B, T - 1], nats, 0 where masked
-    mask: jax.Array  # bool[B, T - 1]
-
-
-@struct.dataclass
-class DecodeCache:
-    """A text while it is being written: one preallocated segment."""
-
-    segment: Segment
-    rope: jax.Array  # int32[B], RoPE id of the next token
-    step: jax.Array  # int32[], slots used so far
 
 
 def call(model: Bagel, params: PolicyParams, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -70,8 +55,6 @@ def extend_text(
     """Appends one text per row.
 
     Args:
-      model: static.
-      params: weights.
       ctx: context of B rows (or one row, for all).
       tokens: int32[B, T], `<|im_start|>` to `<|im_end|>`, padded on the right.
       mask: bool[B, T], False at padding.
@@ -79,8 +62,12 @@ def extend_text(
       The longer context, and float[B, T, D], the final hidden states (normed).
     """
     chex.assert_rank([tokens, mask], 2)
-    und = call(model, params, "embed_text", tokens)
-    return _extend_causal(model, params, ctx, und, mask)
+    ctx = kv_cache.broadcast(ctx, tokens.shape[0])
+    und = Tokens(call(model, params, "embed_text", tokens), None)
+    positions = ctx.rope[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden, segment = _decode(model, params, ctx, und, positions, causal_mask(mask))
+    advance = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    return kv_cache.append(ctx, segment.replace(valid=mask), advance), hidden.und
 
 
 def text_logits(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
@@ -103,8 +90,6 @@ def text_log_probs(
     (AlphaGRPO, sampling: top-p is not part of the scored distribution).
 
     Args:
-      model: static.
-      params: weights.
       ctx: context before the text.
       tokens: int32[B, T], as for `extend_text`.
       mask: bool[B, T].
@@ -113,25 +98,6 @@ def text_log_probs(
     _, hidden = extend_text(model, params, ctx, tokens, mask)
     logits = text_logits(model, params, hidden[:, :-1])
     return score_text(logits, tokens, mask, temperature=temperature)
-
-
-def score_text(
-    logits: jax.Array, tokens: jax.Array, mask: jax.Array, *, temperature: float
-) -> TextScores:
-    """`TextScores` from logits.
-
-    Args:
-      logits: float32[B, T - 1, V], position t predicts token t + 1.
-      tokens: int32[B, T].
-      mask: bool[B, T].
-      temperature: divides the logits.
-    """
-    chex.assert_rank([logits, tokens, mask], [3, 2, 2])
-    log_p = jax.nn.log_softmax(logits / temperature, axis=-1)
-    picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
-    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    valid = mask[:, 1:]
-    return TextScores(jnp.where(valid, picked, 0.0), jnp.where(valid, entropy, 0.0), valid)
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:
@@ -156,8 +122,6 @@ def decode_step(
     """Reads one token per row and predicts the next one; usable in `jax.lax.while_loop`.
 
     Args:
-      model: static.
-      params: weights.
       ctx: context before the text (merge it once beforehand).
       cache: the text so far.
       token: int32[B].
@@ -196,15 +160,13 @@ def extend_vae(
     """Appends a clean image as latent tokens (noise level 0).
 
     Args:
-      model: static.
-      params: weights.
       ctx: context of B rows.
       latents: float[B, M, C].
       grid: token rows and columns.
     """
     sigma = jnp.zeros(latents.shape[:1], jnp.float32)
-    _, segment = _latent_block(model, params, ctx, latents, sigma, grid, keep_cache=True)
-    return kv_cache.append(_rows(ctx, latents.shape[0]), segment, 1)
+    _, segment = _latent_block(model, params, ctx, latents, sigma, grid)
+    return kv_cache.append(kv_cache.broadcast(ctx, latents.shape[0]), segment, 1)
 
 
 def extend_vit(
@@ -213,20 +175,15 @@ def extend_vit(
     """Appends an image as ViT tokens (to be understood only).
 
     Args:
-      model: static.
-      params: weights.
       ctx: context of B rows.
       patches: float[B, Mv, patch * patch * 3], see `ops.patchify`.
       grid: patch rows and columns.
     """
-    batch = patches.shape[0]
-    ctx = _rows(ctx, batch)
-    marks = _delimiters(model, params, batch)
-    und = jnp.concatenate(
-        [marks[:, :1], call(model, params, "embed_patches", patches, grid=grid), marks[:, 1:]], 1
-    )
-    positions = jnp.broadcast_to(ctx.rope[:, None], und.shape[:2])
-    own = jnp.ones((1, 1, und.shape[1]), bool)
+    ctx = kv_cache.broadcast(ctx, patches.shape[0])
+    marks = _delimiters(model, params, patches.shape[0])
+    seen = embed_patches(model, params, patches, grid)
+    und = jnp.concatenate([marks[:, :1], seen, marks[:, 1:]], axis=1)
+    positions, own = _image_geometry(ctx, und.shape[1])
     _, segment = _decode(model, params, ctx, Tokens(und, None), positions, own)
     return kv_cache.append(ctx, segment, 1)
 
@@ -241,8 +198,6 @@ def extend_image(
     """Appends an image as a user's image is: the VAE block, then the ViT block.
 
     Args:
-      model: static.
-      params: weights.
       ctx: context of B rows.
       images: float32[B, Hpx, Wpx, 3] in [-1, 1], of the VAE transform's size.
       vit_images: the same images at the ViT transform's size; None: the same arrays.
@@ -265,8 +220,6 @@ def velocity(
     """Velocity (noise minus data) of noisy latents in a context; nothing is cached.
 
     Args:
-      model: static.
-      params: weights.
       ctx: context of B rows (or one); merge it once before many calls.
       x: float32[B, M, C].
       sigma: float32[B] in [0, 1], 1 is noise.
@@ -274,8 +227,61 @@ def velocity(
     Returns:
       float32[B, M, C].
     """
-    hidden, _ = _latent_block(model, params, ctx, x, sigma, grid, keep_cache=False)
+    hidden = latent_hidden(model, params, ctx, x, sigma, grid)
     return call(model, params, "read_velocity", hidden.gen)
+
+
+def velocity_draws(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    x: jax.Array,
+    sigma: jax.Array,
+    grid: tuple[int, int],
+) -> jax.Array:
+    """Velocities of several noisy versions of each row's image, all in the row's one context.
+
+    The same numbers as `velocity` on every version alone; the context is read once per row.
+
+    Args:
+      ctx: context of B rows.
+      x: float32[B, R, M, C], R versions.
+      sigma: float32[B, R].
+      grid: token rows and columns.
+    Returns:
+      float32[B, R, M, C].
+    """
+    chex.assert_rank([x, sigma], [4, 2])
+    batch, draws, latents, _ = x.shape
+    flat_x, flat_sigma = x.reshape(batch * draws, *x.shape[2:]), sigma.reshape(batch * draws)
+    gen = embed_latents(model, params, flat_x, flat_sigma, grid)
+    marks = jnp.tile(_delimiters(model, params, batch), (1, draws, 1))
+    tokens = Tokens(marks, gen.reshape(batch, draws * latents, -1))
+    version = np.concatenate([np.repeat(np.arange(draws), 2), np.repeat(np.arange(draws), latents)])
+    own = jnp.asarray(version[None, :, None] == version[None, None, :])
+    positions, _ = _image_geometry(ctx, len(version))
+    hidden, _ = _decode(model, params, ctx, tokens, positions, own, keep_cache=False)
+    return call(model, params, "read_velocity", hidden.gen).reshape(x.shape)
+
+
+def latent_hidden(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    x: jax.Array,
+    sigma: jax.Array,
+    grid: tuple[int, int],
+    *,
+    final_norm: bool = True,
+) -> Tokens:
+    """Hidden states of a denoising block: delimiters [B, 2, D] and latents [B, M, D].
+
+    Arguments as for `velocity`; `final_norm=False` returns the last layer's output.
+    """
+    hidden, _ = _latent_block(
+        model, params, ctx, x, sigma, grid, keep_cache=False, final_norm=final_norm
+    )
+    return hidden
 
 
 def guided_velocity(
@@ -292,8 +298,6 @@ def guided_velocity(
     """Velocity with classifier-free guidance; branches with a scale <= 1 are not evaluated.
 
     Args:
-      model: static.
-      params: weights.
       contexts: the three contexts.
       x: float32[B, M, C].
       sigma: float32[B].
@@ -326,8 +330,6 @@ def joint_forward(
     """One pass over a whole sequence with explicit positions and mask (no cache).
 
     Args:
-      model: static.
-      params: weights.
       tokens: embedded und and gen tokens (`embed_text`, `embed_latents`, `embed_patches`).
       positions: int32[B, Tu + Tg], RoPE ids in the order und, gen.
       mask: bool[B or 1, Tu + Tg, Tu + Tg], query axis first, same order.
@@ -368,8 +370,6 @@ def encode_image(
     """Latent tokens of images.
 
     Args:
-      model: static.
-      params: weights.
       images: float32[B, Hpx, Wpx, 3] in [-1, 1].
       noise: float32[B, h, w, z] to draw from the posterior; None: its mean.
     Returns:
@@ -386,8 +386,6 @@ def decode_latents(
     """Images of latent tokens.
 
     Args:
-      model: static.
-      params: weights.
       latents: float[B, M, C].
       grid: token rows and columns.
     Returns:
@@ -397,10 +395,6 @@ def decode_latents(
     return jnp.clip(call(model, params, "decode_image", latent), -1.0, 1.0)
 
 
-def _rows(ctx: Context, batch: int) -> Context:
-    return kv_cache.broadcast(ctx, batch)
-
-
 def _decode(
     model: Bagel,
     params: PolicyParams,
@@ -408,30 +402,21 @@ def _decode(
     tokens: Tokens,
     positions: jax.Array,
     own: jax.Array,
-    *,
-    keep_cache: bool = True,
+    **flags: bool,
 ) -> tuple[Tokens, Segment | None]:
-    """New tokens over a context, all of them valid; `own` is their mask among themselves."""
+    """New tokens over a context, all of them valid; `own` is their mask among themselves, `flags`
+    are those of `Bagel.decode`."""
     masks = (*(segment.valid[:, None] for segment in ctx.segments), own)
     hidden, pair = call(
-        model, params, "decode", tokens, positions, ctx.segments, masks, keep_cache=keep_cache
+        model, params, "decode", tokens, positions, ctx.segments, masks, **flags
     )
-    if not keep_cache:
-        return hidden, None
-    return hidden, Segment(*pair, jnp.ones(positions.shape, bool))
+    return hidden, pair and Segment(*pair, jnp.ones(positions.shape, bool))
 
 
-def _extend_causal(
-    model: Bagel, params: PolicyParams, ctx: Context, und: jax.Array, mask: jax.Array
-) -> tuple[Context, jax.Array]:
-    batch, length = mask.shape
-    ctx = _rows(ctx, batch)
-    positions = ctx.rope[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-    hidden, segment = _decode(
-        model, params, ctx, Tokens(und, None), positions, causal_mask(mask)
-    )
-    advance = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    return kv_cache.append(ctx, segment.replace(valid=mask), advance), hidden.und
+def _image_geometry(ctx: Context, length: int) -> tuple[jax.Array, jax.Array]:
+    """An image block's RoPE ids int32[B, T], all the same, and its own mask, full."""
+    positions = jnp.broadcast_to(ctx.rope[:, None], (ctx.rope.shape[0], length))
+    return positions, jnp.ones((1, 1, length), bool)
 
 
 def _delimiters(model: Bagel, params: PolicyParams, batch: int) -> jax.Array:
@@ -449,16 +434,13 @@ def _latent_block(
     x: jax.Array,
     sigma: jax.Array,
     grid: tuple[int, int],
-    *,
-    keep_cache: bool,
+    **flags: bool,
 ) -> tuple[Tokens, Segment | None]:
     """A block of latent tokens between its delimiters; cached in the order und, gen."""
     chex.assert_shape(x, (None, grid[0] * grid[1], model.config.latent_width))
     chex.assert_shape(sigma, x.shape[:1])
-    ctx = _rows(ctx, x.shape[0])
+    ctx = kv_cache.broadcast(ctx, x.shape[0])
     gen = call(model, params, "embed_latents", x, sigma, grid=grid)
     tokens = Tokens(_delimiters(model, params, x.shape[0]), gen)
-    length = gen.shape[1] + 2
-    positions = jnp.broadcast_to(ctx.rope[:, None], (x.shape[0], length))
-    own = jnp.ones((1, 1, length), bool)
-    return _decode(model, params, ctx, tokens, positions, own, keep_cache=keep_cache)
+    positions, own = _image_geometry(ctx, gen.shape[1] + 2)
+    return _decode(model, params, ctx, tokens, positions, own, **flags)

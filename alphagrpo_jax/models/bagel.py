@@ -53,9 +53,12 @@ class Bagel(nn.Module):
 
     def embed_latents(self, x: jax.Array, sigma: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Latent tokens float[B, M, C] at noise level sigma float[B] -> float[B, M, D]."""
-        time = self.time_embedder(timestep_features(sigma))
         table = self._positions(grid, self.config.max_latent_size)
-        return self.vae2llm(x) + time[:, None] + table
+        return self.vae2llm(x) + self.embed_time(sigma)[:, None] + table
+
+    def embed_time(self, sigma: jax.Array) -> jax.Array:
+        """Noise levels float[B] -> float[B, D]."""
+        return self.time_embedder(timestep_features(sigma))
 
     def vit_features(self, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """ViT output float[B, M, ViT width], after its final norm."""
@@ -92,6 +95,10 @@ class Bagel(nn.Module):
     def read_velocity(self, hidden: jax.Array) -> jax.Array:
         """float[B, M, D] (normed) -> float32[B, M, C]."""
         return self.llm2vae(hidden).astype(jnp.float32)
+
+    def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `vae.VAE.moments`."""
+        return self.vae.moments(images)
 
     def encode_image(self, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Images float[B, H, W, 3] -> latent float32[B, h, w, z]."""

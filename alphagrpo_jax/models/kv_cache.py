@@ -38,6 +38,15 @@ class GuidanceContexts:
     cfg_img: Context  # images dropped
 
 
+@struct.dataclass
+class DecodeCache:
+    """A text while it is being written: one preallocated segment."""
+
+    segment: Segment
+    rope: jax.Array  # int32[B], RoPE id of the next token
+    step: jax.Array  # int32[], slots used so far
+
+
 def empty(batch: int) -> Context:
     """A context without tokens for `batch` rows."""
     return Context((), jnp.zeros((batch,), jnp.int32))

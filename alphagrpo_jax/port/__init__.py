@@ -1,0 +1,1 @@
+"""Recomputing recorded outputs of the official BAGEL code: fixtures, rules and cases."""

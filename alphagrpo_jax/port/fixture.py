@@ -1,0 +1,151 @@
+"""A folder of recorded outputs, what each array is for, and when a recomputation passes."""
+
+import ast
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ATOL = RTOL = 1e-4
+UINT8_SLACK = 1  # truncation may flip a value
+EXPECTED_JSON, EXPECTED_NPZ = "expected.json", "expected.npz"
+OUTPUT = "output"
+
+# Role of an array: the first pattern that matches the whole name decides. Only outputs are
+# compared; inputs are given; packing describes the official packed layout; exempt arrays are
+# kept for information.
+ROLES: tuple[tuple[str, str], ...] = (
+    (r".*_JOINT", "exempt"),
+    (r"c1\.posids\.interpolate\..*", "exempt"),
+    (r"c9\..*_logprob_with_constants", "exempt"),
+    (r"meta\..*", "input"),
+    (r"c1\.prepare_prompts\..*", "packing"),
+    (r"c2\.(vit_image|vae_image|decode_latent|time_t)", "input"),
+    (r"c4\.stop_id", "input"),
+    (r"c(5|6|7|10)\.x_t", "input"),
+    (r"c5\.input\..*", "packing"),
+    (r"c7\.(vae_input|vit_input)\..*", "packing"),
+    (r"c8\.init_noise", "input"),
+    (r"c9\.step\d+_(x|v|z)", "input"),
+    (r"c12\.(resize_in_wh|image_uint8)", "input"),
+    (r"c13\..*\.init_noise", "input"),
+    (r"c14\.(padded_latent|noise|sigma|packed_vit_tokens|split_lens)", "input"),
+    (r"c14\.(packed_.*|ce_loss_indexes|mse_loss_indexes)", "packing"),
+    (r".*", OUTPUT),
+)
+
+
+class FixtureError(ValueError):
+    """A folder that does not hold recorded outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixture:
+    """The recorded outputs of one folder."""
+
+    folder: Path
+    arrays: Mapping[str, np.ndarray]
+    descriptions: Mapping[str, str]
+    texts: Mapping[str, str]
+    grad_norm_names: Mapping[str, list[str]]
+
+    def outputs(self) -> dict[str, list[str]]:
+        """Names of the arrays to recompute, by case."""
+        groups: dict[str, list[str]] = {}
+        for name in self.arrays:
+            if role(name) == OUTPUT:
+                groups.setdefault(case_of(name), []).append(name)
+        return groups
+
+    def named(self, pattern: str) -> list[tuple[str, re.Match]]:
+        """Names that match a pattern wholly, with the match, in the file's order."""
+        pairs = ((name, re.fullmatch(pattern, name)) for name in self.arrays)
+        return [(name, match) for name, match in pairs if match]
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The call's options, written as a dictionary in an array's description."""
+        found = re.search(r"\{.*?\}", self.descriptions[name])
+        if not found:
+            raise FixtureError(
+                f"{self.folder}: the description of {name} holds no options in braces: "
+                f"{self.descriptions[name]!r}"
+            )
+        return ast.literal_eval(found.group())
+
+    def number(self, name: str, pattern: str) -> float:
+        """A number of an array's description; `pattern` has one group."""
+        found = re.search(pattern, self.descriptions[name])
+        if not found:
+            raise FixtureError(
+                f"{self.folder}: the description of {name} does not match {pattern!r}: "
+                f"{self.descriptions[name]!r}"
+            )
+        return float(found.group(1))
+
+
+def role(name: str) -> str:
+    """`output`, `input`, `packing` or `exempt`."""
+    return next(kind for pattern, kind in ROLES if re.fullmatch(pattern, name))
+
+
+def case_of(name: str) -> str:
+    """`c5` of `c5.v_s1_nocfg`."""
+    return name.split(".", 1)[0]
+
+
+def load_fixture(folder: str | Path) -> Fixture:
+    """Reads the recorded outputs of a folder.
+
+    Raises:
+      FileNotFoundError: no expected.json or expected.npz.
+      FixtureError: the two do not belong together.
+    """
+    folder = Path(folder)
+    missing = [name for name in (EXPECTED_JSON, EXPECTED_NPZ) if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {missing}; expected a folder of recorded outputs with "
+            f"{EXPECTED_JSON}, {EXPECTED_NPZ} and a BAGEL folder's files; check --fixture"
+        )
+    index = json.loads((folder / EXPECTED_JSON).read_text(encoding="utf-8"))
+    with np.load(folder / EXPECTED_NPZ) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    if arrays.keys() != index["arrays"].keys():
+        odd = sorted(arrays.keys() ^ index["arrays"].keys())
+        raise FixtureError(
+            f"{folder}: {EXPECTED_JSON} and {EXPECTED_NPZ} name different arrays, e.g. {odd[:5]}; "
+            "fetch the folder again"
+        )
+    return Fixture(
+        folder,
+        arrays,
+        {name: entry["desc"] for name, entry in index["arrays"].items()},
+        index["texts"],
+        index["grad_norm_names"],
+    )
+
+
+def compare(got: np.ndarray | None, expected: np.ndarray) -> tuple[bool, float]:
+    """Whether a recomputed array passes, and its largest absolute error.
+
+    Floats: `|got - expected| <= 1e-4 + 1e-4 |expected|`; integers: equal; uint8: within 1. An array
+    that was not recomputed, has another shape or kind, or holds NaN fails with error infinity.
+    """
+    if got is None:
+        return False, float("inf")
+    got = np.asarray(got)
+    floats = [np.issubdtype(x.dtype, np.floating) for x in (got, expected)]
+    if got.shape != expected.shape or floats[0] != floats[1]:
+        return False, float("inf")
+    error = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+    if floats[1]:
+        limit = ATOL + RTOL * np.abs(expected.astype(np.float64))
+    else:
+        limit = np.full(expected.shape, UINT8_SLACK if expected.dtype == np.uint8 else 0)
+    if not np.all(np.isfinite(error)):
+        return False, float("inf")
+    return bool(np.all(error <= limit)), float(error.max(initial=0.0))

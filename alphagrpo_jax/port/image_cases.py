@@ -1,0 +1,177 @@
+"""Cases c2, c5, c6, c7, c10: encoders, velocities with guidance, edits, batches."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alphagrpo_jax import policy
+from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.models import kv_cache
+from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
+from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.ops.posembed import grid_ids, timestep_features
+from alphagrpo_jax.port.model import (
+    Port,
+    cache_arrays,
+    context_sizes,
+    reading_order,
+    truncated,
+)
+from alphagrpo_jax.port.text_cases import Outputs, prompt_ids, scores_of
+
+RENORMS = {"global": "global", "channel": "channel", "textchannel": "text_channel"}
+
+
+def nchw(x: jax.Array) -> np.ndarray:
+    """[B, H, W, C] -> [B, C, H, W]."""
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+def encoders(port: Port) -> Outputs:
+    """c2: ViT, connector, VAE both ways, time embedding."""
+    patches, grid = port.vit_patches()
+    features = port.call(port.params, method="vit_features", patches=patches, grid=grid)
+    mean, log_variance = port.call(port.params, method="moments", images=port.vae_image())
+    latent = port.call(port.params, method="encode_image", images=port.vae_image())
+    given = jnp.asarray(port.array("c2.decode_latent").transpose(0, 2, 3, 1))
+    image = port.call(port.params, method="decode_image", latents=given)
+    times = jnp.asarray(port.array("c2.time_t"))
+    return {
+        "c2.vit_tokens": patches[0],
+        "c2.vit_position_ids": grid_ids(grid, port.config.vit_max_num_patch_per_side),
+        "c2.vit_last_hidden": features[0],
+        "c2.connector_out": port.call(port.params, method="connect", features=features)[0],
+        "c2.vit_features": policy.embed_patches(port.model, port.params, patches, grid)[0],
+        "c2.vae_mean": nchw(mean),
+        "c2.vae_logvar": nchw(log_variance),
+        "c2.vae_latent": nchw(latent),
+        "c2.vae_latent_tokens": patchify(latent, port.config.latent_patch_size)[0],
+        "c2.decode_image": nchw(image),
+        "c2.time_freq": timestep_features(times),
+        "c2.time_embed": port.call(port.params, method="embed_time", sigma=times),
+    }
+
+
+def parse_guidance(words: str) -> Guidance:
+    """Guidance of a name's tail: `nocfg`, `text4_img2_textchannel`, `text4_global_rmin0p95`."""
+    fields = {"text_scale": 1.0, "image_scale": 1.0, "interval": (0.0, 1.0)}
+    for word in words.split("_"):
+        number = re.fullmatch(r"(text|img|rmin)([\dp]+)", word)
+        if number:
+            key = {"text": "text_scale", "img": "image_scale", "rmin": "renorm_min"}
+            fields[key[number.group(1)]] = float(number.group(2).replace("p", "."))
+        elif word in RENORMS:
+            fields["renorm"] = RENORMS[word]
+        elif word not in ("nocfg", "only"):
+            raise ValueError(f"unknown word {word!r} in the guidance {words!r}")
+    return Guidance(**fields)
+
+
+def velocities(port: Port, case: str, contexts: GuidanceContexts) -> Outputs:
+    """Every recorded `CASE.v_sSIGMA_GUIDANCE`."""
+    out = {}
+    x = port.array(f"{case}.x_t")
+    for name, match in port.fixture.named(rf"{case}\.v_s([\dp]+)_(\w+)"):
+        sigma, words = float(match.group(1).replace("p", ".")), match.group(2)
+        if words == "uncond_text":
+            alone = GuidanceContexts(contexts.cfg_text, contexts.cfg_text, contexts.cfg_text)
+            out[name] = port.guided_velocity(alone, x, sigma, parse_guidance("nocfg"))
+        else:
+            out[name] = port.guided_velocity(contexts, x, sigma, parse_guidance(words))
+    return out
+
+
+def drawing(port: Port) -> Outputs:
+    """c5: velocities of text to image, and the layers of one denoising block."""
+    contexts = port.drawing()
+    out = prompt_ids(port, "c5") | velocities(port, "c5", contexts)
+    for name, match in port.fixture.named(r"c5\.s([\dp]+)_layer(\d+)"):
+        sigma = float(match.group(1).replace("p", "."))
+        out[name] = _latent_layer(port, contexts.gen, sigma, int(match.group(2)) + 1)
+    for name, match in port.fixture.named(r"c5\.s([\dp]+)_hidden"):
+        sigma = float(match.group(1).replace("p", "."))
+        out[name] = _latent_layer(port, contexts.gen, sigma, None)
+    return out
+
+
+def _latent_layer(port: Port, ctx: Context, sigma: float, layers: int | None) -> np.ndarray:
+    """Hidden states [M + 2, D] of a denoising block after some layers; None: after the norms."""
+    model, params = truncated(port, layers or port.config.llm.num_hidden_layers)
+    segments = tuple(s.replace(k=s.k[:layers], v=s.v[:layers]) for s in ctx.segments)
+    hidden = policy.latent_hidden(
+        model,
+        params,
+        ctx.replace(segments=segments),
+        jnp.asarray(port.array("c5.x_t"))[None],
+        jnp.full((1,), sigma, jnp.float32),
+        port.latent_grid(),
+        final_norm=layers is None,
+    )
+    return reading_order(np.concatenate([hidden.und[0], hidden.gen[0]]), 0)
+
+
+def thinking(port: Port) -> Outputs:
+    """c6: velocities and text scores with a think text."""
+    contexts = port.thinking()
+    out = prompt_ids(port, "c6") | velocities(port, "c6", contexts)
+    ids = port.ids_of("c6.think")
+    _, hidden = port.append_ids(contexts.cfg_img, ids)
+    out |= scores_of(port, "c6.think", port.logits(port.params, hidden[None])[0], ids)
+    for label in ("gen", "cfg_text", "cfg_img"):
+        out |= context_sizes(getattr(contexts, label), f"c6.{label}")
+    return out
+
+
+def editing(port: Port) -> Outputs:
+    """c7: velocities, cache and texts with an image in the context."""
+    contexts = port.editing()
+    out = prompt_ids(port, "c7") | velocities(port, "c7", contexts)
+    out |= context_sizes(port.vae_block(port.text(kv_cache.empty(1), "c6.system")), "c7.after_vae")
+    out |= context_sizes(contexts.cfg_text, "c7.after_vit")
+    out |= context_sizes(contexts.gen, "c7.gen") | context_sizes(contexts.cfg_img, "c7.cfg_img")
+    out["c7.gen.key_cache"], out["c7.gen.value_cache"] = cache_arrays(contexts.gen, (1,))
+    answer = port.ids_of("c7.answer")
+    _, hidden = port.append_ids(contexts.gen, answer)
+    out["c7.answer_logits"] = logits = port.logits(port.params, hidden[None])[0]
+    out |= scores_of(port, "c7.answer", logits, answer)
+    question = port.ids_of("c7.und_prompt")
+    _, hidden = port.append_ids(port.vit_block(kv_cache.empty(1)), question)
+    out["c7.und_logits"] = port.logits(port.params, hidden[None])[0]
+    out["c7.und_ids"] = question
+    return out
+
+
+def batches(port: Port) -> Outputs:
+    """c10: a padded batch of two, and each sample alone."""
+    rows = [port.ids_of("c10.prompt0"), port.ids_of("c10.prompt1")]
+    tokens, mask = port.tokenizer.batch([list(row) for row in rows], max(map(len, rows)))
+    ctx, hidden = port.extend_text(
+        port.params, kv_cache.empty(2), jnp.asarray(tokens), jnp.asarray(mask)
+    )
+    out = prompt_ids(port, "c10") | context_sizes(ctx, "c10.batch")
+    logits = np.asarray(port.logits(port.params, hidden))
+    out["c10.packed_logits"] = logits[mask]
+    sigma = port.fixture.number("c10.packed_nocfg", r"timestep ([\d.]+)")
+    x = jnp.asarray(port.array("c10.x_t"))
+    batch = GuidanceContexts(ctx, kv_cache.empty(2), ctx)
+    for name, match in port.fixture.named(r"c10\.packed_((?:nocfg|text)\w*)"):
+        if not name.endswith("_JOINT"):
+            out[name] = port.guided(
+                port.params,
+                batch,
+                x,
+                jnp.full((2,), sigma, jnp.float32),
+                grid=port.latent_grid(),
+                guidance=parse_guidance(match.group(1)),
+                active=True,
+            )
+    for index, row in enumerate(rows):
+        alone, hidden = port.append_ids(kv_cache.empty(1), row)
+        out[f"c10.single{index}_logits"] = port.logits(port.params, hidden[None])[0]
+        contexts = GuidanceContexts(alone, kv_cache.empty(1), alone)
+        for name, match in port.fixture.named(rf"c10\.single{index}_((?:nocfg|text)\w*)"):
+            guidance = parse_guidance(match.group(1))
+            out[name] = port.guided_velocity(contexts, x[index], sigma, guidance)
+    return out

@@ -1,0 +1,176 @@
+"""The policy functions as the cases call them: one row, named texts and images, jitted."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alphagrpo_jax import policy
+from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.models import kv_cache
+from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
+from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.port.fixture import Fixture
+
+
+class Port:
+    """A loaded folder and its recorded outputs, with short names for what the cases need."""
+
+    def __init__(self, fixture: Fixture) -> None:
+        """Loads the folder's weights in float32 and prepares the calls."""
+        self.fixture = fixture
+        self.loaded = policy.load_model(fixture.folder)
+        self.model = self.loaded.model
+        self.config = self.loaded.config
+        self.tokenizer = self.loaded.tokenizer
+        self.params = PolicyParams(self.loaded.base)
+        # A constant of every gradient: the VAE is not trained.
+        self.image_latents = policy.encode_image(self.model, self.params, self.vae_image())
+
+        # Fresh partials: nothing that an earlier run traced is reused.
+        def bind(function: Callable[..., Any], *static: str) -> Callable[..., Any]:
+            return jax.jit(functools.partial(function, self.model), static_argnames=static)
+
+        self.extend_text = bind(policy.extend_text)
+        self.extend_vae = bind(policy.extend_vae, "grid")
+        self.extend_vit = bind(policy.extend_vit, "grid")
+        self.velocity = bind(policy.velocity, "grid")
+        self.guided = bind(policy.guided_velocity, "grid", "guidance", "active")
+        self.logits = bind(policy.text_logits)
+        self.decode_step = bind(policy.decode_step)
+        self.call = bind(policy.call, "method", "grid", "keep_cache", "final_norm")
+
+    def array(self, name: str) -> np.ndarray:
+        """A given array."""
+        return self.fixture.arrays[name]
+
+    def latent_grid(self) -> tuple[int, int]:
+        """Token rows and columns of every generated image and of the VAE's image."""
+        height, width = self.array("c2.vae_image").shape[1:]
+        return self.config.latent_grid(height, width)
+
+    def ids(self, text: str) -> np.ndarray:
+        """int32[T] of a text, delimiters included."""
+        return np.asarray(self.tokenizer.wrap(text), np.int32)
+
+    def ids_of(self, name: str) -> np.ndarray:
+        """int32[T] of a named text."""
+        return self.ids(self.fixture.texts[name])
+
+    def append_ids(
+        self, ctx: Context, ids: np.ndarray, params: PolicyParams | None = None
+    ) -> tuple[Context, jax.Array]:
+        """The context after a text, and float[T, D], its final hidden states."""
+        tokens = jnp.asarray(ids, jnp.int32)[None]
+        mask = jnp.ones(tokens.shape, bool)
+        ctx, hidden = self.extend_text(params or self.params, ctx, tokens, mask)
+        return ctx, hidden[0]
+
+    def text(self, ctx: Context, *names: str, params: PolicyParams | None = None) -> Context:
+        """The context after named texts."""
+        for name in names:
+            ctx, _ = self.append_ids(ctx, self.ids_of(name), params)
+        return ctx
+
+    def vae_image(self) -> jax.Array:
+        """float32[1, H, W, 3]."""
+        return jnp.asarray(self.array("c2.vae_image").transpose(1, 2, 0)[None])
+
+    def vit_patches(self) -> tuple[jax.Array, tuple[int, int]]:
+        """float32[1, M, patch width] of the ViT's image, and its grid."""
+        image = jnp.asarray(self.array("c2.vit_image").transpose(1, 2, 0)[None])
+        return patchify(image, self.config.vit.patch_size), self.config.vit_grid(*image.shape[1:3])
+
+    def vae_block(self, ctx: Context, params: PolicyParams | None = None) -> Context:
+        """The context after the VAE block of the image."""
+        return self.extend_vae(
+            params or self.params, ctx, latents=self.image_latents, grid=self.latent_grid()
+        )
+
+    def vit_block(self, ctx: Context, params: PolicyParams | None = None) -> Context:
+        """The context after the ViT block of the image."""
+        patches, grid = self.vit_patches()
+        return self.extend_vit(params or self.params, ctx, patches=patches, grid=grid)
+
+    def drawing(self, params: PolicyParams | None = None) -> GuidanceContexts:
+        """Text to image (c5): gen = [prompt], cfg_text = [], cfg_img = [prompt]."""
+        gen = self.text(kv_cache.empty(1), "c5.prompt", params=params)
+        return GuidanceContexts(gen, kv_cache.empty(1), gen)
+
+    def thinking(self) -> GuidanceContexts:
+        """Think, then draw (c6)."""
+        system = self.text(kv_cache.empty(1), "c6.system")
+        asked = self.text(system, "c6.prompt")
+        return GuidanceContexts(self.text(asked, "c6.think"), system, asked)
+
+    def editing(self, params: PolicyParams | None = None) -> GuidanceContexts:
+        """Edit an image (c7)."""
+        system = self.text(kv_cache.empty(1), "c6.system", params=params)
+        image = self.vit_block(self.vae_block(system, params), params)
+        gen = self.text(image, "c7.instruction", params=params)
+        return GuidanceContexts(gen, image, self.text(system, "c7.instruction", params=params))
+
+    def guided_velocity(
+        self,
+        contexts: GuidanceContexts,
+        x: np.ndarray | jax.Array,
+        sigma: float,
+        guidance: Guidance,
+        *,
+        active: bool = True,
+        params: PolicyParams | None = None,
+    ) -> jax.Array:
+        """Velocity float32[M, C] of one sample's latents float32[M, C]."""
+        return self.guided(
+            params or self.params,
+            contexts,
+            jnp.asarray(x, jnp.float32)[None],
+            jnp.full((1,), sigma, jnp.float32),
+            grid=self.latent_grid(),
+            guidance=guidance,
+            active=active,
+        )[0]
+
+
+def cache_arrays(ctx: Context, latent_blocks: tuple[int, ...] = ()) -> tuple[np.ndarray, ...]:
+    """Keys and values [L, S, K, H] of a one-row context without padding, in reading order.
+
+    Args:
+      ctx: the context.
+      latent_blocks: indexes of the VAE blocks, which the cache holds delimiters first.
+    """
+    parts = []
+    for index, segment in enumerate(ctx.segments):
+        pair = [np.asarray(x[:, 0]) for x in (segment.k, segment.v)]
+        parts.append([reading_order(x, 1) for x in pair] if index in latent_blocks else pair)
+    return tuple(np.concatenate(side, axis=1) for side in zip(*parts, strict=True))
+
+
+def reading_order(x: np.ndarray, axis: int) -> np.ndarray:
+    """[start, end, latents...] -> [start, latents..., end] along an axis."""
+    first, last, rest = np.split(np.asarray(x), [1, 2], axis=axis)
+    return np.concatenate([first, rest, last], axis=axis)
+
+
+def context_sizes(ctx: Context, prefix: str) -> dict[str, np.ndarray]:
+    """Number of cached tokens and next RoPE id per row."""
+    return {
+        f"{prefix}.kv_lens": np.asarray(kv_cache.length(ctx)),
+        f"{prefix}.ropes": np.asarray(ctx.rope),
+    }
+
+
+def truncated(port: Port, layers: int) -> tuple[Any, PolicyParams]:
+    """The model with its first `layers` decoder layers only, and its weights."""
+    llm = dataclasses.replace(port.config.llm, num_hidden_layers=layers)
+    model = port.model.clone(config=dataclasses.replace(port.config, llm=llm))
+    base = dict(port.params.base)
+    decoder = dict(base["language_model"])
+    decoder["layers"] = jax.tree.map(lambda x: x[:layers], decoder["layers"])
+    base["language_model"] = decoder
+    return model, PolicyParams(base)
