@@ -25,7 +25,8 @@ from alphagrpo_jax.shapes.specs import (
 PLAIN_TYPES = ("existence", "attribute", "count", "relation", "background")
 IMPLIED_TYPES = ("color", "shape", "number", "two")
 # Forms of implied requests -> share. "pair", "relation" and "background" carry one riddle for a
-# colour or a shape; the two forms with a plus carry two riddles.
+# colour or a shape; the two forms with a plus carry two riddles. Those of a single shape ("color",
+# "shape", "color+shape") name a background at times: there are but 24 single shapes to split.
 IMPLIED_FORMS = {
     "color": 0.12,
     "shape": 0.12,
@@ -36,6 +37,9 @@ IMPLIED_FORMS = {
     "color+shape": 0.10,
     "number+color": 0.06,
 }
+SINGLE_FORMS = ("color", "shape", "color+shape")
+BACKGROUND_SHARE = 0.5  # of requests of `SINGLE_FORMS`
+MAX_DRAWS = 20_000  # before giving up on a split that has no such request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +119,18 @@ _PLAIN = {
 def draw_plain(
     rng: np.random.Generator, type_: str | None = None, split: str | None = "train"
 ) -> Request:
-    """A random plain request of a type (default: any) from a split (None: from any)."""
+    """A random plain request of a type (default: any) from a split (None: from any).
+
+    Raises:
+      ValueError: the split has no such request.
+    """
     type_ = type_ or pick(rng, PLAIN_TYPES)
-    while True:
+    for _ in range(MAX_DRAWS):
         spec = _PLAIN[type_](rng)
         if spec.clear and split in (None, spec.split):
             nothing = ({},) * len(spec.groups)
             return Request(language.prompt(spec, nothing, rng), "plain", type_, spec, nothing)
+    raise ValueError(f"found no {type_} request of split {split!r} in {MAX_DRAWS} draws")
 
 
 def _with_riddles(group: Group, chosen: Sequence[Riddle]) -> Group:
@@ -152,7 +161,8 @@ def _implied(
         groups.insert(at, _full(rng))
         used.insert(at, {})
     relation = Relation(pick(rng, RELATIONS), 0, 1) if form == "relation" else None
-    background = pick(rng, BACKGROUNDS) if form == "background" else None
+    named = form == "background" or (form in SINGLE_FORMS and rng.random() < BACKGROUND_SHARE)
+    background = pick(rng, BACKGROUNDS) if named else None
     return Spec(tuple(groups), relation, background), tuple(used)
 
 
@@ -170,17 +180,20 @@ def draw_implied(
       split: the split of the true meaning; None for any.
       pool: riddles to draw from.
     Raises:
-      ValueError: the pool has no riddle of a kind that the form needs.
+      ValueError: the split has no such request, or the pool no riddle of a kind that is needed.
     """
     forms, shares = list(IMPLIED_FORMS), list(IMPLIED_FORMS.values())
     form = form or forms[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
-    while True:
+    for _ in range(MAX_DRAWS):
         spec, used = _implied(rng, form, pool)
         if not (spec.clear and split in (None, spec.split)):
             continue
         kinds = [kind for group in used for kind in group]
         type_ = kinds[0] if len(kinds) == 1 else "two"
         return Request(language.prompt(spec, used, rng), "implied", type_, spec, used)
+    raise ValueError(
+        f"found no {form} request of split {split!r} with {len(pool)} riddles in {MAX_DRAWS} draws"
+    )
 
 
 def resolve(request: Request, rng: np.random.Generator) -> tuple[Spec, tuple[str, ...]]:
