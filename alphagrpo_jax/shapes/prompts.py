@@ -10,9 +10,11 @@ true meaning. Splits are disjoint by combination, whatever the kind or the wordi
 
 import argparse
 import collections
+import functools
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,9 @@ from alphagrpo_jax.shapes.specs import SPLITS, Group, Spec
 KINDS = ("plain", "implied")
 MAX_SEMANTIC = 5  # questions per record; three questions of quality come on top
 CANDIDATES = 12  # implied requests drawn for each one kept, so that riddles occur evenly
+PLAIN_CANDIDATES = 4  # plain requests drawn for each one kept, so that combinations do
 ONE_RIDDLE_FORMS = tuple(form for form in requests.IMPLIED_FORMS if "+" not in form)
-MAX_REPEATED = 5000  # prompts drawn twice before giving up
+MAX_REPEATED = 5000  # draws for one record before giving up
 SEED = 0
 SIZES = {"train": 1600, "validation": 200, "heldout": 400}
 HELDOUT_RIDDLE_RECORDS = 60
@@ -93,29 +96,74 @@ def record(request: requests.Request, rng: np.random.Generator) -> dict:
     }
 
 
-def _plain(split: str, rng: np.random.Generator) -> Iterator[requests.Request]:
-    """Endless plain requests, the types in turn."""
+class _Fresh:
+    """Draws requests whose texts have not been kept before, unless repeats are wanted."""
+
+    def __init__(self, *, repeats: bool) -> None:
+        self._repeats = repeats
+        self._kept: set[str] = set()
+
+    def draw(self, source: Callable[[], requests.Request], count: int) -> list[requests.Request]:
+        """`count` requests from `source`.
+
+        Raises:
+          ValueError: the source repeats itself.
+        """
+        result: list[requests.Request] = []
+        for _ in range(MAX_REPEATED):
+            request = source()
+            if self._repeats or request.text not in self._kept:
+                result.append(request)
+            if len(result) == count:
+                return result
+        raise ValueError(
+            f"found {len(self._kept)} different prompts and no more; ask for fewer or allow repeats"
+        )
+
+    def keep(self, request: requests.Request) -> None:
+        self._kept.add(request.text)
+
+
+def _plain(
+    split: str, rng: np.random.Generator, type_: str, fresh: _Fresh
+) -> Iterator[requests.Request]:
+    """Endless plain requests of a type, the combinations evenly among those of one size."""
+    used: collections.Counter[str] = collections.Counter()
     while True:
-        for type_ in requests.PLAIN_TYPES:
-            yield requests.draw_plain(rng, type_, split)
+        drawn = fresh.draw(lambda: requests.draw_plain(rng, type_, split), PLAIN_CANDIDATES)
+        alike = [request for request in drawn if request.spec.total == drawn[0].spec.total]
+        chosen = min(alike, key=lambda request: used[request.spec.combination])
+        used[chosen.spec.combination] += 1
+        fresh.keep(chosen)
+        yield chosen
 
 
 def _implied(
-    split: str, rng: np.random.Generator, pool: Sequence[Riddle], forms: Sequence[str]
+    split: str,
+    rng: np.random.Generator,
+    pool: Sequence[Riddle],
+    forms: Sequence[str],
+    fresh: _Fresh,
 ) -> Iterator[requests.Request]:
-    """Endless implied requests, the forms by their shares, the riddles evenly."""
+    """Endless implied requests: forms by their shares, riddles and then combinations evenly."""
     shares = np.array([requests.IMPLIED_FORMS[form] for form in forms])
     owed = np.zeros(len(forms))
+    riddles_used: collections.Counter[str] = collections.Counter()
     used: collections.Counter[str] = collections.Counter()
+
+    def usage(request: requests.Request) -> tuple[int, int]:
+        clues = (riddle.clue for riddle in request.all_riddles)
+        return sum(riddles_used[clue] for clue in clues), used[request.spec.combination]
+
     while True:
         owed += shares / shares.sum()
-        next_form = int(owed.argmax())
-        owed[next_form] -= 1
-        drawn = [
-            requests.draw_implied(rng, forms[next_form], split, pool) for _ in range(CANDIDATES)
-        ]
-        chosen = min(drawn, key=lambda request: sum(used[r.clue] for r in request.all_riddles))
-        used.update(riddle.clue for riddle in chosen.all_riddles)
+        form = forms[int(owed.argmax())]
+        owed[forms.index(form)] -= 1
+        draw = functools.partial(requests.draw_implied, rng, form, split, pool)
+        chosen = min(fresh.draw(draw, CANDIDATES), key=usage)
+        riddles_used.update(riddle.clue for riddle in chosen.all_riddles)
+        used[chosen.spec.combination] += 1
+        fresh.keep(chosen)
         yield chosen
 
 
@@ -128,8 +176,9 @@ def records(
     pool: Sequence[Riddle] = riddles.TRAINED,
     forms: Sequence[str] = tuple(requests.IMPLIED_FORMS),
     name: str | None = None,
+    repeats: bool = False,
 ) -> list[dict]:
-    """Records with different prompts; a function of the arguments alone.
+    """Records of a split; a function of the arguments alone.
 
     Args:
       split: "train", "validation" or "heldout".
@@ -139,25 +188,22 @@ def records(
       pool: riddles that implied prompts may use.
       forms: of `requests.IMPLIED_FORMS`, in their shares.
       name: beginning of the ids; default: the split.
+      repeats: whether a prompt may occur twice, as in large studies; types with few
+        combinations have few different prompts.
     Raises:
       ValueError: unknown split or kind, or fewer such prompts than asked for.
     """
     if split not in SPLITS or not set(kinds) <= set(KINDS):
         raise ValueError(f"got split {split!r}, kinds {kinds}; expected of {SPLITS} and {KINDS}")
     rng = np.random.default_rng((seed, SPLITS.index(split)))
-    sources = {"plain": _plain(split, rng), "implied": _implied(split, rng, pool, forms)}
-    seen: set[str] = set()
+    fresh = _Fresh(repeats=repeats)
+    plain = [_plain(split, rng, type_, fresh) for type_ in requests.PLAIN_TYPES]
+    implied = [_implied(split, rng, pool, forms, fresh)]
+    sources = {"plain": itertools.cycle(plain), "implied": itertools.cycle(implied)}
     result: list[dict] = []
-    repeated = 0
-    while len(result) < count:
-        request = next(sources[kinds[len(result) % len(kinds)]])
-        if request.text in seen:
-            repeated += 1
-            if repeated > MAX_REPEATED:
-                raise ValueError(f"split {split!r} has only {len(result)} of {count} such prompts")
-            continue
-        seen.add(request.text)
-        identity = {"id": f"{name or split}-{len(result):04d}", "original_index": len(result)}
+    for index in range(count):
+        request = next(next(sources[kinds[index % len(kinds)]]))
+        identity = {"id": f"{name or split}-{index:04d}", "original_index": index}
         result.append(identity | record(request, rng))
     return result
 

@@ -25,8 +25,8 @@ from alphagrpo_jax.shapes.specs import (
 PLAIN_TYPES = ("existence", "attribute", "count", "relation", "background")
 IMPLIED_TYPES = ("color", "shape", "number", "two")
 # Forms of implied requests -> share. "pair", "relation" and "background" carry one riddle for a
-# colour or a shape; the two forms with a plus carry two riddles. Those of a single shape ("color",
-# "shape", "color+shape") name a background at times: there are but 24 single shapes to split.
+# colour or a shape; the two forms with a plus carry two riddles. Those of one group
+# (`ONE_GROUP_FORMS`) name a background at times: there are few such groups to split.
 IMPLIED_FORMS = {
     "color": 0.12,
     "shape": 0.12,
@@ -37,8 +37,8 @@ IMPLIED_FORMS = {
     "color+shape": 0.10,
     "number+color": 0.06,
 }
-SINGLE_FORMS = ("color", "shape", "color+shape")
-BACKGROUND_SHARE = 0.5  # of requests of `SINGLE_FORMS`
+ONE_GROUP_FORMS = ("color", "shape", "number", "color+shape", "number+color")
+BACKGROUND_SHARE = 0.5  # of requests of `ONE_GROUP_FORMS`
 MAX_DRAWS = 20_000  # before giving up on a split that has no such request
 
 
@@ -161,7 +161,7 @@ def _implied(
         groups.insert(at, _full(rng))
         used.insert(at, {})
     relation = Relation(pick(rng, RELATIONS), 0, 1) if form == "relation" else None
-    named = form == "background" or (form in SINGLE_FORMS and rng.random() < BACKGROUND_SHARE)
+    named = form == "background" or (form in ONE_GROUP_FORMS and rng.random() < BACKGROUND_SHARE)
     background = pick(rng, BACKGROUNDS) if named else None
     return Spec(tuple(groups), relation, background), tuple(used)
 
