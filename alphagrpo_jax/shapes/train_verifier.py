@@ -1,0 +1,262 @@
+"""Trains the small verifier: `python -m alphagrpo_jax.shapes.train_verifier --out DIR`.
+
+Two stages, both supervised by what was rendered: the vision tower learns dense labels of patches,
+then the whole model answers questions packed behind a shared image prefix, while two auxiliary
+losses keep words and pictures aligned (patch features against word embeddings; states of nouns in
+questions against the cells they name). A run resumes from DIR/checkpoint.pt by the same command.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.shapes import questions, scenes, verifier_data, verifier_model
+from alphagrpo_jax.shapes import verifier_packed as packed
+from alphagrpo_jax.shapes.muon import optimizers
+from alphagrpo_jax.shapes.specs import COLORS
+from alphagrpo_jax.shapes.verifier_data import Batch, Encoder
+
+STAGES = ("vision", "joint")
+IMAGES = {"vision": 32, "joint": 12}  # per step
+QUESTIONS = 16  # per image
+RATE_EVERY = 8  # of so many joint steps, one asks for ratings
+PEAK_LR = {"vision": 3e-3, "joint": 3e-3}
+WARMUP = 50  # steps
+VALIDATION_IMAGES = 64
+
+
+def patch_loss(outputs: Tensor, batch: Batch) -> Tensor:
+    """Shape, colour, background and place of every patch; quality by the image's worst patch.
+
+    Args:
+      outputs: float32[N, 36, sum(PATCH_OUTPUTS)].
+      batch: the labels.
+    """
+    *classes, faults = outputs.split(verifier_data.PATCH_OUTPUTS, -1)
+    row, column = verifier_data.patch_places()
+    labels = (batch.shape, batch.color, batch.background[:, None], row[None], column[None])
+    loss = outputs.new_zeros(())
+    for logits, wanted in zip(classes, labels, strict=True):
+        wanted = wanted.expand(outputs.shape[:2])
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+    soundness = -torch.logsumexp(faults, 1)  # any one patch can spoil the image
+    known = ~batch.quality.isnan()
+    return loss + F.binary_cross_entropy_with_logits(soundness[known], batch.quality[known])
+
+
+class Words:
+    """Token ids of the words that patches are aligned with."""
+
+    def __init__(self, encoder: Encoder):
+        ids = encoder.tokenizer.convert_tokens_to_ids
+        self.shapes, self.colors = ids(list(scenes.SHAPES)), ids(list(COLORS))
+
+
+def align_loss(
+    model: nn.Module, probes: packed.Probes, words: Words, patches: Tensor, batch: Batch
+) -> Tensor:
+    """Patch features must point towards the embeddings of their shape's and colour's words."""
+    table = F.normalize(model.get_input_embeddings().weight, dim=-1)
+    features = F.normalize(patches, dim=-1).flatten(0, 1)
+    nothing = F.normalize(probes.nothing, dim=-1)
+    loss = patches.new_zeros(())
+    for index, (ids, labels) in enumerate(
+        ((words.shapes, batch.shape), (words.colors, batch.color))
+    ):
+        classes = torch.cat([table[ids], nothing[index : index + 1]])
+        loss = loss + F.cross_entropy(10 * features @ classes.T, labels.flatten())
+    return loss
+
+
+def losses(
+    model: nn.Module, probes: packed.Probes, words: Words, prefix: Tensor, batch: Batch, stage: str
+) -> dict[str, Tensor]:
+    """All losses of a stage by name; their sum is minimized."""
+    patches = packed.patch_features(model, batch.pixels)
+    result = {
+        "patch": patch_loss(probes.patch(patches), batch),
+        "align": 0.5 * align_loss(model, probes, words, patches, batch),
+    }
+    if stage == "vision":
+        return result
+    start = packed.embed_prefix(model, prefix, patches)
+    grounded, final = packed.question_states(model, start, batch.tokens, batch.ends)
+    cells = probes.cells(grounded[batch.nouns])
+    result["cells"] = 3 * F.binary_cross_entropy_with_logits(cells, batch.cells)
+    logits = packed.answer_logits(model, final, batch.ends)
+    result["answer"] = 2 * F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
+    result["patch"] = 0.5 * result["patch"]
+    return result
+
+
+@torch.no_grad()
+def accuracies(model: nn.Module, encoder: Encoder, prefix: Tensor, seed: int) -> dict[str, float]:
+    """Share of right answers by question type, on fresh images."""
+    rng = np.random.default_rng(seed)
+    yes, no = encoder.tokenizer.convert_tokens_to_ids(["yes", "no"])
+    hits = {type_: [] for type_ in questions.TYPES}
+    for _ in range(VALIDATION_IMAGES):
+        example = verifier_data.draw(rng)
+        found = verifier_data.questions_about(example, rng, QUESTIONS)
+        batch = encoder.batch([example], [found])
+        start = packed.embed_prefix(model, prefix, packed.patch_features(model, batch.pixels))
+        final = packed.question_states(model, start, batch.tokens, batch.ends)[1]
+        logits = packed.answer_logits(model, final, batch.ends)[0]
+        for (_, answer, type_), row in zip(found, logits, strict=True):
+            hits[type_].append(bool(row[yes] > row[no]) == (answer == "yes"))
+    return {type_: float(np.mean(values)) for type_, values in hits.items() if values}
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then constant, then linear decay to zero over the second half."""
+    return peak * min(1, (step + 1) / WARMUP, 2 * (steps - step) / steps)
+
+
+class Trainer:
+    """Model, read-outs, optimizers and position of a run; saved and restored as one file."""
+
+    def __init__(self, out: Path, seed: int, steps: dict[str, int]):
+        torch.manual_seed(seed)
+        self.out, self.seed, self.steps = out, seed, steps
+        self.model, self.processor = verifier_model.build(verifier_data.vocabulary())
+        self.probes = packed.Probes(verifier_model.WIDTH, sum(verifier_data.PATCH_OUTPUTS))
+        self.encoder = Encoder(self.processor.tokenizer)
+        self.prefixes = {
+            "ask": self.encoder.prefix(AUDIT_INSTRUCTION),
+            "rate": self.encoder.prefix(RATE_INSTRUCTION),
+        }
+        self.words = Words(self.encoder)
+        self.stage, self.step = STAGES[0], 0
+        self.optimizers = optimizers([self.model, self.probes], PEAK_LR[self.stage])
+
+    def state(self) -> dict:
+        """Everything that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "probes": self.probes.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "position": (self.stage, self.step),
+            "seed": self.seed,
+            "steps": self.steps,
+        }
+
+    def save(self) -> None:
+        """Writes the checkpoint atomically."""
+        temporary = self.out / "checkpoint.tmp"
+        torch.save(self.state(), temporary)
+        os.replace(temporary, self.out / "checkpoint.pt")
+
+    def restore(self) -> bool:
+        """Continues from the folder's checkpoint, if there is one.
+
+        Raises:
+          ValueError: the checkpoint is of another seed or other step counts.
+        """
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True)
+        stage, _ = state["position"]
+        begun = STAGES[: STAGES.index(stage) + 1]
+        theirs = {"seed": state["seed"], **{s: state["steps"][s] for s in begun}}
+        ours = {"seed": self.seed, **{s: self.steps[s] for s in begun}}
+        if theirs != ours:
+            raise ValueError(
+                f"{path} is of a run with {theirs}, this one has {ours}; "
+                "repeat the command of that run or choose another --out"
+            )
+        self.model.load_state_dict(state["model"])
+        self.probes.load_state_dict(state["probes"])
+        self.stage, self.step = state["position"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return True
+
+    @property
+    def rating(self) -> bool:
+        """Whether this step asks for ratings instead of yes or no."""
+        return self.stage == "joint" and self.step % RATE_EVERY == RATE_EVERY - 1
+
+    def draw(self) -> Batch:
+        """The batch of the current position; the same whenever it is drawn."""
+        rng = np.random.default_rng([self.seed, STAGES.index(self.stage), self.step])
+        batch = [verifier_data.draw(rng) for _ in range(IMAGES[self.stage])]
+        if self.stage == "vision":
+            return self.encoder.batch(batch, [[] for _ in batch])
+        if self.rating:
+            asked = [verifier_data.ratings_about(example, rng) for example in batch]
+        else:
+            asked = [verifier_data.questions_about(e, rng, QUESTIONS) for e in batch]
+        return self.encoder.batch(batch, asked)
+
+    def update(self) -> dict[str, float]:
+        """One optimizer step; returns the losses by name."""
+        prefix = self.prefixes["rate" if self.rating else "ask"]
+        parts = losses(self.model, self.probes, self.words, prefix, self.draw(), self.stage)
+        total = sum(parts.values())
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"loss is {total} at step {self.step} of {self.stage}")
+        total.backward()
+        values = [*self.model.parameters(), *self.probes.parameters()]
+        nn.utils.clip_grad_norm_(values, 1.0)
+        lr = rate(self.step, self.steps[self.stage], PEAK_LR[self.stage])
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {name: part.item() for name, part in parts.items()}
+
+
+def train(trainer: Trainer, *, save_every: int = 100, report_every: int = 200) -> None:
+    """Runs the remaining steps of all stages."""
+    for stage in STAGES[STAGES.index(trainer.stage) :]:
+        if stage != trainer.stage:
+            trainer.stage, trainer.step = stage, 0
+            trainer.optimizers = optimizers([trainer.model, trainer.probes], PEAK_LR[stage])
+        bar = tqdm(
+            total=trainer.steps[stage], initial=trainer.step, desc=stage, mininterval=5.0
+        )
+        while trainer.step < trainer.steps[stage]:
+            parts = trainer.update()
+            bar.update()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()}, refresh=False)
+            if trainer.step % save_every == 0:
+                trainer.save()
+            if stage == "joint" and trainer.step % report_every == 0:
+                shares = accuracies(trainer.model, trainer.encoder, trainer.prefixes["ask"], 10_000)
+                words = " ".join(f"{name} {share:.3f}" for name, share in shares.items())
+                tqdm.write(f"step {trainer.step} {words}")
+        bar.close()
+        trainer.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision-steps", type=int, default=900)
+    parser.add_argument("--joint-steps", type=int, default=1800)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    steps = {"vision": options.vision_steps, "joint": options.joint_steps}
+    trainer = Trainer(options.out, options.seed, steps)
+    if trainer.restore():
+        tqdm.write(f"resuming {trainer.stage} at step {trainer.step}")
+    train(trainer)
+    trainer.model.save_pretrained(options.out)
+    trainer.processor.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Training data of the small verifier: images, dense labels, and questions with answers.
+
+The truth comes from the scene that was rendered and from the damage that was done to the picture
+(`corrupt.py`); the exact checker has no part in it.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.shapes import corrupt, examples, language, questions, scenes
+from alphagrpo_jax.shapes.specs import COLORS, describe, facts, pick
+from alphagrpo_jax.shapes.verifier_model import ASSISTANT, IMAGE, PATCHES, SYSTEM, USER
+
+CELLS = scenes.GRID * scenes.GRID
+IGNORE = -100  # torch's ignored class index
+NOTHING_SHAPE, NOTHING_COLOR = len(scenes.SHAPES), len(COLORS)
+# Classes that are read off each patch: shape, colour, background, row, column, and three faults.
+PATCH_OUTPUTS = (NOTHING_SHAPE + 1, NOTHING_COLOR + 1, 3, scenes.GRID, scenes.GRID, 3)
+BACKGROUNDS = tuple(scenes.BACKGROUNDS)
+NOUNS = {
+    form: shape
+    for shape in (*scenes.SHAPES, "shape")
+    for form in (shape, f"{shape}s", f"{shape}es")
+}
+SOFT = ("noise", "soft", "bleed", "blotch")  # pairs of mild ones are still sound
+# Cumulative shares of images; the rest is damaged.
+ODD_SHARE, CLEAN_SHARE, SOFT_SHARE = 0.06, 0.25, 0.42
+SHARES = {
+    "existence": 0.10,
+    "attribute": 0.17,
+    "count": 0.18,
+    "relation": 0.28,
+    "background": 0.05,
+    "geometry": 0.08,
+    "coherence": 0.08,
+    "texture": 0.06,
+}
+
+
+Asked = tuple[str, str, str]  # question, answer word, type
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One image with everything that is known about it."""
+
+    image: np.ndarray  # uint8[48, 48, 3]
+    scene: scenes.Scene
+    labels: Mapping[str, bool]  # by quality type; what damage leaves open is absent
+    damaged: tuple[int, ...]  # indexes of shapes that cannot be recognised for sure
+    meant: scenes.Scene  # what questions are picked from; mostly the scene itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Tensors of N images with Q questions of at most T tokens each."""
+
+    pixels: Tensor  # float32[N, 3, 48, 48] in [-1, 1]
+    shape: Tensor  # int64[N, 36] per patch
+    color: Tensor  # int64[N, 36] per patch
+    background: Tensor  # int64[N]
+    quality: Tensor  # float32[N, 3], NaN where unknown
+    tokens: Tensor  # int64[N, Q, T]
+    ends: Tensor  # int64[N, Q] index of the last token
+    answers: Tensor  # int64[N, Q] token ids
+    nouns: Tensor  # int64[M] flat indexes into N Q T
+    cells: Tensor  # float32[M, 9] which cells the noun's phrase names
+
+
+def prefix(instruction: str) -> str:
+    """The rendered chat up to and including the image, before the question."""
+    return f"{SYSTEM}{instruction}{USER}{IMAGE}"
+
+
+RATE_PROMPT = "How well does the image match the prompt: {prompt}?"
+RATE_QUALITY = "How well is the image drawn?"
+
+
+def vocabulary(seed: int = 0, draws: int = 2000) -> set[str]:
+    """All words of questions, prompts and instructions."""
+    rng = np.random.default_rng(seed)
+    texts = [AUDIT_INSTRUCTION, RATE_INSTRUCTION, RATE_PROMPT, RATE_QUALITY]
+    sound = dict.fromkeys(questions.QUALITY, True)
+    for _ in range(draws):
+        scene = examples.seen_scene(rng)
+        texts += [asked[0] for asked in questions.sample_questions(scene, sound, rng, 8)]
+        texts.append(examples.draw(rng).prompt)
+    return {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+
+
+def pixels(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8[N, 48, 48, 3] -> float32[N, 3, 48, 48] in [-1, 1], as the processor does it."""
+    values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    return values / 127.5 - 1
+
+
+def dense_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Shape and colour class of the cell that each patch lies in, int64[36] each."""
+    shape = np.full((scenes.GRID, scenes.GRID), NOTHING_SHAPE)
+    color = np.full((scenes.GRID, scenes.GRID), NOTHING_COLOR)
+    for index, thing in enumerate(example.scene.things):
+        known = index not in example.damaged
+        shape[thing.row, thing.col] = scenes.SHAPES.index(thing.shape) if known else IGNORE
+        color[thing.row, thing.col] = COLORS.index(thing.color) if known else IGNORE
+    each = PATCHES // scenes.GRID
+    return tuple(np.kron(x, np.ones((each, each), np.int64)).reshape(-1) for x in (shape, color))
+
+
+@functools.lru_cache
+def patch_places() -> tuple[Tensor, Tensor]:
+    """Grid row and column of each patch, int64[36] each."""
+    places = torch.arange(PATCHES) * scenes.GRID // PATCHES
+    return places.repeat_interleave(PATCHES), places.repeat(PATCHES)
+
+
+@functools.lru_cache(maxsize=100_000)
+def phrases(question: str) -> tuple[tuple[int, str, str | None], ...]:
+    """(word index, shape or "shape", colour or None) of each noun in a question."""
+    words = re.findall(r"\w+|[^\w\s]", question.lower())
+    return tuple(
+        (i, NOUNS[word], words[i - 1] if i and words[i - 1] in COLORS else None)
+        for i, word in enumerate(words)
+        if word in NOUNS
+    )
+
+
+def named_cells(example: Example, shape: str, color: str | None) -> np.ndarray | None:
+    """float32[9] marking the cells of the shapes named; None if damage makes that unsure."""
+    marked = np.zeros(CELLS, np.float32)
+    for index, thing in enumerate(example.scene.things):
+        if shape in ("shape", thing.shape) and color in (None, thing.color):
+            if index in example.damaged:
+                return None
+            marked[thing.row * scenes.GRID + thing.col] = 1
+    return marked
+
+
+class Encoder:
+    """Turns examples and their questions into batches for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.ids: dict[str, list[int]] = {}
+
+    def prefix(self, instruction: str) -> Tensor:
+        """Token ids int64[S] of a prefix, with one image token per patch."""
+        text = prefix(instruction).replace(IMAGE, IMAGE * PATCHES * PATCHES)
+        return torch.tensor(self.tokenizer(text)["input_ids"])
+
+    def question(self, text: str) -> list[int]:
+        """Token ids of a question up to where the answer begins."""
+        if text not in self.ids:
+            self.ids[text] = self.tokenizer(text + ASSISTANT)["input_ids"]
+        return self.ids[text]
+
+    def batch(
+        self, batch: Sequence[Example], asked: Sequence[Sequence[Asked]]
+    ) -> Batch:
+        """Stacks examples and their questions, equally many for each."""
+        encoded = [[self.question(text) for text, *_ in pairs] for pairs in asked]
+        longest = max((len(ids) for row in encoded for ids in row), default=0)
+        tokens = np.full((len(batch), len(asked[0]), longest), self.tokenizer.pad_token_id)
+        nouns, cells = [], []
+        for n, pairs in enumerate(asked):
+            for q, (text, *_) in enumerate(pairs):
+                tokens[n, q, : len(encoded[n][q])] = encoded[n][q]
+                for position, shape, color in phrases(text):
+                    marked = named_cells(batch[n], shape, color)
+                    if marked is not None:
+                        nouns.append((n * len(pairs) + q) * longest + position)
+                        cells.append(marked)
+        words = [[self.tokenizer.convert_tokens_to_ids(w) for _, w, *_ in pairs] for pairs in asked]
+        ends = [[len(ids) - 1 for ids in row] for row in encoded]
+        shape, color = zip(*(dense_labels(example) for example in batch), strict=True)
+        return Batch(
+            pixels=pixels([example.image for example in batch]),
+            shape=torch.from_numpy(np.stack(shape)),
+            color=torch.from_numpy(np.stack(color)),
+            background=torch.tensor([BACKGROUNDS.index(e.scene.background) for e in batch]),
+            quality=torch.tensor(
+                [[float(e.labels.get(q, np.nan)) for q in questions.QUALITY] for e in batch]
+            ),
+            tokens=torch.from_numpy(tokens),
+            ends=torch.tensor(ends),
+            answers=torch.tensor(words),
+            nouns=torch.tensor(nouns, dtype=torch.int64),
+            cells=torch.from_numpy(np.stack(cells)) if cells else torch.zeros(0, CELLS),
+        )
+
+
+def _odd(rng: np.random.Generator) -> tuple[scenes.Scene, scenes.Scene]:
+    """A scene of no or four shapes, and one of one to three that it is mistaken for."""
+    if rng.random() < 0.25:
+        meant = examples.seen_scene(rng)
+        return dataclasses.replace(meant, things=()), meant
+    scene = scenes.random_scene(rng, scenes.MAX_THINGS + 1)
+    return scene, dataclasses.replace(scene, things=scene.things[: scenes.MAX_THINGS])
+
+
+def draw(rng: np.random.Generator) -> Example:
+    """A training image: clean, softly imperfect, damaged, or of an unusual number of shapes.
+
+    Scenes of one to three shapes have combinations of the train split.
+    """
+    form = rng.random()
+    if form < ODD_SHARE:
+        scene, meant = _odd(rng)
+        return Example(scenes.render(scene), scene, corrupt.SOUND, (), meant)
+    scene = examples.seen_scene(rng)
+    if form < CLEAN_SHARE:
+        return Example(scenes.render(scene), scene, corrupt.SOUND, (), scene)
+    if form < SOFT_SHARE:
+        first, second = rng.permutation(len(SOFT))[:2]
+        image = corrupt.photometric(scenes.render(scene), rng, SOFT[first], mild=True)
+        image = corrupt.photometric(image, rng, SOFT[second], mild=True)
+        return Example(image, scene, corrupt.SOUND, (), scene)
+    structural = rng.random() < 0.5
+    kinds = corrupt.STRUCTURAL if structural else corrupt.PHOTOMETRIC + corrupt.SURFACE
+    result = corrupt.corrupt(scene, rng, pick(rng, kinds))
+    return Example(result.image, scene, result.labels, result.damaged, scene)
+
+
+def questions_about(
+    example: Example, rng: np.random.Generator, count: int
+) -> list[Asked]:
+    """`count` (question, "yes" or "no", type) triples; relations are asked about more often.
+
+    What is asked about is picked from the scene that was meant.
+    """
+    meant, scene = example.meant, example.scene
+    kept = [thing for i, thing in enumerate(scene.things) if i not in example.damaged]
+    without = dataclasses.replace(scene, things=tuple(kept))
+    types = [t for t in questions.TYPES if t in questions.SEMANTIC or t in example.labels]
+    shares = np.array([SHARES[t] for t in types])
+    if len(meant.things) == 1:  # relations of a single shape never hold
+        shares[types.index("relation")] *= 0.15
+    found: dict[str, Asked] = {}
+    spare, balance = [], dict.fromkeys(types, 0)
+    for type_ in rng.choice(types, 3 * count, p=shares / shares.sum()):
+        query = questions.sample_query(meant, type_, rng)
+        answer = questions.truth(query, scene, example.labels)
+        if answer != questions.truth(query, without, example.labels):
+            continue  # depends on whether a damaged shape still counts
+        excess = balance[type_] if answer else -balance[type_]  # yes minus no, so far
+        if excess > 1 and type_ in questions.SEMANTIC:
+            continue
+        text = questions.text(query, int(rng.integers(len(questions.WORDINGS[query.form]))))
+        triple = (text, "yes" if answer else "no", query.type)
+        balance[type_] += 1 if answer else -1
+        if text in found:
+            spare.append(triple)  # few different questions exist about some scenes
+        found.setdefault(text, triple)
+        if len(found) == count:
+            break
+    return [*found.values(), *spare, *found.values()][:count]
+
+
+def ratings_about(example: Example, rng: np.random.Generator) -> list[Asked]:
+    """Three prompts, each rated by the share of its facts that hold, and the image's quality.
+
+    Ratings are the words "0" to "10".
+    """
+    triples = []
+    for index in range(3):
+        other = examples.seen_scene(rng)
+        if index < 2 and example.scene.things:  # right, or right in part
+            kept = example.scene.things[: int(rng.integers(1, 4))]
+            background = pick(rng, (example.scene.background, other.background))
+            things = kept if index == 0 else (kept + other.things)[: scenes.MAX_THINGS]
+            other = scenes.Scene(things, background)
+        spec = describe(other)
+        if rng.random() < 0.5:
+            spec = dataclasses.replace(spec, background=other.background)
+        truths = facts(spec, example.scene.things, example.scene.background)
+        prompt = language.prompt(spec, ({},) * len(spec.groups), rng)
+        rating = round(10 * float(np.mean(list(truths.values()))))
+        triples.append((RATE_PROMPT.format(prompt=prompt), str(rating), "match"))
+    # Each fault costs four points; an open label costs none.
+    faults = sum(not sound for sound in example.labels.values())
+    triples.append((RATE_QUALITY, str(max(0, 10 - 4 * faults)), "drawing"))
+    return triples

@@ -1,0 +1,189 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from alphagrpo_jax.rewards.verifiers import hf
+from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+
+pytestmark = pytest.mark.torch
+
+QUESTIONS = ["Is there a red circle in the image?", "Is it flat?", "Is there a blue square?"]
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def verifier(llava_folder) -> HFVerifier:
+    return HFVerifier(llava_folder, num_threads=1)
+
+
+class Decoder:
+    """A tokenizer of which only decoding matters."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def batch_decode(self, rows):
+        return [self.texts[index] for (index,) in rows]
+
+
+def test_bare_strips_blanks_punctuation_and_case():
+    assert [hf.bare(text) for text in (" Yes.", "NO!\n", "\u2581yes", "y es", "**No**")] == [
+        "yes",
+        "no",
+        "yes",
+        "y es",
+        "no",
+    ]
+
+
+def test_token_sets_hold_every_spelling():
+    decoder = Decoder(["Yes", " yes", "yes.", "yesterday", "No", "\n no", "not", "now", "yes"])
+    assert hf.token_sets(decoder, ("yes", "no")) == [[0, 1, 2, 8], [4, 5]]
+
+
+def test_candidates_keep_only_the_likeliest():
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    torch.testing.assert_close(hf.candidates(logits, 2), torch.tensor([[0.4, 0.3, 0.0, 0.0]]))
+    torch.testing.assert_close(hf.candidates(logits, None), torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+
+
+def test_shared_prefix_is_the_same_as_separate_prompts(verifier, image):
+    assert verifier.shared_prefix
+    shared = verifier.first_token_logits(image, QUESTIONS, AUDIT_INSTRUCTION)
+    verifier.shared_prefix = False
+    together = verifier.first_token_logits(image, QUESTIONS, AUDIT_INSTRUCTION)
+    alone = torch.cat(
+        [verifier.first_token_logits(image, [q], AUDIT_INSTRUCTION) for q in QUESTIONS]
+    )
+    torch.testing.assert_close(shared, together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=0)
+
+
+def test_p_yes_is_the_share_of_yes_among_yes_and_no(verifier, image):
+    logits = verifier.first_token_logits(image, QUESTIONS, AUDIT_INSTRUCTION).double()
+    yes, no = (verifier.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    expected = 1 / (1 + torch.exp(logits[:, no] - logits[:, yes]))
+    answers = verifier.answer(image, QUESTIONS)
+    np.testing.assert_allclose([a.p_yes for a in answers], expected, atol=1e-6)
+    assert len({a.p_yes for a in answers}) == 3
+    assert all(a.failure is None for a in answers)
+
+
+def test_answers_do_not_depend_on_the_load(verifier, image):
+    other = 255 - image
+    first = verifier.answer(image, QUESTIONS)
+    verifier.answer(other, QUESTIONS * 5)
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    assert verifier.answer(image, QUESTIONS) == first  # bit for bit
+    assert verifier.answer(other, QUESTIONS) != first
+
+
+def test_batches_are_cut_at_max_batch(llava_folder, image):
+    whole = HFVerifier(llava_folder).answer(image, QUESTIONS)
+    cut = HFVerifier(llava_folder, max_batch=2).answer(image, QUESTIONS)
+    np.testing.assert_allclose([a.p_yes for a in cut], [a.p_yes for a in whole], atol=1e-6)
+
+
+def test_neither_yes_nor_no_is_a_failure(llava_folder, image):
+    verifier = HFVerifier(llava_folder, top_k=5)
+    with torch.no_grad():  # all mass on one other token
+        verifier.model.lm_head.weight.zero_()
+        states = verifier.model.lm_head.register_forward_hook(_only(30))
+    answers = verifier.answer(image, QUESTIONS)
+    states.remove()
+    assert [a.p_yes for a in answers] == [None] * 3
+    assert "neither yes nor no" in answers[0].failure
+
+
+@pytest.mark.parametrize(("word", "p_yes"), [("yes", 1.0), ("no", 0.0), ("circle", None)])
+def test_text_fallback_reads_the_reply(llava_folder, image, monkeypatch, word, p_yes):
+    verifier = HFVerifier(llava_folder, top_k=5, text_fallback=True)
+    with torch.no_grad():
+        verifier.model.lm_head.weight.zero_()
+    verifier.model.lm_head.register_forward_hook(_only(30))
+    monkeypatch.setattr(HFVerifier, "_generate", lambda *_: f" {word.title()}. ")
+    assert verifier.answer(image, QUESTIONS[:1])[0].p_yes == p_yes
+
+
+def test_generate_returns_text(llava_folder, image):
+    verifier = HFVerifier(llava_folder, text_fallback=True)
+    token = verifier.tokenizer.convert_tokens_to_ids("circle")
+    verifier.model.lm_head.register_forward_hook(_only(token))
+    assert verifier._generate(image, QUESTIONS[0]).split()[:2] == ["circle", "circle"]
+
+
+def test_nan_is_a_failure(verifier, image):
+    with torch.no_grad():
+        verifier.model.lm_head.weight[:] = torch.nan
+    answer = verifier.answer(image, QUESTIONS[:1])[0]
+    assert answer.p_yes is None
+    assert "NaN" in answer.failure
+
+
+def test_rating_is_an_expected_value(verifier, image):
+    ids = [verifier.tokenizer.convert_tokens_to_ids(str(n)) for n in range(11)]
+
+    def only_three_and_seven(_module, _inputs, output):
+        output = torch.full_like(output, -30.0)
+        output[..., ids[3]], output[..., ids[7]] = np.log(0.25), np.log(0.75)
+        return output
+
+    verifier.model.lm_head.register_forward_hook(only_three_and_seven)
+    assert verifier.rate(image, QUESTIONS[:1])[0].value == pytest.approx(6.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((48, 48), np.uint8), np.zeros((48, 48, 3), np.float32)], ids=["gray", "float"]
+)
+def test_other_images_are_refused(verifier, bad):
+    with pytest.raises(ValueError, match=r"expected uint8\[H, W, 3\]"):
+        verifier.answer(bad, QUESTIONS)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(VerifierLoadError, match=r"has no config\.json"):
+        HFVerifier(tmp_path / "nowhere")
+
+
+def test_missing_weights_and_missing_tokens(llava_folder, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(llava_folder, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(VerifierLoadError, match="cannot load the verifier"):
+        HFVerifier(folder)
+
+
+def test_processor_without_chat_template(llava_folder, tmp_path):
+    folder = tmp_path / "silent"
+    shutil.copytree(llava_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(VerifierLoadError, match="chat_template"):
+        HFVerifier(folder)
+
+
+def test_missing_torchvision_is_explained(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
+    error = ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+    message = hf._explain(tmp_path, error)
+    assert "'qwen3_vl'" in message
+    assert "pip install torchvision" in message
+
+
+def _only(token: int):
+    """A hook that puts all probability on one token."""
+
+    def hook(_module, _inputs, output):
+        return torch.full_like(output, -60.0).index_fill(-1, torch.tensor([token]), 60.0)
+
+    return hook

@@ -1,0 +1,177 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+from alphagrpo_jax.shapes import corrupt, muon, questions, scenes, verifier_data, verifier_model
+from alphagrpo_jax.shapes import train_verifier as script
+from alphagrpo_jax.shapes import verifier_packed as packed
+from alphagrpo_jax.shapes.verifier_data import Encoder, Example
+from alphagrpo_jax.shapes.verifier_eval import balanced, calibration_error
+
+pytestmark = pytest.mark.torch
+
+SCENE = scenes.Scene(
+    (scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)), "white"
+)
+EXAMPLE = Example(scenes.render(SCENE), SCENE, corrupt.SOUND, (), SCENE)
+
+
+@pytest.fixture(scope="module")
+def built():
+    torch.manual_seed(0)
+    model, processor = verifier_model.build(verifier_data.vocabulary(draws=50))
+    return model.eval(), Encoder(processor.tokenizer)
+
+
+def test_vocabulary_words_are_single_tokens(built):
+    tokenizer = built[1].tokenizer
+    for word in ("yes", "no", "10", "circle", "triangles", "purple", "background"):
+        assert len(tokenizer(word)["input_ids"]) == 1
+    assert tokenizer.unk_token_id not in tokenizer("Is a zebra (1.5 m) there?")["input_ids"]
+
+
+def test_prefix_is_what_the_chat_template_renders(built):
+    processor = verifier_model.build_processor(built[1].tokenizer)
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": AUDIT_INSTRUCTION}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]},
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[text], images=[EXAMPLE.image], return_tensors="pt")
+    tokens = [*built[1].prefix(AUDIT_INSTRUCTION).tolist(), *built[1].question("Is it?")]
+    assert inputs["input_ids"][0].tolist() == tokens
+    torch.testing.assert_close(
+        inputs["pixel_values"], verifier_data.pixels([EXAMPLE.image]), atol=1e-6, rtol=0
+    )
+
+
+def test_packed_forward_is_the_models_own(built):
+    model, encoder = built
+    rng = np.random.default_rng(0)
+    examples = [verifier_data.draw(rng) for _ in range(2)]
+    asked = [verifier_data.questions_about(example, rng, 3) for example in examples]
+    batch = encoder.batch(examples, asked)
+    prefix = encoder.prefix(AUDIT_INSTRUCTION)
+    with torch.no_grad():
+        start = packed.embed_prefix(model, prefix, packed.patch_features(model, batch.pixels))
+        states = packed.question_states(model, start, batch.tokens, batch.ends)[1]
+        got = packed.answer_logits(model, states, batch.ends)
+        for n, row in enumerate(asked):
+            for q, (text, *_) in enumerate(row):
+                tokens = torch.cat([prefix, torch.tensor(encoder.question(text))])
+                expected = model(
+                    input_ids=tokens[None], pixel_values=batch.pixels[n : n + 1]
+                ).logits[0, -1]
+                torch.testing.assert_close(got[n, q], expected, atol=1e-5, rtol=0)
+
+
+def test_dense_labels_mark_two_by_two_patches():
+    shape, color = (labels.reshape(6, 6) for labels in verifier_data.dense_labels(EXAMPLE))
+    nothing = verifier_data.NOTHING_SHAPE
+    assert shape[0].tolist() == [nothing] * 4 + [scenes.SHAPES.index("circle")] * 2
+    assert shape[2].tolist() == [scenes.SHAPES.index("square")] * 2 + [nothing] * 4
+    assert color[1, 5] == list(scenes.COLORS).index("red")
+    damaged = dataclasses.replace(EXAMPLE, damaged=(0,))
+    assert verifier_data.dense_labels(damaged)[0].reshape(6, 6)[0, 4] == verifier_data.IGNORE
+
+
+def test_named_cells_follow_the_phrase():
+    question = "Is the red circle above the blue square?"
+    assert verifier_data.phrases(question) == ((3, "circle", "red"), (7, "square", "blue"))
+    assert verifier_data.named_cells(EXAMPLE, "circle", "red").nonzero()[0].tolist() == [2]
+    assert verifier_data.named_cells(EXAMPLE, "shape", None).nonzero()[0].tolist() == [2, 3]
+    assert verifier_data.named_cells(EXAMPLE, "circle", "blue").sum() == 0
+    damaged = dataclasses.replace(EXAMPLE, damaged=(0,))
+    assert verifier_data.named_cells(damaged, "shape", None) is None
+
+
+def test_questions_have_the_truth_of_the_scene_and_come_in_full_number():
+    rng = np.random.default_rng(0)
+    answers = {}
+    for _ in range(60):
+        found = verifier_data.questions_about(EXAMPLE, rng, 12)
+        assert len(found) == 12
+        answers.update({text: word for text, word, _ in found})
+    assert answers["Is the red circle to the right of the blue square?"] == "yes"
+    assert answers["Is the red circle to the left of the blue square?"] == "no"
+    assert answers["Are there exactly two shapes?"] == "yes"
+    assert answers["Is the background black?"] == "no"
+    assert answers["Are the colours flat and clean?"] == "yes"
+
+
+def test_ratings_are_shares_of_facts():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        for _, rating, kind in verifier_data.ratings_about(EXAMPLE, rng):
+            assert 0 <= int(rating) <= 10
+            if kind == "drawing":
+                assert rating == "10"
+    blurred = dataclasses.replace(EXAMPLE, labels={**corrupt.SOUND, "texture": False})
+    assert verifier_data.ratings_about(blurred, rng)[-1][1] == "6"
+
+
+def test_orthogonalize_gives_singular_values_near_one():
+    matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    for x in (matrices, matrices.transpose(1, 2)):
+        values = torch.linalg.svdvals(muon.orthogonalize(x))
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [script.rate(step, 1000, 2.0) for step in (0, 24, 49, 500, 750, 1000)]
+    np.testing.assert_allclose(rates, [0.04, 1.0, 2.0, 2.0, 1.0, 0.0])
+
+
+def test_calibration_error_and_balanced_accuracy():
+    rows = [("count", True, 0.9), ("count", True, 0.2), ("count", False, 0.1)]
+    rows.append(("texture", True, 0.8))
+    assert balanced(rows) == {"count": 0.75, "texture": 1.0}
+    # Bins 9, 2, 1, 8 hold one row each: |0.9 - 1|, |0.2 - 1|, |0.1 - 0|, |0.8 - 1|.
+    assert calibration_error(rows) == pytest.approx((0.1 + 0.8 + 0.1 + 0.2) / 4)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "IMAGES", {"vision": 2, "joint": 2})
+    monkeypatch.setattr(script, "QUESTIONS", 2)
+    steps = {"vision": 2, "joint": 3}
+
+    def run(name: str, *, stop: int | None) -> script.Trainer:
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        trainer = script.Trainer(out, 0, steps)
+        trainer.restore()
+        if stop is None:
+            script.train(trainer, save_every=1)
+        else:
+            for _ in range(stop):
+                trainer.update()
+            trainer.save()
+        return trainer
+
+    whole = run("whole", stop=None)
+    run("parts", stop=1)
+    resumed = run("parts", stop=None)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    script.Trainer(tmp_path, 0, {"vision": 1, "joint": 1}).save()
+    with pytest.raises(ValueError, match="choose another --out"):
+        script.Trainer(tmp_path, 1, {"vision": 1, "joint": 1}).restore()
+
+
+def test_questions_about_odd_scenes_have_no_shapes_or_four():
+    rng = np.random.default_rng(3)
+    counts = set()
+    for _ in range(200):
+        example = verifier_data.draw(rng)
+        counts.add(len(example.scene.things))
+        asked = verifier_data.questions_about(example, rng, 4)
+        assert len(asked) == 4
+        assert {type_ for *_, type_ in asked} <= set(questions.TYPES)
+    assert counts == {0, 1, 2, 3, 4}
