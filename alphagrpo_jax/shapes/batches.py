@@ -1,0 +1,140 @@
+"""Pretraining batches of the shapes world: examples as fixed-size arrays of token ids and images.
+
+All of it is numpy and runs in a helper process beside the device. Every batch is a function of
+(seed, step) alone, so that an interrupted pretraining continues with the data it would have seen.
+
+A row's texts follow one another without padding between them. Three masks say what each token is
+for: `mask` (it exists), `scored` (the model must predict it), `visible` (the image that is drawn
+afterwards may look at it; hiding texts at times is what makes guidance possible).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from alphagrpo_jax import tasks
+from alphagrpo_jax.runtime.tokenizer import Tokenizer
+from alphagrpo_jax.shapes import examples, scenes
+
+NO_SYSTEM, THINK_SYSTEM, ANSWER_SYSTEM = 0, 1, 2  # which system prompt precedes a row
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """Rows of each kind in one batch, and the padded text lengths in tokens."""
+
+    draw: int = 28  # think, then draw
+    plain: int = 4  # draw without thinking
+    reflect: int = 4  # say what is wrong with an image and repair it
+    edit: int = 8
+    understand: int = 8  # captions and answers
+    draw_tokens: int = 64
+    reflect_tokens: int = 176
+    short_tokens: int = 56  # edits, captions, answers
+    drop: float = 0.1  # share of rows whose texts are hidden from the drawing
+    drop_think: float = 0.05  # share of rows whose think text alone is hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The texts of one row; `scored` says which of them the model must write itself."""
+
+    texts: tuple[str, ...]
+    scored: tuple[bool, ...]
+    system: int
+
+
+def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) -> dict:
+    """One pretraining batch as a nested dict of arrays.
+
+    Returns:
+      `draw`, `reflect`, `short`: texts, see `_texts`; `draw_image`: uint8[draw + plain, H, W, 3];
+      `source`: uint8[reflect + edit + understand, H, W, 3], images to look at; `target`:
+      uint8[reflect + edit, H, W, 3], images to arrive at.
+    """
+    rng = np.random.default_rng((seed, step))
+    drawings = [examples.draw(rng) for _ in range(sizes.draw)]
+    plain = [examples.draw(rng, implied_share=0.1) for _ in range(sizes.plain)]
+    repairs = [examples.reflect(rng) for _ in range(sizes.reflect)]
+    edits = [examples.edit(rng) for _ in range(sizes.edit)]
+    looked_at, answers = zip(
+        *[_understanding(row, rng) for row in range(sizes.understand)], strict=True
+    )
+    draw_rows = [Row((e.prompt, e.think), (False, True), THINK_SYSTEM) for e in drawings]
+    draw_rows += [Row((e.prompt,), (False,), NO_SYSTEM) for e in plain]
+    reflect_rows = [
+        Row(
+            (tasks.REFLECTION_REQUEST.format(prompt=e.prompt), e.think),
+            (False, True),
+            THINK_SYSTEM,
+        )
+        for e in repairs
+    ]
+    edit_rows = [Row((e.instruction, e.think), (False, True), THINK_SYSTEM) for e in edits]
+    return {
+        "draw": _texts(tokenizer, draw_rows, sizes.draw_tokens, sizes, rng),
+        "reflect": _texts(tokenizer, reflect_rows, sizes.reflect_tokens, sizes, rng),
+        "short": _texts(tokenizer, edit_rows + list(answers), sizes.short_tokens, sizes, rng),
+        "draw_image": _images([e.scene for e in (*drawings, *plain)]),
+        "source": _images([*(e.scene for e in (*repairs, *edits)), *looked_at]),
+        "target": _images([e.target for e in (*repairs, *edits)]),
+    }
+
+
+def _understanding(row: int, rng: np.random.Generator) -> tuple[scenes.Scene, Row]:
+    if row % 2:
+        example = examples.caption(rng)
+        texts = (example.instruction, example.text)
+        return example.scene, Row(texts, (False, True), NO_SYSTEM)
+    example = examples.answer(rng)
+    if row % 4 == 0:
+        texts = (example.question, example.answer)
+        return example.scene, Row(texts, (False, True), NO_SYSTEM)
+    texts = (example.question, example.think, example.answer)
+    return example.scene, Row(texts, (False, True, True), ANSWER_SYSTEM)
+
+
+def _texts(
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    length: int,
+    sizes: BatchSizes,
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Rows as arrays: tokens int32[B, T]; mask, scored, visible bool[B, T]; system int32[B].
+
+    Raises:
+      ValueError: a row does not fit into `length` tokens.
+    """
+    special = tokenizer.special
+    shape = (len(rows), length)
+    tokens = np.full(shape, tokenizer.pad, np.int32)
+    mask, scored, visible = (np.zeros(shape, bool) for _ in range(3))
+    for i, row in enumerate(rows):
+        hide, hide_think = rng.random() < sizes.drop, rng.random() < sizes.drop_think
+        at = 0
+        for text, own in zip(row.texts, row.scored, strict=True):
+            ids = [special.im_start, *tokenizer.encode(text), special.im_end]
+            end = at + len(ids)
+            if end > length:
+                raise ValueError(
+                    f"a pretraining row has at least {end} tokens, its bucket holds {length}: "
+                    f"{row.texts}; enlarge the field of BatchSizes"
+                )
+            tokens[i, at:end] = ids
+            mask[i, at:end] = True
+            scored[i, at + 1 : end] = own
+            visible[i, at:end] = not (hide or (own and hide_think))
+            at = end
+    system = np.array([row.system for row in rows], np.int32)
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "scored": scored,
+        "visible": visible,
+        "system": system,
+    }
+
+
+def _images(drawn: list[scenes.Scene]) -> np.ndarray:
+    return np.stack([scenes.render(scene, supersample=3) for scene in drawn])

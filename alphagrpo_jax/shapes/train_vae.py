@@ -1,0 +1,313 @@
+"""Trains the small autoencoder of the shapes world (PyTorch: its CPU convolutions train fastest).
+
+    python -m alphagrpo_jax.shapes.train_vae --out runs/vae --minutes 35
+    python -m alphagrpo_jax.shapes.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
+
+Writes `ae.safetensors` and `vae_config.json` in BAGEL's layout; the JAX autoencoder of
+`models/vae.py` reads them. The module tree below carries the checkpoint's names. Interrupted, the
+same command continues from the last checkpoint.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tqdm
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from alphagrpo_jax.models.vae import NORM_EPSILON, NORM_GROUPS, VAEConfig
+from alphagrpo_jax.shapes import scenes
+
+CONFIG = VAEConfig(
+    resolution=scenes.RESOLUTION,
+    downsample=8,
+    ch=32,
+    ch_mult=(1, 1, 1, 1),
+    num_res_blocks=0,
+    z_channels=16,
+    scale_factor=1.0,
+    shift_factor=0.0,
+)
+EMA_DECAY = 0.998
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _norm(inputs), _norm(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in "qkvo")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (m(h).flatten(2).transpose(1, 2)[:, None] for m in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Resample(nn.Module):
+    def __init__(self, channels: int, *, up: bool) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1 if up else 0, stride=1 if up else 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.up:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+def _middle(channels: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "block_1": ResBlock(channels, channels),
+            "attn_1": Attention(channels),
+            "block_2": ResBlock(channels, channels),
+        }
+    )
+
+
+def _level(inputs: int, outputs: int, blocks: int, resample: str) -> nn.ModuleDict:
+    layers = [ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
+    level = nn.ModuleDict({"block": nn.ModuleList(layers)})
+    if resample:
+        level[resample] = Resample(outputs, up=resample == "upsample")
+    return level
+
+
+def _run_level(level: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    for block in level["block"]:
+        x = block(x)
+    for name in ("downsample", "upsample"):
+        if name in level:
+            x = level[name](x)
+    return x
+
+
+class Coder(nn.Module):
+    """The encoder (`up=False`) or the decoder (`up=True`), with the checkpoint's names."""
+
+    def __init__(self, cfg: VAEConfig, *, up: bool) -> None:
+        super().__init__()
+        widths = [cfg.ch * m for m in cfg.ch_mult]
+        top = widths[-1]
+        self.is_decoder = up
+        self.mid = _middle(top)
+        if up:
+            self.conv_in = nn.Conv2d(cfg.z_channels, top, 3, padding=1)
+            inputs = [*widths[1:], top]
+            self.up = nn.ModuleList(
+                _level(i, o, cfg.num_res_blocks + 1, "upsample" if k else "")
+                for k, (i, o) in enumerate(zip(inputs, widths, strict=True))
+            )
+            self.norm_out = _norm(widths[0])
+            self.conv_out = nn.Conv2d(widths[0], cfg.out_ch, 3, padding=1)
+        else:
+            self.conv_in = nn.Conv2d(cfg.in_channels, cfg.ch, 3, padding=1)
+            inputs = [cfg.ch, *widths[:-1]]
+            last = len(widths) - 1
+            self.down = nn.ModuleList(
+                _level(i, o, cfg.num_res_blocks, "downsample" if k < last else "")
+                for k, (i, o) in enumerate(zip(inputs, widths, strict=True))
+            )
+            self.norm_out = _norm(top)
+            self.conv_out = nn.Conv2d(top, 2 * cfg.z_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        if not self.is_decoder:
+            for level in self.down:
+                x = _run_level(level, x)
+        x = self.mid["block_2"](self.mid["attn_1"](self.mid["block_1"](x)))
+        if self.is_decoder:
+            for level in reversed(self.up):
+                x = _run_level(level, x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoEncoder(nn.Module):
+    """Encoder and decoder of one configuration."""
+
+    def __init__(self, cfg: VAEConfig) -> None:
+        super().__init__()
+        self.encoder = Coder(cfg, up=False)
+        self.decoder = Coder(cfg, up=True)
+
+
+def batch_of_scenes(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scenes as float32[B, 3, H, W] in [-1, 1], and per-pixel weights [B, 1, H, W].
+
+    Half of them are crowded (four to nine shapes), which teaches edges faster.
+    """
+    drawn = [
+        scenes.random_scene(rng, int(rng.integers(4, 10)) if row % 2 else None)
+        for row in range(size)
+    ]
+    images = np.stack([scenes.render(s, supersample=3) for s in drawn])
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    plain = torch.tensor([scenes.BACKGROUNDS[s.background] for s in drawn]) / 127.5 - 1
+    foreground = (x - plain[:, :, None, None]).abs().amax(1, keepdim=True) > 0.05
+    return x.contiguous(memory_format=torch.channels_last), 1.0 + 3.0 * foreground
+
+
+def loss_of(
+    model: AutoEncoder,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    kl_weight: float,
+    latent_noise: float | None,
+):
+    """Weighted L1 + L2 reconstruction plus `kl_weight` times the mean KL to N(0, 1).
+
+    With `latent_noise` the encoder stays as it is, and the decoder learns to undo noise of random
+    deviation up to `latent_noise` in the latent: what the model draws is never quite exact.
+    """
+    with torch.set_grad_enabled(latent_noise is None):
+        mean, log_variance = model.encoder(x).chunk(2, dim=1)
+    log_variance = log_variance.clamp(-20, 10)
+    if latent_noise is None:
+        deviation = torch.exp(0.5 * log_variance)
+    else:
+        deviation = latent_noise * torch.rand(len(x), 1, 1, 1)
+    z = mean + deviation * torch.randn_like(mean)
+    error = model.decoder(z) - x
+    reconstruction = (weight * (error.abs() + error.square())).sum() / (3 * weight.sum())
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return reconstruction + kl_weight * kl, reconstruction.detach(), kl.detach()
+
+
+def export(model: AutoEncoder, out: pathlib.Path) -> None:
+    """Measures the latent's mean and deviation and writes the folder's two files."""
+    rng = np.random.default_rng(10_000)
+    with torch.no_grad():
+        means = [model.encoder(batch_of_scenes(rng, 32)[0]).chunk(2, dim=1)[0] for _ in range(16)]
+    latents = torch.cat(means)
+    fields = {
+        **{k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__},
+        "ch_mult": list(CONFIG.ch_mult),
+        "scale_factor": round(1.0 / float(latents.std()), 4),
+        "shift_factor": round(float(latents.mean()), 4),
+    }
+    (out / "vae_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "ae.safetensors")
+
+
+def train(
+    out: pathlib.Path,
+    *,
+    minutes: float,
+    batch: int,
+    lr: float,
+    kl_weight: float,
+    seed: int,
+    start: pathlib.Path | None,
+    latent_noise: float | None,
+) -> None:
+    """Trains until `minutes` of training time are spent, checkpointing every minute.
+
+    `start`: a folder whose weights to begin with. `latent_noise`: train the decoder alone.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)
+    average = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)
+    if start is not None:
+        model.load_state_dict(load_file(start / "ae.safetensors"))
+    average.load_state_dict(model.state_dict())
+    trained = (model if latent_noise is None else model.decoder).parameters()
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    step, spent = 0, 0.0
+    file = out / "state.pt"
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+    saved = spent
+    with tqdm.tqdm(total=round(60 * minutes), initial=round(spent), unit="s") as bar:
+        while spent < 60 * minutes:
+            begin = time.monotonic()
+            x, weight = batch_of_scenes(np.random.default_rng((seed, step)), batch)
+            progress = spent / (60 * minutes)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / 100) * max(0.02, 1 - progress**2)
+            loss, reconstruction, kl = loss_of(model, x, weight, kl_weight, latent_noise)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            decay = min(EMA_DECAY, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for kept, new in zip(average.parameters(), model.parameters(), strict=True):
+                    kept.lerp_(new, 1 - decay)
+            step += 1
+            spent += time.monotonic() - begin
+            bar.update(int(spent) - bar.n)
+            bar.set_postfix(step=step, reconstruction=f"{reconstruction:.4f}", kl=f"{kl:.2f}")
+            if spent - saved > 60 or spent >= 60 * minutes:
+                saved = spent
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step,
+                        "spent": spent,
+                    },
+                    file.with_suffix(".tmp"),
+                )
+                file.with_suffix(".tmp").replace(file)
+                export(average, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--kl_weight", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=pathlib.Path, help="folder whose weights to begin with")
+    parser.add_argument("--latent_noise", type=float, help="train the decoder alone, see loss_of")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(
+        args.out,
+        minutes=args.minutes,
+        batch=args.batch,
+        lr=args.lr,
+        kl_weight=args.kl_weight,
+        seed=args.seed,
+        start=args.start,
+        latent_noise=args.latent_noise,
+    )
+
+
+if __name__ == "__main__":
+    main()
