@@ -1,0 +1,197 @@
+"""Measures where the time of a training step goes.
+
+    python -m alphagrpo_jax.bench [--config=configs/grpo.py] [--steps=5] [--out=bench.json]
+
+Everything is measured in one process, one after the other: a first step with all compilations, then
+steps with drawing alone, the verifier pool alone, and whole steps as training does them, where the
+verifiers answer while the device works. Only ratios within one such run are worth comparing.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from alphagrpo_jax import build, prompts, train, trained
+from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.rewards.pool import PoolError
+from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
+from alphagrpo_jax.types import TrainState
+
+
+class Silent:
+    """A pool that takes images and answers nothing: drawing without verifiers beside it."""
+
+    def submit(self, *_: object) -> None:
+        """Takes a sample."""
+
+
+class Seconds(NamedTuple):
+    """How long the stages of one training step took."""
+
+    rollout: float
+    reward_wait: float
+    update: float
+
+
+STAGES = Seconds._fields
+
+
+def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, float]:
+    """All figures of a configuration, by name; see `table` for their units.
+
+    Args:
+      config: of the run.
+      folder: for the prompt cache.
+      steps: repetitions of each measurement; medians are reported.
+    Raises:
+      ConfigError, ValueError, FileNotFoundError, PoolError: as in training.
+    """
+    compiles = CompileCounter()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    jax.set_mesh(mesh)
+    build.check_mesh(config, mesh)
+    loaded = build.load_policy(config, mesh)
+    data = build.load_data(config, loaded, folder / "data")
+    optimizer = build.make_optimizer(config)
+    state = build.initial_state(config, loaded.base, optimizer, mesh)
+    jitted = build.jit_steps(config, loaded, state, optimizer, mesh)
+    with build.make_pool(config) as pool:
+        pool.wait_ready()
+        run = train.Run(config, loaded, data, jitted, pool, folder)
+        first = time.monotonic()
+        state, _ = _step(run, state, 1)
+        first = time.monotonic() - first
+        count, seconds = compiles.count, compiles.seconds
+        silent = run._replace(pool=Silent())
+        drawing = [_timed(lambda at=at: _draw(silent, state, at)) for at in range(2, steps + 2)]
+        questions, answering = _answering(run, steps)
+        whole = []
+        for at in range(2, steps + 2):
+            state, spent = _step(run, state, at)
+            whole.append(spent)
+    total = float(np.median(np.sum(whole, axis=1)))
+    parts = dict(zip(STAGES, np.median(whole, axis=0).tolist(), strict=True))
+    draw, answer = float(np.median(drawing)), float(np.median(answering))
+    return {
+        "images_per_second": config.trajectories / draw,
+        "questions_per_second": questions / answer,
+        "seconds/draw_alone": draw,
+        "seconds/answer_alone": answer,
+        "seconds/step": total,
+        **{f"seconds/{name}": value for name, value in parts.items()},
+        **{f"share/{name}": value / sum(parts.values()) for name, value in parts.items()},
+        "share/verifier_hidden": max(0.0, 1.0 - parts["reward_wait"] / answer),
+        "seconds/first_step": first,
+        "compilations": count,
+        "seconds/compilation": seconds,
+        "compilations_after_first_step": compiles.count - count,
+    }
+
+
+def _rows(run: train.Run, step: int) -> np.ndarray:
+    size, count = len(run.data.train.records), run.config.train.prompts_per_step
+    return prompts.order((step - 1) * count, count, size=size, seed=run.config.seed)
+
+
+def _draw(run: train.Run, state: TrainState, step: int) -> train.Drawn:
+    drawn = train.draw_batch(run, state, step, _rows(run, step))
+    jax.block_until_ready(drawn.trajectories)
+    return drawn
+
+
+def _step(run: train.Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
+    """One training step as `train.main` does it."""
+    marks = [time.monotonic()]
+    drawn = _draw(run, state, step)
+    marks.append(time.monotonic())
+    old = train.old_scores(run, state, drawn.trajectories)
+    options = build.scoring_options(run.config)
+    scores = scoring.gather(run.pool, drawn.ids, drawn.records, drawn.texts, options)
+    marks.append(time.monotonic())
+    advantages = train.advantage_of(run.config, scores)
+    state, _ = train.update_policy(run, state, drawn.trajectories, old, advantages, step)
+    jax.block_until_ready(state.trainable)
+    marks.append(time.monotonic())
+    return state, Seconds(*np.diff(marks).tolist())
+
+
+def _answering(run: train.Run, steps: int) -> tuple[int, list[float]]:
+    """Questions of one step's samples, and the seconds that the pool alone takes for them."""
+    config = run.config
+    rng = np.random.default_rng(config.seed)
+    shape = (config.trajectories, config.model.height, config.model.width, 3)
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
+    records = [run.data.train.records[row] for row in _rows(run, 1)]
+    records = [record for record in records for _ in range(config.train.group_size)]
+
+    def ask(turn: int) -> None:
+        ids = [("bench", turn, number) for number in range(len(records))]
+        scoring.submit(run.pool, ids, images, records)
+        run.pool.gather(ids)
+
+    spent = [_timed(lambda turn=turn: ask(turn)) for turn in range(steps)]
+    return sum(len(record.asked) for record in records), spent
+
+
+def _timed(action: Callable[[], object]) -> float:
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start
+
+
+def table(figures: dict[str, float], config: Config) -> str:
+    """The figures for people."""
+    get = figures.__getitem__
+    rows = [
+        ("rollout alone (think and draw)", f"{get('images_per_second'):.1f} images/s"),
+        ("verifier pool alone", f"{get('questions_per_second'):.0f} questions/s"),
+        (f"step of {config.trajectories} trajectories", f"{get('seconds/step'):.3f} s"),
+        *(
+            (f"  {name}", f"{get(f'seconds/{name}'):.3f} s  {get(f'share/{name}'):6.1%}")
+            for name in STAGES
+        ),
+        ("verifier time hidden", f"{get('share/verifier_hidden'):.1%}"),
+        ("first step", f"{get('seconds/first_step'):.1f} s"),
+        ("compilations", f"{get('compilations'):.0f} in {get('seconds/compilation'):.1f} s"),
+        ("  after the first step", f"{get('compilations_after_first_step'):.0f}"),
+    ]
+    return "\n".join(f"{name:<34}{value}" for name, value in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m alphagrpo_jax.bench", description=__doc__)
+    parser.add_argument("--config", default=trained.DEFAULT_CONFIG, help="a Python file")
+    parser.add_argument("--steps", type=int, default=5, help="repetitions; medians are shown")
+    parser.add_argument("--out", help="a JSON file for the figures")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
+    try:
+        config = trained.read_config(options.config)
+        with tempfile.TemporaryDirectory() as folder:
+            figures = measure(config, pathlib.Path(folder), steps=options.steps)
+        if options.out:
+            replace_text(options.out, json.dumps(figures, indent=2) + "\n")
+    except ConfigError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, PoolError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    print(table(figures, config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Writes a run's model, adapters merged into the weights, in the official folder layout.
+
+    python -m alphagrpo_jax.export --checkpoint RUN --out DIR
+
+The folder serves wherever a pretrained one does (`--config.model.path=DIR`), and loads into the
+official code.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from alphagrpo_jax import trained
+from alphagrpo_jax.models import lora
+from alphagrpo_jax.models.bagel_weights import save_model
+from alphagrpo_jax.runtime.checkpoint import CheckpointError
+
+
+def merged(policy: trained.Trained) -> dict:
+    """The policy's weights as one base tree, float as loaded."""
+    params = policy.params
+    if params.lora is None:
+        return params.base
+    return lora.merge(params.base, params.lora, params.lora_scale)
+
+
+def export(run: str, out: str, *, model_path: str | None = None, dtype: str | None = None) -> int:
+    """Writes the folder; returns the step of the checkpoint.
+
+    Args:
+      run: the run's folder.
+      out: a new or empty folder.
+      model_path: see `trained.from_run`.
+      dtype: of all tensors; None: as in the pretrained folder.
+    Raises:
+      FileExistsError: `out` holds something.
+    """
+    folder = pathlib.Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; give another --out")
+    policy = trained.from_run(run, model_path=model_path)
+    save_model(folder, policy.loaded, base=merged(policy), dtype=dtype)
+    return policy.step
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m alphagrpo_jax.export", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a run's folder")
+    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--model", help="the pretrained folder, if it has moved since the run")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: as in the pretrained folder"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        step = export(
+            options.checkpoint, options.out, model_path=options.model, dtype=options.dtype
+        )
+    except (OSError, ValueError, CheckpointError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.out}: the model after {step} updates")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""A policy to use: the pretrained one of a configuration, or that of a run's newest checkpoint."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+from typing import NamedTuple
+
+import jax
+
+from alphagrpo_jax import build, policy, update
+from alphagrpo_jax.config import Config, from_config_dict
+from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.run_folder import CONFIG_FILE, payload
+from alphagrpo_jax.runtime import checkpoint, sharding
+
+DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "grpo.py"
+
+
+class Trained(NamedTuple):
+    """A policy, and what it came from."""
+
+    config: Config
+    loaded: Loaded
+    params: policy.PolicyParams
+    step: int  # updates done; 0 without a checkpoint
+
+
+def read_config(path: str | pathlib.Path = DEFAULT_CONFIG) -> Config:
+    """The configuration that a Python file's `get_config` makes.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ConfigError: see `config.from_config_dict`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at {path}; give one with --config")
+    return from_config_dict(runpy.run_path(str(path))["get_config"]())
+
+
+def from_config(config: Config) -> Trained:
+    """The pretrained policy of a configuration, on one device."""
+    loaded = build.load_policy(config, _one_device())
+    return Trained(config, loaded, policy.PolicyParams(loaded.base), 0)
+
+
+def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Trained:
+    """The policy of a run's newest checkpoint, on one device.
+
+    Args:
+      folder: the run's.
+      model_path: where the pretrained model lies now; None: where the run found it.
+    Raises:
+      FileNotFoundError: the folder is not a run's, or has no checkpoint yet.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run's folder: it has no {CONFIG_FILE}")
+    if not (folder / checkpoint.FOLDER).is_dir():
+        raise FileNotFoundError(f"the run in {folder} has no checkpoints yet")
+    config = from_config_dict(json.loads(path.read_text()))
+    if model_path is not None:
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, path=model_path)
+        )
+    mesh = _one_device()
+    loaded = build.load_policy(config, mesh)
+    state = build.initial_state(config, loaded.base, build.make_optimizer(config), mesh)
+    saves = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
+    step = saves.latest()
+    if step is None:
+        raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
+    trainable = saves.state(step, payload(state))["trainable"]
+    saves.close()
+    params = update.policy_params(loaded.base, trainable, lora_scale=build.lora_scale(config))
+    return Trained(config, loaded, params, step)
+
+
+def _one_device() -> jax.sharding.Mesh:
+    return sharding.make_mesh(1, 1, 1, jax.devices()[:1])

@@ -1,0 +1,116 @@
+"""generate and export over a tiny random model and a checkpoint with adapters that are not zero."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny_world
+from PIL import Image
+
+from alphagrpo_jax import build, export, generate, trained, update
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.models.bagel_weights import load_model
+from alphagrpo_jax.run_folder import CONFIG_FILE, payload
+from alphagrpo_jax.runtime import checkpoint, sharding
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> pathlib.Path:
+    """A run's folder after three updates that did not happen: its adapters are random."""
+    root = tiny_world.write_all(tmp_path_factory.mktemp("world"))
+    config = config_lib.from_config_dict(tiny_world.config(root))
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    loaded = build.load_policy(config, mesh)
+    state = build.initial_state(config, loaded.base, build.make_optimizer(config), mesh)
+    leaves, tree = jax.tree.flatten(state.trainable)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    noisy = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    state = state.replace(trainable=jax.tree.unflatten(tree, noisy))
+    folder = root / "run"
+    saves = checkpoint.Checkpoints(folder, keep=1)
+    saves.save(3, payload(state), {"step": 3, "position": 0})
+    saves.close()
+    (folder / CONFIG_FILE).write_text(config_lib.to_json(config))
+    return folder
+
+
+def test_a_run_is_restored(run_folder: pathlib.Path):
+    policy = trained.from_run(run_folder)
+    assert policy.step == 3
+    assert policy.params.lora_scale == 2.0  # alpha 8, rank 4
+    for leaf in jax.tree.leaves(policy.params.lora):
+        assert 0.1 < float(np.std(leaf)) < 0.3
+
+
+def test_exported_weights_draw_the_same(run_folder: pathlib.Path, tmp_path: pathlib.Path):
+    out = tmp_path / "model"
+    assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 0
+    policy = trained.from_run(run_folder)
+    reloaded = load_model(out)
+    expected = export.merged(policy)
+    jax.tree.map(np.testing.assert_array_equal, reloaded.base, expected)
+    changed = [
+        bool(np.any(a != b))
+        for a, b in zip(
+            jax.tree.leaves(reloaded.base), jax.tree.leaves(policy.loaded.base), strict=True
+        )
+    ]
+    assert sum(changed) == len(jax.tree.leaves(policy.params.lora)) // 2  # one kernel per pair
+    merged = policy._replace(loaded=reloaded, params=update.policy.PolicyParams(reloaded.base))
+    first = generate.draw(policy, "a red circle", think=True, count=2, seed=1)
+    second = generate.draw(merged, "a red circle", think=True, count=2, seed=1)
+    assert first.texts == second.texts
+    np.testing.assert_allclose(first.images.astype(int), second.images.astype(int), atol=1)
+    assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 1
+
+
+def test_generate_writes_a_grid_and_prints_the_texts(
+    run_folder: pathlib.Path, tmp_path: pathlib.Path, capsys
+):
+    out = tmp_path / "new" / "x.png"
+    flags = ["--prompt", "a blue square", "--out", str(out), "--checkpoint", str(run_folder)]
+    assert generate.main([*flags, "--think", "--n", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len([line for line in printed if line[:2] in ("1:", "2:", "3:")]) == 2
+    side = 3 * tiny_world.SIDE  # enlarged to at least 96 pixels
+    assert Image.open(out).size == (2 * side + 6, side + 4)
+    assert generate.main(flags) == 0
+    assert Image.open(out).size == (side, side)
+
+
+def test_one_image_is_the_first_of_many(run_folder: pathlib.Path):
+    policy = trained.from_run(run_folder)
+    one = generate.draw(policy, "a red circle", think=False, count=1, seed=7)
+    many = generate.draw(policy, "a red circle", think=False, count=3, seed=7)
+    other = generate.draw(policy, "a red circle", think=False, count=1, seed=8)
+    assert one.texts == []
+    np.testing.assert_allclose(one.images[0].astype(int), many.images[0].astype(int), atol=1)
+    assert np.any(one.images != other.images)
+    assert np.any(many.images[0] != many.images[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "not a run's folder"), ("empty", "no checkpoints yet")],
+)
+def test_a_folder_without_a_checkpoint_is_explained(
+    name: str, message: str, run_folder: pathlib.Path, tmp_path: pathlib.Path, capsys
+):
+    folder = tmp_path / name
+    if name == "empty":
+        folder.mkdir()
+        (folder / CONFIG_FILE).write_text((run_folder / CONFIG_FILE).read_text())
+        assert json.loads((folder / CONFIG_FILE).read_text())["task"] == "rt2i"
+    flags = ["--prompt", "x", "--out", str(tmp_path / "x.png"), "--checkpoint", str(folder)]
+    assert generate.main(flags) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_usage_ends_with_code_2(capsys):
+    for extra in (["--n", "0"], ["--top_p", "1.5"], ["--temperature", "-1"], ["--unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            generate.main(["--prompt", "x", "--out", "x.png", *extra])
+        assert stop.value.code == 2
+    assert "--n must be at least 1" in capsys.readouterr().err
