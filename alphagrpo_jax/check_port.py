@@ -59,6 +59,7 @@ def check(
     fixture: str | Path,
     cases: Sequence[str] | None = None,
     report: Callable[[CaseResult], None] = lambda result: None,
+    only: str = ".*",
 ) -> list[CaseResult]:
     """Recomputes the outputs of a fixture.
 
@@ -66,12 +67,13 @@ def check(
       fixture: the folder.
       cases: names of cases to run (`["c3", "c8edit"]`); None: all of them.
       report: called with every result as soon as it is there.
+      only: regular expression of the arrays to recompute.
     Returns:
       One result per case.
     Raises:
       FileNotFoundError, ValueError: the folder cannot be loaded, or has no such case.
     """
-    recorded = load_fixture(fixture)
+    recorded = load_fixture(fixture).restricted(only)
     outputs = recorded.outputs()
     unknown = sorted(set(cases or ()) - outputs.keys())
     if unknown:

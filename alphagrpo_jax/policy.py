@@ -227,7 +227,7 @@ def velocity(
     Returns:
       float32[B, M, C].
     """
-    hidden = latent_hidden(model, params, ctx, x, sigma, grid)
+    hidden, _ = _latent_block(model, params, ctx, x, sigma, grid, keep_cache=False)
     return call(model, params, "read_velocity", hidden.gen)
 
 
@@ -262,26 +262,6 @@ def velocity_draws(
     positions, _ = _image_geometry(ctx, len(version))
     hidden, _ = _decode(model, params, ctx, tokens, positions, own, keep_cache=False)
     return call(model, params, "read_velocity", hidden.gen).reshape(x.shape)
-
-
-def latent_hidden(
-    model: Bagel,
-    params: PolicyParams,
-    ctx: Context,
-    x: jax.Array,
-    sigma: jax.Array,
-    grid: tuple[int, int],
-    *,
-    final_norm: bool = True,
-) -> Tokens:
-    """Hidden states of a denoising block: delimiters [B, 2, D] and latents [B, M, D].
-
-    Arguments as for `velocity`; `final_norm=False` returns the last layer's output.
-    """
-    hidden, _ = _latent_block(
-        model, params, ctx, x, sigma, grid, keep_cache=False, final_norm=final_norm
-    )
-    return hidden
 
 
 def guided_velocity(

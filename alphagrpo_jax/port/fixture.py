@@ -61,6 +61,15 @@ class Fixture:
                 groups.setdefault(case_of(name), []).append(name)
         return groups
 
+    def restricted(self, pattern: str) -> "Fixture":
+        """The fixture without the outputs whose name does not match wholly."""
+        kept = {
+            name: array
+            for name, array in self.arrays.items()
+            if role(name) != OUTPUT or re.fullmatch(pattern, name)
+        }
+        return dataclasses.replace(self, arrays=kept)
+
     def named(self, pattern: str) -> list[tuple[str, re.Match]]:
         """Names that match a pattern wholly, with the match, in the file's order."""
         pairs = ((name, re.fullmatch(pattern, name)) for name in self.arrays)

@@ -6,19 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax import policy
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
+from alphagrpo_jax.models.mot import Tokens
+from alphagrpo_jax.ops.norm import rms_norm
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.ops.posembed import grid_ids, timestep_features
-from alphagrpo_jax.port.model import (
-    Port,
-    cache_arrays,
-    context_sizes,
-    reading_order,
-    truncated,
-)
+from alphagrpo_jax.port.model import Port, cache_arrays, context_sizes, reading_order
 from alphagrpo_jax.port.text_cases import Outputs, prompt_ids, scores_of
 
 RENORMS = {"global": "global", "channel": "channel", "textchannel": "text_channel"}
@@ -34,7 +29,7 @@ def encoders(port: Port) -> Outputs:
     patches, grid = port.vit_patches()
     features = port.call(port.params, method="vit_features", patches=patches, grid=grid)
     mean, log_variance = port.call(port.params, method="moments", images=port.vae_image())
-    latent = port.call(port.params, method="encode_image", images=port.vae_image())
+    latent = port.image_latent
     given = jnp.asarray(port.array("c2.decode_latent").transpose(0, 2, 3, 1))
     image = port.call(port.params, method="decode_image", latents=given)
     times = jnp.asarray(port.array("c2.time_t"))
@@ -43,7 +38,9 @@ def encoders(port: Port) -> Outputs:
         "c2.vit_position_ids": grid_ids(grid, port.config.vit_max_num_patch_per_side),
         "c2.vit_last_hidden": features[0],
         "c2.connector_out": port.call(port.params, method="connect", features=features)[0],
-        "c2.vit_features": policy.embed_patches(port.model, port.params, patches, grid)[0],
+        "c2.vit_features": port.call(
+            port.params, method="embed_patches", patches=patches, grid=grid
+        )[0],
         "c2.vae_mean": nchw(mean),
         "c2.vae_logvar": nchw(log_variance),
         "c2.vae_latent": nchw(latent),
@@ -72,14 +69,14 @@ def parse_guidance(words: str) -> Guidance:
 def velocities(port: Port, case: str, contexts: GuidanceContexts) -> Outputs:
     """Every recorded `CASE.v_sSIGMA_GUIDANCE`."""
     out = {}
-    x = port.array(f"{case}.x_t")
+    x = port.array(f"{case}.x_t")[None]
     for name, match in port.fixture.named(rf"{case}\.v_s([\dp]+)_(\w+)"):
         sigma, words = float(match.group(1).replace("p", ".")), match.group(2)
         if words == "uncond_text":
             alone = GuidanceContexts(contexts.cfg_text, contexts.cfg_text, contexts.cfg_text)
-            out[name] = port.guided_velocity(alone, x, sigma, parse_guidance("nocfg"))
+            out[name] = port.combined_velocity(alone, x, sigma, parse_guidance("nocfg"))[0]
         else:
-            out[name] = port.guided_velocity(contexts, x, sigma, parse_guidance(words))
+            out[name] = port.combined_velocity(contexts, x, sigma, parse_guidance(words))[0]
     return out
 
 
@@ -87,29 +84,36 @@ def drawing(port: Port) -> Outputs:
     """c5: velocities of text to image, and the layers of one denoising block."""
     contexts = port.drawing()
     out = prompt_ids(port, "c5") | velocities(port, "c5", contexts)
-    for name, match in port.fixture.named(r"c5\.s([\dp]+)_layer(\d+)"):
-        sigma = float(match.group(1).replace("p", "."))
-        out[name] = _latent_layer(port, contexts.gen, sigma, int(match.group(2)) + 1)
     for name, match in port.fixture.named(r"c5\.s([\dp]+)_hidden"):
-        sigma = float(match.group(1).replace("p", "."))
-        out[name] = _latent_layer(port, contexts.gen, sigma, None)
+        out |= _latent_layers(port, contexts.gen, float(match.group(1).replace("p", ".")), name)
     return out
 
 
-def _latent_layer(port: Port, ctx: Context, sigma: float, layers: int | None) -> np.ndarray:
-    """Hidden states [M + 2, D] of a denoising block after some layers; None: after the norms."""
-    model, params = truncated(port, layers or port.config.llm.num_hidden_layers)
-    segments = tuple(s.replace(k=s.k[:layers], v=s.v[:layers]) for s in ctx.segments)
-    hidden = policy.latent_hidden(
-        model,
-        params,
-        ctx.replace(segments=segments),
-        jnp.asarray(port.array("c5.x_t"))[None],
-        jnp.full((1,), sigma, jnp.float32),
-        port.latent_grid(),
-        final_norm=layers is None,
+def _latent_layers(port: Port, ctx: Context, sigma: float, name: str) -> Outputs:
+    """Hidden states [M + 2, D] of a denoising block after every layer, and after the norms."""
+    special, x = port.tokenizer.special, jnp.asarray(port.array("c5.x_t"))[None]
+    marks = jnp.array([[special.vision_start, special.vision_end]], jnp.int32)
+    level = jnp.full((1,), sigma, jnp.float32)
+    und = port.call(port.params, method="embed_text", tokens=marks)
+    gen = port.call(
+        port.params, method="embed_latents", x=x, sigma=level, grid=port.latent_grid()
     )
-    return reading_order(np.concatenate([hidden.und[0], hidden.gen[0]]), 0)
+    length = gen.shape[1] + 2
+    positions = jnp.broadcast_to(ctx.rope[:, None], (1, length))
+    own = jnp.ones((1, 1, length), bool)
+    outputs = port.layers(Tokens(und, gen), positions, ctx, own)
+    decoder = port.params.base["language_model"]
+    epsilon = port.config.llm.rms_norm_eps
+    hidden = [
+        rms_norm(x, decoder[norm]["scale"], epsilon)
+        for x, norm in zip(outputs[-1], ("norm", "norm_moe_gen"), strict=True)
+    ]
+    prefix = name.removesuffix("_hidden")
+    named = {f"{prefix}_layer{i}": tokens for i, tokens in enumerate(outputs)} | {name: hidden}
+    return {
+        key: reading_order(np.concatenate([und[0], gen[0]]), 0)
+        for key, (und, gen) in named.items()
+    }
 
 
 def thinking(port: Port) -> Outputs:
@@ -158,20 +162,13 @@ def batches(port: Port) -> Outputs:
     batch = GuidanceContexts(ctx, kv_cache.empty(2), ctx)
     for name, match in port.fixture.named(r"c10\.packed_((?:nocfg|text)\w*)"):
         if not name.endswith("_JOINT"):
-            out[name] = port.guided(
-                port.params,
-                batch,
-                x,
-                jnp.full((2,), sigma, jnp.float32),
-                grid=port.latent_grid(),
-                guidance=parse_guidance(match.group(1)),
-                active=True,
-            )
+            guidance = parse_guidance(match.group(1))
+            out[name] = port.combined_velocity(batch, x, sigma, guidance)
     for index, row in enumerate(rows):
         alone, hidden = port.append_ids(kv_cache.empty(1), row)
         out[f"c10.single{index}_logits"] = port.logits(port.params, hidden[None])[0]
         contexts = GuidanceContexts(alone, kv_cache.empty(1), alone)
         for name, match in port.fixture.named(rf"c10\.single{index}_((?:nocfg|text)\w*)"):
             guidance = parse_guidance(match.group(1))
-            out[name] = port.guided_velocity(contexts, x[index], sigma, guidance)
+            out[name] = port.combined_velocity(contexts, x[index : index + 1], sigma, guidance)[0]
     return out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from alphagrpo_jax import policy
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.flow.guidance import Guidance, combine
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
+from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.port.fixture import Fixture
@@ -29,8 +31,6 @@ class Port:
         self.config = self.loaded.config
         self.tokenizer = self.loaded.tokenizer
         self.params = PolicyParams(self.loaded.base)
-        # A constant of every gradient: the VAE is not trained.
-        self.image_latents = policy.encode_image(self.model, self.params, self.vae_image())
 
         # Fresh partials: nothing that an earlier run traced is reused.
         def bind(function: Callable[..., Any], *static: str) -> Callable[..., Any]:
@@ -44,6 +44,16 @@ class Port:
         self.logits = bind(policy.text_logits)
         self.decode_step = bind(policy.decode_step)
         self.call = bind(policy.call, "method", "grid", "keep_cache", "final_norm")
+        llm = dataclasses.replace(self.config.llm, num_hidden_layers=1)
+        self._layer = jax.jit(
+            functools.partial(
+                policy.call,
+                self.model.clone(config=dataclasses.replace(self.config, llm=llm)),
+                method="decode",
+                keep_cache=False,
+                final_norm=False,
+            )
+        )
 
     def array(self, name: str) -> np.ndarray:
         """A given array."""
@@ -86,10 +96,17 @@ class Port:
         image = jnp.asarray(self.array("c2.vit_image").transpose(1, 2, 0)[None])
         return patchify(image, self.config.vit.patch_size), self.config.vit_grid(*image.shape[1:3])
 
+    @functools.cached_property
+    def image_latent(self) -> jax.Array:
+        """float32[1, h, w, z] of the VAE's image; a constant also inside a gradient."""
+        with jax.ensure_compile_time_eval():
+            return self.call(self.params, method="encode_image", images=self.vae_image())
+
     def vae_block(self, ctx: Context, params: PolicyParams | None = None) -> Context:
         """The context after the VAE block of the image."""
+        latents = patchify(self.image_latent, self.config.latent_patch_size)
         return self.extend_vae(
-            params or self.params, ctx, latents=self.image_latents, grid=self.latent_grid()
+            params or self.params, ctx, latents=latents, grid=self.latent_grid()
         )
 
     def vit_block(self, ctx: Context, params: PolicyParams | None = None) -> Context:
@@ -114,6 +131,48 @@ class Port:
         image = self.vit_block(self.vae_block(system, params), params)
         gen = self.text(image, "c7.instruction", params=params)
         return GuidanceContexts(gen, image, self.text(system, "c7.instruction", params=params))
+
+    def layers(
+        self, tokens: Tokens, positions: jax.Array, ctx: Context, own: jax.Array
+    ) -> list[Tokens]:
+        """Output of every decoder layer, each run as a model of one layer."""
+        masks = (*(segment.valid[:, None] for segment in ctx.segments), own)
+        outputs = []
+        for index in range(self.config.llm.num_hidden_layers):
+            at = slice(index, index + 1)
+            past = tuple(s.replace(k=s.k[at], v=s.v[at]) for s in ctx.segments)
+            decoder = dict(self.params.base["language_model"])
+            decoder["layers"] = jax.tree.map(operator.itemgetter(at), decoder["layers"])
+            params = PolicyParams(self.params.base | {"language_model": decoder})
+            tokens, _ = self._layer(
+                params, tokens=tokens, positions=positions, past=past, masks=masks
+            )
+            outputs.append(tokens)
+        return outputs
+
+    def combined_velocity(
+        self,
+        contexts: GuidanceContexts,
+        x: np.ndarray | jax.Array,
+        sigma: float,
+        guidance: Guidance,
+    ) -> jax.Array:
+        """As `guided_velocity` (B rows, float32[B, M, C]), but branch by branch: many guidances
+        of the same contexts share their compiled functions."""
+        x = jnp.asarray(x, jnp.float32)
+        sigmas = jnp.full(x.shape[:1], sigma, jnp.float32)
+
+        def branch(ctx: Context, *, used: bool) -> jax.Array | None:
+            if not used:
+                return None
+            return self.velocity(self.params, ctx, x, sigmas, grid=self.latent_grid())
+
+        return combine(
+            branch(contexts.gen, used=True),
+            branch(contexts.cfg_text, used=guidance.uses_text),
+            branch(contexts.cfg_img, used=guidance.uses_image),
+            guidance,
+        )
 
     def guided_velocity(
         self,
@@ -163,14 +222,3 @@ def context_sizes(ctx: Context, prefix: str) -> dict[str, np.ndarray]:
         f"{prefix}.kv_lens": np.asarray(kv_cache.length(ctx)),
         f"{prefix}.ropes": np.asarray(ctx.rope),
     }
-
-
-def truncated(port: Port, layers: int) -> tuple[Any, PolicyParams]:
-    """The model with its first `layers` decoder layers only, and its weights."""
-    llm = dataclasses.replace(port.config.llm, num_hidden_layers=layers)
-    model = port.model.clone(config=dataclasses.replace(port.config, llm=llm))
-    base = dict(port.params.base)
-    decoder = dict(base["language_model"])
-    decoder["layers"] = jax.tree.map(lambda x: x[:layers], decoder["layers"])
-    base["language_model"] = decoder
-    return model, PolicyParams(base)

@@ -13,7 +13,7 @@ from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.posembed import grid_ids
-from alphagrpo_jax.port.model import Port, cache_arrays, context_sizes, truncated
+from alphagrpo_jax.port.model import Port, cache_arrays, context_sizes
 from alphagrpo_jax.runtime.images import ImageSizes, fitted_size, resize, to_float
 
 Outputs = dict[str, np.ndarray]
@@ -67,8 +67,8 @@ def prefill(port: Port) -> Outputs:
     ctx, hidden = port.append_ids(kv_cache.empty(1), ids)
     out["c3.prompt_hidden"] = hidden
     out["c3.prompt_logits"] = port.logits(port.params, hidden[None])[0]
-    for name, match in port.fixture.named(r"c3\.prompt_layer(\d+)"):
-        out[name] = _text_layer(port, ids, int(match.group(1)))
+    for index, layer in enumerate(_text_layers(port, ids)):
+        out[f"c3.prompt_layer{index}"] = layer.und[0]
     out |= context_sizes(ctx, "c3.ctx")
     out["c3.ctx.key_cache"], out["c3.ctx.value_cache"] = cache_arrays(ctx)
     second = port.ids_of("c3.second")
@@ -78,16 +78,12 @@ def prefill(port: Port) -> Outputs:
     return out | scores_of(port, "c3.second", logits, second)
 
 
-def _text_layer(port: Port, ids: np.ndarray, layer: int) -> np.ndarray:
-    """Output of one decoder layer for a text in an empty context, float[T, D]."""
-    model, params = truncated(port, layer + 1)
-    und = policy.embed_text(model, params, jnp.asarray(ids)[None])
+def _text_layers(port: Port, ids: np.ndarray) -> list[Tokens]:
+    """Outputs of all decoder layers for a text in an empty context."""
+    und = port.call(port.params, method="embed_text", tokens=jnp.asarray(ids)[None])
     positions = jnp.arange(len(ids), dtype=jnp.int32)[None]
     own = causal_mask(jnp.ones(positions.shape, bool))
-    hidden, _ = policy.call(
-        model, params, "decode", Tokens(und, None), positions, (), (own,), final_norm=False
-    )
-    return np.asarray(hidden.und[0])
+    return port.layers(Tokens(und, None), positions, kv_cache.empty(1), own)
 
 
 def greedy(

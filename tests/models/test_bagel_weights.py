@@ -1,0 +1,161 @@
+"""Folders read and written: same names, shapes, dtypes and bytes; every misfit in one message."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from alphagrpo_jax.models.bagel import base_shapes
+from alphagrpo_jax.models.bagel_weights import (
+    Loaded,
+    WeightsError,
+    load_model,
+    new_model,
+    save_model,
+)
+from alphagrpo_jax.models.name_table import AE, EMA, entries
+from alphagrpo_jax.runtime.tokenizer import TokenizerError
+
+FOLDER = pathlib.Path(__file__).parent.parent / "data" / "golden_a"
+FILES = (EMA, AE)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return load_model(FOLDER)
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    for path in FOLDER.iterdir():
+        if not path.name.startswith("expected"):
+            shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def assert_same_tensors(left: pathlib.Path, right: pathlib.Path) -> None:
+    for file in FILES:
+        a, b = load_file(left / file), load_file(right / file)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert (a[name].shape, a[name].dtype) == (b[name].shape, b[name].dtype), name
+            assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_round_trip_is_byte_for_byte(loaded: Loaded, tmp_path: pathlib.Path):
+    save_model(tmp_path, loaded)
+    assert_same_tensors(FOLDER, tmp_path)
+    kept = {path.name for path in FOLDER.iterdir() if not path.name.startswith("expected")}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    for name in kept - set(FILES):
+        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
+
+
+def test_round_trip_in_bfloat16(loaded: Loaded, tmp_path: pathlib.Path):
+    save_model(tmp_path / "half", loaded, dtype="bfloat16")
+    half = load_model(tmp_path / "half")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.base)} == {jnp.dtype("float32")}
+    original = np.asarray(loaded.base["lm_head"]["kernel"])
+    rounded = original.astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(half.base["lm_head"]["kernel"], rounded)
+    save_model(tmp_path / "again", half)
+    assert_same_tensors(tmp_path / "half", tmp_path / "again")
+    assert load_file(tmp_path / "again" / AE)["decoder.conv_in.bias"].dtype == jnp.bfloat16
+
+
+def test_known_tensors_land_where_they_belong(loaded: Loaded):
+    ema, ae = load_file(FOLDER / EMA), load_file(FOLDER / AE)
+    layers = loaded.base["language_model"]["layers"]
+    name = "language_model.model.layers.2.self_attn.k_proj_moe_gen.weight"
+    kernel = layers["self_attn"]["k_proj_moe_gen"]["kernel"]
+    np.testing.assert_array_equal(kernel[2], ema[name].T)
+    conv = loaded.base["vae"]["decoder"]["up_1"]["block_0"]["conv2"]["kernel"]
+    expected = ae["decoder.up.1.block.0.conv2.weight"]  # out, in, height, width
+    np.testing.assert_array_equal(conv[2, 0, 5, 7], expected[7, 5, 2, 0])
+
+
+def test_every_parameter_has_one_name(loaded: Loaded):
+    table = entries(base_shapes(loaded.model))
+    names = [entry.name for entry in table]
+    assert len(set(names)) == len(names)
+    assert {entry.path for entry in table} == traverse_util.flatten_dict(loaded.base).keys()
+
+
+def test_misfits_are_listed_together_with_both_shapes(folder: pathlib.Path):
+    tensors = load_file(folder / EMA)
+    del tensors["vae2llm.bias"]
+    tensors["surprise"] = np.zeros((2, 3), np.float32)
+    tensors["llm2vae.weight"] = np.zeros((5, 64), np.float32)
+    tensors["latent_pos_embed.pos_embed"] = np.zeros((7, 64), np.float32)  # never checked
+    save_file(tensors, folder / EMA)
+    other = load_file(folder / AE)
+    del other["encoder.conv_in.bias"]
+    save_file(other, folder / AE)
+    with pytest.raises(WeightsError) as error:
+        load_model(folder)
+    message = str(error.value)
+    assert "(4 tensors)" in message
+    assert "ema.safetensors: missing vae2llm.bias, expected shape [64]" in message
+    assert "ema.safetensors: unexpected surprise of shape [2, 3]" in message
+    assert "ema.safetensors: llm2vae.weight has shape [5, 64], expected [16, 64]" in message
+    assert "ae.safetensors: missing encoder.conv_in.bias, expected shape [32]" in message
+
+
+def test_position_tables_may_be_absent(folder: pathlib.Path):
+    tensors = load_file(folder / EMA)
+    del tensors["vit_pos_embed.pos_embed"]
+    save_file(tensors, folder / EMA)
+    save_model(folder / "again", load_model(folder))
+    written = load_file(folder / "again" / EMA)["vit_pos_embed.pos_embed"]
+    np.testing.assert_array_equal(written, load_file(FOLDER / EMA)["vit_pos_embed.pos_embed"])
+
+
+def test_missing_and_truncated_files(folder: pathlib.Path):
+    contents = (folder / AE).read_bytes()
+    (folder / AE).write_bytes(contents[:-100])
+    with pytest.raises(WeightsError, match=r"ae\.safetensors .* not a complete .* truncated"):
+        load_model(folder)
+    (folder / AE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"ae\.safetensors does not exist"):
+        load_model(folder)
+
+
+def test_a_tokenizer_of_another_model(folder: pathlib.Path):
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|end|>"))
+    with pytest.raises(TokenizerError, match=r"lacks the special tokens \['<\|im_end\|>'\]"):
+        load_model(folder)
+
+
+def test_leaves_can_be_placed_one_by_one(loaded: Loaded):
+    seen = []
+
+    def place(path: str, leaf: np.ndarray) -> jax.Array:
+        seen.append(path)
+        return jnp.asarray(leaf)
+
+    again = load_model(FOLDER, place=place)
+    assert len(seen) == len(jax.tree.leaves(loaded.base))
+    assert "language_model/layers/mlp/up_proj/kernel" in seen
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded.base, again.base))
+
+
+def test_a_new_model_can_be_saved_and_loaded(loaded: Loaded, tmp_path: pathlib.Path):
+    contents = loaded.config.to_dicts()
+    fresh = new_model(
+        jax.random.key(0),
+        loaded.tokenizer,
+        llm=contents["llm_config.json"],
+        vit=contents["vit_config.json"],
+        vae=contents["vae_config.json"],
+        bagel=contents["bagel_config.json"],
+    )
+    save_model(tmp_path, fresh)
+    again = load_model(tmp_path)
+    assert again.config == fresh.config
+    assert jax.tree.all(jax.tree.map(np.array_equal, fresh.base, again.base))

@@ -1,0 +1,61 @@
+"""Contexts as views: appending, merging, repeating."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alphagrpo_jax.models import kv_cache
+from alphagrpo_jax.models.kv_cache import Context, Segment
+
+
+def segment(batch: int, length: int, start: float) -> Segment:
+    values = start + jnp.arange(2 * batch * length * 1 * 2, dtype=jnp.float32)
+    k = values.reshape(2, batch, length, 1, 2)
+    return Segment(k, -k, jnp.arange(length)[None] <= jnp.arange(batch)[:, None])
+
+
+def context() -> Context:
+    ctx = kv_cache.append(kv_cache.empty(2), segment(2, 2, 0.0), jnp.array([1, 2]))
+    return kv_cache.append(ctx, segment(2, 3, 100.0), 1)
+
+
+def test_append_shares_the_prefix():
+    ctx = context()
+    longer = kv_cache.append(ctx, segment(2, 1, 7.0), 1)
+    assert longer.segments[0].k is ctx.segments[0].k
+    assert ctx.rope.tolist() == [2, 3]
+    assert longer.rope.tolist() == [3, 4]
+    assert kv_cache.length(ctx).tolist() == [2, 4]
+
+
+def test_merge_keeps_order_and_validity():
+    ctx = context()
+    merged = kv_cache.merge(ctx)
+    (only,) = merged.segments
+    np.testing.assert_array_equal(only.k[:, :, :2], ctx.segments[0].k)
+    np.testing.assert_array_equal(only.v[:, :, 2:], ctx.segments[1].v)
+    assert only.valid.tolist() == [[1, 0, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert kv_cache.merge(merged) is merged
+
+
+def test_rows():
+    ctx = context()
+    twice = kv_cache.repeat(ctx, 2)
+    assert twice.rope.tolist() == [2, 2, 3, 3]
+    np.testing.assert_array_equal(twice.segments[1].k[:, 3], ctx.segments[1].k[:, 1])
+    second = kv_cache.take(ctx, jnp.array([1]))
+    spread = kv_cache.broadcast(second, 3)
+    assert spread.rope.tolist() == [3, 3, 3]
+    np.testing.assert_array_equal(spread.segments[0].v[:, 2], ctx.segments[0].v[:, 1])
+    assert kv_cache.broadcast(ctx, 2) is ctx
+    with pytest.raises(ValueError, match="2 rows, expected 1 to broadcast to 3"):
+        kv_cache.broadcast(ctx, 3)
+
+
+def test_stop_gradient():
+    def total(x):
+        ctx = kv_cache.stop_gradient(Context((Segment(x, x, jnp.ones((1, 1), bool)),), jnp.ones(1)))
+        return ctx.segments[0].k.sum()
+
+    assert float(jax.grad(total)(jnp.ones((1, 1, 1, 1, 1))).sum()) == 0.0

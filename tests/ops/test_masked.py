@@ -1,0 +1,34 @@
+"""Means and masks under padding, and the scores of a text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alphagrpo_jax.ops.masked import causal_mask, masked_mean
+from alphagrpo_jax.ops.scores import score_text
+
+
+def test_masked_mean_ignores_what_is_masked_even_nan():
+    x = jnp.array([[1.0, 3.0, jnp.nan], [5.0, jnp.nan, jnp.nan]])
+    mask = jnp.array([[True, True, False], [False, False, False]])
+    assert float(masked_mean(x, mask)) == 2.0
+    np.testing.assert_array_equal(masked_mean(x, mask, axis=1), [2.0, 0.0])
+    gradient = jax.grad(lambda x: masked_mean(x, mask))(x)
+    np.testing.assert_array_equal(gradient, [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+
+
+def test_causal_mask_hides_padding():
+    mask = causal_mask(jnp.array([[True, True, False]]))
+    np.testing.assert_array_equal(mask[0], [[1, 0, 0], [1, 1, 0], [1, 1, 0]])
+
+
+def test_scores_by_hand():
+    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]]))
+    tokens, mask = jnp.array([[0, 1, 2]]), jnp.array([[True, True, False]])
+    scores = score_text(logits, tokens, mask, temperature=1.0)
+    np.testing.assert_allclose(scores.log_prob, [[np.log(0.25), 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(scores.entropy, [[1.5 * np.log(2), 0.0]], rtol=1e-6)
+    np.testing.assert_array_equal(scores.mask, [[True, False]])
+    # temperature 0.5 squares the probabilities: 1/4, 1/16, 1/16 -> 2/3, 1/6, 1/6
+    scores = score_text(logits, tokens, mask, temperature=0.5)
+    np.testing.assert_allclose(scores.log_prob[0, 0], np.log(1 / 6), rtol=1e-5)
