@@ -23,6 +23,7 @@ import numpy as np
 import tqdm
 
 from alphagrpo_jax import build, trained
+from alphagrpo_jax.rollout import rollout
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.shapes import checker, prompts, requests, riddles
 from alphagrpo_jax.trained import Trained
@@ -88,7 +89,7 @@ def judge(policy: Trained, records: Sequence[dict], *, temperature: float, seed:
 
 
 def _draw(params, block, key, first, temperature, *, model, options) -> jax.Array:
-    _, images = build.rollout(
+    _, images = rollout(
         model, params, (block,), key, first, jnp.int32(0), temperature, options=options
     )
     return images
