@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import re
@@ -13,6 +14,10 @@ import types
 
 import pytest
 from packaging.requirements import Requirement
+
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.rewards.questions import parse_record
+from configs import grpo
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "alphagrpo_jax"
@@ -118,6 +123,23 @@ def test_readme_functions_exist():
         module = importlib.import_module(dotted.rpartition(".")[0])
         is_module = hasattr(module, "__path__") and importlib.util.find_spec(dotted) is not None
         assert is_module or hasattr(module, dotted.rpartition(".")[2]), f"README names {dotted}"
+
+
+def test_readme_record_is_one():
+    line = re.search(r"```json\n(.+)\n```", README)[1]
+    record = parse_record(json.loads(line))
+    assert (len(record.asked_semantic), len(record.asked_quality)) == (1, 1)
+
+
+def test_readme_fields_exist():
+    table = README[README.index("| field | meaning |") :]
+    fields = re.findall(r"`([a-z]+(?:\.[a-z_]+)?)`", table[: table.index("\n\n")])
+    config = config_lib.from_config_dict(grpo.get_config())
+    for field in fields:
+        value = config
+        for name in field.split("."):
+            value = getattr(value, name)
+    assert "mesh.tensor" in fields
 
 
 def test_ci_runs_the_readme_test_command():
