@@ -16,13 +16,14 @@ from alphagrpo_jax import prompts, tasks, update
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
+from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.pool import Pool, PoolOptions
 from alphagrpo_jax.rewards.scoring import ScoringOptions
-from alphagrpo_jax.rollout import RolloutOptions, rollout
+from alphagrpo_jax.rollout import RolloutOptions, drawing_params, generate, prefill
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.sampling.image import ImageOptions
-from alphagrpo_jax.types import Rollout, TextBlock, TrainState, join_rows, map_rows
+from alphagrpo_jax.types import TextBlock, TrainState, join_rows, map_rows
 
 
 class Data(NamedTuple):
@@ -35,8 +36,11 @@ class Data(NamedTuple):
 class Steps(NamedTuple):
     """The jitted functions of a run; each compiles once."""
 
-    draw: Callable  # rollout of a training micro-batch
-    evaluate: Callable  # rollout of an evaluation micro-batch: images, tokens, mask
+    weights: Callable  # base, trainable -> what rollouts read
+    prefill: Callable  # of a training micro-batch
+    generate: Callable
+    eval_prefill: Callable
+    eval_generate: Callable  # `generate` itself where evaluation draws as training does
     join: Callable  # micro-batches of rollouts -> one
     forward: Callable
     reference: Callable
@@ -155,12 +159,14 @@ def rollout_options(config: Config, loaded: Loaded) -> RolloutOptions:
 
 
 def eval_options(config: Config, loaded: Loaded) -> RolloutOptions:
-    """What evaluation rollouts compile for: one per prompt, images without stochastic steps."""
+    """What evaluation rollouts compile for: one per prompt."""
     options = rollout_options(config, loaded)
     guidance = dataclasses.replace(options.image.guidance, text_scale=config.eval.text_guidance)
     image = dataclasses.replace(
-        options.image, num_points=config.eval.num_points, window=0, guidance=guidance
+        options.image, num_points=config.eval.num_points, guidance=guidance
     )
+    if image != options.image:
+        image = dataclasses.replace(image, window=0)
     return dataclasses.replace(
         options, group_size=1, top_p=config.eval.top_p, image=image, shared_noise=False
     )
@@ -215,29 +221,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return update.make_optimizer(**dataclasses.asdict(config.optimizer))
 
 
-def draw(
-    base: dict,
-    trainable: Any,
-    inputs: tuple[TextBlock, ...],
-    key: jax.Array,
-    first: jax.Array,
-    start: jax.Array,
-    temperature: jax.Array,
-    *,
-    model: Any,
-    scale: float | None,
-    options: RolloutOptions,
-) -> tuple[Rollout, jax.Array]:
-    """`rollout` under the weights of a train state."""
+def drawing_weights(
+    base: dict, trainable: Any, *, scale: float | None, merge_lora: bool
+) -> PolicyParams:
+    """The weights of rollouts under a train state."""
     params = update.policy_params(base, trainable, lora_scale=scale)
-    return rollout(model, params, inputs, key, first, start, temperature, options=options)
-
-
-def draw_only(*args: Any, **options: Any) -> tuple[jax.Array, TextBlock | None]:
-    """`draw` without what only an update needs: the images and the first think text."""
-    trajectories, images = draw(*args, **options)
-    texts = [TextBlock(sample.tokens, sample.mask) for sample in trajectories.texts]
-    return images, texts[0] if texts else None
+    return drawing_params(params, merge_lora=merge_lora)
 
 
 def jit_steps(
@@ -248,31 +237,37 @@ def jit_steps(
     mesh: Mesh,
 ) -> Steps:
     """Every device-side function of a run, jitted once with its shardings."""
-    options, for_update = rollout_options(config, loaded), update_options(config, loaded)
-    model, scale = loaded.model, lora_scale(config)
-    drawing = functools.partial(draw, model=model, scale=scale, options=options)
-    evaluating = functools.partial(
-        draw_only, model=model, scale=scale, options=eval_options(config, loaded)
+    options, for_eval = rollout_options(config, loaded), eval_options(config, loaded)
+    for_update, model = update_options(config, loaded), loaded.model
+    weights = functools.partial(
+        drawing_weights, scale=lora_scale(config), merge_lora=options.merge_lora
     )
+    filling = functools.partial(prefill, model, options=options)
+    generating = functools.partial(generate, model, options=options)
     count = config.rollout.micro_batch // config.train.group_size
     shape = (count, config.rollout.prompt_tokens)
-    block = TextBlock(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
-    number = jnp.zeros((), jnp.int32)
-    inputs = (block,) * options.plan.events.count(tasks.TEXT)
-    drawn = jax.eval_shape(
-        drawing, loaded.base, state.trainable, inputs, state.key, number, number, jnp.float32(1)
-    )
-    shared, whole = options.plan.shared, sharding.replicated(mesh)
-    rows = map_rows(lambda axis, x: sharding.batch_sharding(mesh, axis), drawn, shared=shared)
-    rows = jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else whole, rows
-    )
+    block = TextBlock(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool)))
+    params = jax.eval_shape(weights, loaded.base, state.trainable)
+    given = jax.eval_shape(filling, params, (block,) * options.plan.events.count(tasks.TEXT))
+    kinds = (jnp.int32, jnp.int32, jnp.float32)
+    scalars = (state.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
+    drawn = jax.eval_shape(generating, params, given, *scalars)
+    generate_step = jax.jit(generating, out_shardings=_row_shardings(drawn, options.plan, mesh))
+    same = for_eval == dataclasses.replace(options, group_size=1)
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     kept = state_shardings.trainable
     return Steps(
-        draw=jax.jit(drawing, out_shardings=rows),
-        evaluate=jax.jit(evaluating),
-        join=jax.jit(functools.partial(join_rows, shared=shared), out_shardings=rows[0]),
+        weights=jax.jit(weights) if options.merge_lora else weights,
+        prefill=jax.jit(filling, out_shardings=_row_shardings(given, options.plan, mesh)),
+        generate=generate_step,
+        eval_prefill=jax.jit(functools.partial(prefill, model, options=for_eval)),
+        eval_generate=generate_step
+        if same
+        else jax.jit(functools.partial(generate, model, options=for_eval)),
+        join=jax.jit(
+            functools.partial(join_rows, shared=options.plan.shared),
+            out_shardings=_row_shardings(drawn[0], options.plan, mesh),
+        ),
         forward=jax.jit(functools.partial(update.forward, model=model, options=for_update)),
         reference=jax.jit(
             functools.partial(update.score_reference, model=model, options=for_update)
@@ -290,3 +285,14 @@ def jit_steps(
         ),
     )
 
+
+
+def _row_shardings(tree: Any, plan: tasks.Plan, mesh: Mesh) -> Any:
+    """Shardings of a rollout's arrays: rows over the mesh, what all rows share whole."""
+    whole = sharding.replicated(mesh)
+    rows = map_rows(
+        lambda axis, x: sharding.batch_sharding(mesh, axis), tree, shared=plan.shared
+    )
+    return jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else whole, rows
+    )

@@ -40,7 +40,7 @@ def rollout(
     *,
     options: RolloutOptions,
 ) -> tuple[Rollout, jax.Array]:
-    """Draws `group_size` trajectories for each of P prompts.
+    """Draws `group_size` trajectories for each of P prompts: `prefill`, then `generate`.
 
     A trajectory depends on its own inputs, its number in the update and the key; not on how the
     update is cut into calls.
@@ -51,40 +51,76 @@ def rollout(
       inputs: one block of P rows per text input of the task.
       key: typed key[] of the update.
       first: int32[], number of the first trajectory of this call in the update.
-      start: int32[], first stochastic image step.
+      start: int32[], first stochastic image step; beyond the schedule's end there is none.
       temperature: float32[], of texts; 0 is greedy.
       options: static.
     Returns:
       The trajectories, and uint8[B, Hpx, Wpx, 3], what the last image step drew.
     """
+    params = drawing_params(params, merge_lora=options.merge_lora)
+    given = prefill(model, params, inputs, options=options)
+    return generate(model, params, given, key, first, start, temperature, options=options)
+
+
+def drawing_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.PolicyParams:
+    """The weights that rollouts use: adapters folded into a copy of the base, or as they are."""
+    if not merge_lora or params.lora is None:
+        return params
+    return policy.PolicyParams(base=lora.merge(params.base, params.lora, params.lora_scale))
+
+
+def prefill(
+    model: Bagel,
+    params: policy.PolicyParams,
+    inputs: tuple[TextBlock, ...],
+    *,
+    options: RolloutOptions,
+) -> Rollout:
+    """What is given, before anything is generated: B = P * group_size rows without samples.
+
+    What is the same for all prompts is computed once, what is a prompt's once per prompt; pieces
+    of generated events are None.
+    """
     plan, group = options.plan, options.group_size
-    if options.merge_lora and params.lora is not None:
-        merged = lora.merge(params.base, params.lora, params.lora_scale)
-        params = policy.PolicyParams(base=merged)
-    count = inputs[0].tokens.shape[0] * group
-    rows = first + jnp.arange(count, dtype=jnp.int32)
-    per_row = tuple(repeat_rows(block, group) for block in inputs)
     pieces: list[Piece | None] = [None] * len(plan.nodes)
     for index, node in enumerate(plan.nodes):
         if node.level != "trajectory":
-            pieces[index] = _input_piece(model, params, plan, node, pieces, inputs, options)
-    pieces = [
+            block = _input_block(plan, node, inputs, options.system_tokens)
+            pieces[index] = _extend(model, params, pieces, node, block)
+    repeated = (
         piece if piece is None or node.level == "shared" else repeat_rows(piece, group)
         for piece, node in zip(pieces, plan.nodes, strict=True)
-    ]
+    )
+    per_row = tuple(repeat_rows(block, group) for block in inputs)
+    return Rollout(inputs=per_row, pieces=tuple(repeated), texts=(), images=())
+
+
+def generate(
+    model: Bagel,
+    params: policy.PolicyParams,
+    given: Rollout,
+    key: jax.Array,
+    first: jax.Array,
+    start: jax.Array,
+    temperature: jax.Array,
+    *,
+    options: RolloutOptions,
+) -> tuple[Rollout, jax.Array]:
+    """The task's steps over what `prefill` has made; see `rollout`."""
+    pieces = list(given.pieces)
+    rows = first + jnp.arange(given.inputs[0].tokens.shape[0], dtype=jnp.int32)
     texts: list[TextSample] = []
     images: list[ImageSample] = []
-    for step in plan.steps:
+    for step in options.plan.steps:
         if step.kind == IMAGE:
             images.append(_draw(model, params, step, pieces, key, rows, start, options))
             continue
-        ctx = context(pieces, step.gen, count)
-        keys = _row_keys(key, rows, step.event)
+        ctx = context(pieces, step.gen, rows.shape[0])
         sample, after = text.write(
             model,
             params,
             ctx,
-            keys,
+            _row_keys(key, rows, step.event),
             max_tokens=options.max_text_tokens,
             temperature=temperature,
             top_p=options.top_p,
@@ -92,7 +128,7 @@ def rollout(
         texts.append(sample)
         if step.node is not None:
             pieces[step.node] = Piece(after.segments[-1:], after.rope - ctx.rope)
-    done = Rollout(per_row, tuple(pieces), tuple(texts), tuple(images))
+    done = given.replace(pieces=tuple(pieces), texts=tuple(texts), images=tuple(images))
     return done, pixels(model, params, images[-1].latents, options.image.grid)
 
 
@@ -163,19 +199,6 @@ def _input_block(
         tokens = jnp.asarray(system_tokens, jnp.int32)[None]
         return TextBlock(tokens, jnp.ones(tokens.shape, bool))
     return inputs[plan.events[: node.event].count(TEXT)]
-
-
-def _input_piece(
-    model: Bagel,
-    params: policy.PolicyParams,
-    plan: Plan,
-    node: Node,
-    pieces: list[Piece | None],
-    inputs: tuple[TextBlock, ...],
-    options: RolloutOptions,
-) -> Piece:
-    block = _input_block(plan, node, inputs, options.system_tokens)
-    return _extend(model, params, pieces, node, block)
 
 
 def _extend(

@@ -201,21 +201,15 @@ def draw_batch(run: Run, state: TrainState, step: int, rows: np.ndarray) -> Draw
     lo, hi = config.rollout.window_range
     start = jax.random.randint(window_key, (), lo, hi - config.rollout.window + 1)
     count = config.rollout.micro_batch // group  # prompts
+    temperature = jnp.float32(config.rollout.temperature)
+    weights = run.steps.weights(run.loaded.base, state.trainable)
     launched = []
     for first in range(0, len(rows), count):
         part = rows[first : first + count]
         block = TextBlock(run.data.train.tokens[part], run.data.train.mask[part])
-        launched.append(
-            run.steps.draw(
-                run.loaded.base,
-                state.trainable,
-                (block,),
-                key,
-                jnp.int32(first * group),
-                start,
-                jnp.float32(config.rollout.temperature),
-            )
-        )
+        given = run.steps.prefill(weights, (block,))
+        number = jnp.int32(first * group)
+        launched.append(run.steps.generate(weights, given, key, number, start, temperature))
     records = [run.data.train.records[row] for row in np.repeat(rows, group)]
     ids = [(step, number) for number in range(len(records))]
     for number, (_, images) in enumerate(launched):
@@ -356,15 +350,18 @@ def evaluate_policy(run: Run, state: TrainState, *, temperature: float, prefix: 
     config, heldout = run.config, run.data.heldout
     key = jax.random.key(config.eval.seed)
 
+    weights = run.steps.weights(run.loaded.base, state.trainable)
+    no_window = jnp.int32(config.eval.num_points)
+
     def draw(tokens: np.ndarray, mask: np.ndarray, first: int) -> tuple[np.ndarray, list[str]]:
-        numbers = (jnp.int32(first), jnp.int32(0), jnp.float32(temperature))
-        images, text = run.steps.evaluate(
-            run.loaded.base, state.trainable, (TextBlock(tokens, mask),), key, *numbers
+        given = run.steps.eval_prefill(weights, (TextBlock(tokens, mask),))
+        drawn, images = run.steps.eval_generate(
+            weights, given, key, jnp.int32(first), no_window, jnp.float32(temperature)
         )
-        images, text = distributed.to_host((images, text))
-        if text is None:
+        images, texts = distributed.to_host((images, drawn.texts))
+        if not texts:
             return images, []
-        return images, decode_texts(run.loaded.tokenizer, text.tokens, text.mask)
+        return images, decode_texts(run.loaded.tokenizer, texts[0].tokens, texts[0].mask)
 
     return evaluate(
         draw,

@@ -114,7 +114,7 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = 60
     config.eval.prompts = 400
-    config.eval.micro_batch = 100
+    config.eval.micro_batch = 48  # as rollout.micro_batch: one compilation for both
     config.eval.temperature = 1.0
     config.eval.top_p = 1.0
     config.eval.num_points = 12

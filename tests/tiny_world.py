@@ -136,8 +136,9 @@ def config(root: pathlib.Path) -> ml_collections.ConfigDict:
     config.train.micro_batch = 4
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 0
-    config.eval.every, config.eval.prompts, config.eval.micro_batch = 2, 3, 2
-    config.eval.num_points, config.eval.checker = 4, ""
+    config.eval.every, config.eval.prompts, config.eval.micro_batch = 2, 3, 4
+    config.eval.text_guidance = 2.0
+    config.eval.num_points, config.eval.checker = 5, ""
     config.checkpoint.every = 2
     config.log.tensorboard = config.log.progress = False
     config.log.samples = 2

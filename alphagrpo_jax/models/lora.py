@@ -4,6 +4,8 @@ A kernel `[..., in, out]` at `path` gets `{"a": [..., in, r], "b": [..., r, out]
 its layer: `W + scale * a @ b` (Hu et al. 2021). Layers stacked for scan keep their leading axis.
 """
 
+import itertools
+import math
 import re
 
 import jax
@@ -38,11 +40,14 @@ def init(key: jax.Array, base: dict, targets: str, rank: int) -> dict:
             f"LoRA targets {targets!r} match none of the {len(kernels)} kernels, e.g. "
             f"{kernels[:3]}; correct the expression"
         )
+    shapes = {path: (*flat[path].shape[:-1], rank) for path in paths}
+    # One draw for all: each separate one would be compiled, which takes a while on a CPU.
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    drawn = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32) / rank, ends[:-1])
     lora = {}
-    for path, sub in zip(paths, jax.random.split(key, len(paths)), strict=True):
-        *lead, fan_in, fan_out = flat[path].shape
-        a = jax.random.normal(sub, (*lead, fan_in, rank), jnp.float32) / rank
-        lora[(*path[:-1], "a")] = a
+    for path, values in zip(paths, drawn, strict=True):
+        *lead, _, fan_out = flat[path].shape
+        lora[(*path[:-1], "a")] = values.reshape(shapes[path])
         lora[(*path[:-1], "b")] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
     return traverse_util.unflatten_dict(lora)
 
