@@ -268,19 +268,33 @@ def schedule(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / 100) * max(0.02, min(1.0, (1 - progress) / 0.6))
 
 
-def build(out: pathlib.Path, vae_folder: pathlib.Path, seed: int) -> bagel_weights.Loaded:
-    """The model with random weights, its tokenizer, and the trained autoencoder's weights."""
+def build(
+    out: pathlib.Path, vae_folder: pathlib.Path, seed: int, start: pathlib.Path | None
+) -> bagel_weights.Loaded:
+    """The model in `out`: what is there, else a copy of `start`, else random weights.
+
+    Its autoencoder is always the one of `vae_folder`.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / bagel_weights.EMA).exists():
+        if start is None:
+            _write_random(out, vae_folder, seed)
+        else:
+            shutil.copytree(start, out, dirs_exist_ok=True)
+    for name in (bagel_weights.AE, bagel_weights.VAE_FILE):
+        shutil.copy(vae_folder / name, out)
+    return bagel_weights.load_model(out)
+
+
+def _write_random(out: pathlib.Path, vae_folder: pathlib.Path, seed: int) -> None:
     build_tokenizer(out)
     tokenizer = Tokenizer.from_folder(out)
-    vae = json.loads((vae_folder / "vae_config.json").read_text())
+    vae = json.loads((vae_folder / bagel_weights.VAE_FILE).read_text())
     llm = {**LLM, "vocab_size": len(tokenizer)}
     random = bagel_weights.new_model(
         jax.random.key(seed), tokenizer, llm=llm, vit=VIT, vae=vae, bagel=BAGEL
     )
     bagel_weights.save_model(out, random, dtype="bfloat16")
-    shutil.copy(vae_folder / bagel_weights.AE, out)
-    return bagel_weights.load_model(out)
 
 
 def _batches(tokenizer_folder: str, sizes: BatchSizes, seed: int, step: int) -> dict:
@@ -299,12 +313,13 @@ def train(
     *,
     minutes: float,
     seed: int,
+    start: pathlib.Path | None = None,
     recipe: Recipe | None = None,
     sizes: BatchSizes | None = None,
 ) -> None:
     """Trains until `minutes` of training time are spent; checkpoints and resumes."""
     recipe, sizes = recipe or Recipe(), sizes or BatchSizes()
-    loaded = build(out, vae_folder, seed)
+    loaded = build(out, vae_folder, seed, start)
     model = loaded.model
     tx = optimizer(recipe)
     params = dict(loaded.base)
@@ -390,8 +405,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=pathlib.Path, help="folder of a model to go on from")
     args = parser.parse_args()
-    train(args.out, args.vae, minutes=args.minutes, seed=args.seed)
+    train(args.out, args.vae, minutes=args.minutes, seed=args.seed, start=args.start)
 
 
 if __name__ == "__main__":

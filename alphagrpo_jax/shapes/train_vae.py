@@ -157,14 +157,16 @@ class AutoEncoder(nn.Module):
         self.decoder = Coder(cfg, up=True)
 
 
-def batch_of_scenes(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of_scenes(
+    rng: np.random.Generator, size: int, crowded: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scenes as float32[B, 3, H, W] in [-1, 1], and per-pixel weights [B, 1, H, W].
 
-    Half of them are crowded (four to nine shapes), which teaches edges faster.
+    A share `crowded` of them has four to nine shapes, which teaches edges faster.
     """
     drawn = [
-        scenes.random_scene(rng, int(rng.integers(4, 10)) if row % 2 else None)
-        for row in range(size)
+        scenes.random_scene(rng, int(rng.integers(4, 10)) if rng.random() < crowded else None)
+        for _ in range(size)
     ]
     images = np.stack([scenes.render(s, supersample=3) for s in drawn])
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -225,6 +227,7 @@ def train(
     seed: int,
     start: pathlib.Path | None,
     latent_noise: float | None,
+    crowded: float,
 ) -> None:
     """Trains until `minutes` of training time are spent, checkpointing every minute.
 
@@ -251,7 +254,7 @@ def train(
     with tqdm.tqdm(total=round(60 * minutes), initial=round(spent), unit="s") as bar:
         while spent < 60 * minutes:
             begin = time.monotonic()
-            x, weight = batch_of_scenes(np.random.default_rng((seed, step)), batch)
+            x, weight = batch_of_scenes(np.random.default_rng((seed, step)), batch, crowded)
             progress = spent / (60 * minutes)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / 100) * max(0.02, 1 - progress**2)
@@ -294,6 +297,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=pathlib.Path, help="folder whose weights to begin with")
     parser.add_argument("--latent_noise", type=float, help="train the decoder alone, see loss_of")
+    parser.add_argument("--crowded", type=float, default=0.5, help="share of crowded scenes")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -306,6 +310,7 @@ def main() -> None:
         seed=args.seed,
         start=args.start,
         latent_noise=args.latent_noise,
+        crowded=args.crowded,
     )
 
 
