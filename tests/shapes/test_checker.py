@@ -1,0 +1,133 @@
+"""The exact checker: right on right images, wrong on wrong ones."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from alphagrpo_jax.shapes import checker, corrupt, requests, scenes, specs
+from alphagrpo_jax.shapes.specs import Group, Relation, Spec
+
+COUNT = 60
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def key(thing):
+    return thing.shape, thing.color, thing.row, thing.col
+
+
+def share_read(change, rng):
+    """Share of random scenes whose changed pictures are read as what was drawn."""
+    right = 0
+    for _ in range(COUNT):
+        scene = scenes.random_scene(rng)
+        seen = checker.parse(change(scenes.render(scene)))
+        same = sorted(map(key, seen.objects)) == sorted(map(key, scene.things))
+        right += same and seen.unknown == 0 and seen.background == scene.background
+    return right / COUNT
+
+
+def test_every_kind_of_shape_is_read(rng):
+    for shape in scenes.SHAPES:
+        for color in specs.COLORS:
+            for background in specs.BACKGROUNDS:
+                scene = scenes.place(rng, [(shape, color)], background)
+                seen = checker.parse(scenes.render(scene))
+                assert [key(t) for t in seen.objects] == [key(scene.things[0])]
+                assert (seen.background, seen.unknown) == (background, 0)
+                np.testing.assert_allclose(
+                    seen.objects[0].center, scene.things[0].center, atol=0.4
+                )
+
+
+def test_imperfect_pictures_are_read(rng):
+    assert share_read(lambda image: image, rng) == 1.0
+    assert share_read(lambda image: corrupt.noise(image, rng, 0.1), rng) >= 0.98
+    assert share_read(lambda image: corrupt.blur(image, 0.8), rng) >= 0.98
+    assert share_read(lambda image: corrupt.jpeg(image, 60), rng) >= 0.96
+    assert share_read(lambda image: corrupt.soft(image, 24), rng) >= 0.98
+
+
+def test_right_pictures_fulfil_their_requests(rng):
+    for _ in range(COUNT):
+        spec = requests.draw_plain(rng, split=None).spec
+        image = scenes.render(specs.sample_scene(spec, rng))
+        assert checker.exact_all(image, spec)
+        assert checker.exact_all(image, spec.to_json())
+
+
+def test_measure_finds_no_wrong_picture_right():
+    found = checker.measure(25, seed=3)
+    assert found["clean"] == 1.0
+    assert found["one fact wrong"] == found["erase"] == found["warp"] == 0.0
+
+
+def test_facts_by_hand():
+    spec = Spec(
+        (Group(1, "circle", "red"), Group(1, "square", "blue")),
+        Relation("left of", 0, 1),
+        "white",
+    )
+    circle, square = scenes.Thing("circle", "red", 1, 0), scenes.Thing("square", "blue", 1, 2)
+    right = scenes.Scene((circle, square), "white")
+    assert all(checker.facts(scenes.render(right), spec).values())
+    swapped = (dataclasses.replace(circle, col=2), dataclasses.replace(square, col=0))
+    for wrong, failing in [
+        (scenes.Scene(swapped, "white"), {"relation"}),
+        (dataclasses.replace(right, background="gray"), {"background"}),
+        (
+            scenes.Scene((circle, dataclasses.replace(square, color="green")), "white"),
+            {"count 1 blue square", "relation"},
+        ),
+        (
+            scenes.Scene((circle, square, scenes.Thing("cross", "red", 0, 1)), "white"),
+            {"total"},
+        ),
+        (scenes.Scene((circle,), "white"), {"count 1 blue square", "total", "relation"}),
+    ]:
+        found = checker.facts(scenes.render(wrong), spec)
+        assert {name for name, holds in found.items() if not holds} == failing
+
+
+def test_strange_things_spoil_a_picture():
+    scene = scenes.Scene((scenes.Thing("circle", "red", 0, 0),), "white")
+    spec, image = specs.describe(scene), scenes.render(scene)
+    assert checker.exact_all(image, spec)
+    stain = image.copy()
+    stain[40:44, 8:40] = (30, 160, 60)  # a green bar
+    assert checker.parse(stain).unknown >= 1
+    assert not checker.exact_all(stain, spec)
+    brown = image.copy()
+    brown[34:44, 34:44] = (110, 70, 40)  # a square of no known colour
+    assert not checker.facts(brown, spec)["well_formed"]
+
+
+def test_touching_shapes_of_one_colour_are_told_apart():
+    things = (
+        scenes.Thing("circle", "red", 1, 0, 1.5, 0.0),
+        scenes.Thing("circle", "red", 1, 1, -1.5, 0.0),
+    )
+    image = corrupt.blur(scenes.render(scenes.Scene(things, "white")), 0.7)
+    seen = checker.parse(image)
+    assert sorted(key(t) for t in seen.objects) == sorted(key(t) for t in things)
+
+
+def test_pictures_of_nothing():
+    for background, color in scenes.BACKGROUNDS.items():
+        blank = np.full((48, 48, 3), color, np.uint8)
+        assert checker.parse(blank) == checker.Parsed((), background, 0)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    assert not checker.exact_all(noise, Spec((Group(1, None, None),)))
+    red = np.full((48, 48, 3), scenes.COLORS["red"], np.uint8)
+    assert checker.parse(red).background is None
+
+
+def test_other_sizes_and_types_are_refused():
+    with pytest.raises(ValueError, match=r"uint8\[32, 32, 3\], expected uint8\[48, 48, 3\]"):
+        checker.parse(np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="float64"):
+        checker.parse(np.zeros((48, 48, 3)))
