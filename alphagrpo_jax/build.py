@@ -159,14 +159,12 @@ def rollout_options(config: Config, loaded: Loaded) -> RolloutOptions:
 
 
 def eval_options(config: Config, loaded: Loaded) -> RolloutOptions:
-    """What evaluation rollouts compile for: one per prompt."""
+    """What evaluation rollouts compile for: one per prompt, images without stochastic steps."""
     options = rollout_options(config, loaded)
     guidance = dataclasses.replace(options.image.guidance, text_scale=config.eval.text_guidance)
     image = dataclasses.replace(
-        options.image, num_points=config.eval.num_points, guidance=guidance
+        options.image, num_points=config.eval.num_points, guidance=guidance, window=0
     )
-    if image != options.image:
-        image = dataclasses.replace(image, window=0)
     return dataclasses.replace(
         options, group_size=1, top_p=config.eval.top_p, image=image, shared_noise=False
     )
@@ -253,7 +251,9 @@ def jit_steps(
     scalars = (state.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
     drawn = jax.eval_shape(generating, params, given, *scalars)
     generate_step = jax.jit(generating, out_shardings=_row_shardings(drawn, options.plan, mesh))
-    same = for_eval == dataclasses.replace(options, group_size=1)
+    same = dataclasses.replace(options.image, window=0) == for_eval.image and (
+        options.top_p == for_eval.top_p and not options.shared_noise
+    )
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     kept = state_shardings.trainable
     return Steps(

@@ -1,17 +1,19 @@
 """A tiny random model, prompts and verifier for tests of the trainer; nothing here is trained."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from alphagrpo_jax.models.bagel_weights import new_model, save_model
+from alphagrpo_jax.models.bagel import Bagel, base_shapes
+from alphagrpo_jax.models.bagel_config import BagelConfig
+from alphagrpo_jax.models.bagel_weights import CONFIG_FILES, Loaded, save_model
 from alphagrpo_jax.rewards.verifiers.base import Answer
 from alphagrpo_jax.runtime.tokenizer import PAD, SPECIAL, Tokenizer
 from configs import grpo
@@ -59,15 +61,27 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, {"tokenizer.json": backend.to_str().encode()}, "tests")
 
 
-def model(seed: int = 0):
-    """A tiny model with random weights, the zero-initialised output included."""
+def model(seed: int = 0) -> Loaded:
+    """A tiny model whose weights are numpy's, since drawing them by JAX compiles for long."""
     own = tokenizer()
-    llm = LLM | {"vocab_size": len(own)}
-    loaded = new_model(jax.random.key(seed), own, llm=llm, vit=VIT, vae=VAE, bagel=BAGEL)
-    kernel = loaded.base["llm2vae"]["kernel"]
-    noise = jax.random.normal(jax.random.key(seed + 1), kernel.shape) * 0.3
-    base = loaded.base | {"llm2vae": loaded.base["llm2vae"] | {"kernel": noise}}
-    return dataclasses.replace(loaded, base=base)
+    contents = (LLM | {"vocab_size": len(own)}, VIT, VAE, BAGEL)
+    config = BagelConfig.from_dicts(*contents, tokens=own.special)
+    module = Bagel(config)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key == "bias":
+            return jnp.zeros(leaf.shape)
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape)
+        spread = 0.5 if path[-1].key == "embedding" else np.prod(leaf.shape[-2:-1]) ** -0.5
+        return jnp.asarray(rng.normal(size=leaf.shape) * spread, jnp.float32)
+
+    base = jax.tree_util.tree_map_with_path(draw, base_shapes(module))
+    files = {
+        name: json.dumps(each).encode() for name, each in zip(CONFIG_FILES, contents, strict=True)
+    }
+    return Loaded(module, base, own, config, files, {})
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:

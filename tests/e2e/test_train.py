@@ -1,0 +1,284 @@
+"""The training command as a user starts, stops, kills and resumes it, on a tiny random model."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax.models.bagel_weights import save_model
+
+TESTS = pathlib.Path(__file__).parent.parent
+ROOT = TESTS.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_world.write_all(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Shared compilations, since the command is started many times."""
+    return os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def start(world, environment):
+    """start(workdir, *arguments): the command as a process of its own."""
+
+    def start(workdir, *arguments, devices=1, **variables):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        command = ("-m", "alphagrpo_jax.train", f"--config={TESTS / 'tiny_world.py'}")
+        return subprocess.Popen(
+            [sys.executable, *command, f"--workdir={workdir}", *arguments],
+            cwd=world,
+            env=environment | {"XLA_FLAGS": flags} | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    """run(workdir, *arguments): (exit code, stderr) of the whole command."""
+
+    def run(*arguments, **options):
+        process = start(*arguments, **options)
+        _, errors = process.communicate(timeout=1800)
+        return process.returncode, errors
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run, world):
+    """A run of four steps without interruption."""
+    workdir = world / "whole"
+    code, errors = run(workdir)
+    assert code == 0, errors
+    return workdir
+
+
+def rows(workdir):
+    """Rows of metrics.jsonl without times."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
+        for line in lines
+    ]
+
+
+def wait_for_step(workdir, step, process):
+    """Waits until the row of a step is written."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None and (
+        not path.exists() or f'"step": {step},' not in path.read_text()
+    ):
+        time.sleep(0.05)
+
+
+def test_the_run_folder(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.json", "metrics.jsonl", "samples", "checkpoints", "DONE"} <= names
+    found = rows(whole)
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    assert [("eval/reward/mean" in row) for row in found] == [True, False, True, False, True]
+    assert [("eval_greedy/reward/mean" in row) for row in found] == [True, *[False] * 3, True]
+    assert [("state/digest" in row) for row in found] == [False, False, True, False, True]
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"2", "4"}
+    pictures = sorted(path.name for path in (whole / "samples").glob("*.png"))
+    assert pictures == ["step_000000.png", "step_000002.png", "step_000004.png"]
+    config = json.loads((whole / "config.json").read_text())
+    assert config["rollout"]["window_range"] == [0, 3]
+
+
+def test_first_ratios_are_one_and_rewards_are_those_of_the_verifier(whole):
+    for row in rows(whole)[1:]:
+        assert row["text/ratio_max_dev"] == 0.0
+        assert row["image/ratio_max_dev"] == 0.0
+        assert row["logp/rollout_update_max_abs_diff"] < 1e-4
+        assert row["reward/valid_fraction"] == 1.0
+        assert 0.0 < row["reward/mean"] < 1.0
+        assert row["reward/total"] == pytest.approx(row["reward/mean"] + row["reward/format"])
+
+
+def test_nothing_compiles_after_the_first_step(whole):
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    counts = [json.loads(line)["time/compilations"] for line in lines[1:]]
+    assert len(set(counts)) == 1
+
+
+def test_a_finished_run_says_so(run, whole):
+    before = (whole / "metrics.jsonl").read_text()
+    code, errors = run(whole)
+    assert code == 0
+    assert "is finished: 4 steps are done" in errors
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_stopped_and_resumed_equals_uninterrupted(number, start, run, world, whole):
+    workdir = world / f"stopped_{number.name}"
+    process = start(workdir)
+    wait_for_step(workdir, 1, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=1800)
+    assert process.returncode == 75, errors
+    assert "the same command continues" in errors
+    assert not (workdir / "DONE").exists()
+    assert len(rows(workdir)) < 5
+    code, errors = run(workdir)
+    assert code == 0, errors
+    assert rows(workdir) == rows(whole)
+
+
+def test_killed_and_resumed_equals_uninterrupted(start, run, world, whole):
+    workdir = world / "killed"
+    process = start(workdir)
+    wait_for_step(workdir, 3, process)
+    process.kill()
+    process.communicate()
+    code, errors = run(workdir)
+    assert code == 0, errors
+    assert rows(workdir) == rows(whole)
+
+
+def test_more_steps_continue_a_finished_run(run, world, whole):
+    workdir = world / "longer"
+    code, errors = run(workdir, "--config.train.steps=2")
+    assert code == 0, errors
+    assert (workdir / "DONE").exists()
+    code, errors = run(workdir, "--config.train.steps=4")
+    assert code == 0, errors
+    assert rows(workdir)[-1] == rows(whole)[-1]
+
+
+def test_no_steps_only_evaluate(run, world, whole):
+    code, errors = run(world / "nothing", "--config.train.steps=0")
+    assert code == 0, errors
+    assert rows(world / "nothing") == rows(whole)[:1]
+    before = (whole / "metrics.jsonl").read_text()
+    code, errors = run(whole, "--config.train.steps=0")
+    assert code == 0, errors
+    assert (whole / "metrics.jsonl").read_text() == before
+    found = json.loads((whole / "evaluation.json").read_text())
+    last = rows(whole)[-1]
+    assert found["eval/reward/mean"] == last["eval/reward/mean"]
+    assert found["step"] == 4
+
+
+def test_eight_devices(run, world):
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    code, errors = run(world / "eight", *mesh, "--config.train.steps=2", devices=8)
+    assert code == 0, errors
+    last = rows(world / "eight")[-1]
+    assert last["text/ratio_max_dev"] <= 1e-6
+    assert last["image/ratio_max_dev"] <= 1e-6
+    assert last["update/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.stepz=3"], "stepz"),
+        (["--config.loss.level=word"], "loss.level: got 'word'"),
+        (["--config.train.micro_batch=3"], "does not divide"),
+        (["--wrkdir=x"], "wrkdir"),
+        (["surplus"], "unexpected arguments"),
+    ],
+)
+def test_wrong_usage_is_refused_with_two(run, world, arguments, message):
+    code, errors = run(world / "refused", *arguments)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_batch_that_the_mesh_does_not_divide(run, world):
+    code, errors = run(world / "refused", "--config.eval.micro_batch=3", devices=2)
+    assert code == 2
+    assert "eval.micro_batch=3 does not divide over mesh.data x mesh.fsdp = 2" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.path=nowhere"], "nowhere"),
+        (["--config.data.train=nothing.jsonl"], "nothing.jsonl"),
+        (["--config.rollout.prompt_tokens=5"], "longer than the prompt bucket of 5"),
+    ],
+)
+def test_bad_input_fails_with_one_and_a_message(run, world, arguments, message):
+    code, errors = run(world / "refused", *arguments)
+    assert code == 1
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_folder_that_cannot_be_written(run, world):
+    (world / "file").write_text("")
+    code, errors = run(world / "file" / "run")
+    assert code == 1
+    assert "cannot be written" in errors
+
+
+def test_another_configuration_is_refused(run, whole):
+    before = (whole / "metrics.jsonl").read_text()
+    code, errors = run(whole, "--config.seed=7")
+    assert code == 2
+    assert "seed: the run has 0, this start 7" in errors
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_invalid_rewards_stop_the_run_and_are_never_invented(run, world):
+    mute = ("--config.verifier.path=tiny_world:Mute", "--config.verifier.max_attempts=1")
+    code, errors = run(world / "mute", *mute)
+    assert code == 1
+    assert "step 1: 100% of the samples have no reward, at most 20%" in errors
+    assert "no answer" in errors
+    (row,) = rows(world / "mute")
+    assert row["eval/reward/mean"] is None
+    assert row["eval/reward/valid_fraction"] == 0.0
+
+
+def test_equal_rewards_skip_the_update(run, world):
+    constant = "--config.verifier.path=tiny_world:Constant"
+    code, errors = run(world / "constant", constant, "--config.train.steps=1")
+    assert code == 0, errors
+    row = rows(world / "constant")[1]
+    assert row["update/skipped"] == 1
+    assert row["group/zero_std_fraction"] == 1.0
+    assert "loss/total" not in row
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(run, world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    own = (f"--config.model.path={tmp_path / 'model'}", "--config.checkpoint.every=1")
+    code, errors = run(tmp_path / "run", *own, "--config.train.steps=1")
+    assert code == 0, errors
+    before = rows(tmp_path / "run")
+    loaded = tiny_world.model()
+    head = {"kernel": np.full_like(loaded.base["lm_head"]["kernel"], np.nan)}
+    save_model(tmp_path / "model", loaded, base=loaded.base | {"lm_head": head})
+    code, errors = run(tmp_path / "run", *own, "--config.train.steps=3")
+    assert code == 1
+    assert "step 2: the loss (nan)" in errors
+    assert "the update was not applied" in errors
+    assert rows(tmp_path / "run") == before
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]

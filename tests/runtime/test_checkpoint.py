@@ -1,0 +1,70 @@
+"""Saving, restoring, digests, and the checks at the start of a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alphagrpo_jax.runtime import checkpoint
+from alphagrpo_jax.runtime.checkpoint import CheckpointError, Checkpoints
+
+
+def state(value=1.0):
+    trainable = {"layer": {"a": jnp.full((2, 3), value), "b": jnp.arange(4.0)}}
+    return {
+        "trainable": trainable,
+        "opt_state": optax.adamw(1e-3).init(trainable),
+        "key": jax.random.key_data(jax.random.key(3)),
+    }
+
+
+def test_a_checkpoint_gives_back_every_array_and_the_place(tmp_path):
+    saves = Checkpoints(tmp_path, keep=2)
+    assert saves.latest() is None
+    saves.save(4, state(), {"step": 4, "position": 32})
+    other = Checkpoints(tmp_path, keep=2)
+    assert other.latest() == 4
+    assert other.progress(4) == {"step": 4, "position": 32}
+    restored = other.state(4, state(0.0))
+    assert jax.tree.structure(restored) == jax.tree.structure(state())
+    for got, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state()), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_old_checkpoints_go(tmp_path):
+    saves = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        saves.save(step, state(), {"step": step})
+    names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
+    assert names == {"2", "3"}
+
+
+def test_another_structure_is_an_explained_error(tmp_path):
+    saves = Checkpoints(tmp_path, keep=1)
+    saves.save(1, state(), {"step": 1})
+    with pytest.raises(CheckpointError, match="checkpoint 1 cannot be restored"):
+        saves.state(1, {"trainable": {"else": jnp.zeros(7)}})
+
+
+def test_digest_sees_every_part_and_not_the_order(tmp_path):
+    progress = {"step": 1, "position": 8}
+    base = checkpoint.digest(state(), progress)
+    reverse = dict(reversed(state().items())), dict(reversed(progress.items()))
+    assert base == checkpoint.digest(*reverse)
+    assert base != checkpoint.digest(state(1.0 + 1e-7), progress)
+    assert base != checkpoint.digest(state(), progress | {"position": 9})
+    assert len(base) == 64
+
+
+def test_a_folder_that_cannot_be_made_is_an_explained_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoint.check_writable(tmp_path / "file" / "run", state_bytes=0)
+
+
+def test_too_little_room_is_an_explained_error(tmp_path):
+    with pytest.raises(CheckpointError, match="MB free"):
+        checkpoint.check_writable(tmp_path, state_bytes=1 << 60)
+    checkpoint.check_writable(tmp_path, state_bytes=10)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,82 @@
+"""Configurations: what is read, and what is refused with which message."""
+
+import json
+import pathlib
+import runpy
+
+import pytest
+
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.config import ConfigError
+from configs import grpo
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def changed(**fields):
+    """The default configuration with "a__b" fields changed."""
+    config = grpo.get_config().to_dict()
+    for name, value in fields.items():
+        *sections, key = name.split("__")
+        section = config
+        for each in sections:
+            section = section[each]
+        section[key] = value
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(path):
+    config = config_lib.from_config_dict(runpy.run_path(str(path))["get_config"]())
+    assert config.trajectories == config.train.prompts_per_step * config.train.group_size
+
+
+def test_values_arrive():
+    config = config_lib.from_config_dict(changed(train__steps=7, lora__alpha=32))
+    assert config.train.steps == 7
+    assert config.lora.alpha == 32.0
+    assert isinstance(config.lora.alpha, float)
+    assert config.rollout.window_range == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train__stepz": 3}, r"config\.train: unknown keys \['stepz'\]"),
+        ({"bonus": 3}, r"config: unknown keys \['bonus'\]"),
+        ({"train__steps": "many"}, r"config\.train\.steps: got 'many', expected int"),
+        ({"train__steps": -1}, r"train\.steps: got -1, expected between 0"),
+        ({"train__steps": True}, "expected int"),
+        ({"task": "sing"}, r"task: got 'sing', expected one of"),
+        ({"train__micro_batch": 7}, r"train\.micro_batch: got 7, which does not divide"),
+        ({"rollout__micro_batch": 32}, r"multiple of train\.group_size=12"),
+        ({"rollout__window": 6}, r"rollout\.window_range: got \(0, 5\) for a window of 6"),
+        ({"rollout__window_range": (0, 12)}, r"among 11 steps"),
+        ({"rollout__window_range": (1, 2, 3)}, r"must be \(lo, hi\)"),
+        ({"train__updates_per_batch": 2, "train__old_logprob": "self"}, "use 'recompute'"),
+        ({"loss__text": "none", "loss__image": "none"}, "nothing would be trained"),
+        ({"loss__entropy_fraction": 0.2, "train__old_logprob": "self"}, "needs train.old_logprob"),
+        ({"rollout__sampler": "cps", "rollout__noise_level": 1.5}, "noise_level must be below 1"),
+        ({"data": 3}, "expected a section"),
+    ],
+)
+def test_refusals(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        config_lib.from_config_dict(changed(**fields))
+
+
+def test_missing_keys_are_refused():
+    config = grpo.get_config()
+    del config.train.steps
+    with pytest.raises(ConfigError, match=r"config\.train: missing keys \['steps'\]"):
+        config_lib.from_config_dict(config)
+
+
+def test_only_some_fields_may_differ_on_resume():
+    saved = json.loads(config_lib.to_json(config_lib.from_config_dict(grpo.get_config())))
+    allowed = changed(train__steps=9, eval__every=1, checkpoint__keep=9, log__progress=False)
+    config_lib.check_resumable(config_lib.from_config_dict(allowed), saved)
+    other = config_lib.from_config_dict(changed(seed=5, loss__level="token"))
+    message = r"loss\.level: the run has 'sequence'.*'token'\n  seed: "
+    with pytest.raises(ConfigError, match=message):
+        config_lib.check_resumable(other, saved)

@@ -1,0 +1,83 @@
+"""Records as a dataset, tokens, order, and evaluation sets."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax import prompts
+from alphagrpo_jax.rewards.questions import parse_record
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_world.tokenizer()
+
+
+def test_a_file_becomes_a_dataset_and_tokens(tmp_path, tokenizer):
+    path = tiny_world.write_records(tmp_path / "train.jsonl", 5)
+    found = prompts.load(path, tokenizer, bucket=24, cache=tmp_path / "cache")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record.to_json()["prompt"] for record in found.records] == [r["prompt"] for r in lines]
+    assert found.records[3].asked == parse_record(lines[3]).asked
+    assert found.tokens.shape == found.mask.shape == (5, 24)
+    assert found.tokens[0][found.mask[0]].tolist() == tokenizer.wrap(lines[0]["prompt"])
+    assert list((tmp_path / "cache").rglob("*.array_record*"))
+    again = prompts.load(path, tokenizer, bucket=24, cache=tmp_path / "cache")
+    np.testing.assert_array_equal(again.tokens, found.tokens)
+
+
+def test_a_changed_file_is_read_anew(tmp_path, tokenizer):
+    path = tiny_world.write_records(tmp_path / "train.jsonl", 2)
+    first = prompts.load(path, tokenizer, bucket=24, cache=tmp_path)
+    tiny_world.write_records(path, 3)
+    second = prompts.load(path, tokenizer, bucket=24, cache=tmp_path)
+    assert (len(first.records), len(second.records)) == (2, 3)
+    assert first.digest != second.digest
+
+
+def test_a_bad_line_is_named(tmp_path, tokenizer):
+    path = tiny_world.write_records(tmp_path / "train.jsonl", 2)
+    path.write_text(path.read_text() + '{"prompt": "no questions"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl:3"):
+        prompts.load(path, tokenizer, bucket=24, cache=tmp_path)
+
+
+def test_prompts_beyond_the_bucket_are_named(tokenizer):
+    with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than the prompt bucket of 8"):
+        prompts.tokenise(["a red circle", "x" * 40], tokenizer, bucket=8)
+
+
+def test_tensorflow_is_not_needed():
+    code = "import sys, alphagrpo_jax.prompts; assert 'tensorflow' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_order_is_a_permutation_per_epoch_and_a_pure_function_of_the_position():
+    whole = prompts.order(0, 30, size=10, seed=3)
+    for epoch in range(3):
+        assert sorted(whole[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert not np.array_equal(whole[:10], whole[10:20])
+    pieces = [prompts.order(at, 6, size=10, seed=3) for at in range(0, 30, 6)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert not np.array_equal(prompts.order(0, 10, size=10, seed=4), whole[:10])
+
+
+def test_more_prompts_than_the_set_has():
+    assert prompts.order(0, 7, size=3, seed=0).shape == (7,)
+
+
+def test_evaluation_sets_are_half_implied_and_balanced_over_types():
+    kinds = [("plain", "count")] * 8 + [("plain", "relation")] * 2 + [("implied", "number")] * 9
+    records = [
+        parse_record(tiny_world.record(f"p{i}", kind=kind, type=type_))
+        for i, (kind, type_) in enumerate(kinds)
+    ]
+    chosen = [kinds[row] for row in prompts.balanced(records, 8)]
+    assert [chosen.count(each) for each in dict.fromkeys(kinds)] == [2, 2, 4]
+    assert len(prompts.balanced(records, 100)) == 19
+    plain = [parse_record(tiny_world.record(f"p{i}")) for i in range(4)]
+    assert prompts.balanced(plain, 3) == [0, 1, 2]
