@@ -74,7 +74,7 @@ def write(
         cache, logits = policy.decode_step(model, params, ctx, state.cache, token, state.active)
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
         log_p = jax.nn.log_softmax(scaled, axis=-1)
-        drawn = _draw(log_p, keys, state.step, temperature=temperature, top_p=top_p)
+        drawn = draw_tokens(log_p, keys, state.step, temperature=temperature, top_p=top_p)
         picked = jnp.take_along_axis(log_p, drawn[:, None], axis=1)[:, 0]
         room = state.step < max_tokens
         new = jnp.where(state.open, jnp.where(room, drawn, end), 0)
@@ -104,10 +104,13 @@ def write(
     return sample, policy.end_decode(ctx, final.cache)
 
 
-def _draw(
+def draw_tokens(
     log_p: jax.Array, keys: jax.Array, step: jax.Array, *, temperature: jax.Array, top_p: float
 ) -> jax.Array:
-    """One token per row, int32[B], from log-probs float32[B, V]; row i uses key i and the step."""
+    """One token per row, int32[B], from log-probs float32[B, V]; row i uses key i and the step.
+
+    Only the tokens of the nucleus are drawn; temperature 0 takes the likeliest.
+    """
     kept = log_p if top_p >= 1.0 else jnp.where(nucleus(log_p, top_p=top_p), log_p, -jnp.inf)
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
     drawn = jax.vmap(jax.random.categorical)(step_keys, kept)

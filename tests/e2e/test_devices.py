@@ -1,0 +1,26 @@
+"""The mesh changes where numbers are computed, not the numbers."""
+
+import json
+import os
+import pathlib
+
+import tiny_world
+
+TESTS = pathlib.Path(__file__).parent.parent
+
+
+def test_one_update_on_eight_devices_equals_one_device(run_python, tmp_path):
+    tiny_world.write_model(tmp_path / "model")
+    path = f"{TESTS.parent}{os.pathsep}{TESTS}"
+    script = str(TESTS / "e2e" / "device_numbers.py")
+    done = run_python(script, str(tmp_path), devices=8, timeout=1800, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    assert found["scale"] > 1e-4
+    assert found["scores"] < 1e-4
+    assert found["ode"] < 1e-3
+    assert found["gradient"] < 1e-3 * found["scale"]
+    # Adam turns the sign of a gradient near zero into a whole step: what is compared is a mean
+    # over many parameters only through the gradient above; the update itself stays of one size.
+    assert found["updated"] <= 2.1e-2

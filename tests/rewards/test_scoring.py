@@ -1,0 +1,72 @@
+"""From answers to rewards of a batch, by hand; what is not known stays unknown."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.rewards.ledger import Scored
+from alphagrpo_jax.rewards.questions import parse_record
+
+
+class Answers:
+    """A pool whose answers are given."""
+
+    def __init__(self, answers):
+        self.answers, self.submitted = answers, []
+
+    def submit(self, sample_id, image, questions):
+        self.submitted.append((sample_id, int(image[0, 0, 0]), list(questions)))
+
+    def gather(self, ids):
+        return {each: self.answers[each] for each in list(ids)}
+
+
+def scored(*p_yes):
+    return Scored(p_yes, True, None, 1, 0, 0.1)
+
+
+FAILED = Scored(None, False, "server away", 4, None, 9.0)
+
+
+def test_rewards_of_a_batch():
+    record = parse_record(tiny_world.record("a circle"))
+    pool = Answers({"a": scored(0.9, 0.5, 0.4), "b": FAILED, "c": scored(0.0, 0.0, 1.0)})
+    images = np.stack([np.full((2, 2, 3), value, np.uint8) for value in (1, 2, 3)])
+    scoring.submit(pool, ["a", "b", "c"], images, [record] * 3)
+    assert pool.submitted[1] == ("b", 2, record.asked)
+    options = scoring.ScoringOptions("geometric", "confidence", 0.5)
+    texts = ["<think> x </think>", "<think> y </think>", "no form"]
+    found = scoring.gather(pool, ["a", "b", "c"], [record] * 3, texts, options)
+    assert found.reward[0] == pytest.approx(math.sqrt(0.7 * 0.4))
+    assert np.isnan(found.reward[1])
+    assert np.isnan(found.total[1])
+    assert found.reward[2] == 0.0
+    assert found.format.tolist() == [1.0, 1.0, 0.0]
+    assert found.total[0] == pytest.approx(found.reward[0] + 0.5)
+    assert found.valid.tolist() == [True, False, True]
+    assert found.failures == {"server away": 1}
+    metrics = found.metrics()
+    assert metrics["reward/mean"] == pytest.approx(found.reward[0] / 2)
+    assert metrics["reward/semantic"] == pytest.approx(0.35)
+    assert metrics["reward/quality"] == pytest.approx(0.7)
+    assert metrics["reward/format"] == 0.5
+    assert metrics["reward/valid_fraction"] == pytest.approx(2 / 3)
+
+
+def test_without_texts_there_is_no_format_reward():
+    record = parse_record(tiny_world.record("a circle"))
+    options = scoring.ScoringOptions("mean", "binary", 0.0)
+    found = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], None, options)
+    assert found.reward[0] == 0.75
+    assert found.total[0] == 0.75
+
+
+def test_all_invalid_has_no_mean():
+    record = parse_record(tiny_world.record("a circle"))
+    options = scoring.ScoringOptions("geometric", "confidence", 0.0)
+    metrics = scoring.gather(Answers({0: FAILED}), [0], [record], None, options).metrics()
+    assert math.isnan(metrics["reward/mean"])
+    assert metrics["reward/valid_fraction"] == 0.0

@@ -1,0 +1,98 @@
+"""Evaluation sums, by hand."""
+
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax import evaluation
+from alphagrpo_jax.prompts import PromptSet
+from alphagrpo_jax.rewards.ledger import Scored
+from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.rewards.scoring import Scores, ScoringOptions
+
+KINDS = [("plain", "count"), ("plain", "count"), ("plain", "relation"), ("implied", "number")]
+FACTS = [
+    {"a": True, "b": True},
+    {"a": True, "b": False},
+    {"a": True},
+    {"a": False, "b": False, "c": True},
+]
+
+
+def records():
+    return [
+        parse_record(tiny_world.record(f"p{i}", kind=kind, type=type_))
+        for i, (kind, type_) in enumerate(KINDS)
+    ]
+
+
+def scores(reward, valid):
+    zeros = np.zeros(len(reward))
+    return Scores(np.array(reward), zeros, zeros, zeros, zeros, np.array(valid), {})
+
+
+def test_exact_scores_by_kind_and_type():
+    reward = [0.9, 0.5, np.nan, 0.4]
+    found = evaluation.summarise(scores(reward, [True, True, False, True]), FACTS, records())
+    assert found["exact_all"] == 0.5
+    assert found["exact_facts"] == 5 / 8
+    assert found["exact_all/plain"] == pytest.approx(2 / 3)
+    assert found["exact_all/plain/count"] == 0.5
+    assert found["exact_all/plain/relation"] == 1.0
+    assert found["exact_all/implied"] == 0.0
+    assert found["exact_all/implied/number"] == 0.0
+    assert found["reward/mean"] == pytest.approx(0.6)
+    assert found["reward/valid_fraction"] == 0.75
+    assert found["reward_minus_exact"] == pytest.approx(0.6 - 1 / 3)
+
+
+def test_without_facts_there_are_only_rewards():
+    found = evaluation.summarise(scores([0.5] * 4, [True] * 4), [None] * 4, records())
+    assert set(found) == {"reward/mean", "reward/format", "reward/valid_fraction"}
+
+
+class Brightness:
+    """A pool that answers every question with the image's brightness."""
+
+    def __init__(self):
+        self.images = {}
+
+    def submit(self, sample_id, image, questions):
+        self.images[sample_id] = (image, len(questions))
+
+    def gather(self, ids):
+        return {
+            each: Scored((image.mean() / 255,) * count, True, None, 1, 0, 0.0)
+            for each, (image, count) in ((each, self.images[each]) for each in list(ids))
+        }
+
+
+def test_micro_batches_are_filled_up_and_cut():
+    rows = records()
+    tokens = np.arange(4, dtype=np.int32)[:, None]
+    prompts = PromptSet(tuple(rows), tokens, np.ones((4, 1), bool), "")
+    calls = []
+
+    def draw(tokens, mask, first):
+        calls.append((tokens[:, 0].tolist(), first))
+        images = np.broadcast_to(tokens[:, :, None, None] * 51, (len(tokens), 1, 1, 3))
+        return images.astype(np.uint8), [f"<think>{t}</think>" for t in tokens[:, 0]]
+
+    found = evaluation.evaluate(
+        draw,
+        Brightness(),
+        prompts,
+        [3, 1, 0],
+        micro_batch=2,
+        scoring_options=ScoringOptions("geometric", "confidence", 1.0),
+        check=lambda image, record: {"bright": bool(image.mean() > 100)},
+        prefix="eval",
+    )
+    assert calls == [([3, 1], 0), ([0, 0], 2)]
+    assert found.images[:, 0, 0, 0].tolist() == [153, 51, 0]
+    assert found.metrics["eval/reward/mean"] == pytest.approx((0.6 + 0.2 + 0.0) / 3)
+    assert found.metrics["eval/reward/format"] == 1.0
+    assert found.metrics["eval/exact_all"] == pytest.approx(1 / 3)
+    assert found.captions[0] == {
+        "prompt": rows[3].prompt, "think": "<think>3</think>", "reward": 0.6, "exact": True
+    }  # fmt: skip

@@ -1,0 +1,121 @@
+"""Rollouts: the same trajectories however they are cut, and what a group shares."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax import build, policy, rollout
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.models import lora
+from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.types import TextBlock, join_rows
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """The model, options of groups of two, and two prompts."""
+    config = tiny_world.config(tiny_world.pathlib.Path("unused"))
+    config.train.group_size = config.train.prompts_per_step = config.rollout.micro_batch = 2
+    config.train.micro_batch = 2
+    parsed = config_lib.from_config_dict(config)
+    loaded = tiny_world.model()
+    rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
+    block = TextBlock(*loaded.tokenizer.batch(rows, parsed.rollout.prompt_tokens))
+    return loaded, build.rollout_options(parsed, loaded), block
+
+
+@pytest.fixture(scope="module")
+def run(setting):
+    loaded = setting[0]
+    jitted = jax.jit(functools.partial(rollout.rollout, loaded.model), static_argnames="options")
+
+    def run(block, *, first=0, start=1, options=setting[1]):
+        numbers = (jax.random.key(5), jnp.int32(first), jnp.int32(start), jnp.float32(1.0))
+        return jitted(PolicyParams(loaded.base), (block,), *numbers, options=options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run, setting):
+    return run(setting[2])
+
+
+def test_what_comes_out(setting, whole):
+    trajectories, images = whole
+    assert images.shape == (4, tiny_world.SIDE, tiny_world.SIDE, 3)
+    assert images.dtype == np.uint8
+    assert trajectories.texts[0].tokens.shape == (4, 5 + 2)
+    assert trajectories.images[0].before.shape == (4, 2, 4, setting[0].config.latent_width)
+    np.testing.assert_array_equal(
+        trajectories.images[0].after[:, 0], trajectories.images[0].before[:, 1]
+    )
+    assert [piece.advance.shape[0] for piece in trajectories.pieces] == [1, 4, 4]
+    prompt = np.asarray(trajectories.inputs[0].tokens)
+    np.testing.assert_array_equal(prompt[0], prompt[1])
+    assert (prompt[1] != prompt[2]).any()
+
+
+def test_members_of_a_group_differ(whole):
+    trajectories, _ = whole
+    latents = np.asarray(trajectories.images[0].latents)
+    assert np.abs(latents[0] - latents[1]).max() > 0.1
+
+
+def test_cut_into_calls_gives_the_same_trajectories(setting, run, whole):
+    block, options = setting[2], setting[1]
+    parts = []
+    for number in range(2):
+        one = TextBlock(block.tokens[number : number + 1], block.mask[number : number + 1])
+        part, _ = run(one, first=2 * number)
+        parts.append(part)
+    joined = join_rows(parts, shared=options.plan.shared)
+    np.testing.assert_array_equal(joined.texts[0].tokens, whole[0].texts[0].tokens)
+    assert jax.tree.structure(joined) == jax.tree.structure(whole[0])
+    for one, other in zip(jax.tree.leaves(joined), jax.tree.leaves(whole[0]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_noise_may_be_shared_within_a_group(setting, run, whole):
+    shared = dataclasses.replace(setting[1], shared_noise=True)
+    window = dataclasses.replace(shared.image, window=1, window_range=(0, 1))
+    trajectories, _ = run(
+        setting[2], start=0, options=dataclasses.replace(shared, image=window)
+    )
+    before = np.asarray(trajectories.images[0].before[:, 0])
+    np.testing.assert_array_equal(before[0], before[1])
+    assert np.abs(before[1] - before[2]).max() > 0.1
+
+
+def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
+    loaded, options, block = setting
+
+
+    adapters = lora.init(jax.random.key(0), loaded.base, lora.TARGETS, rank=2)
+    adapters = jax.tree.map(lambda x: x + 0.02, adapters)
+    params = PolicyParams(loaded.base, adapters, 2.0)
+    merged = rollout.drawing_params(params, merge_lora=True)
+    assert merged.lora is None
+    assert rollout.drawing_params(params, merge_lora=False) is params
+    fill = jax.jit(functools.partial(rollout.prefill, loaded.model, options=options))
+    first, second = (fill(each, (block,)) for each in (params, merged))
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_pixels_are_truncated(setting):
+    loaded = setting[0]
+    latents = jax.random.normal(jax.random.key(0), (1, 4, loaded.config.latent_width))
+    params = PolicyParams(loaded.base)
+    own = functools.partial(rollout.pixels, loaded.model, grid=(2, 2))
+    images = jax.jit(own)(params, latents)
+
+
+    floats = jax.jit(functools.partial(policy.decode_latents, loaded.model, grid=(2, 2)))
+    exact = (np.asarray(floats(params, latents), np.float64) / 2 + 0.5) * 255
+    assert (np.abs(np.asarray(images) - (exact - 0.5)) <= 0.5 + 1e-3).all()
