@@ -63,7 +63,7 @@ def draw(policy: trained.Trained, prompt: str, *, think: bool, count: int, seed:
         (TextBlock(jnp.asarray(tokens), jnp.asarray(mask)),),
         jax.random.key(seed),
         jnp.int32(0),
-        jnp.int32(0),
+        jnp.int32(options.image.num_points),  # no stochastic step
         jnp.float32(policy.config.eval.temperature),
         options=options,
     )
