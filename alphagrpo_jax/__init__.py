@@ -1,3 +1,3 @@
-"""AlphaGRPO in JAX: reasoning text-to-image reinforcement learning for unified multimodal models."""
+"""AlphaGRPO in JAX: reinforcement learning of unified multimodal models that think, then draw."""
 
 __version__ = "0.1.0"

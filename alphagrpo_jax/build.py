@@ -286,13 +286,10 @@ def jit_steps(
     )
 
 
-
 def _row_shardings(tree: Any, plan: tasks.Plan, mesh: Mesh) -> Any:
     """Shardings of a rollout's arrays: rows over the mesh, what all rows share whole."""
     whole = sharding.replicated(mesh)
-    rows = map_rows(
-        lambda axis, x: sharding.batch_sharding(mesh, axis), tree, shared=plan.shared
-    )
+    rows = map_rows(lambda axis, x: sharding.batch_sharding(mesh, axis), tree, shared=plan.shared)
     return jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else whole, rows
     )

@@ -387,9 +387,7 @@ def _decode(
     """New tokens over a context, all of them valid; `own` is their mask among themselves, `flags`
     are those of `Bagel.decode`."""
     masks = (*(segment.valid[:, None] for segment in ctx.segments), own)
-    hidden, pair = call(
-        model, params, "decode", tokens, positions, ctx.segments, masks, **flags
-    )
+    hidden, pair = call(model, params, "decode", tokens, positions, ctx.segments, masks, **flags)
     return hidden, pair and Segment(*pair, jnp.ones(positions.shape, bool))
 
 

@@ -232,9 +232,7 @@ def _draw(
     shape = (grid[0] * grid[1], width)
     initial = jax.vmap(lambda each: jax.random.normal(each, shape, jnp.float32))(initial_keys)
     contexts = guidance_contexts(pieces, step, rows.shape[0])
-    return image.draw(
-        model, params, contexts, initial, noise_keys, start, options=options.image
-    )
+    return image.draw(model, params, contexts, initial, noise_keys, start, options=options.image)
 
 
 def _row_keys(key: jax.Array, rows: jax.Array, event: int) -> jax.Array:

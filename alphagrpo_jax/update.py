@@ -334,9 +334,7 @@ def count(batch: UpdateBatch, entropy: jax.Array | None, *, options: UpdateOptio
     if options.plan.text_steps:
         mask = batch.rollout.texts[0].scored & batch.valid[:, None]
         if entropy is not None:
-            kept = loss.top_entropy_mask(
-                entropy, mask, fraction=options.loss.entropy_fraction
-            )
+            kept = loss.top_entropy_mask(entropy, mask, fraction=options.loss.entropy_fraction)
             threshold = jnp.min(jnp.where(kept, entropy, jnp.inf))
             mask = kept
         tokens = jnp.sum(mask, dtype=jnp.float32)

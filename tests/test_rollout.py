@@ -84,9 +84,7 @@ def test_cut_into_calls_gives_the_same_trajectories(setting, run, whole):
 def test_noise_may_be_shared_within_a_group(setting, run, whole):
     shared = dataclasses.replace(setting[1], shared_noise=True)
     window = dataclasses.replace(shared.image, window=1, window_range=(0, 1))
-    trajectories, _ = run(
-        setting[2], start=0, options=dataclasses.replace(shared, image=window)
-    )
+    trajectories, _ = run(setting[2], start=0, options=dataclasses.replace(shared, image=window))
     before = np.asarray(trajectories.images[0].before[:, 0])
     np.testing.assert_array_equal(before[0], before[1])
     assert np.abs(before[1] - before[2]).max() > 0.1
@@ -94,7 +92,6 @@ def test_noise_may_be_shared_within_a_group(setting, run, whole):
 
 def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
     loaded, options, block = setting
-
 
     adapters = lora.init(jax.random.key(0), loaded.base, lora.TARGETS, rank=2)
     adapters = jax.tree.map(lambda x: x + 0.02, adapters)
@@ -114,7 +111,6 @@ def test_pixels_are_truncated(setting):
     params = PolicyParams(loaded.base)
     own = functools.partial(rollout.pixels, loaded.model, grid=(2, 2))
     images = jax.jit(own)(params, latents)
-
 
     floats = jax.jit(functools.partial(policy.decode_latents, loaded.model, grid=(2, 2)))
     exact = (np.asarray(floats(params, latents), np.float64) / 2 + 0.5) * 255

@@ -196,9 +196,7 @@ def test_kl_to_the_reference_is_zero_for_untrained_adapters(setting):
         forward = _jitted("forward", setting.loaded.model, options)
         new, _ = forward(trainable, setting.loaded.base, setting.stored, jnp.int32(0))
         totals = update.count(setting.batch, None, options=options)
-        _, metrics = update.micro_loss(
-            new, new, reference, setting.batch, totals, options=options
-        )
+        _, metrics = update.micro_loss(new, new, reference, setting.batch, totals, options=options)
         values.append((float(metrics["text/kl"]), float(metrics["image/kl"])))
     # The stored contexts are those of the adapters, hence not exactly zero.
     assert values[0][0] < values[1][0]
@@ -279,10 +277,7 @@ def test_parts_are_strided(setting):
     np.testing.assert_array_equal(part.pieces[2].segments[0].k, keys[:, 1::2])
     assert part.pieces[0].advance.shape == (1,)
     joined = update.join_entropy(
-        [
-            update.StepScores((), (jnp.arange(4.0)[i::2, None],), (), ())
-            for i in range(2)
-        ]
+        [update.StepScores((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
     )
     np.testing.assert_array_equal(joined[:, 0], np.arange(4.0))
 

@@ -68,12 +68,8 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = _conv(self.features, 3, "conv1", self.dtype)(
-            nn.swish(_norm("norm1", self.dtype)(x))
-        )
-        h = _conv(self.features, 3, "conv2", self.dtype)(
-            nn.swish(_norm("norm2", self.dtype)(h))
-        )
+        h = _conv(self.features, 3, "conv1", self.dtype)(nn.swish(_norm("norm1", self.dtype)(x)))
+        h = _conv(self.features, 3, "conv2", self.dtype)(nn.swish(_norm("norm2", self.dtype)(h)))
         if x.shape[-1] != self.features:
             x = _conv(self.features, 1, "nin_shortcut", self.dtype)(x)
         return x + h
@@ -166,9 +162,9 @@ class Encoder(nn.Module):
         x = _conv(cfg.ch, 3, "conv_in", self.dtype)(x)
         for level, mult in enumerate(cfg.ch_mult):
             resample = "downsample" if level < last else ""
-            x = Level(cfg.ch * mult, cfg.num_res_blocks, resample, self.dtype, name=f"down_{level}")(
-                x
-            )
+            x = Level(
+                cfg.ch * mult, cfg.num_res_blocks, resample, self.dtype, name=f"down_{level}"
+            )(x)
         x = Middle(cfg.ch * cfg.ch_mult[-1], self.dtype, name="mid")(x)
         x = nn.swish(_norm("norm_out", self.dtype)(x))
         return _conv(2 * cfg.z_channels, 3, "conv_out", self.dtype)(x)

@@ -37,9 +37,7 @@ def attend(
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = []
     for key, mask in zip(keys, masks, strict=True):
-        score = jnp.einsum(
-            "btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32
-        )
+        score = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
         scores.append(jnp.where(mask[:, None, None], score * width**-0.5, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     parts = jnp.split(weights, np.cumsum([key.shape[1] for key in keys])[:-1], axis=-1)

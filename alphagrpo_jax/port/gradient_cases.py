@@ -85,6 +85,7 @@ def _flow_loss(port: Port, *, detached: bool) -> Loss:
 
 def _edit_loss(port: Port) -> Loss:
     sigma, guidance = _sigma(port, "c11.edit"), parse_guidance("text4_img2_textchannel")
+
     def loss(params: PolicyParams) -> jax.Array:
         x, contexts = port.array("c7.x_t"), port.editing(params)
         return jnp.mean(port.guided_velocity(contexts, x, sigma, guidance, params=params) ** 2)

@@ -95,9 +95,7 @@ def _latent_layers(port: Port, ctx: Context, sigma: float, name: str) -> Outputs
     marks = jnp.array([[special.vision_start, special.vision_end]], jnp.int32)
     level = jnp.full((1,), sigma, jnp.float32)
     und = port.call(port.params, method="embed_text", tokens=marks)
-    gen = port.call(
-        port.params, method="embed_latents", x=x, sigma=level, grid=port.latent_grid()
-    )
+    gen = port.call(port.params, method="embed_latents", x=x, sigma=level, grid=port.latent_grid())
     length = gen.shape[1] + 2
     positions = jnp.broadcast_to(ctx.rope[:, None], (1, length))
     own = jnp.ones((1, 1, length), bool)
@@ -111,8 +109,7 @@ def _latent_layers(port: Port, ctx: Context, sigma: float, name: str) -> Outputs
     prefix = name.removesuffix("_hidden")
     named = {f"{prefix}_layer{i}": tokens for i, tokens in enumerate(outputs)} | {name: hidden}
     return {
-        key: reading_order(np.concatenate([und[0], gen[0]]), 0)
-        for key, (und, gen) in named.items()
+        key: reading_order(np.concatenate([und[0], gen[0]]), 0) for key, (und, gen) in named.items()
     }
 
 

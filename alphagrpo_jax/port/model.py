@@ -105,9 +105,7 @@ class Port:
     def vae_block(self, ctx: Context, params: PolicyParams | None = None) -> Context:
         """The context after the VAE block of the image."""
         latents = patchify(self.image_latent, self.config.latent_patch_size)
-        return self.extend_vae(
-            params or self.params, ctx, latents=latents, grid=self.latent_grid()
-        )
+        return self.extend_vae(params or self.params, ctx, latents=latents, grid=self.latent_grid())
 
     def vit_block(self, ctx: Context, params: PolicyParams | None = None) -> Context:
         """The context after the ViT block of the image."""

@@ -159,9 +159,7 @@ def pipeline_contexts(
     gen, without_image = port.text(before, prompt), port.text(start, prompt)
     if not options["think"]:
         return GuidanceContexts(gen, before, without_image), None
-    tokens, _ = greedy(
-        port, gen, options["max_think_token_n"], port.tokenizer.special.im_end
-    )
+    tokens, _ = greedy(port, gen, options["max_think_token_n"], port.tokenizer.special.im_end)
     text = port.tokenizer.decode(tokens).split("<|im_end|>")[0].split("<|im_start|>")[1]
     think = port.ids(text)
     gen, _ = port.append_ids(gen, think)

@@ -151,7 +151,5 @@ def resizing(port: Port) -> Outputs:
 
 def _transform(port: Port, name: str) -> ImageSizes:
     """The rule written `ImageTransform(max, min, stride)` in an array's description."""
-    found = re.search(
-        r"ImageTransform\((\d+), *(\d+), *(\d+)\)", port.fixture.descriptions[name]
-    )
+    found = re.search(r"ImageTransform\((\d+), *(\d+), *(\d+)\)", port.fixture.descriptions[name])
     return ImageSizes(*map(int, found.groups()))

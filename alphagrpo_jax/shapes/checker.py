@@ -173,10 +173,12 @@ def _match(alpha: np.ndarray, mask: np.ndarray) -> tuple[str, float, float, floa
     moves = np.rint((_centroid(seen) - templates.centroid) * FINE).astype(int)
     moves = np.clip(moves, -REACH, REACH)
     extent = PATCH * FINE
-    table = np.stack([
-        fine[REACH - dy : REACH - dy + extent : FINE, REACH - dx : REACH - dx + extent : FINE]
-        for fine, (dy, dx) in zip(templates.fine, moves, strict=True)
-    ])
+    table = np.stack(
+        [
+            fine[REACH - dy : REACH - dy + extent : FINE, REACH - dx : REACH - dx + extent : FINE]
+            for fine, (dy, dx) in zip(templates.fine, moves, strict=True)
+        ]
+    )
     overlap = np.minimum(table, seen).sum((1, 2)) / np.maximum(table, seen).sum((1, 2))
     best = int(overlap.argmax())
     dy, dx = moves[best] / FINE

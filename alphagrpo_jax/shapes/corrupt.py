@@ -155,7 +155,8 @@ def _smear(alpha: np.ndarray, thing: scenes.Thing, rng: np.random.Generator) -> 
     """Drags a shape along, as by a moving camera, leaving a fading trail."""
     angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(7.0, 11.0)
     trail = [
-        (1.0 - 0.5 * part) * ndimage.shift(
+        (1.0 - 0.5 * part)
+        * ndimage.shift(
             alpha, (np.sin(angle) * length * part, np.cos(angle) * length * part), order=1
         )
         for part in np.linspace(0.0, 1.0, 12)
@@ -210,9 +211,7 @@ _LABELS = {
 }
 
 
-def _paint(
-    scene: scenes.Scene, masks: np.ndarray, offsets: Mapping[int, np.ndarray]
-) -> np.ndarray:
+def _paint(scene: scenes.Scene, masks: np.ndarray, offsets: Mapping[int, np.ndarray]) -> np.ndarray:
     """Draws shapes with given masks; `offsets` change the colour inside some of them."""
     side = scenes.RESOLUTION
     image = np.full((side, side, 3), scenes.BACKGROUNDS[scene.background], np.float64)

@@ -43,10 +43,12 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["momentum"] = torch.zeros_like(value)
                     state["momentum"].lerp_(grad, 1 - group["momentum"])
-                looked_ahead = torch.stack([
-                    grad.lerp(self.state[value]["momentum"], group["momentum"])
-                    for value, grad in zip(values, grads, strict=True)
-                ])
+                looked_ahead = torch.stack(
+                    [
+                        grad.lerp(self.state[value]["momentum"], group["momentum"])
+                        for value, grad in zip(values, grads, strict=True)
+                    ]
+                )
                 # 0.2 sqrt(max(m, n)): root mean square of about 0.2, as AdamW's updates have.
                 size = -group["lr"] * 0.2 * max(shape) ** 0.5
                 for value, update in zip(values, orthogonalize(looked_ahead), strict=True):

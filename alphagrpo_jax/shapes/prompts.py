@@ -67,9 +67,7 @@ def semantic_queries(spec: Spec, rng: np.random.Generator) -> list[tuple[Query, 
     return result
 
 
-def _question(
-    kind: str, query: Query, dependency: Sequence[int], rng: np.random.Generator
-) -> dict:
+def _question(kind: str, query: Query, dependency: Sequence[int], rng: np.random.Generator) -> dict:
     wording = int(rng.integers(len(questions.WORDINGS[query.form])))
     fields = {
         "question_type": kind,

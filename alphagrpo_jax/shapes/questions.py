@@ -133,9 +133,7 @@ def text(query: Query, wording: int = 0) -> str:
     return template.format(value=query.value)
 
 
-def truth(
-    query: Query, scene: scenes.Scene, labels: Mapping[str, bool] | None = None
-) -> bool:
+def truth(query: Query, scene: scenes.Scene, labels: Mapping[str, bool] | None = None) -> bool:
     """The answer: for a quality question the image's label, else what the scene says.
 
     "Is the circle red?" holds if there are circles and all are red; a relation holds if both
@@ -325,5 +323,3 @@ def open_question(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, s
         many = name(thing.shape, thing.color, 2)
         options.append((f"How many {many} are there?", NUMBERS[count - 1]))
     return pick(rng, options)
-
-

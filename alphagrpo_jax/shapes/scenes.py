@@ -121,9 +121,7 @@ def render(scene: Scene, *, resolution: int = RESOLUTION, supersample: int = 4) 
     return np.round(image).astype(np.uint8)
 
 
-def place(
-    rng: np.random.Generator, kinds: Sequence[tuple[str, str]], background: str
-) -> Scene:
+def place(rng: np.random.Generator, kinds: Sequence[tuple[str, str]], background: str) -> Scene:
     """Puts (shape, colour) pairs into distinct random cells with random jitter."""
     cells = rng.permutation(GRID * GRID)[: len(kinds)]
     jitter = rng.uniform(-MAX_JITTER, MAX_JITTER, (len(kinds), 2))

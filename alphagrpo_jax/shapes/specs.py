@@ -131,9 +131,7 @@ def related(name: str, first: scenes.Thing, second: scenes.Thing) -> bool:
     return step > 0 if name in ("left of", "above") else step < 0
 
 
-def facts(
-    spec: Spec, things: Sequence[scenes.Thing], background: str | None
-) -> dict[str, bool]:
+def facts(spec: Spec, things: Sequence[scenes.Thing], background: str | None) -> dict[str, bool]:
     """The facts that a spec asks for, decided for a scene given as shapes and background.
 
     Returns:

@@ -39,9 +39,7 @@ def test_every_kind_of_shape_is_read(rng):
                 seen = checker.parse(scenes.render(scene))
                 assert [key(t) for t in seen.objects] == [key(scene.things[0])]
                 assert (seen.background, seen.unknown) == (background, 0)
-                np.testing.assert_allclose(
-                    seen.objects[0].center, scene.things[0].center, atol=0.4
-                )
+                np.testing.assert_allclose(seen.objects[0].center, scene.things[0].center, atol=0.4)
 
 
 def test_imperfect_pictures_are_read(rng):

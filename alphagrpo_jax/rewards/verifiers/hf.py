@@ -200,9 +200,7 @@ class HFVerifier:
         """Logits of the reply's first token, float32[Q, V], one fixed padded batch."""
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(
-                f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]"
-            )
+            raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]")
         prompts = [self._prompt(question, instruction) for question in questions]
         forward = self._behind_prefix if self.shared_prefix else self._separately
         return forward(image, prompts).float()
@@ -224,9 +222,9 @@ class HFVerifier:
 
     def _behind_prefix(self, image: np.ndarray, prompts: Sequence[str]) -> Tensor:
         cut = prompts[0].rindex(self.processor.image_token) + len(self.processor.image_token)
-        prefix = self.processor(
-            text=[prompts[0][:cut]], images=[[image]], return_tensors="pt"
-        ).to(self.device)
+        prefix = self.processor(text=[prompts[0][:cut]], images=[[image]], return_tensors="pt").to(
+            self.device
+        )
         cache = self.model(**prefix, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(prompts))
         rest = self.tokenizer(
