@@ -28,6 +28,7 @@ BETWEEN_STAGES = {
 COMMAND_FOLDERS = ("port",)
 TRAINING_SCRIPTS = (
     "shapes/batches",
+    "shapes/measure",
     "shapes/muon",
     "shapes/pretrain",
     "shapes/study",
