@@ -50,8 +50,8 @@ def get_config() -> ConfigDict:
     config.data.heldout = "package:data/heldout.jsonl"
 
     config.rollout = ConfigDict()
-    config.rollout.prompt_tokens = 48
-    config.rollout.text_tokens = 62
+    config.rollout.prompt_tokens = 32
+    config.rollout.text_tokens = 40
     config.rollout.num_points = 12
     config.rollout.shift = 3.0
     config.rollout.window = 2
