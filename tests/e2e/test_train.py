@@ -25,13 +25,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Shared compilations, since the command is started many times."""
-    return os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment():
+    """Where the command's process finds the repository and the tests' tiny world."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
 
 
 @pytest.fixture(scope="module")
