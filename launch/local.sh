@@ -5,4 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
-exec python -m alphagrpo_jax.train --config=configs/grpo.py "$@"
+case " $* " in *" --config="*) ;; *) set -- --config=configs/grpo.py "$@" ;; esac
+exec python -m alphagrpo_jax.train "$@"

@@ -5,8 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" COORDINATOR_ADDRESS="127.0.0.1:${PORT:-9876}" NUM_PROCESSES="${PROCESSES:-2}"
+case " $* " in *" --config="*) ;; *) set -- --config=configs/grpo.py "$@" ;; esac
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for ((rank = 1; rank < NUM_PROCESSES; rank++)); do
-  PROCESS_ID=$rank python -m alphagrpo_jax.train --config=configs/grpo.py "$@" &
+  PROCESS_ID=$rank python -m alphagrpo_jax.train "$@" &
 done
-PROCESS_ID=0 python -m alphagrpo_jax.train --config=configs/grpo.py "$@"
+PROCESS_ID=0 python -m alphagrpo_jax.train "$@"
