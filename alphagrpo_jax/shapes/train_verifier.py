@@ -1,12 +1,14 @@
 """Trains the small verifier: `python -m alphagrpo_jax.shapes.train_verifier --out DIR`.
 
 Two stages, both supervised by what was rendered: the vision tower learns dense labels of patches,
-then the whole model answers questions packed behind a shared image prefix, while two auxiliary
-losses keep words and pictures aligned (patch features against word embeddings; states of nouns in
-questions against the cells they name). A run resumes from DIR/checkpoint.pt by the same command.
+then the whole model answers questions packed behind a shared image prefix, while auxiliary losses
+tie words to the picture: patch features point to word embeddings, a noun's state in a middle layer
+knows the cells it names, and the last token's state one layer later knows those of both nouns.
+A run resumes from DIR/checkpoint.pt by the same command.
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -27,28 +29,34 @@ STAGES = ("vision", "joint")
 IMAGES = {"vision": 32, "joint": 12}  # per step
 QUESTIONS = 16  # per image
 RATE_EVERY = 8  # of so many joint steps, one asks for ratings
-PEAK_LR = {"vision": 3e-3, "joint": 3e-3}
+PEAK_LR = {"vision": 4e-3, "joint": 3e-3}
 WARMUP = 50  # steps
-VALIDATION_IMAGES = 64
+VALIDATION_IMAGES, CALIBRATION_IMAGES = 64, 500
+VALIDATION_SEED = 10_000  # added to the run's own
 
 
 def patch_loss(outputs: Tensor, batch: Batch) -> Tensor:
-    """Shape, colour, background and place of every patch; quality by the image's worst patch.
+    """Shape, colour, background and place of every patch, its faults, and how far it was changed.
 
+    Where a fault's place is unknown, only its presence in the image is learned.
     Args:
       outputs: float32[N, 36, sum(PATCH_OUTPUTS)].
       batch: the labels.
     """
-    *classes, faults = outputs.split(verifier_data.PATCH_OUTPUTS, -1)
+    *classes, faults, change = outputs.split(verifier_data.PATCH_OUTPUTS, -1)
     row, column = verifier_data.patch_places()
     labels = (batch.shape, batch.color, batch.background[:, None], row[None], column[None])
     loss = outputs.new_zeros(())
     for logits, wanted in zip(classes, labels, strict=True):
         wanted = wanted.expand(outputs.shape[:2])
         loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-    soundness = -torch.logsumexp(faults, 1)  # any one patch can spoil the image
+    known = ~batch.faults.isnan()
+    loss = loss + F.binary_cross_entropy_with_logits(faults[known], batch.faults[known])
+    anywhere = torch.logsumexp(faults, 1) - math.log(faults.shape[1])
     known = ~batch.quality.isnan()
-    return loss + F.binary_cross_entropy_with_logits(soundness[known], batch.quality[known])
+    wrong = 1 - batch.quality[known]
+    loss = loss + F.binary_cross_entropy_with_logits(anywhere[known], wrong)
+    return loss + F.smooth_l1_loss(change.squeeze(-1), batch.change)
 
 
 class Words:
@@ -87,31 +95,59 @@ def losses(
     if stage == "vision":
         return result
     start = packed.embed_prefix(model, prefix, patches)
-    grounded, final = packed.question_states(model, start, batch.tokens, batch.ends)
-    cells = probes.cells(grounded[batch.nouns])
+    states = packed.question_states(model, start, batch.tokens, batch.ends)
+    cells = probes.cells(states.grounded[batch.nouns])
     result["cells"] = 3 * F.binary_cross_entropy_with_logits(cells, batch.cells)
-    logits = packed.answer_logits(model, final, batch.ends)
+    subjects = probes.subjects(packed.last_states(states.gathered, batch.ends))
+    known = ~batch.subjects.isnan()
+    result["subjects"] = 3 * F.binary_cross_entropy_with_logits(
+        subjects.view(batch.subjects.shape)[known], batch.subjects[known]
+    )
+    logits = model.lm_head(packed.last_states(states.final, batch.ends))
     result["answer"] = 2 * F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
     result["patch"] = 0.5 * result["patch"]
     return result
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, encoder: Encoder, prefix: Tensor, seed: int) -> dict[str, float]:
-    """Share of right answers by question type, on fresh images."""
+def validate(
+    model: nn.Module, encoder: Encoder, prefix: Tensor, seed: int, images: int
+) -> tuple[list[str], Tensor, Tensor]:
+    """Answers questions about fresh training images.
+
+    Returns:
+      Each question's type, its truth bool[K], and its logit of yes less that of no, float32[K].
+    """
     rng = np.random.default_rng(seed)
     yes, no = encoder.tokenizer.convert_tokens_to_ids(["yes", "no"])
-    hits = {type_: [] for type_ in questions.TYPES}
-    for _ in range(VALIDATION_IMAGES):
+    types, truths, margins = [], [], []
+    for _ in range(images):
         example = verifier_data.draw(rng)
         found = verifier_data.questions_about(example, rng, QUESTIONS)
         batch = encoder.batch([example], [found])
         start = packed.embed_prefix(model, prefix, packed.patch_features(model, batch.pixels))
-        final = packed.question_states(model, start, batch.tokens, batch.ends)[1]
-        logits = packed.answer_logits(model, final, batch.ends)[0]
-        for (_, answer, type_), row in zip(found, logits, strict=True):
-            hits[type_].append(bool(row[yes] > row[no]) == (answer == "yes"))
-    return {type_: float(np.mean(values)) for type_, values in hits.items() if values}
+        states = packed.question_states(model, start, batch.tokens, batch.ends)
+        logits = model.lm_head(packed.last_states(states.final, batch.ends))[0]
+        margins.append(logits[:, yes] - logits[:, no])
+        types += [type_ for *_, type_ in found]
+        truths += [answer == "yes" for _, answer, _ in found]
+    return types, torch.tensor(truths), torch.cat(margins)
+
+
+def accuracies(types: list[str], truths: Tensor, margins: Tensor) -> dict[str, float]:
+    """Share of right answers by question type, from `validate`."""
+    right = (margins > 0) == truths
+    which = np.array(types)
+    return {t: right[which == t].float().mean().item() for t in questions.TYPES if t in types}
+
+
+def temperature(truths: Tensor, margins: Tensor) -> float:
+    """The divisor of logits, of a grid over 0.5 to 4, that makes the truths most likely."""
+    grid = torch.logspace(-1, 2, 301, base=2.0)
+    losses = torch.stack(
+        [F.binary_cross_entropy_with_logits(margins / t, truths.float()) for t in grid]
+    )
+    return grid[losses.argmin()].item()
 
 
 def rate(step: int, steps: int, peak: float) -> float:
@@ -196,6 +232,11 @@ class Trainer:
             asked = [verifier_data.questions_about(e, rng, QUESTIONS) for e in batch]
         return self.encoder.batch(batch, asked)
 
+    def validate(self, images: int) -> tuple[list[str], Tensor, Tensor]:
+        """See `validate`; always the same images."""
+        seed = self.seed + VALIDATION_SEED
+        return validate(self.model, self.encoder, self.prefixes["ask"], seed, images)
+
     def update(self) -> dict[str, float]:
         """One optimizer step; returns the losses by name."""
         prefix = self.prefixes["rate" if self.rating else "ask"]
@@ -232,7 +273,7 @@ def train(trainer: Trainer, *, save_every: int = 100, report_every: int = 200) -
             if trainer.step % save_every == 0:
                 trainer.save()
             if stage == "joint" and trainer.step % report_every == 0:
-                shares = accuracies(trainer.model, trainer.encoder, trainer.prefixes["ask"], 10_000)
+                shares = accuracies(*trainer.validate(VALIDATION_IMAGES))
                 words = " ".join(f"{name} {share:.3f}" for name, share in shares.items())
                 tqdm.write(f"step {trainer.step} {words}")
         bar.close()
@@ -240,11 +281,12 @@ def train(trainer: Trainer, *, save_every: int = 100, report_every: int = 200) -
 
 
 def main() -> None:
+    """Trains, calibrates and saves; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=900)
-    parser.add_argument("--joint-steps", type=int, default=1800)
+    parser.add_argument("--vision-steps", type=int, default=1000)
+    parser.add_argument("--joint-steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -254,6 +296,10 @@ def main() -> None:
     if trainer.restore():
         tqdm.write(f"resuming {trainer.stage} at step {trainer.step}")
     train(trainer)
+    divisor = temperature(*trainer.validate(CALIBRATION_IMAGES)[1:])
+    with torch.no_grad():
+        trainer.model.lm_head.weight.div_(divisor)
+    tqdm.write(f"logits divided by {divisor:.3f}, so that probabilities are calibrated")
     trainer.model.save_pretrained(options.out)
     trainer.processor.save_pretrained(options.out)
 

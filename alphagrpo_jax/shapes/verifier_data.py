@@ -17,13 +17,15 @@ from transformers import PreTrainedTokenizerFast
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.shapes import corrupt, examples, language, questions, scenes
 from alphagrpo_jax.shapes.specs import COLORS, describe, facts, pick
-from alphagrpo_jax.shapes.verifier_model import ASSISTANT, IMAGE, PATCHES, SYSTEM, USER
+from alphagrpo_jax.shapes.verifier_model import ASSISTANT, IMAGE, PATCH, PATCHES, SYSTEM, USER
 
+SUBJECTS = 2  # nouns of a question that its last state is trained to know
 CELLS = scenes.GRID * scenes.GRID
 IGNORE = -100  # torch's ignored class index
 NOTHING_SHAPE, NOTHING_COLOR = len(scenes.SHAPES), len(COLORS)
-# Classes that are read off each patch: shape, colour, background, row, column, and three faults.
-PATCH_OUTPUTS = (NOTHING_SHAPE + 1, NOTHING_COLOR + 1, 3, scenes.GRID, scenes.GRID, 3)
+# What is read off each patch: classes of shape, colour, background, row and column, then the
+# faults (geometry, coherence, texture), then how much was changed there.
+PATCH_OUTPUTS = (NOTHING_SHAPE + 1, NOTHING_COLOR + 1, 3, scenes.GRID, scenes.GRID, 3, 1)
 BACKGROUNDS = tuple(scenes.BACKGROUNDS)
 NOUNS = {
     form: shape
@@ -31,8 +33,9 @@ NOUNS = {
     for form in (shape, f"{shape}s", f"{shape}es")
 }
 SOFT = ("noise", "soft", "bleed", "blotch")  # pairs of mild ones are still sound
+DAMAGED_OR_ROUGH = (*corrupt.STRUCTURAL, *corrupt.PHOTOMETRIC, *corrupt.SURFACE)
 # Cumulative shares of images; the rest is damaged.
-ODD_SHARE, CLEAN_SHARE, SOFT_SHARE = 0.06, 0.25, 0.42
+ODD_SHARE, CLEAN_SHARE, SOFT_SHARE = 0.05, 0.20, 0.30
 SHARES = {
     "existence": 0.10,
     "attribute": 0.17,
@@ -68,11 +71,14 @@ class Batch:
     color: Tensor  # int64[N, 36] per patch
     background: Tensor  # int64[N]
     quality: Tensor  # float32[N, 3], NaN where unknown
+    faults: Tensor  # float32[N, 36, 3] per patch, NaN where unknown
+    change: Tensor  # float32[N, 36] log of the root mean square change by damage
     tokens: Tensor  # int64[N, Q, T]
     ends: Tensor  # int64[N, Q] index of the last token
     answers: Tensor  # int64[N, Q] token ids
     nouns: Tensor  # int64[M] flat indexes into N Q T
     cells: Tensor  # float32[M, 9] which cells the noun's phrase names
+    subjects: Tensor  # float32[N, Q, 2, 9] the same for the first two nouns, NaN where unknown
 
 
 def prefix(instruction: str) -> str:
@@ -112,6 +118,30 @@ def dense_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
         color[thing.row, thing.col] = COLORS.index(thing.color) if known else IGNORE
     each = PATCHES // scenes.GRID
     return tuple(np.kron(x, np.ones((each, each), np.int64)).reshape(-1) for x in (shape, color))
+
+
+def dense_faults(example: Example) -> np.ndarray:
+    """float32[36, 3]: whether a patch shows each fault; NaN where that is not known.
+
+    A sound image has none anywhere; of a damaged one only the damaged shape's cell is known.
+    """
+    faults = np.full((scenes.GRID, scenes.GRID, len(questions.QUALITY)), np.nan, np.float32)
+    for index, type_ in enumerate(questions.QUALITY):
+        if example.labels.get(type_, False):
+            faults[..., index] = 0
+        elif type_ in example.labels and example.damaged:
+            # Of two merged shapes the second is where it was; see `corrupt.corrupt`.
+            thing = example.scene.things[example.damaged[-1]]
+            faults[thing.row, thing.col, index] = 1
+    each = PATCHES // scenes.GRID
+    return faults.repeat(each, 0).repeat(each, 1).reshape(-1, len(questions.QUALITY))
+
+
+def dense_change(example: Example) -> np.ndarray:
+    """float32[36]: log(0.01 + root mean square change of a patch, in a range of 2)."""
+    change = (example.image - scenes.render(example.scene).astype(np.float32)) / 127.5
+    squares = (change**2).reshape(PATCHES, PATCH, PATCHES, PATCH, 3).mean((1, 3, 4))
+    return np.log(0.01 + np.sqrt(squares)).reshape(-1).astype(np.float32)
 
 
 @functools.lru_cache
@@ -168,13 +198,16 @@ class Encoder:
         encoded = [[self.question(text) for text, *_ in pairs] for pairs in asked]
         longest = max((len(ids) for row in encoded for ids in row), default=0)
         tokens = np.full((len(batch), len(asked[0]), longest), self.tokenizer.pad_token_id)
+        subjects = np.full((*tokens.shape[:2], SUBJECTS, CELLS), np.nan, np.float32)
         nouns, cells = [], []
         for n, pairs in enumerate(asked):
             for q, (text, *_) in enumerate(pairs):
                 tokens[n, q, : len(encoded[n][q])] = encoded[n][q]
-                for position, shape, color in phrases(text):
+                for index, (position, shape, color) in enumerate(phrases(text)):
                     marked = named_cells(batch[n], shape, color)
                     if marked is not None:
+                        if index < SUBJECTS:
+                            subjects[n, q, index] = marked
                         nouns.append((n * len(pairs) + q) * longest + position)
                         cells.append(marked)
         words = [[self.tokenizer.convert_tokens_to_ids(w) for _, w, *_ in pairs] for pairs in asked]
@@ -188,11 +221,14 @@ class Encoder:
             quality=torch.tensor(
                 [[float(e.labels.get(q, np.nan)) for q in questions.QUALITY] for e in batch]
             ),
+            faults=torch.from_numpy(np.stack([dense_faults(e) for e in batch])),
+            change=torch.from_numpy(np.stack([dense_change(e) for e in batch])),
             tokens=torch.from_numpy(tokens),
             ends=torch.tensor(ends),
             answers=torch.tensor(words),
             nouns=torch.tensor(nouns, dtype=torch.int64),
             cells=torch.from_numpy(np.stack(cells)) if cells else torch.zeros(0, CELLS),
+            subjects=torch.from_numpy(subjects),
         )
 
 
@@ -222,8 +258,7 @@ def draw(rng: np.random.Generator) -> Example:
         image = corrupt.photometric(scenes.render(scene), rng, SOFT[first], mild=True)
         image = corrupt.photometric(image, rng, SOFT[second], mild=True)
         return Example(image, scene, corrupt.SOUND, (), scene)
-    structural = rng.random() < 0.5
-    kinds = corrupt.STRUCTURAL if structural else corrupt.PHOTOMETRIC + corrupt.SURFACE
+    kinds = pick(rng, (corrupt.STRUCTURAL, corrupt.PHOTOMETRIC, DAMAGED_OR_ROUGH))
     result = corrupt.corrupt(scene, rng, pick(rng, kinds))
     return Example(result.image, scene, result.labels, result.damaged, scene)
 

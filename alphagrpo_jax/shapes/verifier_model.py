@@ -139,7 +139,10 @@ def initialize(model: LlavaForConditionalGeneration) -> None:
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)
     embeddings = model.model.vision_tower.embeddings
-    torch.nn.init.normal_(embeddings.patch_embedding.weight, std=0.05)
+    # Detail within a patch is amplified against its mean colour, which would drown faint noise.
+    patch = torch.randn_like(embeddings.patch_embedding.weight)
+    mean = patch.mean((2, 3), keepdim=True)
+    embeddings.patch_embedding.weight.copy_(0.25 * (patch - mean) + 0.08 * mean)
     rows, columns = torch.randn(2, PATCHES, WIDTH) * 0.5
     embeddings.position_embedding.weight.copy_((rows[:, None] + columns[None]).reshape(-1, WIDTH))
 

@@ -5,14 +5,26 @@ own (a test compares them), but every image and every prefix is run once. Letter
 questions per image, T question tokens, S prefix tokens, H heads, D width.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from alphagrpo_jax.shapes.scenes import GRID
+from alphagrpo_jax.shapes.verifier_data import CELLS, SUBJECTS
 
 GROUNDED_LAYERS = 3  # text layers after which a noun's state must know which cells it names
+GATHERED_LAYERS = 4  # ... and a question's last state the cells of its first two nouns
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """States of the real tokens of N questions sets, float32[N Q T, D] each, zero at padding."""
+
+    grounded: Tensor  # after `GROUNDED_LAYERS` layers
+    gathered: Tensor  # after `GATHERED_LAYERS` layers
+    final: Tensor  # normalized, for the language head
 
 
 class Probes(nn.Module):
@@ -21,8 +33,9 @@ class Probes(nn.Module):
     def __init__(self, width: int, patch_outputs: int):
         super().__init__()
         self.patch = nn.Linear(width, patch_outputs)  # of projected patch features
-        self.cells = nn.Linear(width, GRID * GRID)  # of the states of nouns in questions
+        self.cells = nn.Linear(width, CELLS)  # of the states of nouns in questions
         self.nothing = nn.Parameter(torch.randn(2, width) * 0.1)  # "no shape", "no colour"
+        self.subjects = nn.Linear(width, SUBJECTS * CELLS)  # of questions' last states
 
 
 def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
@@ -79,7 +92,7 @@ def _ask(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor
 
 def question_states(
     model: LlavaForConditionalGeneration, prefix: Tensor, questions: Tensor, ends: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> States:
     """Runs the text model over questions that share their image's prefix.
 
     Everything but attention is done for real tokens only (M of them), padding left out.
@@ -87,9 +100,6 @@ def question_states(
       prefix: float32[N, S, D] from `embed_prefix`.
       questions: int64[N, Q, T], right-padded.
       ends: int64[N, Q] index of each question's last token.
-    Returns:
-      States after `GROUNDED_LAYERS` layers, and normalized final states, float32[N Q T, D]; zero
-      at padding.
     """
     text = model.model.language_model
     images, count, length = questions.shape
@@ -103,7 +113,7 @@ def question_states(
     rotary_prefix = text.rotary_emb(prefix, torch.arange(start)[None])
     rotary = text.rotary_emb(prefix, positions)
     asked = model.get_input_embeddings()(questions.flatten()[real])  # [M, D]
-    grounded = asked
+    after = []
     for index, layer in enumerate(text.layers):
         query, key, value = _heads(layer, _project(layer, prefix), rotary_prefix)
         shared = (key, value)
@@ -117,19 +127,16 @@ def question_states(
         attended = _ask(*(part.unflatten(2, (count, length)) for part in heads), shared)
         attended = attended.permute(0, 2, 3, 1, 4).reshape(questions.numel(), -1)
         asked = _finish(layer, asked, attended[real])
-        if index + 1 == GROUNDED_LAYERS:
-            grounded = asked
-    return spread(grounded), spread(text.norm(asked))
+        after.append(asked)
+    return States(
+        grounded=spread(after[GROUNDED_LAYERS - 1]),
+        gathered=spread(after[GATHERED_LAYERS - 1]),
+        final=spread(text.norm(asked)),
+    )
 
 
-def answer_logits(model: LlavaForConditionalGeneration, states: Tensor, ends: Tensor) -> Tensor:
-    """Logits float32[N, Q, V] at each question's last token.
-
-    Args:
-      model: the verifier.
-      states: float32[N Q T, D], final states.
-      ends: int64[N, Q].
-    """
+def last_states(states: Tensor, ends: Tensor) -> Tensor:
+    """float32[N Q T, D] at each question's last token, `ends` int64[N, Q]: float32[N, Q, D]."""
     length = len(states) // ends.numel()
     first = torch.arange(ends.numel()).view(ends.shape) * length
-    return model.lm_head(states[first + ends])
+    return states[first + ends]

@@ -57,8 +57,8 @@ def test_packed_forward_is_the_models_own(built):
     prefix = encoder.prefix(AUDIT_INSTRUCTION)
     with torch.no_grad():
         start = packed.embed_prefix(model, prefix, packed.patch_features(model, batch.pixels))
-        states = packed.question_states(model, start, batch.tokens, batch.ends)[1]
-        got = packed.answer_logits(model, states, batch.ends)
+        states = packed.question_states(model, start, batch.tokens, batch.ends)
+        got = model.lm_head(packed.last_states(states.final, batch.ends))
         for n, row in enumerate(asked):
             for q, (text, *_) in enumerate(row):
                 tokens = torch.cat([prefix, torch.tensor(encoder.question(text))])
@@ -76,6 +76,24 @@ def test_dense_labels_mark_two_by_two_patches():
     assert color[1, 5] == list(scenes.COLORS).index("red")
     damaged = dataclasses.replace(EXAMPLE, damaged=(0,))
     assert verifier_data.dense_labels(damaged)[0].reshape(6, 6)[0, 4] == verifier_data.IGNORE
+
+
+def test_dense_faults_are_known_where_the_damage_is():
+    assert verifier_data.dense_faults(EXAMPLE).sum() == 0
+    labels = {"geometry": False, "coherence": True}  # texture is left open
+    damaged = dataclasses.replace(EXAMPLE, labels=labels, damaged=(1,))
+    geometry, coherence, texture = verifier_data.dense_faults(damaged).reshape(6, 6, 3).T
+    assert geometry.T[2, :2].tolist() == [1, 1]  # the square's cell, patches in row 2
+    assert np.isnan(geometry.T[0]).all()
+    assert (coherence == 0).all()
+    assert np.isnan(texture).all()
+
+
+def test_dense_change_is_the_log_of_the_patchs_root_mean_square():
+    image = EXAMPLE.image.copy()
+    image[:8, :8] = 248 - 51  # 51 / 127.5 = 0.4 in the first, white patch
+    change = verifier_data.dense_change(dataclasses.replace(EXAMPLE, image=image))
+    np.testing.assert_allclose(change[:2], [np.log(0.41), np.log(0.01)], rtol=1e-5)
 
 
 def test_named_cells_follow_the_phrase():
@@ -132,6 +150,16 @@ def test_calibration_error_and_balanced_accuracy():
     assert balanced(rows) == {"count": 0.75, "texture": 1.0}
     # Bins 9, 2, 1, 8 hold one row each: |0.9 - 1|, |0.2 - 1|, |0.1 - 0|, |0.8 - 1|.
     assert calibration_error(rows) == pytest.approx((0.1 + 0.8 + 0.1 + 0.2) / 4)
+
+
+def test_temperature_undoes_overconfidence():
+    margins = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 2
+    draws = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    truths = draws < torch.sigmoid(margins)
+    assert script.temperature(truths, 3 * margins) == pytest.approx(3.0, abs=0.15)
+    assert script.accuracies(["count"] * 2, torch.tensor([True, False]), torch.ones(2)) == {
+        "count": 0.5
+    }
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
