@@ -12,7 +12,8 @@ from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.shapes import checker
 
-# (tokens int32[N, T], mask bool[N, T], number of the first) -> (images uint8[N, H, W, 3], texts)
+# (tokens int32[N, T], mask bool[N, T], number of the first) -> (images uint8[N, H, W, 3], think
+# texts; none if the task has none)
 Draw = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, list[str]]]
 # An image and its record -> which facts hold, or None where the record describes none.
 FactCheck = Callable[[np.ndarray, Record], Mapping[str, bool] | None]
@@ -69,7 +70,7 @@ def evaluate(
         scoring.submit(pool, ids[first:stop], drawn, records[first:stop])
         images.append(drawn)
         texts += written[: len(part)]
-    scores = scoring.gather(pool, ids, records, texts, scoring_options)
+    scores = scoring.gather(pool, ids, records, texts or None, scoring_options)
     pictures = np.concatenate(images)
     facts = [check(image, record) for image, record in zip(pictures, records, strict=True)]
     metrics = summarise(scores, facts, records)
@@ -80,7 +81,9 @@ def evaluate(
             "reward": None if np.isnan(reward) else round(float(reward), 4),
             "exact": None if held is None else all(held.values()),
         }
-        for record, text, reward, held in zip(records, texts, scores.reward, facts, strict=True)
+        for record, text, reward, held in zip(
+            records, texts or [None] * len(rows), scores.reward, facts, strict=True
+        )
     ]
     return Evaluation({f"{prefix}/{k}": v for k, v in metrics.items()}, pictures, captions)
 

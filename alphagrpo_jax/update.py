@@ -282,7 +282,7 @@ def apply(
     """One optimizer step. A loss or gradient that is not finite leaves the state as it was;
     `update/finite` tells.
     """
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
     moved = (optax.apply_updates(state.trainable, updates), opt_state)

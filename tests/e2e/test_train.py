@@ -179,6 +179,43 @@ def test_no_steps_only_evaluate(run, world, whole):
     assert found["step"] == 4
 
 
+PLAIN_IMAGES = (
+    "--config.task=t2i",
+    "--config.train.trainable=full",
+    "--config.train.old_logprob=self",
+    "--config.rollout.sampler=cps",
+    "--config.loss.image_beta=0.1",
+)
+SEVERAL_UPDATES = (
+    "--config.train.updates_per_batch=2",
+    "--config.train.context_gradient=True",
+    "--config.loss.level=token",
+    "--config.loss.text_beta=0.1",
+    "--config.loss.entropy_fraction=0.5",
+    "--config.rollout.merge_lora=False",
+    "--config.rollout.shared_noise=True",
+)
+
+
+def test_plain_images_and_full_weights(run, world):
+    code, errors = run(world / "plain", *PLAIN_IMAGES, "--config.train.steps=2")
+    assert code == 0, errors
+    first, second = rows(world / "plain")[1:]
+    assert "text/ratio_max_dev" not in first
+    assert first["update/old_is_self"] == 1
+    assert first["image/kl"] == 0.0
+    assert second["image/kl"] > 0.0
+    assert second["update/grad_norm"] > 0.0
+
+
+def test_several_updates_per_batch(run, world):
+    code, errors = run(world / "several", *SEVERAL_UPDATES, "--config.train.steps=1")
+    assert code == 0, errors
+    row = rows(world / "several")[1]
+    assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0  # of the first of the two
+    assert row["text/kl"] > 0.0  # of the second: the first has moved the policy
+
+
 def test_eight_devices(run, world):
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     code, errors = run(world / "eight", *mesh, "--config.train.steps=2", devices=8)
