@@ -263,9 +263,7 @@ def train(trainer: Trainer, *, save_every: int = 100, report_every: int = 200) -
         if stage != trainer.stage:
             trainer.stage, trainer.step = stage, 0
             trainer.optimizers = optimizers([trainer.model, trainer.probes], PEAK_LR[stage])
-        bar = tqdm(
-            total=trainer.steps[stage], initial=trainer.step, desc=stage, mininterval=5.0
-        )
+        bar = tqdm(total=trainer.steps[stage], initial=trainer.step, desc=stage, mininterval=5.0)
         while trainer.step < trainer.steps[stage]:
             parts = trainer.update()
             bar.update()

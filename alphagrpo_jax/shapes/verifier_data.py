@@ -191,9 +191,7 @@ class Encoder:
             self.ids[text] = self.tokenizer(text + ASSISTANT)["input_ids"]
         return self.ids[text]
 
-    def batch(
-        self, batch: Sequence[Example], asked: Sequence[Sequence[Asked]]
-    ) -> Batch:
+    def batch(self, batch: Sequence[Example], asked: Sequence[Sequence[Asked]]) -> Batch:
         """Stacks examples and their questions, equally many for each."""
         encoded = [[self.question(text) for text, *_ in pairs] for pairs in asked]
         longest = max((len(ids) for row in encoded for ids in row), default=0)
@@ -263,9 +261,7 @@ def draw(rng: np.random.Generator) -> Example:
     return Example(result.image, scene, result.labels, result.damaged, scene)
 
 
-def questions_about(
-    example: Example, rng: np.random.Generator, count: int
-) -> list[Asked]:
+def questions_about(example: Example, rng: np.random.Generator, count: int) -> list[Asked]:
     """`count` (question, "yes" or "no", type) triples; relations are asked about more often.
 
     What is asked about is picked from the scene that was meant.

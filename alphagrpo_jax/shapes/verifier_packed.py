@@ -118,9 +118,7 @@ def question_states(
         query, key, value = _heads(layer, _project(layer, prefix), rotary_prefix)
         shared = (key, value)
         if index + 1 < len(text.layers):  # nobody reads the prefix after the last layer
-            attended = nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True
-            )
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             prefix = _finish(layer, prefix, attended.transpose(1, 2).flatten(2))
         projected = spread(_project(layer, asked)).view(images, count * length, -1)
         heads = _heads(layer, projected, rotary)
