@@ -89,7 +89,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     checkpoint.check_writable(workdir, state_bytes=0)
     run_folder.check_folder(config, workdir)
     loaded = build.load_policy(config, mesh)
-    data = build.load_data(config, loaded, workdir / "data")
+    data = build.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
     optimizer = build.make_optimizer(config)
     state = build.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))

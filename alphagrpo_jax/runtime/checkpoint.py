@@ -105,7 +105,7 @@ def check_writable(folder: str | os.PathLike, *, state_bytes: int) -> None:
       CheckpointError: it cannot be made or written, or the disk is full.
     """
     folder = pathlib.Path(folder)
-    probe = folder / ".write_probe"
+    probe = folder / f".write_probe_{os.getpid()}"  # every process has its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
