@@ -51,9 +51,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(
-            x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.epsilon
-        )
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.epsilon)
 
 
 class LayerNorm(nn.Module):
