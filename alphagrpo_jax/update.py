@@ -354,7 +354,7 @@ def micro_loss(
     trajectories, own = micro.rollout, options.loss
     text = picture = None
     if own.text and options.plan.text_steps:
-        uncertain = old.text_entropy[0] >= totals.entropy_threshold
+        uncertain = ~(old.text_entropy[0] < totals.entropy_threshold)  # an entropy of NaN counts
         text = loss.TextTerms(
             new_logp=new.text_log_prob[0],
             old_logp=old.text_log_prob[0],

@@ -280,6 +280,23 @@ def test_padding_and_invalid_trajectories_count_nowhere_even_as_nan():
         np.testing.assert_array_equal(gradients[1][5], 0.0)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_log_prob_that_is_not_a_number_makes_the_loss_one_too(jit, level):
+    text, image, valid = arrays()
+    broken_text = text._replace(new_logp=jnp.full_like(text.new_logp, jnp.nan))
+    broken_image = image._replace(new_logp=jnp.full_like(image.new_logp, jnp.nan))
+    whole = totals(text, valid)
+
+    def run(text, image):
+        return loss_lib.grpo_loss(text, image, valid, level=level, **whole)[0]
+
+    run = jax.jit(run) if jit else run
+    assert np.isfinite(run(text, image))
+    assert np.isnan(run(broken_text, image))
+    assert np.isnan(run(text, broken_image))
+
+
 def test_nothing_valid_gives_zero():
     text, image, _ = arrays()
     none = jnp.zeros(B, bool)

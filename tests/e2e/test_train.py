@@ -203,8 +203,8 @@ def test_plain_images_and_full_weights(run, world):
     first, second = rows(world / "plain")[1:]
     assert "text/ratio_max_dev" not in first
     assert first["update/old_is_self"] == 1
-    assert first["image/kl"] == 0.0
-    assert second["image/kl"] > 0.0
+    assert first["image/kl"] < 1e-9  # rounding: the reference is compiled on its own
+    assert second["image/kl"] > 1e-6
     assert second["update/grad_norm"] > 0.0
 
 
