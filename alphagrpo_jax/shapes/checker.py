@@ -3,7 +3,8 @@
 No model and no reward: it is the yardstick that training does not see. Steps: name the
 background; find the pixels that are at least half some colour of the palette; cut them into
 connected pieces of one colour; compare each piece with smoothed templates of the four shapes.
-A piece that resembles none closely, or is of no known colour, is unknown and spoils the image.
+A piece that resembles none closely, or is of no known colour, is unknown and spoils the image; so
+does an area that the background and the palette do not explain, or explain by a faint colour only.
 
     python -m alphagrpo_jax.shapes.checker      measures it on renders, clean and imperfect
 """
@@ -31,6 +32,10 @@ COLOR_DISTANCE = 70.0  # RGB distance within which a piece's core is of a palett
 MIN_OVERLAP = 0.82  # soft IoU with the best template, below which a piece is unknown
 MIN_SECOND = 0.15  # share of a piece that another colour needs to be a piece of its own
 LONGEST = 15  # pixels; a longer piece may be two shapes that touch
+FAINT = 0.2  # share of its colour above which a pixel is no longer background
+SOLID = 0.5  # share of its colour above which a pixel belongs to a piece
+MAX_RESIDUAL = 45.0  # RGB distance from the best mixture, above which a pixel is foreign
+MIN_FOREIGN = 9  # foreign pixels off their areas' rims that spoil an image
 
 PATCH = 20  # pixels per side of the window in which templates are compared
 SCALES = (0.92, 1.0, 1.08)
@@ -49,7 +54,8 @@ class Parsed:
     Attributes:
       objects: the shapes recognised, with cell and offset.
       background: its name, or None if it is of no known colour.
-      unknown: number of pieces that are no known shape of a known colour.
+      unknown: number of pieces that are no known shape of a known colour; foreign areas that are
+        no pieces (see `_foreign`) count as one.
     """
 
     objects: tuple[scenes.Thing, ...]
@@ -127,6 +133,26 @@ def _palette(image: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.
     # |offset - alpha d|^2 without the pixel's own |offset|^2, which does not change the choice.
     residual = alpha * alpha * squared - 2.0 * alpha * dots
     return residual.argmin(-1), alpha
+
+
+def _foreign(
+    image: np.ndarray, background: np.ndarray, color: np.ndarray, share: np.ndarray
+) -> bool:
+    """Whether there are areas of a strange colour, or of a faint one of the palette.
+
+    The rims of shapes are both, but thin: erosion takes them away.
+
+    Args:
+      image: float64[H, W, 3], smoothed.
+      background: float64[3].
+      color: int[H, W], see `_palette`.
+      share: float[H, W] of that colour in its mixture.
+    """
+    explained = background + share[..., None] * (_COLOR_TABLE[color] - background)
+    strange = np.linalg.norm(image - explained, axis=-1) > MAX_RESIDUAL
+    faint = (share > FAINT) & (share <= SOLID)
+    areas = ndimage.binary_erosion(strange | faint, _ALL_NEIGHBOURS)
+    return int(areas.sum()) >= MIN_FOREIGN
 
 
 def _pieces(color: np.ndarray, solid: np.ndarray) -> list[tuple[np.ndarray, int]]:
@@ -241,14 +267,15 @@ def parse(image: np.ndarray) -> Parsed:
     smooth = ndimage.gaussian_filter(image.astype(np.float64), sigma, mode="nearest")
     name, background = _background(smooth)
     color, alpha = _palette(smooth, background)
-    solid = np.take_along_axis(alpha, color[..., None], -1)[..., 0] > 0.5
+    share = np.take_along_axis(alpha, color[..., None], -1)[..., 0]
     found = [
         thing
-        for mask, index in _pieces(color, solid)
+        for mask, index in _pieces(color, share > SOLID)
         for thing in _recognise(smooth, alpha, mask, index)
     ]
     objects = tuple(thing for thing in found if thing is not None)
-    return Parsed(objects, name, len(found) - len(objects))
+    unknown = len(found) - len(objects) + _foreign(smooth, background, color, share)
+    return Parsed(objects, name, unknown)
 
 
 def facts(image: np.ndarray, spec: Spec | Mapping) -> dict[str, bool]:
@@ -270,6 +297,19 @@ def facts(image: np.ndarray, spec: Spec | Mapping) -> dict[str, bool]:
 def exact_all(image: np.ndarray, spec: Spec | Mapping) -> bool:
     """Whether every fact of a spec holds in an image, uint8[48, 48, 3]."""
     return all(facts(image, spec).values())
+
+
+def same(image: np.ndarray, scene: scenes.Scene) -> bool:
+    """Whether an image, uint8[48, 48, 3], shows just this scene.
+
+    Every shape must be in its cell, wherever in it, and nothing else be there.
+    """
+    seen = parse(image)
+    found, wanted = (
+        sorted((thing.shape, thing.color, thing.row, thing.col) for thing in things)
+        for things in (seen.objects, scene.things)
+    )
+    return seen.unknown == 0 and seen.background == scene.background and found == wanted
 
 
 def measure(images: int, seed: int) -> dict[str, float]:

@@ -1,9 +1,13 @@
-"""Measures the small UMM: what its autoencoder keeps, and how often it draws what is asked.
+"""Measures the small UMM: what its autoencoder keeps, how often it draws what is asked, its skills.
 
     python -m alphagrpo_jax.shapes.measure --model package:umm --out runs/measure.json
+    python -m alphagrpo_jax.shapes.measure --drawings runs/drawings.npz
+    python -m alphagrpo_jax.shapes.measure --skills
 
-Everything is judged by the exact checker: reconstructions of random scenes, and images drawn for
-held-out prompts with think texts sampled at temperature 1, by kind and type of prompt.
+Everything is judged by the exact checker: reconstructions of random scenes (every shape in its
+cell, and the background), and images drawn for held-out prompts with think texts sampled at
+temperature 1, by kind and type of prompt. `--drawings` keeps these images with their records, for
+`verifier_eval`. `--skills` measures captions, answers, edits and repairs, see `measure_skills`.
 """
 
 import argparse
@@ -13,74 +17,160 @@ import functools
 import json
 import pathlib
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
-from alphagrpo_jax import policy, trained
-from alphagrpo_jax.rollout import pixels
-from alphagrpo_jax.shapes import checker, prompts, requests, scenes, specs, study
+from alphagrpo_jax import build, policy, trained
+from alphagrpo_jax.rollout import pixels, rollout
+from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.shapes import checker, examples, measure_skills, prompts, requests, scenes
+from alphagrpo_jax.trained import Trained
+from alphagrpo_jax.types import TextBlock
 
-SCENES, CHUNK, SEED = 500, 50, 31
-PER_TYPE, IMPLIED = 200, 600
+SEED = 31
+CHUNK = 50  # reconstructions at a time
+BATCH = 100  # drawings at a time
 
 
-def reconstruction(policy_: trained.Trained) -> float:
-    """Share of random scenes that are exact after encoding and decoding."""
-    model, base = policy_.loaded.model, policy_.params
+def reconstruction(policy_: Trained, count: int) -> float:
+    """Share of `count` random scenes that are the same after encoding and decoding."""
+    model, params = policy_.loaded.model, policy_.params
     grid = model.config.latent_grid(scenes.RESOLUTION, scenes.RESOLUTION)
 
     @jax.jit
     def through(images: jax.Array) -> jax.Array:
-        latents = policy.encode_image(model, base, images.astype(jnp.float32) / 127.5 - 1.0)
-        return pixels(model, base, latents, grid)
+        latents = policy.encode_image(model, params, images.astype(jnp.float32) / 127.5 - 1.0)
+        return pixels(model, params, latents, grid)
 
     rng = np.random.default_rng(SEED)
-    drawn = [scenes.random_scene(rng) for _ in range(SCENES)]
-    exact = []
-    for first in range(0, SCENES, CHUNK):
+    drawn = [scenes.random_scene(rng) for _ in range(count)]
+    same = []
+    for first in range(0, count, CHUNK):
         part = drawn[first : first + CHUNK]
-        images = through(np.stack([scenes.render(scene) for scene in part]))
-        exact += [
-            checker.exact_all(image, specs.describe(scene))
-            for image, scene in zip(np.asarray(images), part, strict=True)
+        images = np.asarray(through(examples.images(part)))
+        same += [checker.same(image, scene) for image, scene in zip(images, part, strict=True)]
+    return float(np.mean(same))
+
+
+def draw_all(
+    policy_: Trained, records: Sequence[Mapping], *, temperature: float, seed: int
+) -> Iterator[np.ndarray]:
+    """Draws one image per record, uint8[48, 48, 3] each, as the policy's `eval` section says.
+
+    Args:
+      policy_: who draws.
+      records: prompts.
+      temperature: of the think text; 0 is greedy.
+      seed: of the keys; the same seed means the same noise for every policy.
+    """
+    config, loaded = policy_.config, policy_.loaded
+    options = build.eval_options(config, loaded)
+    draw = jax.jit(functools.partial(_draw, model=loaded.model, options=options))
+    key, size = jax.random.key(seed), min(BATCH, len(records))
+    for first in tqdm.trange(0, len(records), size, desc="drawing", unit_scale=size):
+        rows = [
+            loaded.tokenizer.wrap(records[i % len(records)]["prompt"])
+            for i in range(first, first + size)
         ]
-    return float(np.mean(exact))
+        block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
+        images = draw(policy_.params, block, key, jnp.int32(first), jnp.float32(temperature))
+        yield from distributed.to_host(images)[: len(records) - first]
 
 
-def drawings(policy_: trained.Trained) -> dict[str, float]:
-    """Exact share of held-out prompts by kind and type; plain types weigh alike."""
+def _draw(params, block, key, first, temperature, *, model, options) -> jax.Array:
+    _, images = rollout(
+        model, params, (block,), key, first, jnp.int32(0), temperature, options=options
+    )
+    return images
+
+
+def judge(
+    policy_: Trained, records: Sequence[Mapping], *, temperature: float, seed: int
+) -> np.ndarray:
+    """Whether all facts hold in each record's image, bool[N]; see `draw_all`."""
+    drawn = draw_all(policy_, records, temperature=temperature, seed=seed)
+    pairs = zip(drawn, records, strict=True)
+    return np.array([checker.exact_all(image, record["facts"]) for image, record in pairs], bool)
+
+
+def heldout_records(per_type: int, implied: int) -> list[dict]:
+    """Held-out prompts: `per_type` of every plain type, and implied ones."""
     make = functools.partial(prompts.records, "heldout", seed=SEED, repeats=True)
-    records = make(PER_TYPE * len(requests.PLAIN_TYPES), kinds=("plain",))
-    records += make(IMPLIED, kinds=("implied",))
-    exact = study.judge(policy_, records, temperature=1.0, seed=SEED)
+    plain = make(per_type * len(requests.PLAIN_TYPES), kinds=("plain",))
+    return plain + make(implied, kinds=("implied",))
+
+
+def exact_shares(images: Sequence[np.ndarray], records: Sequence[Mapping]) -> dict[str, float]:
+    """Share of images in which all facts hold, by kind and type of prompt."""
     found = collections.defaultdict(list)
-    for record, held in zip(records, exact, strict=True):
+    for image, record in zip(images, records, strict=True):
+        exact = checker.exact_all(image, record["facts"])
         for name in (record["kind"], f"{record['kind']}/{record['type']}"):
-            found[name].append(held)
+            found[name].append(exact)
     return {name: float(np.mean(held)) for name, held in sorted(found.items())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="package:umm")
-    parser.add_argument("--config", type=pathlib.Path, default=trained.DEFAULT_CONFIG)
-    parser.add_argument("--text_guidance", type=float, help="default: the configuration's")
-    parser.add_argument("--out", type=pathlib.Path)
-    args = parser.parse_args()
+def write_drawings(path: pathlib.Path, images: np.ndarray, records: Sequence[Mapping]) -> None:
+    """Keeps images uint8[N, 48, 48, 3] and their records, as JSON texts, in an .npz file."""
+    with path.open("wb") as file:
+        np.savez_compressed(
+            file, images=images, records=np.array([json.dumps(each) for each in records])
+        )
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """The figures that the flags ask for."""
     config = trained.read_config(args.config)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=args.model))
     if args.text_guidance is not None:
         changed = dataclasses.replace(config.eval, text_guidance=args.text_guidance)
         config = dataclasses.replace(config, eval=changed)
     policy_ = trained.from_config(config)
-    found = {"reconstruction": reconstruction(policy_), **drawings(policy_)}
-    text = json.dumps({name: round(value, 4) for name, value in found.items()}, indent=2)
+    if args.skills:
+        return measure_skills.measure(policy_, args.examples)
+    records = heldout_records(args.per_type, args.implied)
+    images = np.stack(list(draw_all(policy_, records, temperature=1.0, seed=SEED)))
+    if args.drawings is not None:
+        write_drawings(args.drawings, images, records)
+    same = reconstruction(policy_, args.scenes)
+    return {"reconstruction": same, **exact_shares(images, records)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", default="package:umm")
+    add("--config", type=pathlib.Path, default=trained.DEFAULT_CONFIG)
+    add("--text_guidance", type=float, help="default: the configuration's")
+    add("--out", type=pathlib.Path)
+    add("--scenes", type=int, default=500, help="that are reconstructed")
+    add("--per_type", type=int, default=200, help="prompts of every plain type")
+    add("--implied", type=int, default=600, help="implied prompts")
+    add("--drawings", type=pathlib.Path, help=".npz file for the images and their records")
+    add("--skills", action="store_true", help="measure captioning, answering, editing, repairing")
+    add("--examples", type=int, default=200, help="of each skill")
+    args = parser.parse_args(arguments)
+    if args.skills and args.drawings is not None:
+        parser.error("--drawings goes without --skills: nothing is drawn for prompts then")
+    if min(args.scenes, args.per_type, args.implied, args.examples) < 1:
+        parser.error("--scenes, --per_type, --implied and --examples must be at least 1")
+    try:
+        found = measure(args)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"measure: {error}\n")
+        return 1
+    text = json.dumps({name: round(value, 4) for name, value in found.items()}, indent=2) + "\n"
     if args.out is not None:
-        args.out.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
+        replace_text(args.out, text)
+    sys.stdout.write(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,37 +3,48 @@
     python -m alphagrpo_jax.shapes.study --out docs/study --run runs/seed0 --run runs/seed1 ...
     python -m alphagrpo_jax.shapes.study --out docs/study --run runs/no_text --name no_text_loss
 
-Draws held-out prompts (at least 300 of every plain type, 800 implied) from the untrained policy, as
-sampled and with greedy think texts, and from every run's newest checkpoint, with the same keys, and
-lets the exact checker judge each image. Every policy's judgements are kept in one small JSON file,
-so that the study may run over several sittings; what is there is not drawn again. Differences are
-paired by prompt; intervals are bootstrapped over prompts (and runs).
+Draws held-out prompts (at least 300 of every plain type, 800 implied) from the untrained policy (as
+sampled, with greedy think texts, and again with other noise) and from the end of every run, all
+with the settings of --config, and lets the exact checker judge each image. Every policy's
+judgements are kept in one small JSON file, so that the study may run over several sittings; what
+is there is not drawn again.
+
+Gains are differences of shares of right images, paired by prompt and noise. Intervals are 95 %
+bootstrap intervals over runs and over clusters of prompts: prompts that ask for one combination,
+or pose the same riddles, succeed or fail together. (The held-out riddles are four clusters only:
+their interval says little.) `noise_floor` compares the untrained policy with itself under other
+noise, which no training has changed.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import build, trained
-from alphagrpo_jax.rollout import rollout
-from alphagrpo_jax.runtime import distributed
-from alphagrpo_jax.shapes import checker, prompts, requests, riddles
+from alphagrpo_jax import run_folder, trained
+from alphagrpo_jax.config import Config, from_config_dict
+from alphagrpo_jax.models.name_table import AE, EMA
+from alphagrpo_jax.runtime.checkpoint import CheckpointError
+from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
+from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.shapes import checker, prompts, requests, riddles, scenes, specs
+from alphagrpo_jax.shapes.measure import judge
 from alphagrpo_jax.trained import Trained
-from alphagrpo_jax.types import TextBlock
 
 PER_PLAIN_TYPE, IMPLIED, HELDOUT_RIDDLES = 300, 800, 240
-SEED = 100
-BATCH = 100
+SEED, OTHER_SEED = 100, 101  # of the evaluation keys
 RESAMPLES = 10_000
-UNTRAINED, GREEDY = "untrained", "untrained_greedy"
+UNTRAINED, GREEDY, AGAIN = "untrained", "untrained_greedy", "untrained_again"
+CHECKER_FILES = (checker, specs, scenes)  # what a judgement is made of
+TRAINING_METRICS = ("eval/reward/mean", "eval/reward_minus_exact")
 
 
 def study_records() -> tuple[list[dict], list[str]]:
@@ -64,147 +75,371 @@ def study_records() -> tuple[list[dict], list[str]]:
     return [*plain, *implied, *unseen], groups
 
 
-def judge(policy: Trained, records: Sequence[dict], *, temperature: float, seed: int) -> np.ndarray:
-    """Draws one image per record and checks it.
-
-    Args:
-      policy: whose images.
-      records: prompts with facts.
-      temperature: of the think text; 0 is greedy.
-      seed: of the evaluation keys, the same for every policy.
-    Returns:
-      bool[N]: all facts hold.
-    """
-    config, loaded = policy.config, policy.loaded
-    options = build.eval_options(config, loaded)
-    draw = jax.jit(functools.partial(_draw, model=loaded.model, options=options))
-    key, exact = jax.random.key(seed), []
-    for first in tqdm.trange(0, len(records), BATCH, desc="drawing", unit_scale=BATCH):
-        part = [records[i % len(records)] for i in range(first, first + BATCH)]
-        block = _block(loaded.tokenizer, part, config.rollout.prompt_tokens)
-        images = draw(policy.params, block, key, jnp.int32(first), jnp.float32(temperature))
-        for image, record in zip(distributed.to_host(images), part, strict=True):
-            exact.append(all(checker.facts(image, record["facts"]).values()))
-    return np.array(exact[: len(records)], bool)
+def cluster(record: Mapping) -> str:
+    """What prompts share that succeed or fail together: combination or, if implied, riddles."""
+    if record["kind"] == "plain":
+        return record["combination"]
+    return " + ".join(sorted(record["riddles"]))
 
 
-def _draw(params, block, key, first, temperature, *, model, options) -> jax.Array:
-    _, images = rollout(
-        model, params, (block,), key, first, jnp.int32(0), temperature, options=options
-    )
-    return images
-
-
-def _block(tokenizer, records: Sequence[dict], length: int) -> TextBlock:
-    tokens = np.zeros((len(records), length), np.int32)
-    mask = np.zeros((len(records), length), bool)
-    for row, record in enumerate(records):
-        ids = tokenizer.wrap(record["prompt"])
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    return TextBlock(tokens, mask)
-
-
-def kept(path: pathlib.Path, make: Callable[[], np.ndarray], about: dict) -> np.ndarray:
+def kept(path: pathlib.Path, make: Callable[[], np.ndarray], about: Mapping) -> np.ndarray:
     """The judgements in `path`, or those that `make` finds, written there.
 
+    Args:
+      path: of a JSON file.
+      make: finds bool[N].
+      about: everything that the judgements depend on.
     Raises:
-      ValueError: the file is about other prompts or another policy.
+      ValueError: the file is about something else, or no such file.
     """
+    about = json.loads(json.dumps(about))  # as it is read back
     if path.exists():
-        found = json.loads(path.read_text())
-        if found["about"] != about:
+        try:
+            found = json.loads(path.read_text())
+            marks, of = found["exact"], found["about"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is about {found['about']}, expected {about}; delete it to draw again"
+                f"{path} holds no judgements ({error!r}); delete it to draw again"
+            ) from error
+        names = sorted(name for name in {*of, *about} if of.get(name) != about.get(name))
+        if names:
+            raise ValueError(
+                f"{path} is about other {', '.join(names)}: got "
+                f"{[of.get(name) for name in names]}, expected "
+                f"{[about.get(name) for name in names]}; choose another --out, or delete the file "
+                "to draw again"
             )
-        return np.array([mark == "1" for mark in found["exact"]], bool)
+        return np.array([mark == "1" for mark in marks], bool)
     exact = make()
     marks = "".join("1" if value else "0" for value in exact)
-    path.write_text(json.dumps({"about": about, "exact": marks}) + "\n")
+    replace_text(path, json.dumps({"about": about, "exact": marks}) + "\n")
     return exact
 
 
-def members(groups: Sequence[str]) -> dict[str, np.ndarray]:
-    """Indices of each group of prompts, and of all plain ones, types weighing alike."""
-    names = np.array(groups)
-    result = {name: np.flatnonzero(names == name) for name in dict.fromkeys(groups)}
-    result["plain"] = np.flatnonzero(np.char.startswith(names, "plain/"))
-    return result
+def digest_of(*files: str | pathlib.Path) -> str:
+    """SHA-256 of the SHA-256 digests of the files' contents."""
+    digest = hashlib.sha256()
+    for path in files:
+        with pathlib.Path(path).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
-def difference(
-    after: np.ndarray, before: np.ndarray, *, seed: int = 0
-) -> tuple[float, list[float]]:
-    """Mean of the paired differences and its 95 % bootstrap interval.
+def model_digest(path: str) -> str:
+    """That of a model's weights, given as in `model.path`."""
+    return digest_of(*(resolve(path) / name for name in (EMA, AE)))
+
+
+def settings(config: Config) -> dict:
+    """What drawing depends on, besides weights, prompts and keys."""
+    chosen, rollout_ = config.eval, config.rollout
+    return {
+        "task": config.task,
+        "dtype": config.model.dtype,
+        "size": [config.model.height, config.model.width],
+        "top_p": chosen.top_p,
+        "num_points": chosen.num_points,
+        "text_guidance": chosen.text_guidance,
+        "shift": rollout_.shift,
+        "guidance": dataclasses.asdict(rollout_.guidance),
+        "tokens": [rollout_.prompt_tokens, rollout_.text_tokens],
+    }
+
+
+class Finished(NamedTuple):
+    """A finished run."""
+
+    folder: pathlib.Path
+    step: int
+    digest: str  # of its last state
+    rows: list[dict]  # of its metrics
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.name
+
+
+def finished(folder: pathlib.Path, config: Config, model: str) -> Finished:
+    """Reads what a run says about itself.
+
+    Args:
+      folder: the run's.
+      config: of the study.
+      model: digest of the study's untrained model.
+    Raises:
+      ValueError: no run, an unfinished one, or one that the study cannot be compared with.
+    """
+    folder = folder.resolve()
+    path = folder / run_folder.CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"--run {folder} is not a run's folder: it has no {path.name}; give the --workdir of "
+            "a training"
+        )
+    if not run_folder.is_finished(folder):
+        raise ValueError(
+            f"the run in {folder} is not finished: it has no {run_folder.DONE_FILE}; continue it "
+            "to its end first"
+        )
+    own = from_config_dict(json.loads(path.read_text()))
+    alike = {"task": own.task, "dtype": own.model.dtype, "model": model_digest(own.model.path)}
+    expected = {"task": config.task, "dtype": config.model.dtype, "model": model}
+    for name, value in expected.items():
+        if alike[name] != value:
+            raise ValueError(
+                f"the run in {folder} was made with {name} {alike[name]}, expected {value} as of "
+                "the untrained policy; give the --config that fits the run"
+            )
+    rows = read_rows(folder / METRICS)
+    states = [row for row in rows if "state/digest" in row]
+    if not states:
+        raise ValueError(
+            f"{folder / METRICS} has no state/digest, expected one in its last row; run it again"
+        )
+    return Finished(folder, states[-1]["step"], states[-1]["state/digest"], rows)
+
+
+def end_of(run: Finished, config: Config) -> Trained:
+    """The policy at a run's end, drawing with the settings of the study.
+
+    Raises:
+      ValueError: its newest checkpoint is of another step.
+    """
+    policy = trained.from_run(run.folder)
+    if policy.step != run.step:
+        raise ValueError(
+            f"the newest checkpoint in {run.folder} is of step {policy.step}, expected {run.step}, "
+            f"the last state in {METRICS}; run it again"
+        )
+    return policy._replace(config=config)
+
+
+class Gain(NamedTuple):
+    """A mean of paired differences, and the same of every bootstrap sample."""
+
+    value: float
+    resampled: np.ndarray  # float64[RESAMPLES]
+
+    @property
+    def interval(self) -> list[float]:
+        """The middle 95 % of the bootstrap samples, [low, high]."""
+        return [round(float(x), 4) for x in np.quantile(self.resampled, [0.025, 0.975])]
+
+
+def resample(
+    gains: np.ndarray, clusters: Sequence[str], runs: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Means of bootstrap samples: clusters drawn with replacement, whole, and runs likewise.
+
+    Args:
+      gains: float64[R, N].
+      clusters: N names.
+      runs: int[RESAMPLES, R], how often each sample holds each run.
+      rng: draws the clusters.
+    Returns:
+      float64[RESAMPLES].
+    """
+    names, of = np.unique(np.asarray(clusters), return_inverse=True)
+    count = len(names)
+    sums = np.stack([np.bincount(of, row, count) for row in gains])  # [R, C]
+    drawn = rng.multinomial(count, np.full(count, 1 / count), len(runs)).astype(np.float64)
+    totals = (drawn @ sums.T * runs).sum(axis=1) / runs.sum(axis=1)
+    return totals / (drawn @ np.bincount(of, minlength=count))
+
+
+def gains(
+    after: np.ndarray,
+    before: np.ndarray,
+    groups: Sequence[str],
+    clusters: Sequence[str],
+    *,
+    seed: int = 0,
+) -> dict[str, Gain]:
+    """Gains by group, of `plain` (types weigh alike) and of `all` (plain and implied weigh alike).
 
     Args:
       after: bool[R, N], R runs on the same N prompts.
       before: bool[N].
-      seed: of the resampling, over runs and prompts.
+      groups: N names; "implied" and at least one of "plain/..." are among them.
+      clusters: N names.
+      seed: of the resampling; all groups of a sample hold the same runs.
     """
-    gains = after.astype(np.float64) - before
-    rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        runs = rng.integers(len(gains), size=len(gains))
-        columns = rng.integers(gains.shape[1], size=gains.shape[1])
-        means[i] = gains[runs].mean(axis=0)[columns].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(gains.mean()), [round(float(low), 4), round(float(high), 4)]
+    rng, names, labels = np.random.default_rng(seed), np.array(groups), np.array(clusters)
+    count = len(after)
+    runs = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    found: dict[str, Gain] = {}
+    for name in dict.fromkeys(groups):
+        rows = np.flatnonzero(names == name)
+        paired = after[:, rows].astype(np.float64) - before[rows]
+        found[name] = Gain(float(paired.mean()), resample(paired, labels[rows], runs, rng))
+    found["plain"] = _mean([gain for name, gain in found.items() if name.startswith("plain/")])
+    found["all"] = _mean([found["plain"], found["implied"]])
+    return found
+
+
+def _mean(parts: Sequence[Gain]) -> Gain:
+    values, resampled = zip(*parts, strict=True)
+    return Gain(float(np.mean(values)), np.mean(resampled, axis=0))
+
+
+def shares(exact: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
+    """Share of right images by group, of `plain` and of `all`, weighed as in `gains`.
+
+    Args:
+      exact: bool[N].
+      groups: N names.
+    """
+    names = np.array(groups)
+    found = {name: float(exact[names == name].mean()) for name in dict.fromkeys(groups)}
+    found["plain"] = float(np.mean([v for name, v in found.items() if name.startswith("plain/")]))
+    found["all"] = (found["plain"] + found["implied"]) / 2
+    return found
+
+
+def bars(gain: Mapping[str, Gain], over_greedy: Mapping[str, Gain]) -> list[dict]:
+    """What the training is held to: which bar, the value found, and whether it is met."""
+    types = [each.value for name, each in gain.items() if name.startswith("plain/")]
+    found = [
+        ("gain on all", gain["all"].value, 0.15),
+        ("gain on implied", gain["implied"].value, 0.30),
+        ("gain on plain", gain["plain"].value, -0.03),
+        ("least gain on a plain type", min(types), -0.05),
+        ("gain over greedy on implied", over_greedy["implied"].value, 0.15),
+    ]
+    return [
+        {"bar": f"{name} >= {bar}", "value": round(value, 4), "met": round(value, 9) >= bar}
+        for name, value, bar in found
+    ]
 
 
 def summary(
-    exact: dict[str, np.ndarray], runs: Sequence[str], groups: Sequence[str]
-) -> dict[str, dict]:
-    """Shares before and after, differences and intervals, by group of prompts.
+    after: np.ndarray,
+    untrained: Mapping[str, np.ndarray],
+    groups: Sequence[str],
+    clusters: Sequence[str],
+) -> dict:
+    """Shares before and after, gains with intervals by group, the noise floor and the bars.
 
-    Besides the groups: `all` (implied and plain weigh alike) and, for implied prompts, the
-    comparison with the untrained policy's greedy think texts.
+    Args:
+      after: bool[R, N].
+      untrained: bool[N] of `UNTRAINED`, `GREEDY` and `AGAIN`.
+      groups, clusters: N names each.
     """
-    after = np.stack([exact[run] for run in runs])
-    before, greedy = exact[UNTRAINED], exact[GREEDY]
-    result = {}
-    for name, rows in members(groups).items():
-        gain, interval = difference(after[:, rows], before[rows])
-        result[name] = {
-            "prompts": len(rows),
-            "untrained": round(float(before[rows].mean()), 4),
-            "untrained_greedy": round(float(greedy[rows].mean()), 4),
-            "trained": [round(float(x), 4) for x in after[:, rows].mean(axis=1)],
-            "gain": round(gain, 4),
-            "interval_95": interval,
-            "gain_over_greedy": round(float(after[:, rows].mean() - greedy[rows].mean()), 4),
+    over = functools.partial(gains, groups=groups, clusters=clusters)
+    gain, over_greedy = over(after, untrained[UNTRAINED]), over(after, untrained[GREEDY])
+    floor = over(untrained[AGAIN][None], untrained[UNTRAINED])
+    before, greedy = (shares(untrained[name], groups) for name in (UNTRAINED, GREEDY))
+    ends = [shares(exact, groups) for exact in after]
+    members: dict[str, list[str]] = {}
+    for name, label in zip(groups, clusters, strict=True):
+        members.setdefault(name, []).append(label)
+    found = {}
+    for name, each in gain.items():
+        own = members.get(name)
+        found[name] = {
+            **({} if own is None else {"prompts": len(own), "clusters": len(set(own))}),
+            "untrained": round(before[name], 4),
+            "untrained_greedy": round(greedy[name], 4),
+            "trained": [round(end[name], 4) for end in ends],
+            "gain": round(each.value, 4),
+            "interval_95": each.interval,
+            "gain_over_greedy": round(over_greedy[name].value, 4),
+            "gain_over_greedy_interval_95": over_greedy[name].interval,
         }
-    plain, implied = result["plain"], result["implied"]
-    result["all"] = {"gain": round((plain["gain"] + implied["gain"]) / 2, 4)}
-    return result
+    noise = {
+        name: {"gain": round(each.value, 4), "interval_95": each.interval}
+        for name, each in floor.items()
+    }
+    return {"groups": found, "noise_floor": noise, "bars": bars(gain, over_greedy)}
 
 
-def main() -> None:
+def training(rows: Sequence[Mapping]) -> dict[str, list[float]]:
+    """First and last value of a run's own `TRAINING_METRICS`."""
+    found = {}
+    for name in TRAINING_METRICS:
+        values = [row[name] for row in rows if name in row]
+        if values:
+            found[name] = [values[0], values[-1]]
+    return found
+
+
+def study(args: argparse.Namespace) -> dict:
+    """Draws and judges what is not kept yet, and compares.
+
+    Raises:
+      ValueError, FileNotFoundError, CheckpointError: see `finished` and `kept`.
+    """
+    config = trained.read_config(args.config)
+    model = model_digest(config.model.path)
+    names = [folder.resolve().name for folder in args.run]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"got several --run folders named {twice}; judgements are kept by folder name, so "
+            "expected different ones; rename them"
+        )
+    runs = [finished(folder, config, model) for folder in args.run]
+    args.out.mkdir(parents=True, exist_ok=True)
+    records, groups = study_records()
+    common = {
+        "prompts": hashlib.sha256(json.dumps(records).encode()).hexdigest(),
+        "checker": digest_of(*(module.__file__ for module in CHECKER_FILES)),
+        "model": model,
+        "settings": settings(config),
+    }
+
+    def judged(name: str, policy: Callable[[], Trained], how: dict, **about: object) -> np.ndarray:
+        return kept(
+            args.out / f"{name}.json",
+            lambda: judge(policy(), records, **how),
+            {"policy": name, **common, **how, **about},
+        )
+
+    sampled = {"temperature": config.eval.temperature, "seed": SEED}
+    ways = {
+        UNTRAINED: sampled,
+        GREEDY: sampled | {"temperature": 0.0},
+        AGAIN: sampled | {"seed": OTHER_SEED},
+    }
+    pretrained = functools.partial(trained.from_config, config)
+    untrained = {name: judged(name, pretrained, how) for name, how in ways.items()}
+    after = [
+        judged(
+            f"run_{run.name}",
+            functools.partial(end_of, run, config),
+            sampled,
+            step=run.step,
+            state=run.digest,
+        )
+        for run in runs
+    ]
+    found = summary(np.stack(after), untrained, groups, [cluster(record) for record in records])
+    return {
+        "name": args.name,
+        "runs": [run.name for run in runs],
+        **found,
+        "training": {run.name: training(run.rows) for run in runs},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--run", type=pathlib.Path, action="append", required=True)
     parser.add_argument("--name", default="default", help="of this set of runs")
     parser.add_argument("--config", type=pathlib.Path, default=trained.DEFAULT_CONFIG)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    records, groups = study_records()
-    digest = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16]
-    pretrained = trained.from_config(trained.read_config(args.config))
-    exact = {}
-    for name, temperature in ((UNTRAINED, 1.0), (GREEDY, 0.0)):
-        make = functools.partial(judge, pretrained, records, temperature=temperature, seed=SEED)
-        about = {"prompts": digest, "policy": name, "model": pretrained.config.model.path}
-        exact[name] = kept(args.out / f"{name}.json", make, about)
-    for run in args.run:
-        policy = trained.from_run(run)
-        make = functools.partial(judge, policy, records, temperature=1.0, seed=SEED)
-        about = {"prompts": digest, "policy": run.name, "steps": policy.step}
-        exact[run.name] = kept(args.out / f"run_{run.name}.json", make, about)
-    found = summary(exact, [run.name for run in args.run], groups)
-    text = json.dumps({"name": args.name, "runs": [r.name for r in args.run], **found}, indent=2)
-    (args.out / f"summary_{args.name.replace(' ', '_')}.json").write_text(text + "\n")
+    args = parser.parse_args(arguments)
+    try:
+        text = json.dumps(study(args), indent=2)
+    except (OSError, ValueError, CheckpointError) as error:
+        sys.stderr.write(f"study: {error}\n")
+        return 1
+    replace_text(args.out / f"summary_{args.name.replace(' ', '_')}.json", text + "\n")
     tqdm.tqdm.write(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,38 +1,44 @@
 """Measures a verifier folder on held-out scenes, and on drawings against the exact checker.
 
     python -m alphagrpo_jax.shapes.verifier_eval --model alphagrpo_jax/shapes/assets/verifier
+    python -m alphagrpo_jax.shapes.measure --drawings runs/drawings.npz
+    python -m alphagrpo_jax.shapes.verifier_eval --model ... --drawings runs/drawings.npz
 
 Held out: combinations of shapes that no training image has. Balanced accuracy is the mean of the
-shares of right answers among questions whose answer is yes and among those whose answer is no.
+shares of right answers among questions whose answer is yes and among those whose answer is no. On
+clean images the three quality types are one-sided: the true answer is always yes, so a verifier
+that always says yes scores 1 there; only the imperfect images tell.
+
+Drawings are asked their prompts' own semantic questions. `agreement` is per question, against the
+exact checker, on the drawings that it can read in full (`parsed`). `all_yes` is per drawing, on all
+of them: whether P(yes) > 0.5 throughout, against the checker's "every fact holds".
 """
 
 import argparse
 import collections
+import functools
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
+from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes, verifier_data
-from alphagrpo_jax.shapes.specs import describe, pick
+from alphagrpo_jax.shapes.measure_skills import heldout_scene
+from alphagrpo_jax.shapes.questions import Query
+from alphagrpo_jax.shapes.specs import BACKGROUNDS, COLORS, NUMBERS, RELATIONS, Group, pick
 from alphagrpo_jax.shapes.verifier_data import Asked, Example
 
-QUESTIONS = 12  # per image
+QUESTIONS = 12  # per image at most
+TIMED = 50  # images whose questions are timed
 BINS = 10  # of the calibration error
 IMPERFECT = tuple(kind for kind in corrupt.KINDS if kind != "clean")
 Row = tuple[str, bool, float]  # question type, truth, P(yes)
-
-
-def heldout_scene(rng: np.random.Generator) -> scenes.Scene:
-    """A random scene of a held-out combination."""
-    while True:
-        scene = scenes.random_scene(rng)
-        if describe(scene).split == "heldout":
-            return scene
 
 
 def heldout_example(rng: np.random.Generator, *, clean: bool) -> Example:
@@ -53,13 +59,20 @@ def ask(verifier: HFVerifier, example: Example, asked: Sequence[Asked]) -> list[
     return rows
 
 
+def asked_about(example: Example, rng: np.random.Generator) -> list[Asked]:
+    """`QUESTIONS` different questions about an image (fewer if there are no more)."""
+    # Asked for many, `questions_about` fills up with repetitions only behind the different ones.
+    asked = verifier_data.questions_about(example, rng, 4 * QUESTIONS)
+    return list({text: (text, *rest) for text, *rest in asked}.values())[:QUESTIONS]
+
+
 def collect(verifier: HFVerifier, seed: int, images: int, *, clean: bool) -> list[Row]:
-    """Rows of `QUESTIONS` questions about each of `images` held-out images."""
+    """Rows of the questions about each of `images` held-out images."""
     rng = np.random.default_rng([seed, clean])
     rows = []
     for _ in range(images):
         example = heldout_example(rng, clean=clean)
-        rows += ask(verifier, example, verifier_data.questions_about(example, rng, QUESTIONS))
+        rows += ask(verifier, example, asked_about(example, rng))
     return rows
 
 
@@ -89,44 +102,109 @@ def calibration_error(rows: Sequence[Row], bins: int = BINS) -> float:
     return float(sum(gaps))
 
 
-def throughput(verifier: HFVerifier, seconds: float = 5.0) -> float:
-    """Questions per second of this process, `QUESTIONS` to an image."""
-    rng = np.random.default_rng(0)
-    example = heldout_example(rng, clean=True)
-    texts = [text for text, *_ in verifier_data.questions_about(example, rng, QUESTIONS)]
-    verifier.answer(example.image, texts)
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        verifier.answer(example.image, texts)
-        done += len(texts)
-    return done / (time.perf_counter() - start)
-
-
-def agreement(verifier: HFVerifier, drawings: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Share of semantic questions on which the verifier and the exact checker agree.
+def throughput(verifier: HFVerifier, seed: int, images: int = TIMED) -> float:
+    """Questions per second of this process: different images and lists, each asked once.
 
     Args:
       verifier: what is measured.
-      drawings: uint8[N, 48, 48, 3], for instance by the small UMM. Drawings in which the checker
-        finds something unknown, or nothing at all, are left out (their share is reported).
-      seed: of the questions.
+      seed: of images and questions; another one for every call, as verifiers may keep what they
+        have seen.
+      images: how many are timed, after one that is not.
     """
-    rng = np.random.default_rng(seed)
-    rows, used = [], 0
-    for image in drawings:
-        seen = checker.parse(image)
-        if seen.unknown or seen.background is None or not 1 <= len(seen.objects) <= 3:
-            continue
-        used += 1
-        scene = scenes.Scene(seen.objects, seen.background)
-        example = Example(image, scene, {}, (), scene)
-        rows += ask(verifier, example, verifier_data.questions_about(example, rng, QUESTIONS))
-    hits = [(p_yes > 0.5) == truth for _, truth, p_yes in rows]
+    rng, lists = np.random.default_rng(seed), {}
+    while len(lists) <= images:
+        example = heldout_example(rng, clean=True)
+        lists[tuple(text for text, *_ in asked_about(example, rng))] = example
+    (first, example), *rest = lists.items()
+    verifier.answer(example.image, first)
+    start = time.perf_counter()
+    for texts, example in rest:
+        verifier.answer(example.image, texts)
+    return sum(len(texts) for texts, _ in rest) / (time.perf_counter() - start)
+
+
+@functools.cache
+def meanings() -> dict[str, Query]:
+    """Every semantic question of the shapes world: text -> meaning."""
+    groups = [
+        Group(1, *kind) for kind in itertools.product((None, *scenes.SHAPES), (None, *COLORS))
+    ]
+    full = [group for group in groups if group.shape is not None and group.color is not None]
+    numbers = range(1, len(NUMBERS) + 1)
+    queries = [questions.exists(group) for group in groups]
+    queries += [questions.has_color(group.shape, group.color) for group in full]
+    queries += [questions.counts(Group(n, g.shape, g.color)) for n in numbers for g in groups]
+    queries += [
+        questions.relates(relation, *pair)
+        for relation in RELATIONS
+        for pair in itertools.product(groups, repeat=2)
+    ]
+    queries += [questions.has_background(background) for background in BACKGROUNDS]
     return {
-        "agreement": float(np.mean(hits)),
-        "drawings_used": used / len(drawings),
-        **{f"balanced/{type_}": share for type_, share in balanced(rows).items()},
+        questions.text(query, wording): query
+        for query in queries
+        for wording in range(len(questions.WORDINGS[query.form]))
     }
+
+
+def agreement(
+    verifier: HFVerifier, drawings: np.ndarray, records: Sequence[Mapping]
+) -> dict[str, float]:
+    """How far verifier and exact checker agree about drawings.
+
+    Args:
+      verifier: what is measured.
+      drawings: uint8[N, 48, 48, 3].
+      records: N, the prompts that were drawn, with their semantic questions and facts.
+    Returns:
+      Shares, see this file's docstring; `all_yes_if_exact` and `all_yes_if_wrong` are those of
+      `all_yes` among the drawings that the checker finds right and wrong.
+    Raises:
+      KeyError: a question that the shapes world does not ask.
+    """
+    rows, parsed, yes, exact = [], [], [], []
+    for image, record in zip(drawings, records, strict=True):
+        own = [each["question"] for each in record["semantic_questions"] if each["is_valid"]]
+        p_yes = [answer.p_yes for answer in verifier.answer(image, own)]
+        yes.append(all(p is not None and p > 0.5 for p in p_yes))
+        exact.append(checker.exact_all(image, record["facts"]))
+        seen = checker.parse(image)
+        parsed.append(seen.unknown == 0 and seen.background is not None)
+        if parsed[-1]:
+            scene = scenes.Scene(seen.objects, seen.background)
+            for query, p in zip((meanings()[text] for text in own), p_yes, strict=True):
+                truth = questions.truth(query, scene)
+                rows.append((query.type, truth, float(not truth) if p is None else p))
+    said, held = np.array(yes), np.array(exact)
+    found = {
+        "drawings": len(held),
+        "parsed": float(np.mean(parsed)),
+        "agreement": float(np.mean([(p > 0.5) == truth for _, truth, p in rows])),
+        **{f"balanced/{type_}": share for type_, share in balanced(rows).items()},
+        "exact": float(held.mean()),
+        "all_yes": float(said.mean()),
+        "all_yes_agreement": float((said == held).mean()),
+    }
+    for name, members in (("exact", held), ("wrong", ~held)):
+        if members.any():
+            found[f"all_yes_if_{name}"] = float(said[members].mean())
+    return found
+
+
+def read_drawings(path: Path) -> tuple[np.ndarray, list[dict]]:
+    """Images uint8[N, 48, 48, 3] and records, as `measure --drawings` writes them.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    file = np.load(path)
+    if not isinstance(file, np.lib.npyio.NpzFile) or {*file} != {"images", "records"}:
+        raise ValueError(
+            f"--drawings {path}: expected an .npz of images and records; make one with "
+            "python -m alphagrpo_jax.shapes.measure --drawings"
+        )
+    with file:
+        return file["images"], [json.loads(str(text)) for text in file["records"]]
 
 
 def evaluate(verifier: HFVerifier, images: int, seed: int) -> dict:
@@ -145,25 +223,41 @@ def evaluate(verifier: HFVerifier, images: int, seed: int) -> dict:
     }
 
 
-def main() -> None:
-    """Writes the figures as JSON to standard output."""
+def measure(options: argparse.Namespace) -> dict:
+    """The figures that the flags ask for."""
+    drawings = None if options.drawings is None else read_drawings(options.drawings)
+    verifier = HFVerifier(options.model, num_threads=options.threads)
+    figures = evaluate(verifier, options.images, options.seed)
+    behind = verifier.shared_prefix
+    speed: dict[str, float] = {"threads": torch.get_num_threads()}
+    if behind:
+        speed["shared prefix"] = throughput(verifier, options.seed)
+    verifier.shared_prefix = False
+    speed["whole prompts"] = throughput(verifier, options.seed + 1)
+    verifier.shared_prefix = behind
+    figures["questions_per_second"] = speed
+    if drawings is not None:
+        figures["drawings"] = agreement(verifier, *drawings)
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the figures as JSON to standard output; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="verifier folder")
     parser.add_argument("--images", type=int, default=1000, help="clean, and as many imperfect")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--drawings", type=Path, help=".npy of uint8[N, 48, 48, 3] drawings")
-    options = parser.parse_args()
-    verifier = HFVerifier(options.model, num_threads=options.threads)
-    figures = evaluate(verifier, options.images, options.seed)
-    figures["questions_per_second"] = {"shared prefix": throughput(verifier)}
-    verifier.shared_prefix = False
-    figures["questions_per_second"]["whole prompts"] = throughput(verifier)
-    verifier.shared_prefix = True
-    if options.drawings is not None:
-        figures["drawings"] = agreement(verifier, np.load(options.drawings))
+    parser.add_argument("--drawings", type=Path, help=".npz file that measure --drawings wrote")
+    options = parser.parse_args(arguments)
+    try:
+        figures = measure(options)
+    except (OSError, ValueError, VerifierLoadError) as error:
+        sys.stderr.write(f"verifier_eval: {error}\n")
+        return 1
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -46,6 +46,7 @@ def test_imperfect_pictures_are_read(rng):
     assert share_read(lambda image: image, rng) == 1.0
     assert share_read(lambda image: corrupt.noise(image, rng, 0.1), rng) >= 0.98
     assert share_read(lambda image: corrupt.blur(image, 0.8), rng) >= 0.98
+    assert share_read(lambda image: corrupt.blur(image, 1.0), rng) >= 0.98
     assert share_read(lambda image: corrupt.jpeg(image, 60), rng) >= 0.96
     assert share_read(lambda image: corrupt.soft(image, 24), rng) >= 0.98
 
@@ -102,6 +103,50 @@ def test_strange_things_spoil_a_picture():
     brown = image.copy()
     brown[34:44, 34:44] = (110, 70, 40)  # a square of no known colour
     assert not checker.facts(brown, spec)["well_formed"]
+
+
+def with_square(background, colour, opacity=1.0):
+    """A red circle in the middle, and a square of any colour and opacity at the lower right."""
+    scene = scenes.Scene((scenes.Thing("circle", "red", 1, 1),), background)
+    image = scenes.render(scene).astype(np.float64)
+    area = image[35:45, 35:45]
+    area += opacity * (np.array(colour) - area)
+    return np.round(image).astype(np.uint8), specs.describe(scene)
+
+
+@pytest.mark.parametrize(
+    ("background", "colour"),
+    [
+        ("gray", (248, 248, 248)),
+        ("gray", (250, 150, 180)),
+        ("gray", (60, 220, 220)),
+        ("white", (250, 150, 180)),
+        ("black", (110, 70, 40)),
+        ("black", (70, 70, 70)),
+    ],
+)
+def test_colours_that_resemble_no_piece_spoil_a_picture(background, colour):
+    spoilt, spec = with_square(background, colour)
+    assert checker.parse(spoilt).unknown >= 1
+    assert not checker.exact_all(spoilt, spec)
+
+
+@pytest.mark.parametrize("opacity", [0.3, 0.45, 0.55])
+def test_ghosts_of_palette_colours_spoil_a_picture(opacity):
+    for background in specs.BACKGROUNDS:
+        for color in specs.COLORS:
+            spoilt, spec = with_square(background, scenes.COLORS[color], opacity)
+            assert not checker.facts(spoilt, spec)["well_formed"], (background, color)
+
+
+def test_backgrounds_of_two_tones_spoil_a_picture():
+    scene = scenes.Scene((scenes.Thing("circle", "red", 1, 0),), "gray")
+    spec, image = specs.describe(scene), scenes.render(scene)
+    halves, stripes = image.copy(), image.copy()
+    halves[:, 24:] = scenes.BACKGROUNDS["white"]
+    stripes[:, 24:][:, ::2] = scenes.BACKGROUNDS["white"]
+    for spoilt in (halves, stripes):
+        assert not checker.facts(spoilt, spec)["well_formed"]
 
 
 def test_touching_shapes_of_one_colour_are_told_apart():

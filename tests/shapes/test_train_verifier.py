@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 import torch
 
+from alphagrpo_jax.rewards.verifiers.base import Answer
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
-from alphagrpo_jax.shapes import corrupt, muon, questions, scenes, verifier_data, verifier_model
+from alphagrpo_jax.shapes import (
+    checker,
+    corrupt,
+    measure,
+    muon,
+    questions,
+    scenes,
+    verifier_data,
+    verifier_eval,
+    verifier_model,
+)
 from alphagrpo_jax.shapes import train_verifier as script
 from alphagrpo_jax.shapes import verifier_packed as packed
 from alphagrpo_jax.shapes.verifier_data import Encoder, Example
@@ -150,6 +161,84 @@ def test_calibration_error_and_balanced_accuracy():
     assert balanced(rows) == {"count": 0.75, "texture": 1.0}
     # Bins 9, 2, 1, 8 hold one row each: |0.9 - 1|, |0.2 - 1|, |0.1 - 0|, |0.8 - 1|.
     assert calibration_error(rows) == pytest.approx((0.1 + 0.8 + 0.1 + 0.2) / 4)
+
+
+class Reader:
+    """Answers semantic questions as the exact checker sees the image; remembers what it is asked.
+
+    With `always`, says that instead.
+    """
+
+    def __init__(self, always=None):
+        self.always, self.lists = always, []
+
+    def answer(self, image, asked):
+        self.lists.append(tuple(asked))
+        if self.always is not None:
+            return [Answer(self.always) for _ in asked]
+        seen = checker.parse(image)
+        scene = scenes.Scene(seen.objects, seen.background)
+        known = (verifier_eval.meanings()[text] for text in asked)
+        return [Answer(float(questions.truth(query, scene))) for query in known]
+
+
+def test_questions_of_the_evaluation_are_different_ones():
+    rng = np.random.default_rng(0)
+    for clean in (True, False):
+        for _ in range(20):
+            example = verifier_eval.heldout_example(rng, clean=clean)
+            texts = [text for text, *_ in verifier_eval.asked_about(example, rng)]
+            assert len(texts) == len(set(texts)) == verifier_eval.QUESTIONS
+
+
+def test_throughput_asks_every_list_once():
+    reader = Reader(always=0.5)
+    assert verifier_eval.throughput(reader, seed=0, images=20) > 0
+    assert len(reader.lists) == len(set(reader.lists)) == 21
+    other = Reader(always=0.5)
+    verifier_eval.throughput(other, seed=1, images=20)
+    assert not set(other.lists) & set(reader.lists)
+
+
+def test_meanings_of_questions():
+    known = verifier_eval.meanings()
+    for text, query in (
+        ("Is the circle red?", questions.has_color("circle", "red")),
+        ("Are there exactly two shapes?", questions.counts(questions.Group(2, None, None))),
+        ("Is the background black?", questions.has_background("black")),
+    ):
+        assert known[text] == query
+    for record in measure.heldout_records(8, 20):
+        asked = [each["question"] for each in record["semantic_questions"]]
+        assert set(asked) <= set(known)
+
+
+def test_agreement_about_drawings():
+    records = measure.heldout_records(1, 1)
+    right = next(record for record in records if record["type"] == "background")
+    blank = np.full((48, 48, 3), scenes.BACKGROUNDS["white"], np.uint8)
+    drawn = scenes.render(scenes.Scene(_things(right["facts"]), right["facts"]["background"]))
+    foreign = drawn.copy()
+    foreign[34:46, 2:14] = (110, 70, 40)  # a brown square
+    images, asked = np.stack([drawn, blank, foreign]), [right, right, right]
+    found = verifier_eval.agreement(Reader(), images, asked)
+    assert found["drawings"] == 3
+    assert found["parsed"] == pytest.approx(2 / 3)  # the last one is not read
+    assert found["agreement"] == 1.0
+    assert found["exact"] == pytest.approx(1 / 3)
+    # The brown square is no semantic question's matter: all are answered with yes.
+    assert found["all_yes"] == pytest.approx(2 / 3)
+    assert found["all_yes_agreement"] == pytest.approx(2 / 3)
+    assert (found["all_yes_if_exact"], found["all_yes_if_wrong"]) == (1.0, 0.5)
+    told = verifier_eval.agreement(Reader(always=0.9), images, asked)
+    assert 0 < told["agreement"] < 1
+    assert (told["all_yes"], told["all_yes_if_wrong"]) == (1.0, 1.0)
+
+
+def _things(facts):
+    """One shape per member of fully given groups, from the upper left on."""
+    kinds = [(g["shape"], g["color"]) for g in facts["groups"] for _ in range(g["count"])]
+    return tuple(scenes.Thing(shape, color, 0, col) for col, (shape, color) in enumerate(kinds))
 
 
 def test_temperature_undoes_overconfidence():

@@ -1,0 +1,139 @@
+"""Measuring the small UMM: what is asked and what counts as right; texts by a tiny random model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax import policy, trained
+from alphagrpo_jax.shapes import (
+    checker,
+    examples,
+    measure,
+    measure_skills,
+    questions,
+    scenes,
+    specs,
+    verifier_eval,
+)
+
+RED, BLUE = scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)
+SCENE = scenes.Scene((RED, BLUE), "white")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+def test_captions_by_hand():
+    assert measure_skills.captions("Describe the layout.", SCENE) == {
+        "red circle top right, blue square middle left, white background",
+        "blue square middle left, red circle top right, white background",
+    }
+    assert measure_skills.captions("Describe how two shapes lie.", SCENE) == {
+        "a red circle to the right of a blue square",
+        "a red circle above a blue square",
+        "a blue square to the left of a red circle",
+        "a blue square below a red circle",
+    }
+    twins = scenes.Scene((RED, scenes.Thing("circle", "red", 2, 2)), "gray")
+    assert measure_skills.captions("What is in the image?", twins) == {"two red circles"}
+
+
+def test_captions_are_those_of_pretraining(rng):
+    seen = set()
+    for _ in range(200):
+        example = examples.caption(rng)
+        seen.add(example.instruction)
+        assert example.text in measure_skills.captions(example.instruction, example.scene)
+    assert seen == set(measure_skills.CAPTIONS)
+
+
+def test_questions_have_the_scenes_answers(rng):
+    forms = set()
+    for _ in range(60):
+        scene = measure_skills.heldout_scene(rng)
+        assert specs.describe(scene).split == "heldout"
+        text, answer, form = measure_skills.question(scene, rng)
+        forms.add(form)
+        if form == "yes_no":
+            assert (answer == "yes") == questions.truth(verifier_eval.meanings()[text], scene)
+    assert forms == {"yes_no", "open"}
+
+
+def test_edits_change_the_scene(rng):
+    for _ in range(60):
+        scene, instruction, target = measure_skills.edit(rng)
+        assert specs.describe(scene).split == "heldout"
+        assert instruction
+        image = scenes.render(target)
+        assert checker.same(image, target)
+        assert not checker.same(image, scene)
+        assert checker.exact_all(image, measure_skills.whole(target))
+
+
+def test_skills_of_a_policy_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(measure_skills, "redraw", lambda policy_, images, asked, seed: images)
+    monkeypatch.setattr(
+        measure_skills,
+        "tell",
+        lambda policy_, images, asked, system="", texts=1: ["yes"] * len(asked),
+    )
+    found = measure_skills.measure(None, 40)
+    assert found["caption"] == found["repair"] == found["edit/places"] == 0.0
+    assert found["edit"] < 0.5  # a move keeps all facts
+    assert found["answer/open"] == found["answer/thinking/open"] == 0.0
+    assert 0.2 < found["answer/yes_no"] < 0.8
+
+
+def test_shares_are_by_kind_and_type():
+    right, wrong = scenes.render(SCENE), scenes.render(scenes.Scene((RED,), "white"))
+    facts = specs.describe(SCENE).to_json()
+    plain = {"kind": "plain", "type": "count", "facts": facts}
+    implied = {"kind": "implied", "type": "two", "facts": facts}
+    found = measure.exact_shares([right, wrong, wrong], [plain, plain, implied])
+    assert found == {"implied": 0.0, "implied/two": 0.0, "plain": 0.5, "plain/count": 0.5}
+
+
+def test_records_are_heldout_prompts_of_every_type():
+    records = measure.heldout_records(2, 3)
+    kinds = [record["kind"] for record in records]
+    assert kinds == ["plain"] * 10 + ["implied"] * 3
+    assert len({record["type"] for record in records[:10]}) == 5
+
+
+def test_drawings_are_read_back(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), np.uint8)
+    records = measure.heldout_records(1, 1)[:2]
+    measure.write_drawings(tmp_path / "drawings", images, records)
+    found, read = verifier_eval.read_drawings(tmp_path / "drawings")
+    np.testing.assert_array_equal(found, images)
+    assert read == json.loads(json.dumps(records))
+    np.save(tmp_path / "other.npy", images)
+    with pytest.raises(ValueError, match=r"expected an \.npz of images and records"):
+        verifier_eval.read_drawings(tmp_path / "other.npy")
+
+
+def test_wrong_usage_and_missing_models(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        measure.main(["--skills", "--drawings", str(tmp_path / "x.npz")])
+    assert stopped.value.code == 2
+    capsys.readouterr()
+    assert measure.main(["--model", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_texts_depend_on_their_own_row_only(monkeypatch):
+    monkeypatch.setattr(measure_skills, "TEXT_TOKENS", 4)
+    loaded = tiny_world.model()
+    tiny = trained.Trained(None, loaded, policy.PolicyParams(loaded.base), 0)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    asked = ["a red circle", "a"]
+    said = measure_skills.tell(tiny, images, asked, texts=2)
+    swapped = measure_skills.tell(tiny, images[::-1], asked[::-1], texts=2)
+    assert swapped == said[::-1]
+    assert len(set(said)) == 2
+    jax.clear_caches()  # compiled for the shorter texts
