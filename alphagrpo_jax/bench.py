@@ -23,7 +23,6 @@ from alphagrpo_jax import build, prompts, train, trained
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.pool import PoolError
-from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
 from alphagrpo_jax.types import TrainState
 
@@ -57,9 +56,8 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
       ConfigError, ValueError, FileNotFoundError, PoolError: as in training.
     """
     compiles = CompileCounter()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = build.make_mesh(config)
     jax.set_mesh(mesh)
-    build.check_mesh(config, mesh)
     loaded = build.load_policy(config, mesh)
     data = build.load_data(config, loaded, folder / "data")
     optimizer = build.make_optimizer(config)
@@ -125,22 +123,25 @@ def _step(run: train.Run, state: TrainState, step: int) -> tuple[TrainState, Sec
     return state, Seconds(*np.diff(marks).tolist())
 
 
-def _answering(run: train.Run, steps: int) -> tuple[int, list[float]]:
-    """Questions of one step's samples, and the seconds that the pool alone takes for them."""
+def _answering(run: train.Run, steps: int) -> tuple[float, list[float]]:
+    """Mean number of questions of a step's samples, and the seconds the pool alone takes."""
     config = run.config
     rng = np.random.default_rng(config.seed)
     shape = (config.trajectories, config.model.height, config.model.width, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
-    records = [run.data.train.records[row] for row in _rows(run, 1)]
-    records = [record for record in records for _ in range(config.train.group_size)]
+    asked = 0
 
-    def ask(turn: int) -> None:
+    def ask(turn: int) -> None:  # other prompts every time, as in training
+        nonlocal asked
+        rows = np.repeat(_rows(run, turn + 2), config.train.group_size)
+        records = [run.data.train.records[row] for row in rows]
+        asked += sum(len(record.asked) for record in records)
         ids = [("bench", turn, number) for number in range(len(records))]
-        scoring.submit(run.pool, ids, images, records)
+        scoring.submit(run.pool, ids, images, records, first=0)
         run.pool.gather(ids)
 
     spent = [_timed(lambda turn=turn: ask(turn)) for turn in range(steps)]
-    return sum(len(record.asked) for record in records), spent
+    return asked / steps, spent
 
 
 def _timed(action: Callable[[], object]) -> float:
@@ -154,7 +155,10 @@ def table(figures: dict[str, float], config: Config) -> str:
     get = figures.__getitem__
     rows = [
         ("rollout alone (think and draw)", f"{get('images_per_second'):.1f} images/s"),
-        ("verifier pool alone", f"{get('questions_per_second'):.0f} questions/s"),
+        (
+            f"verifier pool alone ({config.verifier.workers} x {config.verifier.threads} threads)",
+            f"{get('questions_per_second'):.0f} questions/s",
+        ),
         (f"step of {config.trajectories} trajectories", f"{get('seconds/step'):.3f} s"),
         *(
             (f"  {name}", f"{get(f'seconds/{name}'):.3f} s  {get(f'share/{name}'):6.1%}")
@@ -165,7 +169,7 @@ def table(figures: dict[str, float], config: Config) -> str:
         ("compilations", f"{get('compilations'):.0f} in {get('seconds/compilation'):.1f} s"),
         ("  after the first step", f"{get('compilations_after_first_step'):.0f}"),
     ]
-    return "\n".join(f"{name:<34}{value}" for name, value in rows)
+    return "\n".join(f"{name:<38}{value}" for name, value in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -73,12 +73,16 @@ def load_policy(config: Config, mesh: Mesh) -> Loaded:
     return loaded
 
 
-def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Refuses micro-batches that the mesh cannot cut evenly.
+def make_mesh(config: Config) -> Mesh:
+    """The mesh of a configuration.
 
     Raises:
-      ConfigError: the first such field.
+      ConfigError: it does not fit the devices, or does not cut a micro-batch evenly.
     """
+    try:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     ways = sharding.batch_ways(mesh)
     sizes = {
         "train.micro_batch": config.train.micro_batch,
@@ -91,6 +95,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
                 f"{name}={size} does not divide over mesh.data x mesh.fsdp = {ways} parts; make it "
                 f"a multiple of {ways} or change the mesh"
             )
+    return mesh
 
 
 def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> Data:
@@ -108,7 +113,13 @@ def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
         factory: tuple[str, dict[str, Any]] = ("callable", {"target": verifier.path})
     else:
         path = str(resolve(verifier.path))
-        options = {"num_threads": verifier.threads, "text_fallback": verifier.text_fallback}
+        options = {
+            "device": verifier.device,
+            "dtype": verifier.dtype,
+            "num_threads": verifier.threads,
+            "top_k": verifier.top_k or None,
+            "text_fallback": verifier.text_fallback,
+        }
         factory = ("hf", {"path": path} | options)
     return Pool(
         factory,

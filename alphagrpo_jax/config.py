@@ -5,6 +5,7 @@ A ConfigDict ends in `from_config_dict`: nothing below it sees one.
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,9 @@ class Verifier:
     path: str
     workers: int  # processes
     threads: int  # per worker, fixed: the same answers whatever the load
+    device: str  # of a Hugging Face verifier, "cpu" or "cuda"
+    dtype: str  # of its weights, or "auto" for the folder's own
+    top_k: int  # candidates of the first token that count; 0: all
     text_fallback: bool  # a text that is exactly yes or no counts as 1 or 0
     attempt_seconds: float  # for one attempt at one image
     total_seconds: float  # after its submission, no further attempt at an image starts
@@ -294,12 +298,14 @@ CHOICES = {
 
 # key -> (lowest, highest) value, both allowed
 RANGES = {
+    "seed": (0, (1 << 32) - 1),
     "model.height": (16, 4096),
     "model.width": (16, 4096),
     "lora.rank": (1, 4096),
     "lora.alpha": (1e-6, 1e6),
     "verifier.workers": (1, 1024),
     "verifier.threads": (1, 1024),
+    "verifier.top_k": (0, 1 << 20),
     "verifier.attempt_seconds": (1e-3, 1e6),
     "verifier.total_seconds": (1e-3, 1e6),
     "verifier.start_seconds": (1e-3, 1e6),
@@ -379,6 +385,19 @@ def _check_sizes(config: Config) -> None:
         )
     if len(rollout.window_range) != 2 or len(rollout.guidance.interval) != 2:
         raise ConfigError("rollout.window_range and rollout.guidance.interval must be (lo, hi)")
+    low, high = rollout.guidance.interval
+    if not low < high:
+        raise ConfigError(
+            f"rollout.guidance.interval: got {low, high}, expected noise levels lo < hi"
+        )
+    for key, pattern in (
+        ("lora.targets", config.lora.targets),
+        ("train.full_targets", train.full_targets),
+    ):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{key}: {pattern!r} is no regular expression ({error})") from error
     lo, hi = rollout.window_range
     if not 0 <= lo <= hi - rollout.window or hi > rollout.num_points - 1:
         raise ConfigError(

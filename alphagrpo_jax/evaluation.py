@@ -26,6 +26,7 @@ class Evaluation:
     metrics: dict[str, float]
     images: np.ndarray  # uint8[N, H, W, 3]
     captions: list[dict[str, Any]]  # prompt, think text, reward, exact, per image
+    scores: scoring.Scores
 
 
 def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None:
@@ -34,6 +35,28 @@ def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None
 
 
 CHECKERS: dict[str, FactCheck] = {"shapes": shapes_facts, "": lambda image, record: None}
+
+
+def check_records(prompts: PromptSet, check: FactCheck, size: tuple[int, int]) -> None:
+    """Tries the exact checker on a blank image for every prompt, before anything is drawn.
+
+    Args:
+      prompts: the held-out set.
+      check: the exact checker.
+      size: height and width of the images to come, pixels.
+    Raises:
+      ValueError: facts of another form, or an image size that the checker does not read.
+    """
+    blank = np.zeros((*size, 3), np.uint8)
+    for number, record in enumerate(prompts.records, start=1):
+        try:
+            check(blank, record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"data.heldout, record {number} ({record.prompt!r}): the exact checker cannot read "
+                f'its "facts" in images of {size[0]}x{size[1]} pixels: {error!r}; leave "facts" '
+                "out, or set eval.checker='' to evaluate by reward alone"
+            ) from error
 
 
 def evaluate(
@@ -67,7 +90,7 @@ def evaluate(
         filled = np.resize(part, micro_batch)
         drawn, written = draw(prompts.tokens[filled], prompts.mask[filled], first)
         drawn, stop = drawn[: len(part)], first + len(part)
-        scoring.submit(pool, ids[first:stop], drawn, records[first:stop])
+        scoring.submit(pool, ids[first:stop], drawn, records[first:stop], first=first)
         images.append(drawn)
         texts += written[: len(part)]
     scores = scoring.gather(pool, ids, records, texts or None, scoring_options)
@@ -85,7 +108,8 @@ def evaluate(
             records, texts or [None] * len(rows), scores.reward, facts, strict=True
         )
     ]
-    return Evaluation({f"{prefix}/{k}": v for k, v in metrics.items()}, pictures, captions)
+    named = {f"{prefix}/{name}": value for name, value in metrics.items()}
+    return Evaluation(named, pictures, captions, scores)
 
 
 def summarise(
@@ -113,8 +137,9 @@ def summarise(
     groups: dict[str, list[int]] = {}
     for index in np.flatnonzero(checked):
         extra = records[index].extra
-        if "kind" in extra:
-            groups.setdefault(f"exact_all/{extra['kind']}", []).append(index)
+        if "kind" not in extra:
+            continue
+        groups.setdefault(f"exact_all/{extra['kind']}", []).append(index)
         if "type" in extra:
             groups.setdefault(f"exact_all/{extra['kind']}/{extra['type']}", []).append(index)
     metrics |= {name: float(exact[members].mean()) for name, members in groups.items()}

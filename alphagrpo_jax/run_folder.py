@@ -24,7 +24,7 @@ def payload(state: TrainState) -> dict[str, Any]:
 
 def fingerprint(data: build.Data) -> dict[str, str]:
     """The contents of the prompt files, which a resumed run must find again."""
-    return {"data.train": data.train.digest}
+    return {"data.train": data.train.digest, "data.heldout": data.heldout.digest}
 
 
 def restore(
@@ -40,10 +40,10 @@ def restore(
         return state, 0, 0
     progress = saves.progress(latest)
     for name, value in fingerprint(data).items():
-        if progress[name] != value:
+        if progress.get(name) != value:
             raise checkpoint.CheckpointError(
                 f"the file {name} is not the one that this run was started with (sha256 {value}, "
-                f"expected {progress[name]}); put the old file back or use another --workdir"
+                f"expected {progress.get(name)}); put the old file back or use another --workdir"
             )
     arrays = saves.state(latest, payload(state))
     key = jax.random.wrap_key_data(arrays.pop("key"))
@@ -59,6 +59,11 @@ def check_folder(config: Config, workdir: pathlib.Path) -> None:
     path = workdir / CONFIG_FILE
     if path.exists():
         config_lib.check_resumable(config, json.loads(path.read_text()))
+
+
+def exists(workdir: pathlib.Path) -> bool:
+    """Whether the folder holds a run."""
+    return (workdir / CONFIG_FILE).exists()
 
 
 def is_finished(workdir: pathlib.Path) -> bool:

@@ -6,9 +6,9 @@ Exit codes: 0 done, 75 stopped by SIGTERM or SIGINT after a save (run the same c
 failure explained in one message, 2 wrong usage or configuration.
 """
 
+import dataclasses
 import json
 import pathlib
-import signal
 import sys
 import time
 import traceback
@@ -24,14 +24,16 @@ from ml_collections import config_flags
 from alphagrpo_jax import build, prompts, run_folder
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.advantage import Advantages, group_advantage
-from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.evaluation import CHECKERS, Evaluation, evaluate
+from alphagrpo_jax.config import Config, ConfigError, MeshShape
+from alphagrpo_jax.evaluation import CHECKERS, Evaluation, check_records, evaluate
+from alphagrpo_jax.guards import TrainingError, check_end, check_sampled, check_validity
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.pool import Pool, PoolError
 from alphagrpo_jax.rewards.questions import Record
-from alphagrpo_jax.runtime import checkpoint, distributed, sharding
+from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.types import Rollout, StepScores, TextBlock, TrainState, UpdateBatch
 
@@ -44,10 +46,6 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/
 
 # Metrics of a batch's first optimizer step; of its others the last one's are kept.
 FIRST_ONLY = {"text/ratio_max_dev", "image/ratio_max_dev", "logp/rollout_update_max_abs_diff"}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and why."""
 
 
 # Errors whose message says what to do; anything else comes with its traceback.
@@ -64,32 +62,19 @@ class Drawn(NamedTuple):
     text_metrics: dict[str, float]
 
 
-class StopFlag:
-    """Set by SIGTERM or SIGINT; the loop looks at it after every step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        say(f"stopping after this step ({signal.Signals(number).name})")
-
-
 def main(config: Config, workdir: pathlib.Path) -> int:
     """Runs a configuration in a folder, from where it stands; returns the exit code."""
     # ------------------------------------------------------------------ build
     stop, compiles = StopFlag(), metrics_lib.CompileCounter()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = build.make_mesh(config)
     jax.set_mesh(mesh)
-    build.check_mesh(config, mesh)
+    config = dataclasses.replace(config, mesh=MeshShape(*mesh.devices.shape))
     checkpoint.check_writable(workdir, state_bytes=0)
     run_folder.check_folder(config, workdir)
     loaded = build.load_policy(config, mesh)
     data = build.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
+    size = (config.model.height, config.model.width)
+    check_records(data.heldout, CHECKERS[config.eval.checker], size)
     optimizer = build.make_optimizer(config)
     state = build.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
@@ -102,7 +87,10 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     if done >= config.train.steps > 0 and run_folder.is_finished(workdir):
         say(f"{workdir} is finished: {done} steps are done")
         return DONE
-    run_folder.mark_running(workdir, config)
+    check_end(config, log, done)
+    evaluates_only = config.train.steps == 0
+    if not (evaluates_only and run_folder.exists(workdir)):
+        run_folder.mark_running(workdir, config)
     board = metrics_lib.Board(
         workdir, enabled=config.log.tensorboard and distributed.is_primary(), step=done
     )
@@ -121,10 +109,18 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         pool.wait_ready()
         run = Run(config, loaded, data, steps, pool, workdir)
         # -------------------------------------------------- evaluation alone
-        if config.train.steps == 0 and done > 0:
-            return evaluate_only(run, state, done)
-        if done == 0 and not log.has(0):
-            record(0, evaluate_row(run, state, 0, greedy=True))
+        untold = done == 0 and not distributed.primary_says(log.has(0))
+        if evaluates_only and not untold:
+            row = evaluate_row(run, state, done, greedy=True, samples="evaluation")
+            report_evaluation(workdir, {"step": done} | row)
+        elif untold:
+            try:
+                row = evaluate_row(run, state, 0, greedy=True, stop=stop)
+                record(0, row)
+                if evaluates_only:
+                    report_evaluation(workdir, {"step": 0} | row)
+            except StoppedError:
+                say("stopped before the first evaluation was done; it is done again")
         # ---------------------------------------------------------- the loop
         while done < config.train.steps and not distributed.any_process(stop.requested):
             step, started = done + 1, time.monotonic()
@@ -141,7 +137,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             scores = scoring.gather(
                 pool, drawn.ids, drawn.records, drawn.texts, build.scoring_options(config)
             )
-            check_validity(config, scores, step)
+            check_validity(config, scores, f"step {step}")
             rewarded = time.monotonic()
             advantages = advantage_of(config, scores)
             state, learned = update_policy(run, state, drawn.trajectories, old, advantages, step)
@@ -166,12 +162,14 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             if regular:
                 saves.save(done, run_folder.payload(state), progress)
         # ---------------------------------------------------------------- end
-        if done < config.train.steps and saves.latest() != done:
+        if done < config.train.steps and saves.latest() != done:  # stopped
             progress = {"step": done, "position": position} | run_folder.fingerprint(data)
             saves.save(done, run_folder.payload(state), progress)
     saves.close()
     board.close()
     bar.close()
+    if evaluates_only:
+        return DONE
     if done < config.train.steps:
         say(f"stopped after step {done}; the same command continues")
         return STOPPED
@@ -213,8 +211,9 @@ def draw_batch(run: Run, state: TrainState, step: int, rows: np.ndarray) -> Draw
     records = [run.data.train.records[row] for row in np.repeat(rows, group)]
     ids = [(step, number) for number in range(len(records))]
     for number, (_, images) in enumerate(launched):
-        own = slice(number * count * group, (number + 1) * count * group)
-        scoring.submit(run.pool, ids[own], distributed.to_host(images), records[own])
+        first = number * count * group
+        own = slice(first, first + count * group)
+        scoring.submit(run.pool, ids[own], distributed.to_host(images), records[own], first=first)
     parts = [trajectories for trajectories, _ in launched]
     whole = parts[0] if len(parts) == 1 else run.steps.join(parts)
     texts, text_metrics = None, {}
@@ -243,22 +242,6 @@ def old_scores(run: Run, state: TrainState, trajectories: Rollout) -> list[StepS
     ]
 
 
-def check_validity(config: Config, scores: scoring.Scores, step: int) -> None:
-    """Stops a run whose verifiers fail too often.
-
-    Raises:
-      TrainingError: more samples are invalid than `reward.max_invalid_fraction` allows.
-    """
-    invalid = 1.0 - float(np.mean(scores.valid))
-    if invalid > config.reward.max_invalid_fraction:
-        raise TrainingError(
-            f"step {step}: {invalid:.0%} of the samples have no reward, at most "
-            f"{config.reward.max_invalid_fraction:.0%} are allowed (reward.max_invalid_fraction); "
-            f"failures and their numbers: {scores.failures}. Mend the verifier, then run the same "
-            "command again: it continues from the last checkpoint"
-        )
-
-
 def advantage_of(config: Config, scores: scoring.Scores) -> Advantages:
     """Stage 4: advantages within each prompt's group."""
     shape = (config.train.prompts_per_step, config.train.group_size)
@@ -281,9 +264,11 @@ def update_policy(
     """Stages 5 and 6: the optimizer steps of one batch; the state as it was if nothing differs.
 
     Raises:
-      TrainingError: a loss or gradient that is not finite, before it has changed anything.
+      TrainingError: a loss or gradient that is not finite, before it has changed anything; or
+        nothing differs and what was drawn is not finite.
     """
     if advantages.all_zero:
+        check_sampled(trajectories, step)
         return state, {"update/skipped": 1}
     steps, base, config = run.steps, run.loaded.base, run.config
     flat = (jnp.asarray(x.ravel()) for x in (advantages.advantage, advantages.used))
@@ -323,7 +308,15 @@ def _parts(config: Config) -> list[jax.Array]:
     return [jnp.int32(part) for part in range(config.trajectories // config.train.micro_batch)]
 
 
-def evaluate_row(run: Run, state: TrainState, step: int, *, greedy: bool) -> dict[str, float]:
+def evaluate_row(
+    run: Run,
+    state: TrainState,
+    step: int,
+    *,
+    greedy: bool,
+    samples: str | None = None,
+    stop: StopFlag | None = None,
+) -> dict[str, float]:
     """Evaluates on the held-out prompts, writes the sample grid, returns the metrics.
 
     Args:
@@ -331,21 +324,33 @@ def evaluate_row(run: Run, state: TrainState, step: int, *, greedy: bool) -> dic
       state: the policy's.
       step: updates done.
       greedy: evaluate a second time with the likeliest think texts ("eval_greedy").
+      samples: name of the sample grid, default that of the step.
+      stop: where given, a stop that is asked for ends the evaluation.
+    Raises:
+      StoppedError: see `stop`.
+      TrainingError: the verifiers failed too often.
     """
     config = run.config
-    found = evaluate_policy(run, state, temperature=config.eval.temperature, prefix="eval")
-    if distributed.is_primary():
-        count = config.log.samples
-        metrics_lib.write_samples(
-            run.workdir / "samples", step, found.images[:count], found.captions[:count]
-        )
+    found = evaluate_policy(
+        run, state, temperature=config.eval.temperature, prefix="eval", stop=stop
+    )
+    check_validity(config, found.scores, f"evaluation at step {step}")
     row = dict(found.metrics)
     if greedy:
-        row |= evaluate_policy(run, state, temperature=0.0, prefix="eval_greedy").metrics
+        likeliest = evaluate_policy(run, state, temperature=0.0, prefix="eval_greedy", stop=stop)
+        check_validity(config, likeliest.scores, f"greedy evaluation at step {step}")
+        row |= likeliest.metrics
+    if distributed.is_primary():
+        count, name = config.log.samples, samples or f"step_{step:06d}"
+        metrics_lib.write_samples(
+            run.workdir / "samples", name, found.images[:count], found.captions[:count]
+        )
     return row
 
 
-def evaluate_policy(run: Run, state: TrainState, *, temperature: float, prefix: str) -> Evaluation:
+def evaluate_policy(
+    run: Run, state: TrainState, *, temperature: float, prefix: str, stop: StopFlag | None = None
+) -> Evaluation:
     """Evaluates on the held-out prompts, with the same keys every time."""
     config, heldout = run.config, run.data.heldout
     key = jax.random.key(config.eval.seed)
@@ -354,6 +359,8 @@ def evaluate_policy(run: Run, state: TrainState, *, temperature: float, prefix: 
     no_window = jnp.int32(config.eval.num_points)
 
     def draw(tokens: np.ndarray, mask: np.ndarray, first: int) -> tuple[np.ndarray, list[str]]:
+        if stop is not None and distributed.any_process(stop.requested):
+            raise StoppedError
         given = run.steps.eval_prefill(weights, (TextBlock(tokens, mask),))
         drawn, images = run.steps.eval_generate(
             weights, given, key, jnp.int32(first), no_window, jnp.float32(temperature)
@@ -375,14 +382,12 @@ def evaluate_policy(run: Run, state: TrainState, *, temperature: float, prefix: 
     )
 
 
-def evaluate_only(run: Run, state: TrainState, done: int) -> int:
-    """Evaluates the newest checkpoint; the numbers go to evaluation.json, not to the log."""
-    row = {"step": done} | evaluate_row(run, state, done, greedy=True)
+def report_evaluation(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Writes and prints what an evaluation alone found; the log of the run stays as it is."""
     text = json.dumps(row, indent=2, sort_keys=True)
     if distributed.is_primary():
-        metrics_lib.replace_text(run.workdir / EVALUATION_FILE, text + "\n")
+        metrics_lib.replace_text(workdir / EVALUATION_FILE, text + "\n")
         print(text)
-    return DONE
 
 
 def command(argv: Sequence[str]) -> None:
@@ -393,16 +398,26 @@ def command(argv: Sequence[str]) -> None:
         fail(WRONG_USAGE, "no --config given; the default is --config=configs/grpo.py")
     logging.set_verbosity(logging.WARNING)  # libraries; our own notices go to stderr
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = _WORKDIR.value or f"runs/{name}"
+    if "://" in workdir:
+        fail(WRONG_USAGE, f"--workdir={workdir}: expected a folder; mount the bucket and name that")
     try:
         config = config_lib.from_config_dict(_CONFIG.value)
         distributed.initialize()
-        sys.exit(main(config, pathlib.Path(_WORKDIR.value or f"runs/{name}")))
+        sys.exit(main(config, pathlib.Path(workdir)))
     except ConfigError as error:
         fail(WRONG_USAGE, str(error))
     except KeyboardInterrupt:
         fail(FAILED, "interrupted twice; the last checkpoint is untouched")
     except EXPLAINED as error:
         fail(FAILED, str(error))
+    except OSError as error:
+        fail(
+            FAILED,
+            f"{error}; the run's folder {workdir} or another file cannot be read or written: look "
+            "for a full disk, then run the same command again: it continues from the last "
+            "checkpoint",
+        )
     except Exception as error:
         traceback.print_exc()
         fail(FAILED, f"unexpected {type(error).__name__}: {error}")
@@ -423,7 +438,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's flag parser, with exit code 2 for unknown flags and fields."""
     try:
         return flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (
+        flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError,
+        ImportError,
+    ) as error:  # fmt: skip
         return fail(WRONG_USAGE, f"{error}; see --help, and configs/grpo.py for the fields")
 
 

@@ -23,6 +23,10 @@ def get_config() -> ConfigDict:
     config.model.height = 512
     config.model.width = 512
     config.verifier.path = "Qwen3-VL-30B-A3B-Instruct"
+    config.verifier.device = "cuda"
+    config.verifier.dtype = "bfloat16"
+    config.verifier.top_k = 5
+    config.verifier.threads = 8
     config.data.train = "train.jsonl"
     config.data.heldout = "heldout.jsonl"
     config.rollout.prompt_tokens = 512
@@ -41,6 +45,8 @@ def get_config() -> ConfigDict:
     config.train.old_logprob = "self"
     config.advantage.std = "global_raw"
     config.optimizer.learning_rate = 5e-5
+    config.optimizer.gen_scale = 1.0
+    config.optimizer.decay_steps = 0
     config.optimizer.warmup_steps = 0
     config.eval.every = 50
     config.eval.prompts = 448

@@ -33,6 +33,9 @@ def get_config() -> ConfigDict:
     config.verifier.path = "package:verifier"
     config.verifier.workers = 1
     config.verifier.threads = 1
+    config.verifier.device = "cpu"
+    config.verifier.dtype = "float32"
+    config.verifier.top_k = 0
     config.verifier.text_fallback = False
     config.verifier.attempt_seconds = 60.0
     config.verifier.total_seconds = 600.0

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"

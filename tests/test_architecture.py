@@ -14,7 +14,13 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # From the bottom to the top: a unit (a top-level file or a folder) imports only units before it.
 LIBRARIES = ("ops", "flow", "config", "runtime", "models", "policy", "types", "sampling", "shapes")
 STAGES = ("tasks", "prompts", "rollout", "rewards", "advantage", "loss", "update")
-JOINTS = ("evaluation", "build", "run_folder", "trained")  # stages put together, for the commands
+JOINTS = (
+    "evaluation",
+    "build",
+    "guards",
+    "run_folder",
+    "trained",
+)  # stages put together, for the commands
 ORDER = {unit: level for level, unit in enumerate((*LIBRARIES, *STAGES, *JOINTS))}
 # Stages meet in the commands through types.py; these are the exceptions.
 BETWEEN_STAGES = {

@@ -46,6 +46,22 @@ def test_exact_scores_by_kind_and_type():
     assert found["reward_minus_exact"] == pytest.approx(0.6 - 1 / 3)
 
 
+def test_facts_without_a_kind_count_in_the_whole_only():
+    without = [parse_record(tiny_world.record(f"p{i}", type="count")) for i in range(4)]
+    found = evaluation.summarise(scores([0.5] * 4, [True] * 4), FACTS, without)
+    assert found["exact_all"] == 0.5
+    assert not any(name.startswith("exact_all/") for name in found)
+
+
+def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
+    good = tiny_world.record("a red circle")
+    bad = tiny_world.record("a blue square", facts={"colour": "blue"})
+    prompts = PromptSet(tuple(map(parse_record, (good, bad))), None, None, "")
+    evaluation.check_records(prompts, evaluation.CHECKERS[""], (48, 48))
+    with pytest.raises(ValueError, match=r"record 2 .'a blue square'.*eval.checker=''"):
+        evaluation.check_records(prompts, evaluation.CHECKERS["shapes"], (48, 48))
+
+
 def test_without_facts_there_are_only_rewards():
     found = evaluation.summarise(scores([0.5] * 4, [True] * 4), [None] * 4, records())
     assert set(found) == {"reward/mean", "reward/format", "reward/valid_fraction"}

@@ -1,6 +1,7 @@
 """A tiny random model, prompts and verifier for tests of the trainer; nothing here is trained."""
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -118,6 +119,30 @@ class Honest:
     def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
         mean = float(image.astype(np.float64).mean()) / 255.0
         return [Answer((7.0 * mean + 0.37 * len(text)) % 1.0) for text in questions]
+
+
+class DiesOnce(Honest):
+    """As `Honest`, but its process ends in the middle of a run, once per folder."""
+
+    def __init__(self):
+        self.answered = 0
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        self.answered += 1
+        marker = pathlib.Path("verifier_died")
+        if self.answered == 12 and not marker.exists():
+            marker.write_text("")
+            os._exit(1)
+        return super().answer(image, questions)
+
+
+class SometimesMute(Honest):
+    """As `Honest`, but gives no number about some images: always the same ones."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        if int(image.astype(np.int64).sum()) % 5 == 0:
+            return [Answer(None, "no answer") for _ in questions]
+        return super().answer(image, questions)
 
 
 class Mute:

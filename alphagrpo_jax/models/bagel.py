@@ -39,10 +39,17 @@ class Bagel(nn.Module):
         width = cfg.llm.hidden_size
         self.embed_tokens = Embedding(cfg.llm.vocab_size, width, EMBED_STDDEV, dtype)
         self.language_model = Decoder(cfg.llm, dtype, self.remat, self.unroll)
-        self.lm_head = Linear(cfg.llm.vocab_size, use_bias=False, dtype=dtype)
+        self.lm_head = Linear(
+            cfg.llm.vocab_size, use_bias=False, dtype=dtype, out_dtype=jnp.float32
+        )
         self.time_embedder = MLP(width, width, "silu", dtype, ("mlp_0", "mlp_2"))
         self.vae2llm = Linear(width, dtype=dtype)
-        self.llm2vae = Linear(cfg.latent_width, dtype=dtype, kernel_init=nn.initializers.zeros)
+        self.llm2vae = Linear(
+            cfg.latent_width,
+            dtype=dtype,
+            kernel_init=nn.initializers.zeros,
+            out_dtype=jnp.float32,
+        )
         self.vit_model = VisionTransformer(cfg.vit, dtype, self.remat, self.unroll)
         self.connector = MLP(width, width, cfg.connector_act, dtype)
         self.vae = VAE(cfg.vae, dtype)
@@ -90,11 +97,11 @@ class Bagel(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float[B, T, D] (normed) -> float32[B, T, V]."""
-        return self.lm_head(hidden).astype(jnp.float32)
+        return self.lm_head(hidden)
 
     def read_velocity(self, hidden: jax.Array) -> jax.Array:
         """float[B, M, D] (normed) -> float32[B, M, C]."""
-        return self.llm2vae(hidden).astype(jnp.float32)
+        return self.llm2vae(hidden)
 
     def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `vae.VAE.moments`."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alphagrpo_jax.models.layers import ACTIVATIONS
 from alphagrpo_jax.models.vae import VAEConfig
 from alphagrpo_jax.runtime.images import ImageSizes
 from alphagrpo_jax.runtime.tokenizer import SpecialTokens
@@ -94,6 +95,14 @@ class BagelConfig:
     vit_transform: ImageSizes = VIT_TRANSFORM
 
     def __post_init__(self) -> None:
+        for file, name, value in (
+            (VIT_FILE, "hidden_act", self.vit.hidden_act),
+            (BAGEL_FILE, "connector_act", self.connector_act),
+        ):
+            if value not in ACTIVATIONS:
+                raise ConfigError(
+                    f"{file}: {name} is {value!r}, expected one of {sorted(ACTIVATIONS)}"
+                )
         side = self.vit.image_size // self.vit.patch_size
         if side != self.vit_max_num_patch_per_side:
             raise ConfigError(
@@ -162,7 +171,8 @@ class BagelConfig:
         vae_fields = dict(vae or {})
         if "ch_mult" in vae_fields:
             vae_fields["ch_mult"] = tuple(vae_fields["ch_mult"])
-        llm_fields = {"num_key_value_heads": llm.get("num_attention_heads")} | dict(llm)
+        given = {name: value for name, value in llm.items() if value is not None}
+        llm_fields = {"num_key_value_heads": given.get("num_attention_heads")} | given
         return cls(
             llm=_build(LLMConfig, LLM_FILE, llm_fields),
             vit=_build(ViTConfig, VIT_FILE, vit),

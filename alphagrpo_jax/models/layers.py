@@ -29,15 +29,17 @@ class Linear(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+    out_dtype: Any = None  # default `dtype`; float32 for heads whose sums are not to be rounded
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        out = self.out_dtype or self.dtype
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=out)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+            y = y + bias.astype(out).reshape((1,) * (y.ndim - 1) + bias.shape)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
             y = y + (x @ a) @ b

@@ -81,7 +81,8 @@ def generating(port: Port, case: str) -> Outputs:
     """c8, c8edit, c8default: an image by ODE in the contexts of c5, or of c7 for an edit."""
     options = GENERATE_IMAGE | port.fixture.options(f"{case}.latents")
     contexts = port.editing() if "edit" in case else port.drawing()
-    run = ode(port, contexts, initial_noise(port, case), options)
+    noise = initial_noise(port, case)
+    run = {"init_noise": noise} | ode(port, contexts, noise, options)
     run |= image_of(port, run["latents"][-1])
     return {f"{case}.{name}": value for name, value in run.items()}
 

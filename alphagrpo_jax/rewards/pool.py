@@ -209,6 +209,9 @@ class Pool:
                 failures = 0 if answered else failures + (not worker.running)
         except _GivenUpError as error:
             self._give_up(index, str(error))
+        except Exception as error:  # a thread that ends unheard would leave everyone waiting
+            self._give_up(index, f"unexpected {type(error).__name__}: {error}")
+            raise
         finally:
             worker.stop()
 

@@ -43,13 +43,19 @@ class Scores:
 
 
 def submit(
-    pool: Pool, sample_ids: Sequence[Hashable], images: np.ndarray, records: Sequence[Record]
+    pool: Pool,
+    sample_ids: Sequence[Hashable],
+    images: np.ndarray,
+    records: Sequence[Record],
+    *,
+    first: int,
 ) -> None:
     """Hands images uint8[N, H, W, 3] to the pool, each with its record's questions.
 
-    Of several processes each scores its own share of the images.
+    Of several processes each scores its own share of the images; `first` is the number of the
+    first one in the batch that `gather` asks for.
     """
-    for row in distributed.own_rows(len(sample_ids)):
+    for row in distributed.own_rows(len(sample_ids), first=first):
         pool.submit(sample_ids[row], images[row], records[row].asked)
 
 

@@ -1,7 +1,8 @@
 """One verifier worker: a Python process of its own, and the handle by which the pool drives it.
 
 The process imports neither JAX nor the caller's main module. It gets its thread count by
-environment variables (they count only before torch is imported), ignores Ctrl-C, and ends when its
+environment variables (they count only before torch is imported), ignores Ctrl-C and SIGTERM (a
+scheduler sends them to the whole group, while the parent still wants answers), and ends when its
 parent is gone.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 Factory = tuple[str, Mapping[str, Any]]  # (kind, options), see `verifiers.build`
 _BOOT = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     "from alphagrpo_jax.rewards import worker; worker.serve(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from alphagrpo_jax.runtime.distributed import to_host
 from alphagrpo_jax.runtime.sharding import path_name
 
 FOLDER = "checkpoints"
+MIN_FREE = 64 << 20  # bytes of free space that any run wants: logs, samples, prompt cache
 ROOM = 4  # checkpoints of free space that a run wants at its start
 
 
@@ -105,7 +107,7 @@ def check_writable(folder: str | os.PathLike, *, state_bytes: int) -> None:
       CheckpointError: it cannot be made or written, or the disk is full.
     """
     folder = pathlib.Path(folder)
-    probe = folder / f".write_probe_{os.getpid()}"  # every process has its own
+    probe = folder / f".write_probe_{uuid.uuid4().hex}"  # every process of every host has its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
@@ -119,8 +121,10 @@ def check_writable(folder: str | os.PathLike, *, state_bytes: int) -> None:
             "free some space"
         ) from error
     free = shutil.disk_usage(folder).free
-    if free < ROOM * state_bytes:
+    wanted = MIN_FREE + ROOM * state_bytes
+    if free < wanted:
         raise CheckpointError(
-            f"{folder} has {free / 1e6:.0f} MB free, a checkpoint takes {state_bytes / 1e6:.0f} MB "
-            f"and the run wants room for {ROOM}; free some space or choose another --workdir"
+            f"{folder} has {free / 1e6:.0f} MB free, expected at least {wanted / 1e6:.0f} MB (logs "
+            f"and {ROOM} checkpoints of {state_bytes / 1e6:.0f} MB); free some space or choose "
+            "another --workdir"
         )

@@ -50,9 +50,15 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def own_rows(count: int) -> np.ndarray:
-    """The rows of a batch that this process scores, int64 indices."""
-    return np.arange(jax.process_index(), count, jax.process_count())
+def own_rows(count: int, *, first: int = 0) -> np.ndarray:
+    """The rows of a part of a batch that this process scores, int64 indices into the part.
+
+    Args:
+      count: rows of the part.
+      first: number of its first row in the batch.
+    """
+    rows = np.arange(count)
+    return rows[(first + rows) % jax.process_count() == jax.process_index()]
 
 
 def merge_rows(values: np.ndarray, count: int) -> np.ndarray:
@@ -60,12 +66,22 @@ def merge_rows(values: np.ndarray, count: int) -> np.ndarray:
 
     Args:
       values: float[len(own_rows(count)), ...].
-      count: rows of the whole batch, a multiple of the number of processes.
+      count: rows of the whole batch.
     """
     if jax.process_count() == 1:
         return values
-    stacked = np.asarray(multihost_utils.process_allgather(values))  # [processes, rows, ...]
-    return np.moveaxis(stacked, 0, 1).reshape(count, *values.shape[1:])
+    most = -(-count // jax.process_count())  # shares differ by one row at most
+    filled = np.full((most, *values.shape[1:]), np.nan, values.dtype)
+    filled[: len(values)] = values
+    stacked = np.asarray(multihost_utils.process_allgather(filled))  # [processes, most, ...]
+    return np.moveaxis(stacked, 0, 1).reshape(-1, *values.shape[1:])[:count]
+
+
+def primary_says(flag: bool) -> bool:  # noqa: FBT001
+    """The flag of the process that writes logs, on every process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.array([flag]))[0])
 
 
 def any_process(flag: bool) -> bool:  # noqa: FBT001

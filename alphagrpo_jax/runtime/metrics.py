@@ -109,17 +109,17 @@ class Board:
 
 
 def write_samples(
-    folder: str | os.PathLike, step: int, images: np.ndarray, captions: Sequence[Mapping[str, Any]]
+    folder: str | os.PathLike, name: str, images: np.ndarray, captions: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Writes step_N.png, a grid of uint8[N, H, W, 3], and step_N.json, what each image is."""
+    """Writes NAME.png, a grid of uint8[N, H, W, 3], and NAME.json, what each image is."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     columns = math.ceil(math.sqrt(len(images)))
     grid = images_lib.grid(images, columns)
     scale = max(1, 96 // images.shape[1])  # small images are enlarged for the eye
     large = Image.fromarray(grid.repeat(scale, axis=0).repeat(scale, axis=1))
-    large.save(folder / f"step_{step:06d}.png")
-    replace_text(folder / f"step_{step:06d}.json", json.dumps(list(captions), indent=1) + "\n")
+    large.save(folder / f"{name}.png")
+    replace_text(folder / f"{name}.json", json.dumps(list(captions), indent=1) + "\n")
 
 
 class Progress:

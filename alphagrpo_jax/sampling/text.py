@@ -118,7 +118,7 @@ def draw_tokens(
 
 
 def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
-    """The smallest set of likeliest tokens whose probability reaches `top_p`.
+    """The smallest set of likeliest tokens whose probability reaches `top_p`, and ties of the last.
 
     A token is kept if the tokens strictly likelier than it, in sorted order, sum to less than
     `top_p`; the likeliest is always kept (Holtzman et al. 2020).

@@ -64,6 +64,7 @@ def main(root: pathlib.Path) -> None:
     config = tiny_world.config(root)
     config.train.prompts_per_step, config.train.group_size = 2, 4
     config.train.micro_batch = config.rollout.micro_batch = 8
+    config.optimizer.eps = 1.0  # else Adam's first step is the sign of the gradient, even of noise
     config = config_lib.from_config_dict(config)
     one = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     eight = sharding.make_mesh(2, 2, 2)

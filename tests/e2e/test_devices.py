@@ -21,6 +21,6 @@ def test_one_update_on_eight_devices_equals_one_device(run_python, tmp_path):
     assert found["scores"] < 1e-4
     assert found["ode"] < 1e-3
     assert found["gradient"] < 1e-3 * found["scale"]
-    # Adam turns the sign of a gradient near zero into a whole step: what is compared is a mean
-    # over many parameters only through the gradient above; the update itself stays of one size.
-    assert found["updated"] <= 2.1e-2
+    assert found["metrics"] < 1e-3
+    assert found["greedy tokens"] == 0
+    assert found["updated"] < 1e-5  # the optimizer's eps is large, see device_numbers.py

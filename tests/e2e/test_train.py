@@ -72,8 +72,9 @@ def whole(run, world):
 
 
 def rows(workdir):
-    """Rows of metrics.jsonl without times."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    """Rows of metrics.jsonl without times; none before the first."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [
         {key: value for key, value in json.loads(line).items() if not key.startswith("time/")}
         for line in lines
@@ -144,6 +145,41 @@ def test_stopped_and_resumed_equals_uninterrupted(number, start, run, world, who
     assert rows(workdir) == rows(whole)
 
 
+def test_stopped_before_the_first_evaluation_is_done(start, run, world, whole):
+    workdir = world / "early"
+    process = start(workdir)
+    while process.poll() is None and not (workdir / "config.json").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=1800)
+    assert process.returncode == 75, errors
+    assert rows(workdir) == []
+    code, errors = run(workdir)
+    assert code == 0, errors
+    assert rows(workdir) == rows(whole)
+
+
+def test_a_verifier_that_dies_costs_nothing(run, world, whole):
+    dies = "--config.verifier.path=tiny_world:DiesOnce"
+    code, errors = run(world / "dies", dies)
+    assert code == 0, errors
+    assert (world / "verifier_died").exists()
+    assert rows(world / "dies") == rows(whole)
+
+
+def test_samples_without_an_answer_are_left_out(run, world):
+    mute = (
+        "--config.verifier.path=tiny_world:SometimesMute",
+        "--config.verifier.max_attempts=1",
+        "--config.reward.max_invalid_fraction=0.9",
+    )
+    code, errors = run(world / "sometimes", *mute, "--config.train.steps=4")
+    assert code == 0, errors
+    found = rows(world / "sometimes")[1:]
+    assert min(row["reward/valid_fraction"] for row in found) < 1.0
+    assert all(0.0 < row["reward/mean"] < 1.0 for row in found)  # never scored 0
+
+
 def test_killed_and_resumed_equals_uninterrupted(start, run, world, whole):
     workdir = world / "killed"
     process = start(workdir)
@@ -163,16 +199,20 @@ def test_more_steps_continue_a_finished_run(run, world, whole):
     code, errors = run(workdir, "--config.train.steps=4")
     assert code == 0, errors
     assert rows(workdir)[-1] == rows(whole)[-1]
+    code, errors = run(workdir, "--config.train.steps=3")  # behind the end
+    assert code == 0
+    assert "is finished: 4 steps are done" in errors
 
 
 def test_no_steps_only_evaluate(run, world, whole):
     code, errors = run(world / "nothing", "--config.train.steps=0")
     assert code == 0, errors
     assert rows(world / "nothing") == rows(whole)[:1]
-    before = (whole / "metrics.jsonl").read_text()
+    kept = [whole / name for name in ("metrics.jsonl", "config.json", "DONE")]
+    before = [path.read_text() for path in kept]
     code, errors = run(whole, "--config.train.steps=0")
     assert code == 0, errors
-    assert (whole / "metrics.jsonl").read_text() == before
+    assert [path.read_text() for path in kept] == before
     found = json.loads((whole / "evaluation.json").read_text())
     last = rows(whole)[-1]
     assert found["eval/reward/mean"] == last["eval/reward/mean"]
@@ -234,6 +274,8 @@ def test_eight_devices(run, world):
         (["--config.train.micro_batch=3"], "does not divide"),
         (["--wrkdir=x"], "wrkdir"),
         (["surplus"], "unexpected arguments"),
+        (["--config.mesh.data=2"], "needs 2 devices, but there are 1"),
+        (["--config.lora.targets=("], "lora.targets: '(' is no regular expression"),
     ],
 )
 def test_wrong_usage_is_refused_with_two(run, world, arguments, message):
@@ -255,9 +297,16 @@ def test_a_batch_that_the_mesh_does_not_divide(run, world):
         (["--config.model.path=nowhere"], "nowhere"),
         (["--config.data.train=nothing.jsonl"], "nothing.jsonl"),
         (["--config.rollout.prompt_tokens=5"], "longer than the prompt bucket of 5"),
+        (["--config.data.train=broken.jsonl"], "broken.jsonl:2: "),
+        (["--config.model.path=cut"], "ema.safetensors"),
     ],
 )
 def test_bad_input_fails_with_one_and_a_message(run, world, arguments, message):
+    good = (world / "train.jsonl").read_text().splitlines()
+    (world / "broken.jsonl").write_text(good[0] + "\n{not json\n")
+    shutil.copytree(world / "model", world / "cut", dirs_exist_ok=True)
+    weights = (world / "model" / "ema.safetensors").read_bytes()
+    (world / "cut" / "ema.safetensors").write_bytes(weights[: len(weights) // 2])
     code, errors = run(world / "refused", *arguments)
     assert code == 1
     assert message in errors
@@ -283,11 +332,9 @@ def test_invalid_rewards_stop_the_run_and_are_never_invented(run, world):
     mute = ("--config.verifier.path=tiny_world:Mute", "--config.verifier.max_attempts=1")
     code, errors = run(world / "mute", *mute)
     assert code == 1
-    assert "step 1: 100% of the samples have no reward, at most 20%" in errors
+    assert "evaluation at step 0: 100% of the samples have no reward, at most 20%" in errors
     assert "no answer" in errors
-    (row,) = rows(world / "mute")
-    assert row["eval/reward/mean"] is None
-    assert row["eval/reward/valid_fraction"] == 0.0
+    assert not (world / "mute" / "metrics.jsonl").exists()  # measured once the verifier is mended
 
 
 def test_equal_rewards_skip_the_update(run, world):

@@ -98,3 +98,19 @@ def test_unreadable_files(folder: pathlib.Path):
     (folder / "llm_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"llm_config\.json does not exist"):
         BagelConfig.from_folder(folder, TOKENS)
+
+
+def test_a_null_number_of_key_value_heads_is_that_of_the_query_heads(folder):
+    path = folder / "llm_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_key_value_heads": None}))
+    config = BagelConfig.from_folder(folder, TOKENS)
+    assert config.llm.num_key_value_heads == config.llm.num_attention_heads
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("vit_config.json", "hidden_act"), ("bagel_config.json", "connector_act")]
+)
+def test_an_unknown_activation_is_named(folder, file, name):
+    edit(folder / file, **{name: "mish"})
+    with pytest.raises(ConfigError, match=f"{file}: {name} is 'mish', expected one of"):
+        BagelConfig.from_folder(folder, TOKENS)

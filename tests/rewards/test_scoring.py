@@ -35,7 +35,7 @@ def test_rewards_of_a_batch():
     record = parse_record(tiny_world.record("a circle"))
     pool = Answers({"a": scored(0.9, 0.5, 0.4), "b": FAILED, "c": scored(0.0, 0.0, 1.0)})
     images = np.stack([np.full((2, 2, 3), value, np.uint8) for value in (1, 2, 3)])
-    scoring.submit(pool, ["a", "b", "c"], images, [record] * 3)
+    scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, first=0)
     assert pool.submitted[1] == ("b", 2, record.asked)
     options = scoring.ScoringOptions("geometric", "confidence", 0.5)
     texts = ["<think> x </think>", "<think> y </think>", "no form"]

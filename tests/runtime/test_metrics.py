@@ -49,7 +49,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_samples_are_a_grid_with_captions(tmp_path):
     images = np.zeros((3, 48, 48, 3), np.uint8)
-    metrics.write_samples(tmp_path, 12, images, [{"prompt": "p"}] * 3)
+    metrics.write_samples(tmp_path, "step_000012", images, [{"prompt": "p"}] * 3)
     width = 2 * (48 + 2) + 2
     assert Image.open(tmp_path / "step_000012.png").size == (2 * width, 2 * width)
     assert json.loads((tmp_path / "step_000012.json").read_text()) == [{"prompt": "p"}] * 3

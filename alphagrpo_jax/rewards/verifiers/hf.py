@@ -8,6 +8,7 @@ equal questions about equal images always get equal answers.
 """
 
 import copy
+import functools
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -26,6 +28,7 @@ PROBE_TOLERANCE = 1e-3  # of a probability, between the shared prefix and separa
 MIN_MASS = 1e-3  # P(yes) + P(no) below which the model has not answered the question
 RATINGS = tuple(str(value) for value in range(11))
 FALLBACK_TOKENS = 8
+CACHED_QUESTION_LISTS = 1024
 
 
 class Rating(NamedTuple):
@@ -66,8 +69,8 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
     """Loads (model, processor) from a local folder.
 
     Raises:
-      VerifierLoadError: no such folder, no image processor or chat template in it, or a package
-        that the model's processor needs is missing.
+      VerifierLoadError: no such folder, no image processor or chat template in it, damaged or
+        incomplete weights, or a package that the model's processor needs is missing.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -77,11 +80,17 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
         )
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, dtype=dtype
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VerifierLoadError(_explain(folder, error)) from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise VerifierLoadError(
+            f"verifier folder {str(folder)!r} lacks {len(missing)} tensors of its model, e.g. "
+            f"{missing[:3]}; they would be random and so would rewards: fetch its weights again"
+        )
     for part in ("image_processor", "tokenizer", "chat_template"):
         if part not in dir(processor) or vars(processor)[part] is None:
             raise VerifierLoadError(
@@ -94,6 +103,8 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
 def _explain(folder: Path, error: Exception) -> str:
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     message = f"cannot load the verifier in {str(folder)!r} (model type {kind!r}): {error}"
+    if isinstance(error, SafetensorError):
+        message += "\nFix: a weight file is damaged or cut short; fetch it again"
     for package in ("torchvision", "num2words"):
         if package in str(error).lower():
             message += f"\nFix: this model's processor needs {package}; pip install {package}"
@@ -151,6 +162,8 @@ class HFVerifier:
                 "reads generated text instead"
             )
         self.ratings = token_sets(self.tokenizer, RATINGS)
+        # A group's images are asked the same questions: their text is encoded once.
+        self._encoded = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode)
         self.shared_prefix = shared_prefix and self._prefix_works()
 
     def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
@@ -201,9 +214,8 @@ class HFVerifier:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]")
-        prompts = [self._prompt(question, instruction) for question in questions]
         forward = self._behind_prefix if self.shared_prefix else self._separately
-        return forward(image, prompts).float()
+        return forward(image, tuple(questions), instruction).float()
 
     def _prompt(self, question: str, instruction: str) -> str:
         messages = [
@@ -214,45 +226,49 @@ class HFVerifier:
             messages, add_generation_prompt=True, tokenize=False
         )
 
-    def _separately(self, image: np.ndarray, prompts: Sequence[str]) -> Tensor:
+    def _separately(
+        self, image: np.ndarray, questions: tuple[str, ...], instruction: str
+    ) -> Tensor:
+        prompts = [self._prompt(question, instruction) for question in questions]
         inputs = self.processor(
-            text=list(prompts), images=[[image]] * len(prompts), padding=True, return_tensors="pt"
+            text=prompts, images=[[image]] * len(prompts), padding=True, return_tensors="pt"
         ).to(self.device)
         return _last(self.model(**inputs, use_cache=False).logits, inputs["attention_mask"])
 
-    def _behind_prefix(self, image: np.ndarray, prompts: Sequence[str]) -> Tensor:
+    def _behind_prefix(
+        self, image: np.ndarray, questions: tuple[str, ...], instruction: str
+    ) -> Tensor:
+        start, tokens, mask = self._encoded(questions, instruction)
+        prefix = self.processor(text=[start], images=[[image]], return_tensors="pt").to(self.device)
+        cache = self.model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(questions))
+        before = prefix["attention_mask"].expand(len(questions), -1)
+        logits = self.model(
+            input_ids=tokens, attention_mask=torch.cat([before, mask], 1), past_key_values=cache
+        ).logits
+        return _last(logits, mask)
+
+    def _encode(self, questions: tuple[str, ...], instruction: str) -> tuple[str, Tensor, Tensor]:
+        """The prompts' common text up to the image, and tokens and mask [Q, T] of the rest."""
+        prompts = [self._prompt(question, instruction) for question in questions]
         cut = prompts[0].rindex(self.processor.image_token) + len(self.processor.image_token)
-        prefix = self.processor(text=[prompts[0][:cut]], images=[[image]], return_tensors="pt").to(
-            self.device
-        )
-        cache = self.model(**prefix, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(prompts))
         rest = self.tokenizer(
             [prompt[cut:] for prompt in prompts],
             add_special_tokens=False,
             padding=True,
             return_tensors="pt",
         ).to(self.device)
-        before = prefix["attention_mask"].expand(len(prompts), -1)
-        logits = self.model(
-            input_ids=rest["input_ids"],
-            attention_mask=torch.cat([before, rest["attention_mask"]], 1),
-            past_key_values=cache,
-        ).logits
-        return _last(logits, rest["attention_mask"])
+        return prompts[0][:cut], rest["input_ids"], rest["attention_mask"]
 
     def _prefix_works(self) -> bool:
         """Compares the shared prefix with separate prompts on a test image."""
         ramp = np.arange(48 * 48 * 3, dtype=np.int64).reshape(48, 48, 3)
         image = (ramp % 251).astype(np.uint8)
-        prompts = [
-            self._prompt(question, AUDIT_INSTRUCTION)
-            for question in ("Is there anything in the image?", "Is it flat?")
-        ]
+        asked = (image, ("Is there anything in the image?", "Is it flat?"), AUDIT_INSTRUCTION)
         with torch.inference_mode():
-            expected = self._separately(image, prompts).float().softmax(-1)
+            expected = self._separately(*asked).float().softmax(-1)
             try:
-                got = self._behind_prefix(image, prompts).float().softmax(-1)
+                got = self._behind_prefix(*asked).float().softmax(-1)
             except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
                 return False  # a cache of another kind, or an image token of another name
         return bool((got - expected).abs().max() <= PROBE_TOLERANCE)

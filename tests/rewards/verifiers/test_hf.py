@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from alphagrpo_jax.rewards.verifiers import hf
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
@@ -187,3 +188,21 @@ def _only(token: int):
         return torch.full_like(output, -60.0).index_fill(-1, torch.tensor([token]), 60.0)
 
     return hook
+
+
+def test_a_weight_file_cut_short_is_explained(llava_folder, tmp_path):
+    folder = shutil.copytree(llava_folder, tmp_path / "cut")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(VerifierLoadError, match="damaged or cut short; fetch it again"):
+        HFVerifier(folder)
+
+
+def test_missing_tensors_are_never_drawn_at_random(llava_folder, tmp_path):
+    folder = shutil.copytree(llava_folder, tmp_path / "lacking")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "mlp" in name)
+    save_file({k: v for k, v in tensors.items() if k != name}, path, metadata={"format": "pt"})
+    with pytest.raises(VerifierLoadError, match="lacks 1 tensors of its model"):
+        HFVerifier(folder)

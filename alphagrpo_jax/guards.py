@@ -1,0 +1,63 @@
+"""When a run must not go on, or not start: each check ends in one message that says what to do."""
+
+import collections
+
+import numpy as np
+
+from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.metrics import MetricsLog
+from alphagrpo_jax.types import Rollout
+
+REPORTED_FAILURES = 5  # kinds of verifier failures in one message
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and why."""
+
+
+def check_end(config: Config, log: MetricsLog, done: int) -> None:
+    """Refuses an end that lies behind the steps done: its row would lack the last evaluation.
+
+    Raises:
+      ConfigError: `train.steps` is too small.
+    """
+    ended = any(row["step"] == done and "eval_greedy/reward/mean" in row for row in log.rows)
+    if 0 < config.train.steps <= done and not (config.train.steps == done and ended):
+        raise ConfigError(
+            f"train.steps: got {config.train.steps}, but {done} steps are done; set it above "
+            f"{done} (0 evaluates the newest checkpoint)"
+        )
+
+
+def check_validity(config: Config, scores: scoring.Scores, where: str) -> None:
+    """Stops a run whose verifiers fail too often.
+
+    Raises:
+      TrainingError: more samples are invalid than `reward.max_invalid_fraction` allows.
+    """
+    invalid = 1.0 - float(np.mean(scores.valid))
+    if invalid > config.reward.max_invalid_fraction:
+        common = collections.Counter(scores.failures).most_common(REPORTED_FAILURES)
+        shown = "; ".join(f"{count} x {failure}" for failure, count in common)
+        raise TrainingError(
+            f"{where}: {invalid:.0%} of the samples have no reward, at most "
+            f"{config.reward.max_invalid_fraction:.0%} are allowed (reward.max_invalid_fraction); "
+            f"the most frequent failures on this host: {shown}. Mend the verifier, then run the "
+            "same command again: it continues from the last checkpoint"
+        )
+
+
+def check_sampled(trajectories: Rollout, step: int) -> None:
+    """Stops where all rewards are alike because what was drawn is not finite.
+
+    Raises:
+      TrainingError: a log-prob of the sampler is NaN or infinite.
+    """
+    samples = distributed.to_host((trajectories.texts, trajectories.images))
+    if not all(np.isfinite(sample.log_prob).all() for part in samples for sample in part):
+        raise TrainingError(
+            f"step {step}: the sampled log-probs are not finite, so the policy's weights are "
+            "broken; the last checkpoint is untouched. Look for broken weights (model.path)"
+        )

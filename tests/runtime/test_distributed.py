@@ -1,0 +1,64 @@
+"""Shares of a batch among processes, with the process count patched."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from alphagrpo_jax.runtime import distributed
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """processes(count): calls a function as each of `count` processes, returns their results."""
+
+    def run(count, function):
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        results = []
+        for index in range(count):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            results.append(function())
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("part", [15, 12, 1])
+def test_shares_of_the_parts_are_shares_of_the_batch(processes, count, part):
+    total = 4 * part
+    whole = processes(count, lambda: distributed.own_rows(total).tolist())
+    cut = processes(
+        count,
+        lambda: [
+            int(first + row)
+            for first in range(0, total, part)
+            for row in distributed.own_rows(part, first=first)
+        ],
+    )
+    assert cut == whole
+    assert sorted(itertools.chain(*whole)) == list(range(total))
+
+
+@pytest.mark.parametrize(("count", "rows"), [(2, 8), (2, 7), (3, 7), (3, 2)])
+def test_merged_rows_are_in_order(processes, monkeypatch, count, rows):
+    values = np.arange(rows * 2.0).reshape(rows, 2)
+    filled = []
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: filled.append(x) or x[None])
+
+    def own():
+        return distributed.merge_rows(values[distributed.own_rows(rows)], rows)
+
+    processes(count, own)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda _: np.stack(filled))
+    for merged in processes(count, own):
+        np.testing.assert_array_equal(merged, values)
+
+
+def test_one_process_has_everything():
+    values = np.ones((3, 2))
+    assert distributed.merge_rows(values, 3) is values
+    assert distributed.primary_says(True) is True
+    assert distributed.any_process(False) is False
