@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.verifier.dtype = "bfloat16"
     config.verifier.top_k = 5
     config.verifier.threads = 8
+    config.verifier.workers = 1
     config.data.train = "train.jsonl"
     config.data.heldout = "heldout.jsonl"
     config.rollout.prompt_tokens = 512
@@ -35,6 +36,7 @@ def get_config() -> ConfigDict:
     config.rollout.window = 10
     config.rollout.window_range = (0, 11)
     config.rollout.top_p = 0.8
+    config.rollout.shared_noise = False
     config.rollout.micro_batch = 112
     config.rollout.merge_lora = False
     config.rollout.guidance.text_scale = 4.0

@@ -174,7 +174,9 @@ def config(root: pathlib.Path) -> ml_collections.ConfigDict:
     config.train.steps, config.train.prompts_per_step, config.train.group_size = 4, 2, 4
     config.train.micro_batch = 4
     config.optimizer.learning_rate = 1e-2
-    config.optimizer.warmup_steps = 0
+    config.optimizer.warmup_steps = config.optimizer.decay_steps = 0
+    config.rollout.shared_noise = False
+    config.verifier.workers = 1
     config.eval.every, config.eval.prompts, config.eval.micro_batch = 2, 3, 4
     config.eval.text_guidance = 2.0
     config.eval.num_points, config.eval.checker = 5, ""

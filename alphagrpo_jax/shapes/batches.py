@@ -24,6 +24,7 @@ class BatchSizes:
     """Rows of each kind in one batch, and the padded text lengths in tokens."""
 
     draw: int = 28  # think, then draw
+    plan: int = 32  # think only, half of them about relations, which drawings alone learn slowly
     plain: int = 4  # draw without thinking
     reflect: int = 4  # say what is wrong with an image and repair it
     edit: int = 8
@@ -48,13 +49,15 @@ def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) ->
     """One pretraining batch as a nested dict of arrays.
 
     Returns:
-      `draw`, `reflect`, `short`: texts, see `_texts`; `draw_image`: uint8[draw + plain, H, W, 3];
+      `draw`, `plan`, `reflect`, `short`: texts, see `_texts`; `draw_image`:
+      uint8[draw + plain, H, W, 3];
       `source`: uint8[reflect + edit + understand, H, W, 3], images to look at; `target`:
       uint8[reflect + edit, H, W, 3], images to arrive at.
     """
     rng = np.random.default_rng((seed, step))
     drawings = [examples.draw(rng) for _ in range(sizes.draw)]
     plain = [examples.draw(rng, implied_share=0.1) for _ in range(sizes.plain)]
+    plans = [examples.plan(rng) for _ in range(sizes.plan)]
     repairs = [examples.reflect(rng) for _ in range(sizes.reflect)]
     edits = [examples.edit(rng) for _ in range(sizes.edit)]
     looked_at, answers = zip(
@@ -62,6 +65,7 @@ def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) ->
     )
     draw_rows = [Row((e.prompt, e.think), (False, True), THINK_SYSTEM) for e in drawings]
     draw_rows += [Row((e.prompt,), (False,), NO_SYSTEM) for e in plain]
+    plan_rows = [Row((e.prompt, e.think), (False, True), THINK_SYSTEM) for e in plans]
     reflect_rows = [
         Row(
             (tasks.REFLECTION_REQUEST.format(prompt=e.prompt), e.think),
@@ -73,6 +77,7 @@ def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) ->
     edit_rows = [Row((e.instruction, e.think), (False, True), THINK_SYSTEM) for e in edits]
     return {
         "draw": _texts(tokenizer, draw_rows, sizes.draw_tokens, sizes, rng),
+        "plan": _texts(tokenizer, plan_rows, sizes.draw_tokens, sizes, rng),
         "reflect": _texts(tokenizer, reflect_rows, sizes.reflect_tokens, sizes, rng),
         "short": _texts(tokenizer, edit_rows + list(answers), sizes.short_tokens, sizes, rng),
         "draw_image": _images([e.scene for e in (*drawings, *plain)]),

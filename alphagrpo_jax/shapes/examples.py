@@ -26,6 +26,7 @@ from alphagrpo_jax.shapes.specs import (
 )
 
 IMPLIED_SHARE = 0.5
+RELATION_SHARE = 0.5  # of `plan`
 RIGHT_SHARE = 0.2  # repairs of pictures that need none
 
 
@@ -108,7 +109,17 @@ def _request(rng: np.random.Generator, implied_share: float) -> requests.Request
 
 def draw(rng: np.random.Generator, implied_share: float = IMPLIED_SHARE) -> Draw:
     """A drawing example; `implied_share` of them are implied requests."""
-    request = _request(rng, implied_share)
+    return _drawn(_request(rng, implied_share), rng)
+
+
+def plan(rng: np.random.Generator) -> Draw:
+    """A drawing example of which only the think text is learned; `RELATION_SHARE` are relations."""
+    if rng.random() < RELATION_SHARE:
+        return _drawn(requests.draw_plain(rng, "relation"), rng)
+    return draw(rng)
+
+
+def _drawn(request: requests.Request, rng: np.random.Generator) -> Draw:
     spec, sentences = requests.resolve(request, rng)
     scene = sample_scene(spec, rng)
     return Draw(request.text, language.think(scene, sentences), scene, request)

@@ -1,30 +1,39 @@
 """Pretrains the small UMM of the shapes world on two CPU cores.
 
-    python -m alphagrpo_jax.shapes.train_vae --out runs/vae --minutes 15
-    python -m alphagrpo_jax.shapes.pretrain --vae runs/vae --out runs/umm --minutes 60
+    python -m alphagrpo_jax.shapes.train_vae --out runs/vae
+    python -m alphagrpo_jax.shapes.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
+    python -m alphagrpo_jax.shapes.pretrain --vae runs/vae2 --out runs/umm
+
+This sequence makes the model: the autoencoder, its decoder once more on noised latents, then the
+rest. Estimate for two idle cores, not measured: 70 minutes for the first two, 90 for the third.
 
 One model learns to draw (with and without a think text), to caption and answer, to edit, and to
 say what is wrong with an image and repair it. The objective is BAGEL's: cross-entropy on texts
 plus the flow-matching error on noised latents, in the contexts that inference uses. Writes the
-official folder layout. Interrupted, the same command continues from its last checkpoint.
+official folder layout. Data, noise and learning rate depend on the seed and the step alone:
+interrupted (exit code 75), the same command continues, bit for bit.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import multiprocessing
 import pathlib
 import shutil
+import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-import orbax.checkpoint as ocp
 import tqdm
 from flax import struct
 
@@ -34,8 +43,11 @@ from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.runtime import checkpoint
+from alphagrpo_jax.runtime.metrics import read_rows, replace_text
+from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.shapes import scenes
+from alphagrpo_jax.shapes import resumable, scenes
 from alphagrpo_jax.shapes.batches import BatchSizes, make_batch
 from alphagrpo_jax.shapes.tokenizer_build import build_tokenizer
 
@@ -83,6 +95,11 @@ BAGEL = {
 GRID = (3, 3)
 EMA_DECAY = 0.999
 CHECKPOINT_SECONDS = 180.0
+LOG_EVERY, AHEAD = 20, 4  # steps
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOG = "pretraining.jsonl"
+VAE_FILES = (bagel_weights.AE, bagel_weights.VAE_FILE)
+OF_A_RUN = (checkpoint.FOLDER, LOG, "README.md")  # in a model's folder, but not the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +223,9 @@ def loss_of(
     ctx, draw_text = write_texts(model, params, ctx, batch["draw"])
     draw_flow = flow_error(model, params, ctx, latents[:drawn], keys[0], recipe.draws)
 
+    ctx = _system(systems, batch["plan"]["system"])
+    _, plan_text = write_texts(model, params, ctx, batch["plan"])
+
     seen = see(model, params, systems, batch, sources)
     repairs, rows = batch["reflect"]["tokens"].shape[0], batch["source"].shape[0]
     ctx, reflect_text = write_texts(model, params, _rows(seen, 0, repairs), batch["reflect"])
@@ -216,6 +236,7 @@ def loss_of(
 
     metrics = {
         "text/draw": draw_text,
+        "text/plan": plan_text,
         "text/reflect": reflect_text,
         "text/short": short_text,
         "flow/draw": draw_flow,
@@ -223,21 +244,22 @@ def loss_of(
         "flow/edit": edit_flow,
     }
     flow = 0.7 * draw_flow + 0.15 * reflect_flow + 0.15 * edit_flow
-    text = 0.5 * draw_text + 0.25 * reflect_text + 0.25 * short_text
+    text = 0.5 * draw_text + 0.5 * plan_text + 0.25 * reflect_text + 0.25 * short_text
     return flow + recipe.text_weight * text, metrics
 
 
-def train_step(state: State, frozen, batch, prompts, scale, key, *, model, tx, recipe: Recipe):
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("model", "recipe"))
+def train_step(state: State, frozen, batch, prompts, scale, key, *, model, recipe: Recipe):
     """One update; `scale` in (0, 1] is the learning-rate schedule's factor."""
     grads, metrics = jax.grad(loss_of, has_aux=True)(
         state.params, frozen, model, batch, prompts, jax.random.fold_in(key, state.step), recipe
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer(recipe).update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: scale * u, updates)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(EMA_DECAY, (state.step + 1) / (state.step + 10))
     average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return State(params, average, opt_state, state.step + 1), metrics
 
 
@@ -263,30 +285,18 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
-def schedule(progress: float, step: int) -> float:
-    """Warm-up over 100 steps, then flat, then linear to 2 % over the last 60 % of the time."""
-    return min(1.0, (step + 1) / 100) * max(0.02, min(1.0, (1 - progress) / 0.6))
+def schedule(step: int, steps: int) -> float:
+    """Warm-up over 100 steps, then flat, then linear to 2 % over the last 60 % of the steps."""
+    return min(1.0, (step + 1) / 100) * max(0.02, min(1.0, (1 - step / steps) / 0.6))
 
 
-def build(
+def begin(
     out: pathlib.Path, vae_folder: pathlib.Path, seed: int, start: pathlib.Path | None
-) -> bagel_weights.Loaded:
-    """The model in `out`: what is there, else a copy of `start`, else random weights.
-
-    Its autoencoder is always the one of `vae_folder`.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / bagel_weights.EMA).exists():
-        if start is None:
-            _write_random(out, vae_folder, seed)
-        else:
-            shutil.copytree(start, out, dirs_exist_ok=True)
-    for name in (bagel_weights.AE, bagel_weights.VAE_FILE):
-        shutil.copy(vae_folder / name, out)
-    return bagel_weights.load_model(out)
-
-
-def _write_random(out: pathlib.Path, vae_folder: pathlib.Path, seed: int) -> None:
+) -> None:
+    """Writes the model that training begins with: that of `start`, else random weights."""
+    if start is not None:
+        shutil.copytree(start, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_A_RUN))
+        return
     build_tokenizer(out)
     tokenizer = Tokenizer.from_folder(out)
     vae = json.loads((vae_folder / bagel_weights.VAE_FILE).read_text())
@@ -297,78 +307,112 @@ def _write_random(out: pathlib.Path, vae_folder: pathlib.Path, seed: int) -> Non
     bagel_weights.save_model(out, random, dtype="bfloat16")
 
 
-def _batches(tokenizer_folder: str, sizes: BatchSizes, seed: int, step: int) -> dict:
-    global _TOKENIZER  # one per helper process
-    if _TOKENIZER is None:
-        _TOKENIZER = Tokenizer.from_folder(tokenizer_folder)
-    return make_batch(_TOKENIZER, sizes, seed, step)
-
-
-_TOKENIZER: Tokenizer | None = None
+def ahead(make: Callable[[int], dict], steps: range) -> Iterator[dict]:
+    """Batches of these steps, made by a helper process a few steps ahead."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as helper:
+        # The helper inherits the mask: signals to stop are for this process alone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        queue = [helper.submit(make, step) for step in steps[:AHEAD]]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for step in steps:
+            batch = queue.pop(0).result()
+            if step + AHEAD in steps:
+                queue.append(helper.submit(make, step + AHEAD))
+            yield batch
 
 
 def train(
     out: pathlib.Path,
     vae_folder: pathlib.Path,
     *,
-    minutes: float,
+    steps: int,
     seed: int,
     start: pathlib.Path | None = None,
     recipe: Recipe | None = None,
     sizes: BatchSizes | None = None,
-) -> None:
-    """Trains until `minutes` of training time are spent; checkpoints and resumes."""
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Trains from where the run in `out` stands; returns the exit code.
+
+    Args:
+      out: folder of the run and of the model.
+      vae_folder: its autoencoder becomes the model's.
+      steps: updates in all; the learning rate's schedule spans them.
+      seed: of weights, data and noise.
+      start: folder of a model to go on from.
+      recipe, sizes: of objective and optimiser, and of a batch; None: the defaults.
+      stopped: asked after every update; when true, the run saves and ends.
+    Raises:
+      ValueError: the run in `out` has other options.
+    """
     recipe, sizes = recipe or Recipe(), sizes or BatchSizes()
-    loaded = build(out, vae_folder, seed, start)
-    model = loaded.model
-    tx = optimizer(recipe)
+    options = {"seed": seed, "steps": steps, "vae": _digest(vae_folder), "start": str(start)}
+    options |= dataclasses.asdict(sizes) | dataclasses.asdict(recipe)
+    saves = checkpoint.Checkpoints(out, keep=1)
+    step, spent = saves.latest() or 0, 0.0
+    if step:
+        progress = saves.progress(step)
+        resumable.check_options(progress.get("options", {}), options, out)
+        spent = progress["spent"]
+    else:
+        begin(out, vae_folder, seed, start)
+    for name in VAE_FILES:
+        shutil.copy(vae_folder / name, out)
+    loaded = bagel_weights.load_model(out)
     params = dict(loaded.base)
     frozen = params.pop("vae")
     average = jax.tree.map(jnp.copy, params)
-    state = State(params, average, tx.init(params), jnp.zeros((), jnp.int32))
-    spent = 0.0
-    manager = ocp.CheckpointManager(
-        (out / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
-    )
-    if manager.latest_step() is not None:
-        saved = manager.restore(
-            manager.latest_step(),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state), progress=ocp.args.JsonRestore()
-            ),
-        )
-        state, spent = saved["state"], saved["progress"]["spent"]
+    state = State(params, average, optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
+    state = saves.state(step, state) if step else state
+    state = jax.device_put(state, jax.devices()[0])  # new or restored: one and the same program
     prompts = _prompts(loaded.tokenizer, (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT))
-    step_fn = jax.jit(
-        functools.partial(train_step, model=model, tx=tx, recipe=recipe), donate_argnums=0
-    )
-    key = jax.random.key(seed + 1)
-    step, last_save = int(state.step), spent
-    context = multiprocessing.get_context("spawn")
-    make = functools.partial(_batches, str(out), sizes, seed)
-    log = (out / "pretraining.jsonl").open("a")
+    update = functools.partial(train_step, model=loaded.model, recipe=recipe)
+    key, last_save = jax.random.key(seed + 1), spent
+
+    def save() -> None:
+        if saves.latest() != step:
+            saves.save(step, state, {"spent": spent, "options": options})
+        bagel_weights.save_model(out, loaded, base={**state.average, "vae": frozen})
+
+    log = out / LOG
+    _keep_rows(log, step)
+    make = functools.partial(make_batch, loaded.tokenizer, sizes, seed)
     with (
-        concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as helper,
-        tqdm.tqdm(total=round(60 * minutes), initial=round(spent), unit="s") as bar,
+        contextlib.closing(ahead(make, range(step, steps))) as batches,
+        tqdm.tqdm(total=steps, initial=step, unit="step") as bar,
     ):
-        queue = [helper.submit(make, step + i) for i in range(4)]
-        while spent < 60 * minutes:
-            begin = time.monotonic()
-            batch = queue.pop(0).result()
-            queue.append(helper.submit(make, step + 4))
-            scale = jnp.float32(schedule(spent / (60 * minutes), step))
-            state, metrics = step_fn(state, frozen, batch, prompts, scale, key)
+        begun = time.monotonic() - spent
+        for batch in batches:
+            scale = jnp.float32(schedule(step, steps))
+            state, metrics = update(state, frozen, batch, prompts, scale, key)
             row = {name: round(float(value), 5) for name, value in metrics.items()}
             step += 1
-            spent += time.monotonic() - begin
-            bar.update(int(spent) - bar.n)
-            bar.set_postfix(step=step, **{k: f"{v:.3f}" for k, v in row.items()})
-            if step % 20 == 0:
-                log.write(json.dumps({"step": step, "spent": round(spent, 1), **row}) + "\n")
-                log.flush()
-            if spent - last_save > CHECKPOINT_SECONDS or spent >= 60 * minutes:
+            spent = time.monotonic() - begun
+            bar.update()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()}, refresh=False)
+            if step % LOG_EVERY == 0:
+                with log.open("a") as file:
+                    file.write(json.dumps({"step": step, "spent": round(spent, 1), **row}) + "\n")
+            if stopped():
+                break
+            if spent - last_save > CHECKPOINT_SECONDS:
                 last_save = spent
-                _save(manager, out, loaded, state, step, spent)
+                save()
+    save()
+    saves.close()
+    return resumable.DONE if step == steps else resumable.STOPPED
+
+
+def _keep_rows(log: pathlib.Path, step: int) -> None:
+    # Drops the rows of later steps, which were done but lost with their checkpoint.
+    rows = [row for row in read_rows(log) if row["step"] <= step]
+    replace_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _digest(vae_folder: pathlib.Path) -> str:
+    content = b"".join((vae_folder / name).read_bytes() for name in VAE_FILES)
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _prompts(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -380,34 +424,23 @@ def _prompts(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[np.ndarray, 
     return tokens, mask
 
 
-def _save(
-    manager: ocp.CheckpointManager,
-    out: pathlib.Path,
-    loaded: bagel_weights.Loaded,
-    state: State,
-    step: int,
-    spent: float,
-) -> None:
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave({"spent": spent})
-        ),
-    )
-    manager.wait_until_finished()
-    base = {**state.average, "vae": loaded.base["vae"]}
-    bagel_weights.save_model(out, loaded, base=base)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vae", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning_rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--start", type=pathlib.Path, help="folder of a model to go on from")
-    args = parser.parse_args()
-    train(args.out, args.vae, minutes=args.minutes, seed=args.seed, start=args.start)
+    options, stop = vars(parser.parse_args()), StopFlag()
+    out, vae, recipe = options.pop("out"), options.pop("vae"), Recipe(options.pop("learning_rate"))
+    try:
+        code = train(out, vae, **options, recipe=recipe, stopped=lambda: stop.requested)
+    except (ValueError, FileNotFoundError, checkpoint.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+    if code == resumable.STOPPED:
+        tqdm.tqdm.write("stopped; the same command continues", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

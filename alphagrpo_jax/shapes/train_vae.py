@@ -1,17 +1,23 @@
 """Trains the small autoencoder of the shapes world (PyTorch: its CPU convolutions train fastest).
 
-    python -m alphagrpo_jax.shapes.train_vae --out runs/vae --minutes 35
+    python -m alphagrpo_jax.shapes.train_vae --out runs/vae
     python -m alphagrpo_jax.shapes.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
 
+First encoder and decoder, then the decoder alone on noised latents; each call is estimated, not
+measured, to take at most 35 minutes on two idle cores.
+
 Writes `ae.safetensors` and `vae_config.json` in BAGEL's layout; the JAX autoencoder of
-`models/vae.py` reads them. The module tree below carries the checkpoint's names. Interrupted, the
-same command continues from the last checkpoint.
+`models/vae.py` reads them. The module tree below carries the checkpoint's names. Data, noise and
+learning rate depend on the seed and the step alone: interrupted (exit code 75), the same command
+continues, bit for bit with as many threads.
 """
 
 import argparse
 import json
 import pathlib
+import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alphagrpo_jax.models.vae import NORM_EPSILON, NORM_GROUPS, VAEConfig
-from alphagrpo_jax.shapes import scenes
+from alphagrpo_jax.runtime.stopping import StopFlag
+from alphagrpo_jax.shapes import resumable, scenes
 
 CONFIG = VAEConfig(
     resolution=scenes.RESOLUTION,
@@ -34,6 +41,8 @@ CONFIG = VAEConfig(
     shift_factor=0.0,
 )
 EMA_DECAY = 0.998
+CHECKPOINT_SECONDS = 60.0
+MEASURED_BATCHES = 16  # of 32 scenes, for the latent's mean and deviation
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -205,8 +214,8 @@ def export(model: AutoEncoder, out: pathlib.Path) -> None:
     """Measures the latent's mean and deviation and writes the folder's two files."""
     rng = np.random.default_rng(10_000)
     with torch.no_grad():
-        means = [model.encoder(batch_of_scenes(rng, 32)[0]).chunk(2, dim=1)[0] for _ in range(16)]
-    latents = torch.cat(means)
+        batches = [batch_of_scenes(rng, 32)[0] for _ in range(MEASURED_BATCHES)]
+        latents = torch.cat([model.encoder(x).chunk(2, dim=1)[0] for x in batches])
     fields = {
         **{k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__},
         "ch_mult": list(CONFIG.ch_mult),
@@ -217,10 +226,41 @@ def export(model: AutoEncoder, out: pathlib.Path) -> None:
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "ae.safetensors")
 
 
+def schedule(step: int, steps: int) -> float:
+    """Warm-up over 100 steps times a parabola from 1 to 2 % at the last step."""
+    return min(1.0, (step + 1) / 100) * max(0.02, 1 - (step / steps) ** 2)
+
+
+def descend(
+    model: AutoEncoder, optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float
+) -> None:
+    """One optimizer step, with clipped gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(average: AutoEncoder, model: AutoEncoder, step: int) -> None:
+    """Moves the running average of the weights; its memory grows over the first steps."""
+    decay = min(EMA_DECAY, step / (step + 9))
+    for kept, new in zip(average.parameters(), model.parameters(), strict=True):
+        kept.lerp_(new, 1 - decay)
+
+
+def seed_noise(seed: int, step: int) -> None:
+    """Makes PyTorch's random numbers of a step a function of (seed, step)."""
+    words = np.random.SeedSequence((seed, step, 1)).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
+
+
 def train(
     out: pathlib.Path,
     *,
-    minutes: float,
+    steps: int,
     batch: int,
     lr: float,
     kl_weight: float,
@@ -228,69 +268,77 @@ def train(
     start: pathlib.Path | None,
     latent_noise: float | None,
     crowded: float,
-) -> None:
-    """Trains until `minutes` of training time are spent, checkpointing every minute.
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Trains from where the run in `out` stands, checkpointing every minute; returns the exit code.
 
-    `start`: a folder whose weights to begin with. `latent_noise`: train the decoder alone.
+    Args:
+      out: folder of the run and of its result.
+      steps: updates in all; the learning rate's schedule spans them.
+      batch: scenes per update.
+      lr: peak learning rate.
+      kl_weight, latent_noise: see `loss_of`.
+      seed: of weights, data and noise.
+      start: folder whose weights to begin with.
+      crowded: see `batch_of_scenes`.
+      stopped: asked after every update; when true, the run saves and ends.
+    Raises:
+      ValueError: the run in `out` has other options.
     """
+    options = {"steps": steps, "batch": batch, "lr": lr, "kl_weight": kl_weight, "seed": seed}
+    options |= {"start": str(start), "latent_noise": latent_noise, "crowded": crowded}
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)
     average = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)
-    if start is not None:
-        model.load_state_dict(load_file(start / "ae.safetensors"))
-    average.load_state_dict(model.state_dict())
     trained = (model if latent_noise is None else model.decoder).parameters()
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    step, spent = 0, 0.0
-    file = out / "state.pt"
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    step, spent, file = 0, 0.0, out / "state.pt"
     if file.exists():
-        state = torch.load(file, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent = state["step"], state["spent"]
-    saved = spent
-    with tqdm.tqdm(total=round(60 * minutes), initial=round(spent), unit="s") as bar:
-        while spent < 60 * minutes:
-            begin = time.monotonic()
+        saved = torch.load(file, weights_only=True)
+        resumable.check_options(saved.get("options", {}), options, out)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        step, spent = saved["step"], saved["spent"]
+    else:
+        if start is not None:
+            model.load_state_dict(load_file(start / "ae.safetensors"))
+        average.load_state_dict(model.state_dict())
+
+    def save() -> None:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(
+            state | {"step": step, "spent": spent, "options": options}, file.with_suffix(".tmp")
+        )
+        file.with_suffix(".tmp").replace(file)
+        export(average, out)
+
+    begun, last_save = time.monotonic() - spent, spent
+    with tqdm.tqdm(total=steps, initial=step, unit="step") as bar:
+        while step < steps:
             x, weight = batch_of_scenes(np.random.default_rng((seed, step)), batch, crowded)
-            progress = spent / (60 * minutes)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / 100) * max(0.02, 1 - progress**2)
+            seed_noise(seed, step)
             loss, reconstruction, kl = loss_of(model, x, weight, kl_weight, latent_noise)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-                    kept.lerp_(new, 1 - decay)
+            descend(model, optimizer, loss, lr * schedule(step, steps))
             step += 1
-            spent += time.monotonic() - begin
-            bar.update(int(spent) - bar.n)
-            bar.set_postfix(step=step, reconstruction=f"{reconstruction:.4f}", kl=f"{kl:.2f}")
-            if spent - saved > 60 or spent >= 60 * minutes:
-                saved = spent
-                torch.save(
-                    {
-                        "model": model.state_dict(),
-                        "average": average.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step,
-                        "spent": spent,
-                    },
-                    file.with_suffix(".tmp"),
-                )
-                file.with_suffix(".tmp").replace(file)
-                export(average, out)
+            follow(average, model, step)
+            spent = time.monotonic() - begun
+            bar.set_postfix(reconstruction=f"{reconstruction:.4f}", kl=f"{kl:.2f}", refresh=False)
+            bar.update()
+            if stopped():
+                break
+            if spent - last_save > CHECKPOINT_SECONDS:
+                last_save = spent
+                save()
+    save()
+    return resumable.DONE if step == steps else resumable.STOPPED
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--kl_weight", type=float, default=3e-4)
@@ -298,20 +346,16 @@ def main() -> None:
     parser.add_argument("--start", type=pathlib.Path, help="folder whose weights to begin with")
     parser.add_argument("--latent_noise", type=float, help="train the decoder alone, see loss_of")
     parser.add_argument("--crowded", type=float, default=0.5, help="share of crowded scenes")
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(
-        args.out,
-        minutes=args.minutes,
-        batch=args.batch,
-        lr=args.lr,
-        kl_weight=args.kl_weight,
-        seed=args.seed,
-        start=args.start,
-        latent_noise=args.latent_noise,
-        crowded=args.crowded,
-    )
+    parser.add_argument("--threads", type=int, default=2, help="no more than there are idle cores")
+    options, stop = vars(parser.parse_args()), StopFlag()
+    torch.set_num_threads(options.pop("threads"))
+    try:
+        code = train(**options, stopped=lambda: stop.requested)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if code == resumable.STOPPED:
+        tqdm.tqdm.write("stopped; the same command continues", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

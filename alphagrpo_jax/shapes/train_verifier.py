@@ -4,12 +4,15 @@ Two stages, both supervised by what was rendered: the vision tower learns dense 
 then the whole model answers questions packed behind a shared image prefix, while auxiliary losses
 tie words to the picture: patch features point to word embeddings, a noun's state in a middle layer
 knows the cells it names, and the last token's state one layer later knows those of both nouns.
-A run resumes from DIR/checkpoint.pt by the same command.
+A run resumes from DIR/checkpoint.pt by the same command (exit code 75: stopped after a save).
 """
 
 import argparse
 import math
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
-from alphagrpo_jax.shapes import questions, scenes, verifier_data, verifier_model
+from alphagrpo_jax.runtime.stopping import StopFlag
+from alphagrpo_jax.shapes import questions, resumable, scenes, verifier_data, verifier_model
 from alphagrpo_jax.shapes import verifier_packed as packed
 from alphagrpo_jax.shapes.muon import optimizers
 from alphagrpo_jax.shapes.specs import COLORS
@@ -158,9 +162,12 @@ def rate(step: int, steps: int, peak: float) -> float:
 class Trainer:
     """Model, read-outs, optimizers and position of a run; saved and restored as one file."""
 
-    def __init__(self, out: Path, seed: int, steps: dict[str, int]):
+    def __init__(
+        self, out: Path, seed: int, steps: dict[str, int], joint_lr: float = PEAK_LR["joint"]
+    ):
         torch.manual_seed(seed)
         self.out, self.seed, self.steps = out, seed, steps
+        self.peak = PEAK_LR | {"joint": joint_lr}
         self.model, self.processor = verifier_model.build(verifier_data.vocabulary())
         self.probes = packed.Probes(verifier_model.WIDTH, sum(verifier_data.PATCH_OUTPUTS))
         self.encoder = Encoder(self.processor.tokenizer)
@@ -170,6 +177,7 @@ class Trainer:
         }
         self.words = Words(self.encoder)
         self.stage, self.step = STAGES[0], 0
+        self.seconds = 0.0  # of training, over all sittings
         self.optimizers = optimizers([self.model, self.probes], PEAK_LR[self.stage])
 
     def state(self) -> dict:
@@ -181,6 +189,7 @@ class Trainer:
             "position": (self.stage, self.step),
             "seed": self.seed,
             "steps": self.steps,
+            "seconds": self.seconds,
         }
 
     def save(self) -> None:
@@ -211,6 +220,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.probes.load_state_dict(state["probes"])
         self.stage, self.step = state["position"]
+        self.seconds = state.get("seconds", 0.0)  # absent from older checkpoints
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return True
@@ -232,6 +242,18 @@ class Trainer:
             asked = [verifier_data.questions_about(e, rng, QUESTIONS) for e in batch]
         return self.encoder.batch(batch, asked)
 
+    def start(self, folder: Path) -> None:
+        """Goes on from the end of another run, with the joint stage alone.
+
+        Raises:
+          FileNotFoundError: the folder has no checkpoint.
+        """
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.probes.load_state_dict(state["probes"])
+        self.stage = "joint"
+        self.optimizers = optimizers([self.model, self.probes], self.peak["joint"])
+
     def validate(self, images: int) -> tuple[list[str], Tensor, Tensor]:
         """See `validate`; always the same images."""
         seed = self.seed + VALIDATION_SEED
@@ -247,7 +269,7 @@ class Trainer:
         total.backward()
         values = [*self.model.parameters(), *self.probes.parameters()]
         nn.utils.clip_grad_norm_(values, 1.0)
-        lr = rate(self.step, self.steps[self.stage], PEAK_LR[self.stage])
+        lr = rate(self.step, self.steps[self.stage], self.peak[self.stage])
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -257,15 +279,29 @@ class Trainer:
         return {name: part.item() for name, part in parts.items()}
 
 
-def train(trainer: Trainer, *, save_every: int = 100, report_every: int = 200) -> None:
-    """Runs the remaining steps of all stages."""
+def train(
+    trainer: Trainer,
+    *,
+    save_every: int = 100,
+    report_every: int = 200,
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Runs the remaining steps of all stages; returns the exit code.
+
+    Args:
+      trainer: the run.
+      save_every, report_every: steps.
+      stopped: asked after every step; when true, the run saves and ends.
+    """
+    begun = time.monotonic() - trainer.seconds
     for stage in STAGES[STAGES.index(trainer.stage) :]:
         if stage != trainer.stage:
             trainer.stage, trainer.step = stage, 0
-            trainer.optimizers = optimizers([trainer.model, trainer.probes], PEAK_LR[stage])
+            trainer.optimizers = optimizers([trainer.model, trainer.probes], trainer.peak[stage])
         bar = tqdm(total=trainer.steps[stage], initial=trainer.step, desc=stage, mininterval=5.0)
         while trainer.step < trainer.steps[stage]:
             parts = trainer.update()
+            trainer.seconds = time.monotonic() - begun
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()}, refresh=False)
             if trainer.step % save_every == 0:
@@ -274,8 +310,13 @@ def train(trainer: Trainer, *, save_every: int = 100, report_every: int = 200) -
                 shares = accuracies(*trainer.validate(VALIDATION_IMAGES))
                 words = " ".join(f"{name} {share:.3f}" for name, share in shares.items())
                 tqdm.write(f"step {trainer.step} {words}")
+            if stopped():
+                break
         bar.close()
         trainer.save()
+        if stopped():
+            return resumable.STOPPED
+    return resumable.DONE
 
 
 def main() -> None:
@@ -285,19 +326,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--joint-steps", type=int, default=1500)
+    parser.add_argument("--joint-lr", type=float, default=PEAK_LR["joint"])
+    parser.add_argument("--start", type=Path, help="folder of a run to go on from, questions only")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options, stop = parser.parse_args(), StopFlag()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     steps = {"vision": options.vision_steps, "joint": options.joint_steps}
-    trainer = Trainer(options.out, options.seed, steps)
+    trainer = Trainer(options.out, options.seed, steps, options.joint_lr)
     if trainer.restore():
         tqdm.write(f"resuming {trainer.stage} at step {trainer.step}")
-    train(trainer)
+    elif options.start is not None:
+        trainer.start(options.start)
+    code = train(trainer, stopped=lambda: stop.requested)
+    spent = f"{trainer.seconds:.0f} seconds of training"
+    if code == resumable.STOPPED:
+        tqdm.write(f"stopped after {spent}; the same command continues", file=sys.stderr)
+        sys.exit(code)
     divisor = temperature(*trainer.validate(CALIBRATION_IMAGES)[1:])
     with torch.no_grad():
         trainer.model.lm_head.weight.div_(divisor)
     tqdm.write(f"logits divided by {divisor:.3f}, so that probabilities are calibrated")
+    tqdm.write(f"{spent} in all")
     trainer.model.save_pretrained(options.out)
     trainer.processor.save_pretrained(options.out)
 

@@ -33,7 +33,8 @@ NOUNS = {
     for form in (shape, f"{shape}s", f"{shape}es")
 }
 SOFT = ("noise", "soft", "bleed", "blotch")  # pairs of mild ones are still sound
-DAMAGED_OR_ROUGH = (*corrupt.STRUCTURAL, *corrupt.PHOTOMETRIC, *corrupt.SURFACE)
+# Groups of damage, equally likely each; the kinds of a group are equally likely too.
+DAMAGE = (*(corrupt.STRUCTURAL,) * 2, *(corrupt.PHOTOMETRIC,) * 2, corrupt.SURFACE)
 # Cumulative shares of images; the rest is damaged.
 ODD_SHARE, CLEAN_SHARE, SOFT_SHARE = 0.05, 0.20, 0.30
 SHARES = {
@@ -256,8 +257,7 @@ def draw(rng: np.random.Generator) -> Example:
         image = corrupt.photometric(scenes.render(scene), rng, SOFT[first], mild=True)
         image = corrupt.photometric(image, rng, SOFT[second], mild=True)
         return Example(image, scene, corrupt.SOUND, (), scene)
-    kinds = pick(rng, (corrupt.STRUCTURAL, corrupt.PHOTOMETRIC, DAMAGED_OR_ROUGH))
-    result = corrupt.corrupt(scene, rng, pick(rng, kinds))
+    result = corrupt.corrupt(scene, rng, pick(rng, pick(rng, DAMAGE)))
     return Example(result.image, scene, result.labels, result.damaged, scene)
 
 

@@ -1,0 +1,111 @@
+"""Runs a command and says how long it took and how much memory it and its processes held at most.
+
+    python -m alphagrpo_jax.shapes.watch -- COMMAND...
+
+Memory is the summed PSS (a page that n processes share counts 1/n in each) of the command and all
+its descendants, read once a second from Linux's /proc. Ends with one line of JSON on stdout and the
+command's exit code (128 + n if signal n ended it).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+PERIOD = 1.0  # seconds between two readings
+PROC = pathlib.Path("/proc")
+NOT_FOUND = 127  # exit code, as the shell's
+
+
+class Watched(NamedTuple):
+    """How a command went."""
+
+    exit_code: int
+    wall_seconds: float
+    peak_bytes: int
+
+
+def tree(root: int) -> set[int]:
+    """A process and its descendants."""
+    children: dict[int, list[int]] = {}
+    for folder in PROC.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended since
+            # "pid (name) state parent ...", and a name may hold blanks and brackets.
+            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(folder.name))
+    found, new = {root}, [root]
+    while new:
+        own = children.get(new.pop(), [])
+        new += set(own) - found
+        found.update(own)
+    return found
+
+
+def pss(process: int) -> int:
+    """PSS of one process, bytes; 0 if it has ended or belongs to somebody else."""
+    with contextlib.suppress(OSError):
+        for line in (PROC / str(process) / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def watch(command: Sequence[str]) -> Watched:
+    """Runs a command to its end.
+
+    SIGTERM is passed to the command alone, as `kill` does, SIGINT to its whole process group, as
+    the terminal does.
+
+    Raises:
+      OSError: it cannot be started.
+    """
+    began, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, process_group=0)  # else Ctrl-C would reach it twice
+    passing = {signal.SIGINT: os.killpg, signal.SIGTERM: os.kill}
+
+    def pass_on(number: int, _: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            passing[number](process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in passing}
+    try:
+        while process.poll() is None:
+            peak = max(peak, sum(map(pss, tree(process.pid))))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PERIOD)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = process.returncode
+    return Watched(code if code >= 0 else 128 - code, time.monotonic() - began, peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", nargs="+", help="after --")
+    command = parser.parse_args().command
+    if not (PROC / "self" / "smaps_rollup").exists():
+        sys.exit("error: /proc/PID/smaps_rollup not found; this needs Linux 4.14 or newer")
+    try:
+        found = watch(command)
+    except OSError as error:
+        sys.stderr.write(f"error: {command[0]} cannot be started ({error.strerror})\n")
+        sys.exit(NOT_FOUND)
+    line = {
+        "wall_seconds": round(found.wall_seconds, 1),
+        "peak_pss_gib": round(found.peak_bytes / 2**30, 3),
+    }
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+    sys.exit(found.exit_code)
+
+
+if __name__ == "__main__":
+    main()

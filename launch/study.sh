@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The runs behind the README's figures, one after another, then the study and the pictures: three seeds of the default, and one
+# run of each ablation. Finished runs are skipped; interrupted, the same command continues. Arguments go to every run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/setup.sh
+RUNS=runs/study OUT=docs/study
+
+run() {
+  if [ ! -e "$RUNS/$1/DONE" ]; then
+    python -m alphagrpo_jax.train --config=configs/grpo.py --workdir="$RUNS/$1" "${@:2}"
+  fi
+}
+
+run seed0 --config.seed=0 "$@"
+run seed1 --config.seed=1 "$@"
+run seed2 --config.seed=2 "$@"
+run no_text_loss --config.loss.text=none "$@"
+run no_image_loss --config.loss.image=none "$@"
+run full_weights --config.train.trainable=full --config.optimizer.learning_rate=2e-4 "$@"
+
+python -m alphagrpo_jax.shapes.study --out "$OUT" --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2"
+for name in no_text_loss no_image_loss full_weights; do
+  python -m alphagrpo_jax.shapes.study --out "$OUT" --run "$RUNS/$name" --name "$name"
+done
+python -m alphagrpo_jax.shapes.curves --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2" --out docs/curves.png \
+  --samples "$RUNS/seed0" --out2 docs/samples.png
