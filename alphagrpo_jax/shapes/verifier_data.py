@@ -33,8 +33,9 @@ NOUNS = {
     for form in (shape, f"{shape}s", f"{shape}es")
 }
 SOFT = ("noise", "soft", "bleed", "blotch")  # pairs of mild ones are still sound
+DAMAGED_OR_ROUGH = (*corrupt.STRUCTURAL, *corrupt.PHOTOMETRIC, *corrupt.SURFACE)
 # Groups of damage, equally likely each; the kinds of a group are equally likely too.
-DAMAGE = (*(corrupt.STRUCTURAL,) * 2, *(corrupt.PHOTOMETRIC,) * 2, corrupt.SURFACE)
+DAMAGE = (corrupt.STRUCTURAL, corrupt.PHOTOMETRIC, DAMAGED_OR_ROUGH)
 # Cumulative shares of images; the rest is damaged.
 ODD_SHARE, CLEAN_SHARE, SOFT_SHARE = 0.05, 0.20, 0.30
 SHARES = {
