@@ -39,6 +39,13 @@ VALIDATION_IMAGES, CALIBRATION_IMAGES = 64, 500
 VALIDATION_SEED = 10_000  # added to the run's own
 
 
+def known_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean binary cross-entropy where `wanted` is not NaN; 0 where nothing is known."""
+    known = ~wanted.isnan()
+    total = F.binary_cross_entropy_with_logits(logits[known], wanted[known], reduction="sum")
+    return total / known.sum().clamp(min=1)
+
+
 def patch_loss(outputs: Tensor, batch: Batch) -> Tensor:
     """Shape, colour, background and place of every patch, its faults, and how far it was changed.
 
@@ -54,12 +61,9 @@ def patch_loss(outputs: Tensor, batch: Batch) -> Tensor:
     for logits, wanted in zip(classes, labels, strict=True):
         wanted = wanted.expand(outputs.shape[:2])
         loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-    known = ~batch.faults.isnan()
-    loss = loss + F.binary_cross_entropy_with_logits(faults[known], batch.faults[known])
+    loss = loss + known_loss(faults, batch.faults)
     anywhere = torch.logsumexp(faults, 1) - math.log(faults.shape[1])
-    known = ~batch.quality.isnan()
-    wrong = 1 - batch.quality[known]
-    loss = loss + F.binary_cross_entropy_with_logits(anywhere[known], wrong)
+    loss = loss + known_loss(anywhere, 1 - batch.quality)
     return loss + F.smooth_l1_loss(change.squeeze(-1), batch.change)
 
 
@@ -101,12 +105,9 @@ def losses(
     start = packed.embed_prefix(model, prefix, patches)
     states = packed.question_states(model, start, batch.tokens, batch.ends)
     cells = probes.cells(states.grounded[batch.nouns])
-    result["cells"] = 3 * F.binary_cross_entropy_with_logits(cells, batch.cells)
+    result["cells"] = 3 * known_loss(cells, batch.cells)
     subjects = probes.subjects(packed.last_states(states.gathered, batch.ends))
-    known = ~batch.subjects.isnan()
-    result["subjects"] = 3 * F.binary_cross_entropy_with_logits(
-        subjects.view(batch.subjects.shape)[known], batch.subjects[known]
-    )
+    result["subjects"] = 3 * known_loss(subjects.view(batch.subjects.shape), batch.subjects)
     logits = model.lm_head(packed.last_states(states.final, batch.ends))
     result["answer"] = 2 * F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
     result["patch"] = 0.5 * result["patch"]

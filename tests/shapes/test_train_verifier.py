@@ -292,3 +292,11 @@ def test_questions_about_odd_scenes_have_no_shapes_or_four():
         assert len(asked) == 4
         assert {type_ for *_, type_ in asked} <= set(questions.TYPES)
     assert counts == {0, 1, 2, 3, 4}
+
+
+def test_what_is_not_known_is_not_learned():
+    logits = torch.tensor([0.0, 2.0, -1.0])
+    wanted = torch.tensor([1.0, float("nan"), 0.0])
+    expected = (np.log(2.0) + np.log1p(np.exp(-1.0))) / 2
+    assert script.known_loss(logits, wanted).item() == pytest.approx(expected, rel=1e-6)
+    assert script.known_loss(logits, torch.full((3,), float("nan"))).item() == 0.0
