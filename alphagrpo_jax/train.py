@@ -169,7 +169,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     board.close()
     bar.close()
     if evaluates_only:
-        return DONE
+        return DONE if log.has(0) else STOPPED
     if done < config.train.steps:
         say(f"stopped after step {done}; the same command continues")
         return STOPPED
