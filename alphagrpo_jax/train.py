@@ -24,7 +24,8 @@ from ml_collections import config_flags
 from alphagrpo_jax import build, prompts, run_folder
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.advantage import Advantages, group_advantage
-from alphagrpo_jax.config import Config, ConfigError, MeshShape
+from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.config_fields import MeshShape
 from alphagrpo_jax.evaluation import CHECKERS, Evaluation, check_records, evaluate
 from alphagrpo_jax.guards import TrainingError, check_end, check_sampled, check_validity
 from alphagrpo_jax.models.bagel_weights import Loaded

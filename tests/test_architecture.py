@@ -12,7 +12,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 # From the bottom to the top: a unit (a top-level file or a folder) imports only units before it.
-LIBRARIES = ("ops", "flow", "config", "runtime", "models", "policy", "types", "sampling", "shapes")
+LIBRARIES = (
+    "ops",
+    "flow",
+    "config_fields",
+    "config",
+    "runtime",
+    "models",
+    "policy",
+    "types",
+    "sampling",
+    "shapes",
+)
 STAGES = ("tasks", "prompts", "rollout", "rewards", "advantage", "loss", "update")
 JOINTS = (
     "evaluation",

@@ -9,12 +9,13 @@ afterwards may look at it; hiding texts at times is what makes guidance possible
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from alphagrpo_jax import tasks
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.shapes import examples, scenes
+from alphagrpo_jax.shapes import corrupt, examples, scenes, specs
 
 NO_SYSTEM, THINK_SYSTEM, ANSWER_SYSTEM = 0, 1, 2  # which system prompt precedes a row
 
@@ -24,14 +25,15 @@ class BatchSizes:
     """Rows of each kind in one batch, and the padded text lengths in tokens."""
 
     draw: int = 28  # think, then draw
-    plan: int = 32  # think only, half of them about relations, which drawings alone learn slowly
+    plan: int = 28  # think only, half of them about relations, which drawings alone learn slowly
     plain: int = 4  # draw without thinking
-    reflect: int = 4  # say what is wrong with an image and repair it
-    edit: int = 8
-    understand: int = 8  # captions and answers
+    reflect: int = 8  # say what is wrong with an image and repair it
+    edit: int = 12
+    understand: int = 28  # captions and answers
     draw_tokens: int = 64
     reflect_tokens: int = 176
     short_tokens: int = 56  # edits, captions, answers
+    mild: float = 0.3  # share of images to look at with mild flaws, as drawn ones have
     drop: float = 0.1  # share of rows whose texts are hidden from the drawing
     drop_think: float = 0.05  # share of rows whose think text alone is hidden
 
@@ -52,7 +54,8 @@ def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) ->
       `draw`, `plan`, `reflect`, `short`: texts, see `_texts`; `draw_image`:
       uint8[draw + plain, H, W, 3];
       `source`: uint8[reflect + edit + understand, H, W, 3], images to look at; `target`:
-      uint8[reflect + edit, H, W, 3], images to arrive at.
+      uint8[reflect + edit, H, W, 3], images to arrive at; `words`: int32[reflect + edit +
+      understand, M, 2], the two words for each patch of `source`, see `patch_words`.
     """
     rng = np.random.default_rng((seed, step))
     drawings = [examples.draw(rng) for _ in range(sizes.draw)]
@@ -75,15 +78,41 @@ def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) ->
         for e in repairs
     ]
     edit_rows = [Row((e.instruction, e.think), (False, True), THINK_SYSTEM) for e in edits]
+    sources = [*(e.scene for e in (*repairs, *edits)), *looked_at]
     return {
         "draw": _texts(tokenizer, draw_rows, sizes.draw_tokens, sizes, rng),
         "plan": _texts(tokenizer, plan_rows, sizes.draw_tokens, sizes, rng),
         "reflect": _texts(tokenizer, reflect_rows, sizes.reflect_tokens, sizes, rng),
         "short": _texts(tokenizer, edit_rows + list(answers), sizes.short_tokens, sizes, rng),
         "draw_image": _images([e.scene for e in (*drawings, *plain)]),
-        "source": _images([*(e.scene for e in (*repairs, *edits)), *looked_at]),
+        "source": _seen(sources, sizes, rng),
+        "words": np.stack([patch_words(tokenizer, scene) for scene in sources]),
         "target": _images([e.target for e in (*repairs, *edits)]),
     }
+
+
+def patch_words(tokenizer: Tokenizer, scene: scenes.Scene) -> np.ndarray:
+    """What is to be seen in each grid cell: int32[9, 2], tokens of a noun and of a colour.
+
+    An empty cell shows "background" in the background's colour. Cells in reading order, as the
+    patches of the vision encoder are.
+
+    Raises:
+      ValueError: a word is not one token.
+    """
+    cells = [[("background", scene.background)] * scenes.GRID for _ in range(scenes.GRID)]
+    for thing in scene.things:
+        cells[thing.row][thing.col] = (thing.shape, thing.color)
+    ids = [[_token(tokenizer, w) for w in cell] for row in cells for cell in row]
+    return np.array(ids, np.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def _token(tokenizer: Tokenizer, word: str) -> int:
+    ids = tokenizer.encode(f" {word}")
+    if len(ids) != 1:
+        raise ValueError(f"the tokenizer has {len(ids)} tokens for {word!r}, one is expected")
+    return ids[0]
 
 
 def _understanding(row: int, rng: np.random.Generator) -> tuple[scenes.Scene, Row]:
@@ -139,6 +168,14 @@ def _texts(
         "visible": visible,
         "system": system,
     }
+
+
+def _seen(looked_at: list[scenes.Scene], sizes: BatchSizes, rng: np.random.Generator) -> np.ndarray:
+    images = _images(looked_at)
+    for i in np.flatnonzero(rng.random(len(images)) < sizes.mild):
+        kind = str(specs.pick(rng, corrupt.PHOTOMETRIC))
+        images[i] = corrupt.photometric(images[i], rng, kind, mild=True)
+    return images
 
 
 def _images(drawn: list[scenes.Scene]) -> np.ndarray:

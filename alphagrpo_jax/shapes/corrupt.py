@@ -37,11 +37,16 @@ WITH_MILD_SHARE = 0.5  # structural and surface damage that gets mild photometri
 
 @dataclasses.dataclass(frozen=True)
 class Corruption:
-    """An image, its labels, and which of the scene's shapes are damaged beyond recognition."""
+    """An image, its labels, and which of the scene's shapes the damage was done to.
+
+    `damaged` shapes are beyond recognition; `faulty` ones, where the damage has a place at all,
+    show it.
+    """
 
     image: np.ndarray  # uint8[48, 48, 3]
     labels: Mapping[str, bool]
     damaged: tuple[int, ...]
+    faulty: tuple[int, ...]
     kind: str
 
 
@@ -224,15 +229,16 @@ def _paint(scene: scenes.Scene, masks: np.ndarray, offsets: Mapping[int, np.ndar
 def _structural(scene: scenes.Scene, rng: np.random.Generator, kind: str) -> Corruption:
     index = int(rng.integers(len(scene.things)))
     offsets: dict[int, np.ndarray] = {}
-    damaged: tuple[int, ...] = (index,)
+    faulty: tuple[int, ...] = (index,)
     if kind == "merge":
-        scene, damaged = _merge(scene, rng)
+        scene, faulty = _merge(scene, rng)
     masks = scenes.alphas(scene)
     if kind in _MASK:
         masks[index] = _MASK[kind](masks[index], scene.things[index], rng)
     elif kind in _PAINT:
-        offsets[index], damaged = _PAINT[kind](scene.things[index], rng), ()
-    return Corruption(_paint(scene, masks, offsets), _LABELS[kind], damaged, kind)
+        offsets[index] = _PAINT[kind](scene.things[index], rng)
+    damaged = () if kind in SURFACE else faulty
+    return Corruption(_paint(scene, masks, offsets), _LABELS[kind], damaged, faulty, kind)
 
 
 def corrupt(scene: scenes.Scene, rng: np.random.Generator, kind: str | None = None) -> Corruption:
@@ -254,11 +260,11 @@ def corrupt(scene: scenes.Scene, rng: np.random.Generator, kind: str | None = No
     if kind == "merge" and len(scene.things) == 1:
         kind = "smear"
     if kind == "clean":
-        return Corruption(scenes.render(scene), SOUND, (), kind)
+        return Corruption(scenes.render(scene), SOUND, (), (), kind)
     if kind in PHOTOMETRIC:
         mild = bool(rng.random() < MILD_SHARE)
         image = photometric(scenes.render(scene), rng, kind, mild=mild)
-        return Corruption(image, {**SOUND, "texture": mild}, (), kind)
+        return Corruption(image, {**SOUND, "texture": mild}, (), (), kind)
     result = _structural(scene, rng, kind)
     if rng.random() < WITH_MILD_SHARE:
         image = photometric(result.image, rng, str(pick(rng, PHOTOMETRIC)), mild=True)

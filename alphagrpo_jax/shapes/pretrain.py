@@ -109,6 +109,7 @@ class Recipe:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     text_weight: float = 0.25  # of the cross-entropy, beside the flow-matching error
+    look_weight: float = 0.25  # of the loss that ties what the encoder sees to words
     draws: int = 4  # noise levels per drawn image of the thinking kind
     few_draws: int = 2  # of the other kinds
 
@@ -201,6 +202,26 @@ def see(
     return kv_cache.merge(ctx)
 
 
+def look_loss(model: Bagel, params: PolicyParams, batch: dict) -> jax.Array:
+    """Negative log-likelihood, nats, of the words for what each patch shows.
+
+    A patch's vector, as the decoder reads it, is to point at the embeddings of its two words:
+    `-mean log softmax(15 cos(patch, embeddings))[word]`. With answers and captions alone the
+    encoder stays blind for most of a pretraining of this length.
+    """
+    patches = patchify(_pixels(batch["source"]), model.config.vit.patch_size)
+    seen = policy.embed_patches(model, params, patches, model.config.vit_grid(SIDE, SIDE))
+    every = jnp.arange(model.config.llm.vocab_size)
+    table = jax.lax.stop_gradient(policy.embed_text(model, params, every))
+    cosines = jnp.einsum("bmd,vd->bmv", _unit(seen), _unit(table))
+    log_probs = jax.nn.log_softmax(15.0 * cosines)
+    return -jnp.mean(jnp.take_along_axis(log_probs, batch["words"], axis=-1))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+
+
 def loss_of(
     trained: dict,
     frozen: dict,
@@ -234,7 +255,10 @@ def loss_of(
     ctx = _rows(ctx, 0, targets - repairs)
     edit_flow = flow_error(model, params, ctx, wanted[repairs:], keys[2], recipe.few_draws)
 
+    look = look_loss(model, params, batch)
+
     metrics = {
+        "look": look,
         "text/draw": draw_text,
         "text/plan": plan_text,
         "text/reflect": reflect_text,
@@ -244,8 +268,8 @@ def loss_of(
         "flow/edit": edit_flow,
     }
     flow = 0.7 * draw_flow + 0.15 * reflect_flow + 0.15 * edit_flow
-    text = 0.5 * draw_text + 0.5 * plan_text + 0.25 * reflect_text + 0.25 * short_text
-    return flow + recipe.text_weight * text, metrics
+    text = 0.5 * draw_text + 0.5 * plan_text + 0.25 * reflect_text + 0.5 * short_text
+    return flow + recipe.text_weight * text + recipe.look_weight * look, metrics
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("model", "recipe"))

@@ -33,9 +33,8 @@ NOUNS = {
     for form in (shape, f"{shape}s", f"{shape}es")
 }
 SOFT = ("noise", "soft", "bleed", "blotch")  # pairs of mild ones are still sound
-DAMAGED_OR_ROUGH = (*corrupt.STRUCTURAL, *corrupt.PHOTOMETRIC, *corrupt.SURFACE)
 # Groups of damage, equally likely each; the kinds of a group are equally likely too.
-DAMAGE = (corrupt.STRUCTURAL, corrupt.PHOTOMETRIC, DAMAGED_OR_ROUGH)
+DAMAGE = (corrupt.STRUCTURAL, corrupt.PHOTOMETRIC, corrupt.SURFACE)
 # Cumulative shares of images; the rest is damaged.
 ODD_SHARE, CLEAN_SHARE, SOFT_SHARE = 0.05, 0.20, 0.30
 SHARES = {
@@ -62,6 +61,7 @@ class Example:
     labels: Mapping[str, bool]  # by quality type; what damage leaves open is absent
     damaged: tuple[int, ...]  # indexes of shapes that cannot be recognised for sure
     meant: scenes.Scene  # what questions are picked from; mostly the scene itself
+    faulty: tuple[int, ...] = ()  # indexes of shapes in whose cells the faults are to be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +125,15 @@ def dense_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
 def dense_faults(example: Example) -> np.ndarray:
     """float32[36, 3]: whether a patch shows each fault; NaN where that is not known.
 
-    A sound image has none anywhere; of a damaged one only the damaged shape's cell is known.
+    A sound image has none anywhere; of a damaged one only a faulty shape's cell is known.
     """
     faults = np.full((scenes.GRID, scenes.GRID, len(questions.QUALITY)), np.nan, np.float32)
     for index, type_ in enumerate(questions.QUALITY):
         if example.labels.get(type_, False):
             faults[..., index] = 0
-        elif type_ in example.labels and example.damaged:
+        elif type_ in example.labels and example.faulty:
             # Of two merged shapes the second is where it was; see `corrupt.corrupt`.
-            thing = example.scene.things[example.damaged[-1]]
+            thing = example.scene.things[example.faulty[-1]]
             faults[thing.row, thing.col, index] = 1
     each = PATCHES // scenes.GRID
     return faults.repeat(each, 0).repeat(each, 1).reshape(-1, len(questions.QUALITY))
@@ -259,7 +259,7 @@ def draw(rng: np.random.Generator) -> Example:
         image = corrupt.photometric(image, rng, SOFT[second], mild=True)
         return Example(image, scene, corrupt.SOUND, (), scene)
     result = corrupt.corrupt(scene, rng, pick(rng, pick(rng, DAMAGE)))
-    return Example(result.image, scene, result.labels, result.damaged, scene)
+    return Example(result.image, scene, result.labels, result.damaged, scene, result.faulty)
 
 
 def questions_about(example: Example, rng: np.random.Generator, count: int) -> list[Asked]:

@@ -45,7 +45,7 @@ def heldout_example(rng: np.random.Generator, *, clean: bool) -> Example:
     """A held-out scene, rendered as it is or imperfectly in any of the ways of `corrupt`."""
     scene = heldout_scene(rng)
     result = corrupt.corrupt(scene, rng, "clean" if clean else pick(rng, IMPERFECT))
-    return Example(result.image, scene, result.labels, result.damaged, scene)
+    return Example(result.image, scene, result.labels, result.damaged, scene, result.faulty)
 
 
 def ask(verifier: HFVerifier, example: Example, asked: Sequence[Asked]) -> list[Row]:

@@ -15,6 +15,7 @@ import tiny_world
 
 from alphagrpo_jax import build
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.config_fields import MeshShape
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.types import TextBlock, UpdateBatch
 
@@ -69,7 +70,7 @@ def main(root: pathlib.Path) -> None:
     one = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     eight = sharding.make_mesh(2, 2, 2)
     stored, first, _ = numbers(config, one, root)
-    on_eight = dataclasses.replace(config, mesh=config_lib.MeshShape(2, 2, 2))
+    on_eight = dataclasses.replace(config, mesh=MeshShape(2, 2, 2))
     _, second, devices = numbers(on_eight, eight, root, stored)
     differences = {name: largest_difference(first[name], second[name]) for name in first}
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(first["gradient"]))

@@ -1,0 +1,187 @@
+"""Every field of a configuration, as frozen dataclasses; configs/grpo.py has values for all."""
+
+import dataclasses
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str  # a folder, or "package:NAME" for a shipped asset
+    dtype: str  # "float32" or "bfloat16"
+    remat: str  # what a layer's backward pass recomputes: "none", "dots" or "full"
+    height: int  # of a drawn image, pixels
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int
+    alpha: float  # adapters are scaled by alpha / rank
+    targets: str  # regex over layer paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+    kind: str  # "hf", or "callable": path is then "module:function"
+    path: str
+    workers: int  # processes
+    threads: int  # per worker, fixed: the same answers whatever the load
+    device: str  # of a Hugging Face verifier, "cpu" or "cuda"
+    dtype: str  # of its weights, or "auto" for the folder's own
+    top_k: int  # candidates of the first token that count; 0: all
+    text_fallback: bool  # a text that is exactly yes or no counts as 1 or 0
+    attempt_seconds: float  # for one attempt at one image
+    total_seconds: float  # after its submission, no further attempt at an image starts
+    start_seconds: float  # for starting a worker
+    max_attempts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    aggregate: str  # "geometric", "mean" or "pooled"
+    score: str  # "confidence" or "binary"
+    format_weight: float
+    max_invalid_fraction: float  # of an update's samples; above it the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: str  # a JSONL file of records, or "package:NAME"
+    heldout: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceScales:
+    text_scale: float
+    image_scale: float
+    interval: tuple[float, ...]  # (lo, hi]: guidance is on while lo < sigma <= hi
+    renorm: str
+    renorm_min: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions:
+    prompt_tokens: int  # bucket of a prompt with its two delimiters
+    text_tokens: int  # most new tokens of a think text, <|im_end|> included
+    num_points: int  # of the schedule: one more than velocity evaluations
+    shift: float
+    window: int  # stochastic (trained) steps
+    window_range: tuple[int, ...]  # (lo, hi): the window lies within steps lo .. hi - 1
+    noise_level: float
+    sampler: str  # "sde" or "cps"
+    shared_noise: bool  # one initial noise per group
+    temperature: float
+    top_p: float
+    micro_batch: int  # trajectories drawn at a time
+    merge_lora: bool  # fold the adapters into a copy of the weights while drawing
+    guidance: GuidanceScales
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    micro_batch: int  # trajectories per forward and backward pass
+    updates_per_batch: int
+    trainable: str  # "lora" or "full"
+    full_targets: str  # regex over parameter paths, for "full"
+    old_logprob: str  # "recompute" or "self"
+    context_gradient: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    text: str  # "grpo" or "none"
+    image: str  # "grpo" or "none"
+    text_loss_weight: float
+    level: str  # "sequence" or "token"
+    clip_low: float
+    clip_high: float
+    entropy_fraction: float  # share of the tokens, by entropy, that are trained
+    text_beta: float
+    image_clip: float
+    advantage_clip: float
+    image_beta: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageOptions:
+    std: str  # "global_raw", "global_centered", "group" or "none"
+    baseline: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float
+    gen_scale: float  # the image expert's learning rate, relative
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup_steps: int
+    decay_steps: int  # linear decay to zero ends here; 0: constant
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every: int  # steps; 0: only at the start and the end
+    prompts: int
+    micro_batch: int
+    temperature: float
+    top_p: float
+    num_points: int
+    text_guidance: float
+    seed: int
+    checker: str  # "shapes" (records with facts) or "" (verifier's reward only)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    samples: int  # held-out images in a sample grid
+    tensorboard: bool
+    progress: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is; see configs/grpo.py for values."""
+
+    seed: int
+    task: str
+    model: Model
+    lora: Lora
+    verifier: Verifier
+    reward: Reward
+    data: Data
+    rollout: RolloutOptions
+    train: Train
+    loss: Loss
+    advantage: AdvantageOptions
+    optimizer: Optimizer
+    eval: Eval
+    checkpoint: Checkpoint
+    log: Log
+    mesh: MeshShape
+
+    @property
+    def trajectories(self) -> int:
+        """B, trajectories per update."""
+        return self.train.prompts_per_step * self.train.group_size
