@@ -21,6 +21,7 @@ def test_kinds(kind, rng):
         assert found.image.dtype == np.uint8
         assert set(found.labels) <= {"geometry", "coherence", "texture"}
         assert bool(found.damaged) == (kind in corrupt.STRUCTURAL)
+        assert bool(found.faulty) == (kind in (*corrupt.STRUCTURAL, *corrupt.SURFACE))
         unchanged = np.array_equal(found.image, scenes.render(scene))
         assert unchanged == (kind == "clean")
 

@@ -11,8 +11,9 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.models import bagel_weights, kv_cache
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime.paths import resolve
-from alphagrpo_jax.shapes import pretrain, resumable
-from alphagrpo_jax.shapes.batches import BatchSizes
+from alphagrpo_jax.runtime.tokenizer import Tokenizer
+from alphagrpo_jax.shapes import pretrain, pretrain_loss, resumable, scenes
+from alphagrpo_jax.shapes.batches import BatchSizes, patch_words
 
 SMALL = resolve("package:umm")
 SIZES = BatchSizes(draw=2, plan=1, plain=1, reflect=1, edit=1, understand=2)
@@ -29,9 +30,11 @@ def compiled_anew():
 def drawing_alone(trained, frozen, model, batch, prompts, key, recipe):
     """A part of the objective that compiles in a tenth of the time."""
     params = PolicyParams({**trained, "vae": frozen})
-    latents = policy.encode_image(model, params, pretrain._pixels(batch["draw_image"]))
-    ctx, text = pretrain.write_texts(model, params, kv_cache.empty(len(latents)), batch["draw"])
-    flow = pretrain.flow_error(model, params, ctx, latents, key, 1)
+    latents = policy.encode_image(model, params, pretrain_loss.pixels(batch["draw_image"]))
+    ctx, text = pretrain_loss.write_texts(
+        model, params, kv_cache.empty(len(latents)), batch["draw"]
+    )
+    flow = pretrain_loss.flow_error(model, params, ctx, latents, key, 1)
     return text + flow, {"text": text, "flow": flow}
 
 
@@ -81,6 +84,29 @@ def test_whole_objective_resumes_from_random_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "LOG_EVERY", 1)
     check_resume(tmp_path, start=None)
     assert {"text/plan", "flow/edit"} <= rows(tmp_path / "whole")[0].keys()
+
+
+def test_patches_show_the_words_of_their_cells():
+    tokenizer = Tokenizer.from_folder(SMALL)
+    scene = scenes.Scene((scenes.Thing("circle", "red", 0, 2),), "gray")
+    words = patch_words(tokenizer, scene)
+    said = [[tokenizer.decode([token]).strip() for token in cell] for cell in words]
+    assert said[2] == ["circle", "red"]
+    assert said[:2] + said[3:] == [["background", "gray"]] * 8
+
+
+def test_look_loss_is_that_of_a_patch_between_its_two_words(monkeypatch):
+    loaded = bagel_weights.load_model(SMALL)
+    table = np.eye(loaded.config.llm.vocab_size, dtype=np.float32)
+    words = np.array([[[3, 5]] * 9], np.int32)
+    seen = np.repeat((table[3] + table[5])[None, None], 9, axis=1)
+    monkeypatch.setattr(policy, "embed_text", lambda *_: table)
+    monkeypatch.setattr(policy, "embed_patches", lambda *_: seen)
+    batch = {"source": np.zeros((1, 48, 48, 3), np.uint8), "words": words}
+    found = pretrain_loss.look_loss(loaded.model, PolicyParams(loaded.base), batch)
+    pull = np.exp(15 / np.sqrt(2))  # both cosines are 1 / sqrt(2), all others 0
+    expected = -np.log(pull / (2 * pull + len(table) - 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_start_leaves_the_other_run_behind(tmp_path):

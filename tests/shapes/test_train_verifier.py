@@ -92,7 +92,7 @@ def test_dense_labels_mark_two_by_two_patches():
 def test_dense_faults_are_known_where_the_damage_is():
     assert verifier_data.dense_faults(EXAMPLE).sum() == 0
     labels = {"geometry": False, "coherence": True}  # texture is left open
-    damaged = dataclasses.replace(EXAMPLE, labels=labels, damaged=(1,))
+    damaged = dataclasses.replace(EXAMPLE, labels=labels, faulty=(1,))
     geometry, coherence, texture = verifier_data.dense_faults(damaged).reshape(6, 6, 3).T
     assert geometry.T[2, :2].tolist() == [1, 1]  # the square's cell, patches in row 2
     assert np.isnan(geometry.T[0]).all()
