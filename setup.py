@@ -24,7 +24,9 @@ setuptools.setup(
         "absl-py>=2.1,<3",
         "array_record>=0.8,<0.9",
         "chex>=0.1.90,<0.2",
+        "fastapi>=0.165,<1",
         "flax>=0.12,<0.13",
+        "httpx2>=2.16,<3",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         "jax>=0.10,<0.12",
         "matplotlib>=3.9,<4",
@@ -33,14 +35,18 @@ setuptools.setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11,<14",
+        "prometheus_client>=0.22,<1",
+        "pydantic>=2.10,<3",
         "safetensors>=0.8,<0.9",
         "scipy>=1.15,<2",
+        "tenacity>=9.2,<10",
         "tensorboardX>=2.6.4,<3",
         "tensorflow-datasets>=4.9.9,<5",  # used without TensorFlow: array_record files only
         "tokenizers>=0.22,<0.24",
         "torch>=2.10,<3",  # the verifiers; everything else is JAX
         "tqdm>=4.66,<5",
         "transformers>=5,<6",
+        "uvicorn>=0.40,<1",
     ],
     extras_require={
         "tests": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],

@@ -58,7 +58,17 @@ PURE = ("ops", "flow", "loss", "advantage")
 PURE_MAY_IMPORT = {"jax", "numpy", "chex", "flax"}
 TORCH_PLACES = ("rewards/verifiers/", "serve_verifier", *TRAINING_SCRIPTS)
 HTTP_PLACES = ("rewards/verifiers/", "serve_verifier")
-HTTP = {"http", "urllib", "requests", "httpx", "aiohttp", "fastapi", "starlette", "uvicorn"}
+HTTP = {
+    "http",
+    "urllib",
+    "requests",
+    "httpx",
+    "httpx2",
+    "aiohttp",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+}
 
 NOT_MODELS = ("update", "steps")  # their `apply` is the optimizer's
 

@@ -1,0 +1,110 @@
+"""Which of several servers gets the next request: the least loaded of those that work.
+
+A server that fails is left out for a while that doubles with every further failure, and is then
+tried again. Used by one event loop only, so nothing here is locked. Times are `time.monotonic()`.
+"""
+
+import dataclasses
+import random
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+REST_SECONDS = 0.5  # after a first failure; doubles, with jitter of +-50%
+MAX_REST_SECONDS = 30.0
+
+
+@dataclasses.dataclass(eq=False)
+class Endpoint:
+    """One server, and how it has fared."""
+
+    url: str  # up to and including "/v1", without a slash at its end
+    in_flight: int = 0
+    served: int = 0  # requests so far
+    failures: int = 0  # in a row
+    rests_until: float = 0.0
+    marked: float = -1.0  # when it last failed
+
+
+class Endpoints:
+    """A non-empty list of servers that do the same work."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        """Takes base URLs such as "http://host:8000/v1".
+
+        Raises:
+          ValueError: no URL, one twice, or one that is not http(s)://HOST[:PORT][/PATH].
+        """
+        if isinstance(urls, str) or not urls:
+            raise ValueError(f"got endpoints {urls!r}, expected a list of at least 1 base URL")
+        self.all = [Endpoint(checked_url(url)) for url in urls]
+        names = [endpoint.url for endpoint in self.all]
+        if len(set(names)) < len(names):
+            raise ValueError(f"got endpoints {names}, expected each of them once")
+        self._jitter = random.Random(0)  # no answer depends on it
+
+    def pick(self, avoid: Endpoint | None = None) -> Endpoint:
+        """The least loaded server that works, else the one whose rest ends first.
+
+        Args:
+          avoid: the server that failed at this request last; taken only if no other works.
+        """
+        now = time.monotonic()
+        working = [endpoint for endpoint in self.all if endpoint.rests_until <= now]
+        others = [endpoint for endpoint in working if endpoint is not avoid]
+        if working:
+            return min(others or working, key=lambda e: (e.in_flight, e.served))
+        return min(self.all, key=lambda endpoint: endpoint.rests_until)
+
+    def succeeded(self, endpoint: Endpoint) -> None:
+        """Books an answer: the server works."""
+        endpoint.failures, endpoint.rests_until = 0, 0.0
+
+    def failed(self, endpoint: Endpoint, started: float, retry_after: float | None) -> None:
+        """Books a failure: the server rests.
+
+        Args:
+          endpoint: the server.
+          started: when the request was sent; of requests that were under way together only the
+            first failure counts, else one hiccup would look like many.
+          retry_after: seconds that the server itself asked for.
+        """
+        now = time.monotonic()
+        if started > endpoint.marked:
+            endpoint.marked = now
+            endpoint.failures += 1
+            doubled = REST_SECONDS * 2.0 ** min(endpoint.failures - 1, 16)
+            rest = min(doubled * self._jitter.uniform(0.5, 1.5), MAX_REST_SECONDS)
+            endpoint.rests_until = now + rest
+        if retry_after is not None:
+            endpoint.rests_until = max(endpoint.rests_until, now + retry_after)
+
+    def health(self) -> dict[str, bool]:
+        """Which servers are not resting, by URL."""
+        now = time.monotonic()
+        return {endpoint.url: endpoint.rests_until <= now for endpoint in self.all}
+
+
+def checked_url(url: str) -> str:
+    """A base URL without a slash at its end.
+
+    Raises:
+      ValueError: it is not http(s)://HOST[:PORT][/PATH]; one with a user or password is refused
+        (and not shown), since URLs stand in logs and configurations.
+    """
+    expected = "expected http(s)://HOST[:PORT][/PATH], e.g. http://127.0.0.1:8000/v1"
+    if not isinstance(url, str):
+        raise ValueError(f"got endpoint {url!r}, {expected}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"got endpoint {url!r} ({error}), {expected}") from error
+    if "@" in url or parts.query or parts.fragment:
+        raise ValueError(
+            "got an endpoint with a user, password, query or fragment in its URL, "
+            f"{expected}; give a key by the environment variable that api_key_env names"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(f"got endpoint {url!r}, {expected}")
+    return url.rstrip("/")
