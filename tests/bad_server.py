@@ -6,6 +6,7 @@ process knows no third-party web framework, so that it can break the protocol wh
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -99,6 +101,7 @@ class _State:
 
     def __init__(self, log: pathlib.Path) -> None:
         self._lock, self._log = threading.Lock(), log
+        self.together = 0  # requests under way
         self.tell({"faults": [], "every": 1, "times": None, "after": 0})
 
     def tell(self, command: dict) -> None:
@@ -115,6 +118,16 @@ class _State:
                 return None
             self._shown += 1
             return command["faults"][(self._shown - 1) % len(command["faults"])]
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        with self._lock:
+            self.together += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.together -= 1
 
     def write(self, row: dict) -> None:
         with self._lock, self._log.open("a") as file:
@@ -134,9 +147,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.tell(body)
             self.send_json({})
             return
+        with self.state.counted():
+            self.chat(body)
+
+    def chat(self, body: dict) -> None:
         asked, fault = read_request(body), self.state.next_fault()
         row = {key: value for key, value in asked.items() if key != "pixels"}
         row |= {"fault": fault, "id": self.headers["X-Request-Id"], "p_yes": None}
+        row["together"] = self.state.together
         if asked["pixels"] is not None:
             image = asked["pixels"]
             p_yes = truth(image, asked["question"])

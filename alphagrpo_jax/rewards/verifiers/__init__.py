@@ -7,7 +7,10 @@ from typing import Any
 from alphagrpo_jax.rewards.verifiers.base import Verifier
 
 # kind -> "module:function"; imported in the worker only, so that the caller never imports torch.
-KINDS = {"hf": "alphagrpo_jax.rewards.verifiers.hf:HFVerifier"}
+KINDS = {
+    "hf": "alphagrpo_jax.rewards.verifiers.hf:HFVerifier",
+    "openai": "alphagrpo_jax.rewards.verifiers.openai:OpenAIVerifier",
+}
 
 
 def build(kind: str, options: Mapping[str, Any]) -> Verifier:

@@ -13,6 +13,17 @@ class Answer(NamedTuple):
     failure: str | None = None
 
 
+class Rating(NamedTuple):
+    """One rating, or why there is none. Exactly one of the two is None."""
+
+    value: float | None  # expected value over the numbers 0 to 10, in [0, 10]
+    failure: str | None = None
+
+
+class VerifierLoadError(RuntimeError):
+    """A verifier cannot be used; the message says why and what to do."""
+
+
 class Verifier(Protocol):
     """Lives inside one worker process; the same image and questions give the same answers."""
 

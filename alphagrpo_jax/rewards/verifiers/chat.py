@@ -64,6 +64,7 @@ class ChatClient:
         api_key_env: str = "",
         timeout: float = 30.0,
         max_attempts: int = 4,
+        outage_attempts: int | None = None,
         backoff_seconds: float = 0.2,
     ) -> None:
         """Opens no connection yet.
@@ -74,6 +75,8 @@ class ChatClient:
           api_key_env: environment variable that holds the key; "" sends none.
           timeout: seconds for one request, from connecting to the last byte.
           max_attempts: most requests for one call.
+          outage_attempts: most requests for one call while servers cannot be reached or are busy,
+            since an outage passes and a bad reply seldom does; None: `max_attempts`.
           backoff_seconds: before the second request; doubles, with jitter.
         Raises:
           ValueError: wrong endpoints, or a key that is missing or no key.
@@ -88,6 +91,7 @@ class ChatClient:
         self.model = model
         self._endpoints = Endpoints(endpoints)
         self._timeout, self._max_attempts, self._backoff = timeout, max_attempts, backoff_seconds
+        self._outage_attempts = max(max_attempts, outage_attempts or 0)
         self._key = _read_key(api_key_env)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="chat")
@@ -180,8 +184,7 @@ class ChatClient:
         end = time.monotonic() + total
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(self._again),
-            stop=tenacity.stop_after_attempt(self._max_attempts)
-            | tenacity.stop_before_delay(total),
+            stop=tenacity.stop_any(self._is_last, tenacity.stop_before_delay(total)),
             wait=tenacity.wait_exponential_jitter(
                 multiplier=self._backoff, max=total, jitter=self._backoff
             ),
@@ -201,6 +204,12 @@ class ChatClient:
         if not isinstance(error, ChatError):
             return False
         return error.retryable or (error.kind == "refused" and len(self._endpoints.all) > 1)
+
+    def _is_last(self, state: tenacity.RetryCallState) -> bool:
+        error = state.outcome.exception()
+        outage = isinstance(error, ChatError) and error.kind in ("connection", "busy")
+        limit = self._outage_attempts if outage else self._max_attempts
+        return state.attempt_number >= limit
 
     async def _attempt(
         self, body: dict[str, Any], end: float, last: list[tuple[Endpoint, ChatError]]

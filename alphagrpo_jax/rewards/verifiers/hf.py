@@ -10,10 +10,8 @@ equal questions about equal images always get equal answers.
 import copy
 import functools
 import json
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,32 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from alphagrpo_jax.rewards.verifiers.base import Answer
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS, RATINGS, bare
 
 PROBE_TOLERANCE = 1e-3  # of a probability, between the shared prefix and separate prompts
-MIN_MASS = 1e-3  # P(yes) + P(no) below which the model has not answered the question
-RATINGS = tuple(str(value) for value in range(11))
-FALLBACK_TOKENS = 8
 CACHED_QUESTION_LISTS = 1024
-
-
-class Rating(NamedTuple):
-    """One rating, or why there is none. Exactly one of the two is None."""
-
-    value: float | None  # expected value over the numbers 0 to 10, in [0, 10]
-    failure: str | None = None
-
-
-class VerifierLoadError(RuntimeError):
-    """A verifier folder cannot be used; the message says why and what to do."""
-
-
-def bare(text: str) -> str:
-    """Lower case, without blanks and punctuation at both ends: " Yes." -> "yes"."""
-    text = text.lower()
-    drop = {c for c in text if c.isspace() or unicodedata.category(c)[0] in "PZC" or c in "▁Ġ"}
-    return text.strip("".join(drop))
 
 
 def token_sets(tokenizer: object, words: Sequence[str]) -> list[list[int]]:

@@ -34,6 +34,7 @@ class Completion(NamedTuple):
     candidates: tuple[Candidate, ...] | None  # of the first token; None if not asked for
     usage: dict[str, int]  # tokens, as far as the server says
     endpoint: str  # who answered
+    later: tuple[tuple[Candidate, ...], ...] = ()  # of the tokens after the first
 
 
 def read_completion(
@@ -71,12 +72,14 @@ def read_completion(
     reason = choice.get("finish_reason")
     counts = reply.get("usage")
     usage = counts.items() if isinstance(counts, dict) else ()
+    tokens = _candidates(choice.get("logprobs")) if want_candidates else ()
     return Completion(
         text=_expect(text, str, "choices[0].message.content"),
         finish_reason=reason if isinstance(reason, str) else None,
-        candidates=_candidates(choice.get("logprobs")) if want_candidates else None,
+        candidates=tokens[0] if want_candidates else None,
         usage={name: count for name, count in usage if type(count) is int},
         endpoint=endpoint,
+        later=tokens[1:],
     )
 
 
@@ -129,21 +132,22 @@ def _check_ids(
         raise ReplyError(f"answer by another model: got {by[:100]!r}, expected {model!r}")
 
 
-def _candidates(logprobs: Any) -> tuple[Candidate, ...]:
-    """Candidates of the first token.
-
-    The sampled token itself counts too where a server does not list it among the likeliest.
-    """
+def _candidates(logprobs: Any) -> tuple[tuple[Candidate, ...], ...]:
+    """Candidates of every token, at least one."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content:
         raise ReplyError("no log-probs: the server must support logprobs and top_logprobs")
-    first = _expect(content[0], dict, "logprobs.content[0]")
-    rows = _expect(first.get("top_logprobs"), list, "logprobs.content[0].top_logprobs")
+    return tuple(_token(row, f"logprobs.content[{i}]") for i, row in enumerate(content))
+
+
+def _token(row: Any, where: str) -> tuple[Candidate, ...]:
+    """Candidates of one token; it counts too where it is not listed among the likeliest."""
+    rows = _expect(_expect(row, dict, where).get("top_logprobs"), list, f"{where}.top_logprobs")
     if not rows:
         raise ReplyError("no log-probs: top_logprobs is empty")
-    found = [_candidate(row) for row in rows]
-    if first.get("token") not in {candidate.token for candidate in found}:
-        found.append(_candidate(first))
+    found = [_candidate(candidate) for candidate in rows]
+    if row.get("token") not in {candidate.token for candidate in found}:
+        found.append(_candidate(row))
     total = sum(math.exp(candidate.logprob) for candidate in found)
     if total > 1.0 + SURPLUS:
         raise ReplyError(f"log-probs: probabilities of the candidates sum to {total:.4g}")

@@ -206,7 +206,7 @@ def test_keys_that_are_none_are_refused_without_showing_them(monkeypatch):
 def test_minus_infinity_is_a_probability_and_other_oddities_are_not():
     def read(logprob):
         row = {"token": "Yes", "logprob": logprob}
-        return replies._candidates({"content": [row | {"top_logprobs": [row]}]})
+        return replies._candidates({"content": [row | {"top_logprobs": [row]}]})[0]
 
     assert read(float("-inf")) == (("Yes", float("-inf")),)
     assert read(0) == (("Yes", 0.0),)

@@ -1,0 +1,117 @@
+"""Chats with a local Hugging Face model, for text only: the decomposer's language model."""
+
+import copy
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from alphagrpo_jax.rewards.decomposition.limits import LanguageModelError
+from alphagrpo_jax.rewards.decomposition.texts import Message
+
+
+class HFChat:
+    """A causal LM, or the language side of an image-text-to-text model; greedy.
+
+    May be called by many threads; replies are made one at a time.
+    """
+
+    def __init__(self, path: str | Path, *, device: str, dtype: str, max_tokens: int) -> None:
+        """Loads the model.
+
+        Args:
+          path: a local model folder with a chat template.
+          device: where it runs.
+          dtype: of the weights, or "auto" for the folder's own.
+          max_tokens: most new tokens of a reply.
+        Raises:
+          LanguageModelError: no such folder, damaged weights, or no chat template.
+        """
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise LanguageModelError(
+                f"{str(folder)!r} has no config.json; expected a local Hugging Face model folder",
+                retryable=False,
+            )
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            kind = (
+                transformers.AutoModelForCausalLM
+                if causal
+                else transformers.AutoModelForImageTextToText
+            )
+            self._model, found = kind.from_pretrained(
+                folder, local_files_only=True, dtype=dtype, output_loading_info=True
+            )
+            source = transformers.AutoTokenizer if causal else transformers.AutoProcessor
+            templates = source.from_pretrained(folder, local_files_only=True)
+        except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise LanguageModelError(
+                f"cannot load the language model in {str(folder)!r}: {error}", retryable=False
+            ) from error
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise LanguageModelError(
+                f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {missing[:3]}; "
+                "fetch its weights again",
+                retryable=False,
+            )
+        if not templates.chat_template:
+            raise LanguageModelError(
+                f"{str(folder)!r} has no chat template; expected a chat model with all its files",
+                retryable=False,
+            )
+        self._templates, self._causal = templates, causal
+        self._tokenizer = templates if causal else templates.tokenizer
+        self._model.to(device).eval()
+        self._device, self._lock = device, threading.Lock()
+        self._generation = copy.deepcopy(self._model.generation_config)
+        self._generation.update(
+            do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_tokens
+        )
+        if self._generation.pad_token_id is None:
+            self._generation.pad_token_id = self._tokenizer.pad_token_id
+
+    def complete(self, messages: Sequence[Message]) -> str:
+        """See `decomposition.limits.LanguageModel`."""
+        chat = list(messages)
+        if not self._causal:  # processors take the parts of a turn as a list
+            chat = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        try:
+            prompt = self._templates.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=False
+            )
+        except jinja2.TemplateError as error:
+            raise LanguageModelError(
+                f"the model's chat template refuses the conversation: {error}", retryable=False
+            ) from error
+        # The template has written all special tokens that belong there.
+        inputs = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        inputs = inputs.to(self._device)
+        length = inputs["input_ids"].shape[1]
+        try:
+            with self._lock, torch.inference_mode():
+                tokens = self._model.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    generation_config=self._generation,
+                )[0, length:]
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise LanguageModelError(
+                f"the model failed at a conversation of {length} tokens: {error}", retryable=False
+            ) from error
+        if len(tokens) == self._generation.max_new_tokens and not self._ends(int(tokens[-1])):
+            raise LanguageModelError(
+                f"the reply was cut at {len(tokens)} tokens; raise --max-tokens", retryable=False
+            )
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _ends(self, token: int) -> bool:
+        ends = self._generation.eos_token_id
+        return token in (ends if isinstance(ends, list) else [ends])

@@ -1,0 +1,250 @@
+"""Any OpenAI-compatible chat endpoint (vLLM, SGLang, hosted, `serve_verifier`), asked about images.
+
+One question per request, at temperature 0; P(yes) comes from the log-probs of the reply's first
+token. The question travels as data in the user's turn, the instruction in the system's, and the
+reply's text is read only where `text_fallback` allows it: nothing that a question or a picture says
+changes how an answer is read. What can be checked of a reply is listed in `replies`.
+"""
+
+import base64
+import concurrent.futures
+import io
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.chat import ChatClient, ChatError
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.replies import Candidate, Completion
+from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS, RATINGS, bare
+
+OUTAGE_ATTEMPTS = 10  # at one question while its server cannot be reached: about 100 s
+RATING_CANDIDATES = 20  # as many as servers commonly allow
+RATING_TOKENS = 3  # "10" may be two
+MAX_UNSPLIT = 0.02  # share of "1" that may be counted as 1 where it might begin "10"
+POLL_SECONDS = 1.0  # while waiting for servers to start
+_T = TypeVar("_T")
+
+
+class OpenAIVerifier:
+    """A verifier (see `base.Verifier`) over chat endpoints of one model."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        model: str,
+        *,
+        api_key_env: str = "",
+        concurrency: int = 8,
+        question_seconds: float = 30.0,
+        answer_seconds: float = 60.0,
+        start_seconds: float = 60.0,
+        max_attempts: int = 3,
+        top_logprobs: int = 5,
+        text_fallback: bool = False,
+    ) -> None:
+        """Waits until one of the endpoints serves the model.
+
+        Args:
+          endpoints: base URLs such as "http://host:8000/v1".
+          model: the name that they serve it by.
+          api_key_env: environment variable that holds the key; "" sends none.
+          concurrency: most questions under way at once.
+          question_seconds: deadline of one request.
+          answer_seconds: deadline of all of an image's questions, with their retries.
+          start_seconds: how long to wait for a first endpoint.
+          max_attempts: requests per question until it has failed; more during an outage.
+          top_logprobs: candidates of the first token (AlphaGRPO: 5); spellings of yes and no
+            beyond them do not count.
+          text_fallback: if neither yes nor no is a candidate, a text that is exactly yes or no
+            counts as 1 or 0, and one that is exactly a number as that rating.
+        Raises:
+          ValueError: wrong endpoints, model, key or numbers.
+          VerifierLoadError: no endpoint answers in time, or one serves other models only.
+        """
+        if concurrency < 1 or not top_logprobs >= 1:
+            raise ValueError(
+                f"got concurrency={concurrency} and top_logprobs={top_logprobs}, expected at "
+                "least 1 each"
+            )
+        self._client = ChatClient(
+            endpoints,
+            model,
+            api_key_env=api_key_env,
+            timeout=question_seconds,
+            max_attempts=max_attempts,
+            outage_attempts=OUTAGE_ATTEMPTS,
+        )
+        self._answer_seconds, self._top = answer_seconds, top_logprobs
+        self._text_fallback = text_fallback
+        self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "question")
+        try:
+            self._await_servers(start_seconds)
+        except VerifierLoadError:
+            self.close()
+            raise
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        """Answers in the questions' order; `image` is uint8[H, W, 3].
+
+        Raises:
+          ValueError: the image is not uint8[H, W, 3].
+        """
+        tokens = FALLBACK_TOKENS if self._text_fallback else 1
+
+        def read(reply: Completion) -> Answer:
+            return read_answer(reply, text_fallback=self._text_fallback)
+
+        def fail(why: str) -> Answer:
+            return Answer(None, why)
+
+        options = {"max_tokens": tokens, "top_logprobs": self._top}
+        return self._ask(image, questions, AUDIT_INSTRUCTION, options, read, fail)
+
+    def rate(self, image: np.ndarray, questions: Sequence[str]) -> list[Rating]:
+        """Expected value over the numbers 0 to 10, one per question; see `read_rating`.
+
+        Raises:
+          ValueError: the image is not uint8[H, W, 3].
+        """
+
+        def read(reply: Completion) -> Rating:
+            return read_rating(reply, text_fallback=self._text_fallback)
+
+        def fail(why: str) -> Rating:
+            return Rating(None, why)
+
+        options = {"max_tokens": RATING_TOKENS, "top_logprobs": RATING_CANDIDATES}
+        return self._ask(image, questions, RATE_INSTRUCTION, options, read, fail)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self._threads.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def _ask(
+        self,
+        image: np.ndarray,
+        questions: Sequence[str],
+        instruction: str,
+        options: dict[str, Any],
+        read: Callable[[Completion], _T],
+        fail: Callable[[str], _T],
+    ) -> list[_T]:
+        """One request per question, concurrently; failures are outcomes like others."""
+        url, end = data_url(image), time.monotonic() + self._answer_seconds
+
+        def ask(question: str) -> _T:
+            left = end - time.monotonic()
+            if left <= 0:
+                return fail(f"not asked within {self._answer_seconds:.3g} s")
+            try:
+                asked = messages(url, question, instruction)
+                return read(self._client.complete(asked, total_seconds=left, **options))
+            except ChatError as error:
+                return fail(str(error))
+
+        return list(self._threads.map(ask, questions))
+
+    def _await_servers(self, seconds: float) -> None:
+        """Waits until an endpoint serves the model; the others may come later."""
+        end = time.monotonic() + seconds
+        while True:
+            failures = []
+            for url, found in self._client.models().items():
+                if isinstance(found, ChatError):
+                    failures.append(found)
+                elif self._client.model not in found:
+                    raise VerifierLoadError(
+                        f"{url} serves {found[:5]}, expected {self._client.model!r} among its "
+                        "models; set verifier.model to the served name"
+                    )
+                else:
+                    return
+            passing = [error for error in failures if error.retryable]
+            if not passing or time.monotonic() + POLL_SECONDS > end:
+                raise VerifierLoadError(
+                    f"no endpoint serves {self._client.model!r} after {seconds:.3g} s: "
+                    + "; ".join(str(error) for error in failures)
+                    + "; start a server (launch/verifiers.sh) or correct verifier.endpoints"
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def data_url(image: np.ndarray) -> str:
+    """A PNG, which loses nothing, as a data URL.
+
+    Raises:
+      ValueError: the image is not uint8[H, W, 3].
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]")
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
+    """The instruction as the system's turn; image and question, unchanged, as the user's."""
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": question},
+    ]
+    return [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
+
+
+def read_answer(reply: Completion, *, text_fallback: bool) -> Answer:
+    """P(yes) / (P(yes) + P(no)) over the first token's candidates, all spellings summed."""
+    yes, no = (_mass(reply.candidates, word) for word in ("yes", "no"))
+    if yes + no >= MIN_MASS:
+        return Answer(yes / (yes + no))
+    text = bare(reply.text)
+    if text_fallback and text in ("yes", "no"):
+        return Answer(float(text == "yes"))
+    shown = [candidate.token[:20] for candidate in reply.candidates[:5]]
+    return Answer(None, f"neither yes nor no among the candidates {shown} (mass {yes + no:.2g})")
+
+
+def read_rating(reply: Completion, *, text_fallback: bool) -> Rating:
+    """Expected value over the numbers 0 to 10.
+
+    Many tokenizers write "10" as "1", "0". Where "10" is no candidate, the mass of "1" is shared
+    between 1 and 10 by the second token's candidates, which are known only if "1" was the token
+    taken; otherwise a small share of "1" counts as 1, and a larger one is a failure.
+    """
+    mass = [_mass(reply.candidates, number) for number in RATINGS]
+    total = sum(mass)
+    if total >= MIN_MASS:
+        if mass[10] or not mass[1]:
+            return Rating(_mean(mass))
+        if reply.later and _is_one(reply):
+            ten = mass[1] * _mass(reply.later[0], "0")
+            rest = (c for c in reply.later[0] if not bare(c.token)[:1].isdigit())
+            mass[1], mass[10] = mass[1] * sum(math.exp(c.logprob) for c in rest), ten
+            if sum(mass) >= MIN_MASS:
+                return Rating(_mean(mass))
+        elif mass[1] <= MAX_UNSPLIT * total:
+            return Rating(_mean(mass))
+    text = bare(reply.text)
+    if text_fallback and text in RATINGS:
+        return Rating(float(text))
+    return Rating(None, f"no number from 0 to 10 can be read (mass {total:.2g})")
+
+
+def _is_one(reply: Completion) -> bool:
+    """Whether the token taken, i.e. the likeliest, is "1"."""
+    return bare(max(reply.candidates, key=lambda c: c.logprob).token) == "1"
+
+
+def _mass(candidates: Iterable[Candidate], word: str) -> float:
+    return sum(math.exp(c.logprob) for c in candidates if bare(c.token) == word)
+
+
+def _mean(mass: Sequence[float]) -> float:
+    return sum(value * share for value, share in enumerate(mass)) / sum(mass)
