@@ -29,6 +29,7 @@ setuptools.setup(
         "httpx2>=2.16,<3",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         "jax>=0.10,<0.12",
+        "jinja2>=3.1,<4",  # errors of chat templates
         "matplotlib>=3.9,<4",
         "ml-collections>=1.0,<2",
         "numpy>=2,<3",

@@ -1,0 +1,178 @@
+"""Turns prompts into records of atomic yes/no questions, or checks a file of such records.
+
+    python -m alphagrpo_jax.decompose --input prompts.txt --output train.jsonl --llm shapes
+    python -m alphagrpo_jax.decompose --input prompts.txt --output train.jsonl \
+        --llm openai:http://127.0.0.1:8000/v1 --model Qwen3-30B --api-key-env KEY --concurrency 16
+    python -m alphagrpo_jax.decompose --check train.jsonl
+
+The input is a text file with one prompt per line, or a *.jsonl file of objects with "prompt" (and
+maybe "id"). Stopped or killed at any moment, the same command continues; prompts that failed are
+tried again. Beside the output stands a report, OUTPUT.report.json.
+"""
+
+import argparse
+import pathlib
+import sys
+import threading
+from collections.abc import Sequence
+
+from alphagrpo_jax.rewards.decomposition import check, models, running
+from alphagrpo_jax.rewards.decomposition.journal import Journal, JournalError, read_prompts
+from alphagrpo_jax.rewards.decomposition.limits import LanguageModelError, Pace, PatientModel
+from alphagrpo_jax.rewards.decomposition.pipeline import TRIES, DecompositionError
+from alphagrpo_jax.runtime.stopping import StopFlag
+from alphagrpo_jax.shapes import grammar
+
+STOPPED = 75  # exit code: stopped with everything saved, the same command continues
+
+
+def by_grammar(prompt: str) -> running.Made:
+    """The record of a prompt of the shapes world, exact and without a language model."""
+    try:
+        return running.Made(grammar.record(prompt), {"by": "shapes"})
+    except grammar.GrammarError as error:
+        raise DecompositionError("grammar", str(error)) from error
+
+
+def make_with(options: argparse.Namespace, pace: Pace) -> running.Maker:
+    """What decomposes a prompt, as the flags say.
+
+    Raises:
+      ValueError: flags that do not fit each other.
+      LanguageModelError: a local model cannot be loaded.
+    """
+    if options.llm == "shapes":
+        return by_grammar
+    model = models.open_model(
+        options.llm,
+        models.ModelOptions(
+            model=options.model,
+            api_key_env=options.api_key_env,
+            timeout_seconds=options.timeout_seconds,
+            max_tokens=options.max_tokens,
+            device=options.device,
+            dtype=options.dtype,
+        ),
+    )
+    kind, _, place = options.llm.partition(":")
+    name = options.model if kind == "openai" else pathlib.Path(place).name
+    return running.by_model(
+        PatientModel(model, pace), name=f"{kind}:{name}", tries=options.attempts
+    )
+
+
+def decompose(options: argparse.Namespace) -> int:
+    """Makes the records that are missing, reports, and returns the exit code.
+
+    Raises:
+      JournalError: input or output cannot be used.
+      LanguageModelError: a local model cannot be loaded.
+      ValueError: flags that do not fit each other.
+    """
+    flag, halt = StopFlag(), threading.Event()
+
+    def stopped() -> bool:
+        return flag.requested or halt.is_set()
+
+    prompts = read_prompts(options.input)
+    with Journal(options.output, prompts) as journal:
+        make = make_with(options, Pace(options.requests_per_minute, stopped=stopped))
+        tally = running.run(
+            journal,
+            make,
+            threads=options.concurrency,
+            stopped=stopped,
+            halt=halt,
+            progress=None,
+        )
+        left = running.report(prompts, journal, tally)
+        if not left["not_tried"]:
+            journal.sort()
+        running.write_report(pathlib.Path(f"{options.output}.report.json"), left)
+    print(running.summary(left))
+    if tally.silent:
+        print(
+            f"error: the language model did not reply to {running.MAX_SILENT} prompts in a row: "
+            f"{tally.failed[-1][1]}\nMend this and run the same command again.",
+            file=sys.stderr,
+        )
+        return 1
+    if left["not_tried"]:
+        return STOPPED
+    if left["failed"] > options.allow_failures:
+        print(
+            f"error: {left['failed']} prompts failed, at most {options.allow_failures} allowed "
+            "(--allow-failures); the same command tries them again",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def check_file(path: str) -> int:
+    """Prints what is wrong with a file of records; returns the exit code."""
+    findings, count = check.check_file(path)
+    errors = sum(finding.severity == "error" for finding in findings)
+    for finding in findings:
+        print(finding)
+    print(f"{path}: {count} records, {errors} errors, {len(findings) - errors} warnings")
+    return 1 if errors else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags; wrong usage ends the process with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alphagrpo_jax.decompose",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", help="prompts, one per line, or *.jsonl")
+    add("--output", help="the file of records to write or to continue")
+    add("--check", metavar="FILE", help="only check this file of records")
+    add("--llm", default="shapes", help="openai:URL[,URL...], hf:FOLDER or shapes (the default)")
+    add("--model", default="", help="of openai: the name that the servers know it by")
+    add("--api-key-env", default="", help="of openai: environment variable that holds the key")
+    add("--timeout-seconds", type=float, default=120.0, help="of openai: of one request")
+    add("--max-tokens", type=int, default=4096, help="of one reply")
+    add("--device", default="cpu", help="of hf")
+    add("--dtype", default="auto", help="of hf: float32, bfloat16 or auto")
+    add("--concurrency", type=int, default=8, help="prompts under way at once")
+    add("--requests-per-minute", type=float, default=0.0, help="to the model; 0: no limit")
+    add("--attempts", type=int, default=TRIES, help="decompositions of a prompt, at most")
+    add("--allow-failures", type=int, default=0, help="failed prompts above which the code is 1")
+    options = parser.parse_args(arguments)
+    if options.check is not None:
+        if options.input or options.output:
+            parser.error("--check stands alone: it reads one file and writes none")
+        return options
+    if not (options.input and options.output):
+        parser.error("--input and --output are needed (or --check FILE)")
+    if min(options.concurrency, options.attempts, options.max_tokens) < 1:
+        parser.error("--concurrency, --attempts and --max-tokens must be at least 1")
+    if (
+        options.timeout_seconds <= 0
+        or options.requests_per_minute < 0
+        or options.allow_failures < 0
+    ):
+        parser.error("--timeout-seconds must be positive, rates and counts not negative")
+    if options.llm.startswith("openai:") and not options.model:
+        parser.error("--llm openai:URL needs --model NAME")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    options = parse(arguments)
+    try:
+        return check_file(options.check) if options.check else decompose(options)
+    except (JournalError, LanguageModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Validates a file of records line by line: every finding has its place."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from alphagrpo_jax.rewards.decomposition import phrasing
+from alphagrpo_jax.rewards.decomposition.pipeline import find_cycle
+from alphagrpo_jax.rewards.questions import Question, Record, parse_record
+
+REQUIRED = ("question_type", "question", "is_valid", "tag")  # of a question, as released
+
+
+class Finding(NamedTuple):
+    """Something wrong ("error") or doubtful ("warning") on a line of a file."""
+
+    path: str
+    line: int  # from 1
+    severity: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.severity}: {self.message}"
+
+
+def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
+    """Findings of a file, in the order of its lines, and its number of readable records.
+
+    Errors: what `questions.parse_record` refuses (form, empty lists, dependencies on no question,
+    no valid question), unknown tags, dependency circles, prompts, ids or questions that occur
+    twice, questions whose good answer is no. Warnings: fields left out, questions marked invalid,
+    dependencies on those, doubtful wording, places in the input that occur twice, blank lines.
+    """
+    path = pathlib.Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return [Finding(str(path), 1, "error", f"cannot be read: {error.strerror}")], 0
+    seen: dict[tuple[str, str], int] = {}
+    findings, count = [], 0
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    elif content:
+        message = "the last line has no line end: perhaps it was cut short"
+        findings.append(Finding(str(path), len(lines), "warning", message))
+    for number, line in enumerate(lines, start=1):
+        try:
+            record, found = _read(line)
+        except ValueError as error:
+            findings.append(Finding(str(path), number, "error", str(error)))
+            continue
+        if record is not None:
+            count += 1
+            found = [*found, *_repeated(record, number, seen), *_record_findings(record)]
+        findings += [Finding(str(path), number, severity, text) for severity, text in found]
+    if not count and not findings:
+        findings.append(Finding(str(path), 1, "error", "no records, expected at least one"))
+    return sorted(findings, key=lambda finding: finding.line), count
+
+
+_Found = tuple[str, str]  # severity, message
+
+
+def _read(line: bytes) -> tuple[Record | None, list[_Found]]:
+    """The record on a line, and the fields it leaves out.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if not line.strip():
+        return None, [("warning", "blank line")]
+    try:
+        fields = json.loads(line, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"got bytes that are not UTF-8 ({error}); expected UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"not JSON ({error.msg} at column {error.colno}); expected one complete object"
+        ) from error
+    record = parse_record(fields)
+    missing: list[_Found] = []
+    for kind in ("semantic", "quality"):
+        for index, item in enumerate(fields[f"{kind}_questions"]):
+            left_out = [name for name in REQUIRED if name not in item]
+            if left_out:
+                where = f"{kind}_questions[{index}]"
+                missing.append(("warning", f"{where}: no field {', '.join(left_out)}"))
+    return record, missing
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"fields {twice} occur twice in one object, expected once")
+    return fields
+
+
+def _repeated(record: Record, number: int, seen: dict[tuple[str, str], int]) -> Iterator[_Found]:
+    """What an earlier line has too; notes what is new in `seen`."""
+    marks = [("error", "prompt", phrasing.same(record.prompt))]
+    if record.id is not None:
+        marks.append(("error", "id", record.id))
+    if record.original_index is not None:
+        marks.append(("warning", "original_index", str(record.original_index)))
+    for severity, name, value in marks:
+        first = seen.setdefault((name, value), number)
+        if first != number:
+            yield severity, f"{name} {value!r} is that of line {first} too"
+
+
+def _record_findings(record: Record) -> Iterator[_Found]:
+    texts: dict[str, str] = {}
+    for kind, questions in (("semantic", record.semantic), ("quality", record.quality)):
+        for index, question in enumerate(questions):
+            where = f"{kind}_questions[{index}]"
+            first = texts.setdefault(phrasing.same(question.text), where)
+            if first != where:
+                yield "error", f"{where}: question {question.text!r} is asked by {first} too"
+            for severity, text in _question_findings(record, kind, question):
+                yield severity, f"{where}: {text}"
+    cycle = find_cycle({i: question.dependency for i, question in enumerate(record.semantic)})
+    if cycle:
+        yield "error", f"dependencies form a circle through the semantic questions {cycle}"
+
+
+def _question_findings(record: Record, kind: str, question: Question) -> Iterator[_Found]:
+    tags: Sequence[str] = phrasing.TAGS[kind]
+    if question.tag not in tags:
+        yield "error", f"got tag {question.tag!r}, expected one of {', '.join(tags)}"
+    wrong = phrasing.negative(question.text, record.prompt)
+    if wrong:
+        yield "error", f"question {question.text!r} {wrong}"
+    else:
+        doubt = phrasing.doubtful(question.text, record.prompt)
+        if doubt:
+            yield "warning", f"question {question.text!r} {doubt}"
+    if not question.is_valid:
+        yield "warning", f"question {question.text!r} is marked invalid and never asked"
+    if len(set(question.dependency)) < len(question.dependency):
+        yield "warning", f"got dependency {list(question.dependency)}, expected each index once"
+    unasked = [i for i in question.dependency if not record.semantic[i].is_valid]
+    if unasked and question.is_valid:
+        yield "warning", f"depends on questions that are never asked: {unasked}"

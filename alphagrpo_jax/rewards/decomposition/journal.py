@@ -1,0 +1,326 @@
+"""The input prompts, and the output file that alone says which of them are done.
+
+A line of the output is one record, written whole and synced before it counts. It carries the
+prompt's place in the input and a digest of the whole input, so that a process that was killed at
+any moment is continued by reading the file: what has a line is done, a last line cut short is
+dropped, and the file of another input is refused. Lines stand in the order in which prompts were
+finished until `Journal.sort` puts them in the order of the input, by replacing the file at once.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from alphagrpo_jax.rewards.questions import Record, parse_record
+
+PROVENANCE = "decomposition"  # the field of a record that says how it was made
+
+
+class JournalError(ValueError):
+    """An input or output file that cannot be used; the message names it, the line and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt and where it stands in the input."""
+
+    text: str
+    index: int  # of its line, from 0: the record's original_index
+    id: str | None = None  # the input's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The prompts of an input file, each once."""
+
+    path: pathlib.Path
+    prompts: tuple[Prompt, ...]
+    duplicates: tuple[int, ...]  # line numbers, from 1, of prompts that occur before
+    digest: str  # of texts, places and ids, 16 hex digits
+
+
+def read_prompts(path: str | os.PathLike) -> Prompts:
+    """Reads prompts: of a file *.jsonl objects with "prompt" and maybe "id", else one a line.
+
+    Blank lines are skipped; a prompt that occurs again is listed in `duplicates` only.
+    Raises:
+      JournalError: no such file, not UTF-8, no prompt, or a bad line.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise JournalError(f"cannot read the prompts {path}: {error.strerror}") from error
+    found: dict[str, Prompt] = {}
+    ids: dict[str, int] = {}
+    duplicates = []
+    for index, line in enumerate(lines):
+        try:
+            text = line.decode("utf-8-sig" if index == 0 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise JournalError(
+                f"{path}:{index + 1}: got bytes that are not UTF-8 ({error.reason} at byte "
+                f"{error.start}); expected a UTF-8 text: convert the file"
+            ) from error
+        if not text:
+            continue
+        prompt = Prompt(text, index)
+        if path.suffix == ".jsonl":
+            prompt = _from_json(text, index, f"{path}:{index + 1}")
+        if prompt.id is not None and ids.setdefault(prompt.id, index) != index:
+            first = ids[prompt.id] + 1
+            raise JournalError(f"{path}:{index + 1}: id {prompt.id!r} is that of line {first} too")
+        if prompt.text in found:
+            duplicates.append(index + 1)
+        else:
+            found[prompt.text] = prompt
+    if not found:
+        raise JournalError(f"{path}: got no prompts, expected at least one line with a prompt")
+    prompts = tuple(found.values())
+    listed = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
+    digest = hashlib.sha256(listed.encode()).hexdigest()[:16]
+    return Prompts(path, prompts, tuple(duplicates), digest)
+
+
+def _from_json(line: str, index: int, where: str) -> Prompt:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise JournalError(
+            f"{where}: got {line[:60]!r}, which is not JSON ({error.msg}); expected one object a "
+            'line with "prompt" (a file of plain prompts must not be named *.jsonl)'
+        ) from error
+    text = fields.get("prompt") if isinstance(fields, dict) else None
+    if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
+        raise JournalError(
+            f'{where}: got "prompt" {text!r}, expected an object whose "prompt" is a text that is '
+            "not empty"
+        )
+    own = fields.get("id")
+    if own is not None and type(own) not in (str, int):
+        raise JournalError(f"{where}: got id {own!r}, expected a text or an integer")
+    return Prompt(text.strip(), index, None if own is None else str(own))
+
+
+class Journal:
+    """The output file, held by one process at a time; a context manager."""
+
+    def __init__(self, path: str | os.PathLike, prompts: Prompts) -> None:
+        """Opens or begins the file, and reads what is done.
+
+        Args:
+          path: of the output; its folder is made if need be.
+          prompts: the input.
+        Raises:
+          JournalError: the file cannot be written, another process writes it, it was not begun by
+            this command or was begun with another input, or a line in it is damaged.
+        """
+        self.path, self._prompts = pathlib.Path(path), prompts
+        self.done: dict[int, Record] = {}  # original_index -> record
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _locked(self.path)
+        except OSError as error:
+            raise JournalError(f"cannot write the output {path}: {error.strerror}") from error
+        try:
+            self._recover()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    @property
+    def open_prompts(self) -> list[Prompt]:
+        """The prompts that have no record yet, in the order of the input."""
+        return [prompt for prompt in self._prompts.prompts if prompt.index not in self.done]
+
+    def append(self, prompt: Prompt, fields: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+        """Writes the record of a prompt; it is on the disk when this returns.
+
+        Args:
+          prompt: one of the input that has no record.
+          fields: the questions and further fields of the record.
+          origin: how it was made; kept in the record.
+        Raises:
+          JournalError: the disk is full or away; the file holds whole records only.
+          ValueError: the prompt has a record, or the fields are no record.
+        """
+        if prompt.index in self.done:
+            raise ValueError(f"prompt {prompt.index} has a record already")
+        width = len(str(self._prompts.prompts[-1].index))
+        identity = {
+            "prompt": prompt.text,
+            "id": prompt.id or f"{self._prompts.path.stem}-{prompt.index:0{width}d}",
+            "original_index": prompt.index,
+        }
+        origin = {"input": self._prompts.digest, **origin}
+        record = parse_record({**fields, **identity, PROVENANCE: origin})
+        line = _line(record)
+        end = os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            _write_all(self._file, line)
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, end)
+            raise JournalError(f"cannot write the output {self.path}: {error.strerror}") from error
+        self.done[prompt.index] = record
+
+    def sort(self) -> None:
+        """Puts the records in the order of the input; a kill leaves the old file or the new one.
+
+        Raises:
+          JournalError: the new file cannot be written.
+        """
+        if list(self.done) == sorted(self.done):
+            return
+        self.done = dict(sorted(self.done.items()))
+        replace_file(self.path, b"".join(_line(record) for record in self.done.values()))
+
+    def _recover(self) -> None:
+        """Reads the records; drops a last line that was cut short."""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            lines = file.read().split(b"\n")
+        rest = lines.pop()  # what follows the last line end: nothing, or a line cut short
+        by_index = {prompt.index: prompt for prompt in self._prompts.prompts}
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            record = self._own(line, number, by_index)
+            if record.original_index in self.done:
+                raise JournalError(
+                    f"{self.path}:{number}: a second record of original_index "
+                    f"{record.original_index}; delete one of the two"
+                )
+            self.done[record.original_index] = record
+        if rest:
+            if not self.done and not _begins_like_a_record(rest):
+                raise JournalError(
+                    f"{self.path}: is not empty and was not written by this command; give another "
+                    "--output"
+                )
+            os.ftruncate(self._file, os.lseek(self._file, 0, os.SEEK_END) - len(rest))
+            os.fsync(self._file)
+
+    def _own(self, line: bytes, number: int, by_index: Mapping[int, Prompt]) -> Record:
+        """The record on a line of this output.
+
+        Raises:
+          JournalError: it is none, or belongs to another input.
+        """
+        where = f"{self.path}:{number}"
+        try:
+            record = parse_record(json.loads(line))
+        except ValueError as error:
+            raise JournalError(
+                f"{where}: not a record ({error}); mend or delete this line, or give another "
+                "--output"
+            ) from error
+        origin = record.extra.get(PROVENANCE)
+        if not isinstance(origin, dict) or "input" not in origin or record.original_index is None:
+            raise JournalError(
+                f"{where}: a record that this command did not write (no field {PROVENANCE!r}); "
+                "give another --output"
+            )
+        prompt = by_index.get(record.original_index)
+        if origin["input"] != self._prompts.digest or prompt is None:
+            raise JournalError(
+                f"{where}: begun with another input than {self._prompts.path} (digest "
+                f"{origin['input']}, expected {self._prompts.digest}); give the input that it was "
+                "begun with, or another --output"
+            )
+        if record.prompt != prompt.text:
+            raise JournalError(
+                f"{where}: got prompt {record.prompt!r}, expected {prompt.text!r}, line "
+                f"{prompt.index + 1} of {self._prompts.path}; delete this line"
+            )
+        return record
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file so that a kill at any moment leaves the old one or the new one, both whole.
+
+    Raises:
+      JournalError: it cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+        _sync_folder(path)
+    except OSError as error:
+        raise JournalError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _locked(path: pathlib.Path) -> int:
+    """The file, open for appending and locked until it is closed or the process ends.
+
+    Raises:
+      JournalError: another process holds it.
+      OSError: it cannot be opened.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), path.stat()):
+                _sync_folder(path)
+                return file
+        except BlockingIOError as error:
+            os.close(file)
+            raise JournalError(
+                f"{path}: another process is writing this output; wait for it or stop it"
+            ) from error
+        os.close(file)  # replaced (sorted) between opening and locking
+
+
+def _line(record: Record) -> bytes:
+    return (json.dumps(record.to_json(), ensure_ascii=False) + "\n").encode()
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON escapes may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _sync_folder(path: pathlib.Path) -> None:
+    """Makes the file's name survive a power cut too."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _begins_like_a_record(rest: bytes) -> bool:
+    """Whether a line cut short may be one of ours, and not somebody's file without a line end."""
+    start = b'{"prompt": '
+    if not (rest.startswith(start) or start.startswith(rest)):
+        return False
+    try:
+        fields = json.loads(rest)
+    except ValueError:
+        return True
+    return isinstance(fields, dict) and PROVENANCE in fields

@@ -1,0 +1,115 @@
+"""Asking a language model at a limited rate, with patience for failures, and stops in between."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from alphagrpo_jax.rewards.decomposition.texts import Message
+
+BACKOFF_SECONDS = 1.0  # before the second try of a call; doubles, with jitter of +-50%
+MAX_BACKOFF_SECONDS = 60.0
+NAP_SECONDS = 0.25  # longest sleep before looking for a stop again
+
+
+class LanguageModel(Protocol):
+    """Anything that continues a chat."""
+
+    def complete(self, messages: Sequence[Message]) -> str:
+        """The reply to a chat, whole.
+
+        Raises:
+          LanguageModelError: there is none.
+        """
+        ...
+
+
+class LanguageModelError(RuntimeError):
+    """No reply; the message says why, without secrets. `retryable`: another try may help."""
+
+    def __init__(self, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class StopRequestedError(Exception):
+    """The command is to stop; the prompt under way is given up and not booked as failed."""
+
+
+class Pace:
+    """Lets requests begin at even distances, so many per minute, whatever the thread."""
+
+    def __init__(
+        self,
+        per_minute: float,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Args:
+        per_minute: requests; 0 is no limit.
+        stopped: asked while waiting.
+        clock, sleep: of seconds.
+        """
+        self._distance = 60.0 / per_minute if per_minute else 0.0
+        self._stopped, self._clock, self._sleep = stopped, clock, sleep
+        self._lock = threading.Lock()
+        self._next = clock()
+
+    def wait(self) -> None:
+        """Returns when one more request may begin.
+
+        Raises:
+          StopRequestedError: a stop was asked for meanwhile.
+        """
+        with self._lock:
+            begin = max(self._next, self._clock())
+            self._next = begin + self._distance
+        self.pause(begin - self._clock())
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, in short naps.
+
+        Raises:
+          StopRequestedError: a stop was asked for.
+        """
+        end = self._clock() + seconds
+        while not self._stopped():
+            left = end - self._clock()
+            if left <= 0:
+                return
+            self._sleep(min(left, NAP_SECONDS))
+        raise StopRequestedError
+
+
+class PatientModel:
+    """A language model asked at a pace, and again after failures that may pass."""
+
+    def __init__(self, model: LanguageModel, pace: Pace, *, tries: int = 5) -> None:
+        """Args:
+        model: asked from many threads at once.
+        pace: every single request waits for it, repeated ones too.
+        tries: of one call, at most.
+        """
+        self._model, self._pace, self._tries = model, pace, tries
+        self._jitter = random.Random(0)  # no reply depends on it
+
+    def complete(self, messages: Sequence[Message]) -> str:
+        """See `LanguageModel`.
+
+        Raises:
+          LanguageModelError: of the last try.
+          StopRequestedError: a stop was asked for.
+        """
+        for number in range(1, self._tries + 1):
+            self._pace.wait()
+            try:
+                return self._model.complete(messages)
+            except LanguageModelError as error:
+                if not error.retryable or number == self._tries:
+                    raise
+            seconds = min(BACKOFF_SECONDS * 2.0 ** (number - 1), MAX_BACKOFF_SECONDS)
+            self._pace.pause(seconds * self._jitter.uniform(0.5, 1.5))
+        raise AssertionError("the loop returns or raises")

@@ -1,0 +1,80 @@
+"""The language models that a decomposition can be made by, behind `limits.LanguageModel`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from alphagrpo_jax.rewards.decomposition.limits import LanguageModel, LanguageModelError
+from alphagrpo_jax.rewards.decomposition.texts import Message
+from alphagrpo_jax.rewards.verifiers import chat
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How a language model is reached and run."""
+
+    model: str = ""  # the name that the servers know it by
+    api_key_env: str = ""  # environment variable that holds the key; "" sends none
+    timeout_seconds: float = 120.0  # of one request
+    max_tokens: int = 4096  # of one reply
+    device: str = "cpu"  # of a local model
+    dtype: str = "auto"  # of its weights
+
+
+class ServedModel:
+    """A model behind one or more OpenAI-compatible endpoints; for many threads at once."""
+
+    def __init__(self, endpoints: Sequence[str], options: ModelOptions) -> None:
+        """Opens no connection yet.
+
+        Raises:
+          ValueError: wrong endpoints, no model, or the key is not set.
+        """
+        # One attempt only: `limits.PatientModel` repeats, and every request keeps the pace.
+        self._client = chat.ChatClient(
+            endpoints,
+            options.model,
+            api_key_env=options.api_key_env,
+            timeout=options.timeout_seconds,
+            max_attempts=1,
+        )
+        self._max_tokens = options.max_tokens
+
+    def complete(self, messages: Sequence[Message]) -> str:
+        """See `limits.LanguageModel`; greedy."""
+        try:
+            reply = self._client.complete(messages, max_tokens=self._max_tokens)
+        except chat.ChatError as error:
+            raise LanguageModelError(str(error), retryable=error.retryable) from error
+        if reply.finish_reason == "length":
+            raise LanguageModelError(
+                f"the reply was cut at {self._max_tokens} tokens; raise --max-tokens",
+                retryable=False,
+            )
+        return reply.text
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
+
+
+def open_model(llm: str, options: ModelOptions) -> LanguageModel:
+    """The model that a description names.
+
+    Args:
+      llm: "openai:URL[,URL...]" or "hf:FOLDER".
+      options: see there.
+    Raises:
+      ValueError: another description, or options that do not fit it.
+      LanguageModelError: a local model cannot be loaded.
+    """
+    kind, _, place = llm.partition(":")
+    if kind == "openai" and place:
+        return ServedModel(place.split(","), options)
+    if kind == "hf" and place:
+        # Imported here, so that no other kind has to wait for torch.
+        from alphagrpo_jax.rewards.verifiers.hf_chat import HFChat
+
+        return HFChat(
+            place, device=options.device, dtype=options.dtype, max_tokens=options.max_tokens
+        )
+    raise ValueError(f"got --llm {llm!r}, expected openai:URL[,URL...], hf:FOLDER or shapes")

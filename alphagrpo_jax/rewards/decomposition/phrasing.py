@@ -1,0 +1,95 @@
+"""Rules for single questions: yes must be the good answer; the tags that there are.
+
+"Positive only" means that yes is the good answer: "Is the image free of cars?" is fine where a
+prompt wants no cars; "Are there any mistakes?" is not, nor is "Is there no car?", whose yes and no
+are read both ways.
+"""
+
+import re
+
+SEMANTIC_TAGS = (
+    "Style",
+    "Environment",
+    "Viewpoint",
+    "Existence",
+    "Count",
+    "Attribute",
+    "Action",
+    "Spatial",
+    "Text",
+    "Negative",
+)
+QUALITY_TAGS = (
+    "Geometry",
+    "Anatomy",
+    "Texture",
+    "Coherence",
+    "Lighting",
+    "Physics",
+    "Legibility",
+    "Aesthetics",
+)
+TAGS = {"semantic": SEMANTIC_TAGS, "quality": QUALITY_TAGS}
+
+_APOSTROPHE = "['\u2019]"
+_VERBS = "is|are|was|were|do|does|did|has|have|had|can|could|will|would|should"
+_CONTRACTED = re.compile(rf"(?:{_VERBS}|ca|wo)n{_APOSTROPHE}?t\b", re.IGNORECASE)
+_NEGATED = re.compile(
+    rf"(?:{_VERBS})\s+(?:(?:there|it|they|we|you|the image|the picture)\s+)?"
+    r"(?:not|no|never|nothing|none|nobody|neither)\b",
+    re.IGNORECASE,
+)
+_FAULTS = (
+    r"mistakes?|errors?|artifacts?|artefacts?|defects?|distortions?|glitch(?:es)?|flaws?|"
+    r"blemish(?:es)?|deformit(?:y|ies)|inconsistenc(?:y|ies)|imperfections?|problems?|issues?|"
+    r"anomal(?:y|ies)|malformations?"
+)
+_ASKS_FOR_FAULTS = re.compile(
+    rf"(?:(?:{_VERBS})\s+there|(?:{_VERBS})\b.*\b(?:have|has|contain|contains|show|shows|see))\s+"
+    rf"(?:(?:any|a|an|some|many|visible|obvious)\s+)*(?:\w+\s+)?({_FAULTS})\b",
+    re.IGNORECASE,
+)
+_FAULTY = re.compile(
+    rf"(?:{_VERBS})\b.*\b(distorted|deformed|malformed|disfigured|blurry|blurred|garbled|illegible|"
+    r"unnatural|implausible|incorrect|wrong|missing|incoherent|inconsistent)\?$",
+    re.IGNORECASE,
+)
+
+
+def negative(question: str, prompt: str) -> str | None:
+    """Why no would be the good answer of a question, or None if yes is.
+
+    Args:
+      question: its text.
+      prompt: what it belongs to; faults that the prompt itself asks for may be asked about.
+    """
+    question = question.strip()
+    if _CONTRACTED.match(question) or _NEGATED.match(question):
+        return "is negated; ask so that yes is the good answer, e.g. 'Is the image free of ...?'"
+    found = _ASKS_FOR_FAULTS.match(question)
+    if found and not _mentions(prompt, found[1]):
+        return f"asks for {found[1]!r}, so that no is the good answer; ask 'Is ... free of ...?'"
+    return None
+
+
+def doubtful(question: str, prompt: str) -> str | None:
+    """What looks wrong with a question's wording but need not be, or None."""
+    question = question.strip()
+    if not question.endswith("?"):
+        return "does not end with a question mark"
+    found = _FAULTY.match(question)
+    if found and not _mentions(prompt, found[1]):
+        return f"seems to ask for a fault ({found[1]!r}); yes must be the good answer"
+    if re.search(rf"\bnot\b|n{_APOSTROPHE}t\b", question, re.IGNORECASE):
+        return "has a negation inside; yes must be the good answer"
+    return None
+
+
+def same(text: str) -> str:
+    """The text as compared with others: folded case, single blanks, no mark at its end."""
+    return " ".join(text.casefold().split()).rstrip(" .?!")
+
+
+def _mentions(prompt: str, fault: str) -> bool:
+    """Whether the prompt has the word, in any number: the first letters decide."""
+    return fault.casefold()[: max(4, len(fault) - 3)] in prompt.casefold()
