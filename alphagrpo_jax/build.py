@@ -19,11 +19,15 @@ from alphagrpo_jax.models.bagel_weights import Loaded, load_model
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.pool import Pool, PoolOptions
 from alphagrpo_jax.rewards.scoring import ScoringOptions
+from alphagrpo_jax.rewards.verifiers.endpoints import checked_urls
+from alphagrpo_jax.rewards.worker import Factory
 from alphagrpo_jax.rollout import RolloutOptions, drawing_params, generate, prefill
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.sampling.image import ImageOptions
 from alphagrpo_jax.types import TextBlock, TrainState, join_rows, map_rows
+
+ENDPOINT_SHARE = 0.9  # of the pool's deadlines, for what an endpoint worker does by itself
 
 
 class Data(NamedTuple):
@@ -109,22 +113,11 @@ def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> Data:
 def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
     """Starts the verifier workers (in the background)."""
     verifier = config.verifier
-    if verifier.kind == "callable":
-        factory: tuple[str, dict[str, Any]] = ("callable", {"target": verifier.path})
-    else:
-        path = str(resolve(verifier.path))
-        options = {
-            "device": verifier.device,
-            "dtype": verifier.dtype,
-            "num_threads": verifier.threads,
-            "top_k": verifier.top_k or None,
-            "text_fallback": verifier.text_fallback,
-        }
-        factory = ("hf", {"path": path} | options)
+    factories = verifier_factories(config)
     return Pool(
-        factory,
+        factories,
         PoolOptions(
-            workers=verifier.workers,
+            workers=len(factories),
             threads=verifier.threads,
             capacity=max(1024, 2 * config.trajectories),
             attempt_seconds=verifier.attempt_seconds,
@@ -134,6 +127,56 @@ def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
             audit_path=audit_path,
         ),
     )
+
+
+def verifier_factories(config: Config) -> list[Factory]:
+    """What each worker of the pool builds.
+
+    With kind "openai" every worker balances over all endpoints; otherwise the endpoints stand
+    beside local workers, each with a worker of its own, and the pool balances.
+
+    Raises:
+      ConfigError: an endpoint that is no base URL, or one twice.
+    """
+    verifier = config.verifier
+    if verifier.endpoints:
+        try:
+            checked_urls(verifier.endpoints)
+        except ValueError as error:
+            raise ConfigError(f"verifier.endpoints: {error}") from error
+    if verifier.kind == "openai":
+        return [_endpoint_factory(config, verifier.endpoints)] * verifier.workers
+    if verifier.kind == "callable":
+        local: Factory = ("callable", {"target": verifier.path})
+    else:
+        options = {
+            "path": str(resolve(verifier.path)),
+            "device": verifier.device,
+            "dtype": verifier.dtype,
+            "num_threads": verifier.threads,
+            "top_k": verifier.top_k or None,
+            "text_fallback": verifier.text_fallback,
+        }
+        local = ("hf", options)
+    remote = [_endpoint_factory(config, (url,)) for url in verifier.endpoints]
+    return [local] * verifier.workers + remote
+
+
+def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
+    """A worker over endpoints; its own deadlines end before the pool would kill it."""
+    verifier = config.verifier
+    options = {
+        "endpoints": endpoints,
+        "model": verifier.model,
+        "api_key_env": verifier.api_key_env,
+        "concurrency": verifier.concurrency,
+        "question_seconds": verifier.question_seconds,
+        "answer_seconds": ENDPOINT_SHARE * verifier.attempt_seconds,
+        "start_seconds": ENDPOINT_SHARE * verifier.start_seconds,
+        "top_logprobs": verifier.top_logprobs,
+        "text_fallback": verifier.text_fallback,
+    }
+    return "openai", options
 
 
 def scoring_options(config: Config) -> ScoringOptions:

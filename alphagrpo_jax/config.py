@@ -28,6 +28,7 @@ def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> C
     _check_choices(parsed)
     _check_numbers(parsed)
     _check_sizes(parsed)
+    _check_verifier(parsed)
     return parsed
 
 
@@ -99,7 +100,7 @@ CHOICES = {
     "task": ("rt2i", "t2i"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
-    "verifier.kind": ("hf", "callable"),
+    "verifier.kind": ("hf", "openai", "callable"),
     "reward.aggregate": ("geometric", "mean", "pooled"),
     "reward.score": ("confidence", "binary"),
     "rollout.sampler": ("sde", "cps"),
@@ -123,6 +124,9 @@ RANGES = {
     "lora.alpha": (1e-6, 1e6),
     "verifier.workers": (1, 1024),
     "verifier.threads": (1, 1024),
+    "verifier.concurrency": (1, 1024),
+    "verifier.question_seconds": (1e-3, 1e6),
+    "verifier.top_logprobs": (1, 1 << 20),
     "verifier.top_k": (0, 1 << 20),
     "verifier.attempt_seconds": (1e-3, 1e6),
     "verifier.total_seconds": (1e-3, 1e6),
@@ -239,3 +243,23 @@ def _check_sizes(config: Config) -> None:
         raise ConfigError("loss.text and loss.image are both 'none': nothing would be trained")
     if config.task == "t2i" and config.loss.image == "none":
         raise ConfigError("task t2i has no text to train; loss.image must not be 'none'")
+
+
+def _check_verifier(config: Config) -> None:
+    """What endpoints need, and what needs endpoints."""
+    verifier = config.verifier
+    if verifier.kind == "openai" and not verifier.endpoints:
+        raise ConfigError(
+            "verifier.kind=openai needs verifier.endpoints, a list of base URLs such as "
+            "('http://127.0.0.1:8000/v1',); launch/verifiers.sh starts a server"
+        )
+    if not verifier.endpoints:
+        return
+    if not verifier.model:
+        raise ConfigError("verifier.endpoints need verifier.model, the name that they serve")
+    if verifier.question_seconds > verifier.attempt_seconds:
+        raise ConfigError(
+            f"verifier.question_seconds={verifier.question_seconds} is more than "
+            f"verifier.attempt_seconds={verifier.attempt_seconds}, which all of an image's "
+            "questions have together"
+        )

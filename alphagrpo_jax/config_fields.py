@@ -25,9 +25,15 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Verifier:
-    kind: str  # "hf", or "callable": path is then "module:function"
+    kind: str  # "hf", "openai" (endpoints only), or "callable": path is then "module:function"
     path: str
-    workers: int  # processes
+    endpoints: tuple[str, ...]  # of chat servers, "http://HOST:PORT/v1"; () for none
+    model: str  # the name that the endpoints serve; it must be the local workers' own model
+    api_key_env: str  # environment variable that holds the endpoints' key; "": none
+    concurrency: int  # most questions of one image that go to endpoints at once
+    question_seconds: float  # for one request to an endpoint
+    top_logprobs: int  # candidates of the first token that an endpoint is asked for
+    workers: int  # processes; beside them one per endpoint unless kind is "openai"
     threads: int  # per worker, fixed: the same answers whatever the load
     device: str  # of a Hugging Face verifier, "cpu" or "cuda"
     dtype: str  # of its weights, or "auto" for the folder's own

@@ -15,6 +15,30 @@ zero over the run.
 from ml_collections import ConfigDict
 
 
+def verifier() -> ConfigDict:
+    """The shipped verifier in two processes of this machine, no endpoints."""
+    config = ConfigDict()
+    config.kind = "hf"
+    config.path = "package:verifier"
+    config.endpoints = ()
+    config.model = ""
+    config.api_key_env = ""
+    config.concurrency = 8
+    config.question_seconds = 30.0
+    config.top_logprobs = 5
+    config.workers = 2
+    config.threads = 1
+    config.device = "cpu"
+    config.dtype = "float32"
+    config.top_k = 0
+    config.text_fallback = False
+    config.attempt_seconds = 60.0
+    config.total_seconds = 600.0
+    config.start_seconds = 300.0
+    config.max_attempts = 4
+    return config
+
+
 def get_config() -> ConfigDict:
     """Every field that a configuration has, with the default's values."""
     config = ConfigDict()
@@ -33,19 +57,7 @@ def get_config() -> ConfigDict:
     config.lora.alpha = 64.0
     config.lora.targets = r"language_model/layers/(self_attn|mlp|mlp_moe_gen)/\w+_proj(_moe_gen)?"
 
-    config.verifier = ConfigDict()
-    config.verifier.kind = "hf"
-    config.verifier.path = "package:verifier"
-    config.verifier.workers = 2
-    config.verifier.threads = 1
-    config.verifier.device = "cpu"
-    config.verifier.dtype = "float32"
-    config.verifier.top_k = 0
-    config.verifier.text_fallback = False
-    config.verifier.attempt_seconds = 60.0
-    config.verifier.total_seconds = 600.0
-    config.verifier.start_seconds = 300.0
-    config.verifier.max_attempts = 4
+    config.verifier = verifier()
 
     config.reward = ConfigDict()
     config.reward.aggregate = "geometric"

@@ -57,6 +57,17 @@ def test_values_arrive():
         ({"loss__text": "none", "loss__image": "none"}, "nothing would be trained"),
         ({"loss__entropy_fraction": 0.2, "train__old_logprob": "self"}, "needs train.old_logprob"),
         ({"rollout__sampler": "cps", "rollout__noise_level": 1.5}, "noise_level must be below 1"),
+        ({"verifier__kind": "openai"}, r"needs verifier\.endpoints"),
+        ({"verifier__endpoints": ("http://a/v1",)}, r"need verifier\.model"),
+        ({"verifier__endpoints": "http://a/v1"}, r"verifier\.endpoints: got .* expected a list"),
+        (
+            {
+                "verifier__endpoints": ("http://a/v1",),
+                "verifier__model": "m",
+                "verifier__question_seconds": 99.0,
+            },
+            r"question_seconds=99\.0 is more than",
+        ),
         ({"data": 3}, "expected a section"),
     ],
 )

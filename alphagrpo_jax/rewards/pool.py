@@ -63,21 +63,23 @@ class Pool:
     All public methods may be called from any thread.
     """
 
-    def __init__(self, factory: worker_lib.Factory, options: PoolOptions | None = None) -> None:
+    def __init__(
+        self,
+        factory: worker_lib.Factory | Sequence[worker_lib.Factory],
+        options: PoolOptions | None = None,
+    ) -> None:
         """Starts the workers in the background; `wait_ready` waits for them.
 
         Args:
-          factory: (kind, options) of `verifiers.build`, resolved inside each worker.
+          factory: (kind, options) of `verifiers.build`, resolved inside each worker; or a list with
+            one for each worker, which must all be the same model: who answers is left to chance.
           options: defaults if None.
         Raises:
-          ValueError: the factory cannot be pickled.
+          ValueError: a factory cannot be pickled, or there are not as many as workers.
           OSError: the audit log cannot be opened.
         """
-        try:
-            pickle.dumps(factory)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(f"got a verifier factory that cannot be pickled: {error}") from error
         self._options = options or PoolOptions()
+        factories = _factories(factory, self._options.workers)
         path = self._options.audit_path
         audit = None if path is None else pathlib.Path(path).open("a", encoding="utf-8")  # noqa: SIM115
         self._changed = threading.Condition()  # guards the ledger and the next three
@@ -87,8 +89,7 @@ class Pool:
         self._closing = False
         self._jitter = random.Random(0)  # no answer depends on it
         self._workers = [
-            worker_lib.Worker(factory, threads=self._options.threads)
-            for _ in range(self._options.workers)
+            worker_lib.Worker(each, threads=self._options.threads) for each in factories
         ]
         self._drivers = [
             threading.Thread(target=self._drive, args=(index,), daemon=True, name=f"worker-{index}")
@@ -349,6 +350,25 @@ class _BadAnswerError(Exception):
 
 class _GivenUpError(Exception):
     """A worker is not to be started again."""
+
+
+def _factories(
+    factory: worker_lib.Factory | Sequence[worker_lib.Factory], workers: int
+) -> list[worker_lib.Factory]:
+    """One factory per worker.
+
+    Raises:
+      ValueError: another number of them, or they cannot be pickled.
+    """
+    one_for_all = bool(factory) and isinstance(factory[0], str)
+    factories = [factory] * workers if one_for_all else list(factory)
+    if len(factories) != workers:
+        raise ValueError(f"got {len(factories)} verifier factories, expected workers={workers}")
+    try:
+        pickle.dumps(factories)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ValueError(f"got a verifier factory that cannot be pickled: {error}") from error
+    return factories
 
 
 def _checked_image(sample_id: Hashable, image: np.ndarray) -> np.ndarray:

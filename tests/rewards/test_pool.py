@@ -107,6 +107,28 @@ def test_failing_reply_says_what_was_wrong(tmp_path):
     assert messages[3].endswith("question 0: neither yes nor no")
 
 
+def test_workers_may_be_of_different_kinds(tmp_path):
+    fake = ("callable", {"target": "pool_fakes:Fake", "folder": str(tmp_path)})
+    options = PoolOptions(**FAST, workers=2)
+    with Pool([fake, ("callable", {"target": "pool_fakes:Slow"})], options) as pool:
+        pool.wait_ready()
+        for number in range(20):
+            pool.submit(number, picture(number), QUESTIONS)
+        results = pool.gather(range(20))
+        assert pool.counters()["starts"] == 2
+    assert all(scored.p_yes == expected(picture(n)) for n, scored in results.items())
+
+
+def test_one_kind_may_be_missing(tmp_path):
+    fake = ("callable", {"target": "pool_fakes:Fake", "folder": str(tmp_path)})
+    broken = ("callable", {"target": "pool_fakes:broken"})
+    with Pool([broken, fake], PoolOptions(**FAST, workers=2)) as pool:
+        pool.wait_ready()
+        pool.submit(0, picture(0), QUESTIONS)
+        assert pool.gather([0])[0].worker == 1
+        assert pool.counters()["lost_workers"] == 1
+
+
 def test_retries_go_to_another_worker(tmp_path):
     audit = tmp_path / "audit.jsonl"
     with make_pool(tmp_path, audit_path=str(audit), max_attempts=2) as pool:
@@ -316,3 +338,5 @@ def test_refuses_wrong_options():
         PoolOptions(attempt_seconds=float("nan"))
     with pytest.raises(ValueError, match="cannot be pickled"):
         Pool(("callable", {"target": lambda: None}))
+    with pytest.raises(ValueError, match="got 1 verifier factories, expected workers=2"):
+        Pool([("callable", {"target": "pool_fakes:Slow"})])

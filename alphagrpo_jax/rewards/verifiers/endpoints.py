@@ -33,14 +33,9 @@ class Endpoints:
         """Takes base URLs such as "http://host:8000/v1".
 
         Raises:
-          ValueError: no URL, one twice, or one that is not http(s)://HOST[:PORT][/PATH].
+          ValueError: see `checked_urls`.
         """
-        if isinstance(urls, str) or not urls:
-            raise ValueError(f"got endpoints {urls!r}, expected a list of at least 1 base URL")
-        self.all = [Endpoint(checked_url(url)) for url in urls]
-        names = [endpoint.url for endpoint in self.all]
-        if len(set(names)) < len(names):
-            raise ValueError(f"got endpoints {names}, expected each of them once")
+        self.all = [Endpoint(url) for url in checked_urls(urls)]
         self._jitter = random.Random(0)  # no answer depends on it
 
     def pick(self, avoid: Endpoint | None = None) -> Endpoint:
@@ -83,6 +78,20 @@ class Endpoints:
         """Which servers are not resting, by URL."""
         now = time.monotonic()
         return {endpoint.url: endpoint.rests_until <= now for endpoint in self.all}
+
+
+def checked_urls(urls: Sequence[str]) -> list[str]:
+    """Base URLs without slashes at their ends.
+
+    Raises:
+      ValueError: no URL, one twice, or one that is not http(s)://HOST[:PORT][/PATH].
+    """
+    if isinstance(urls, str) or not urls:
+        raise ValueError(f"got endpoints {urls!r}, expected a list of at least 1 base URL")
+    names = [checked_url(url) for url in urls]
+    if len(set(names)) < len(names):
+        raise ValueError(f"got endpoints {names}, expected each of them once")
+    return names
 
 
 def checked_url(url: str) -> str:

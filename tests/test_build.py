@@ -1,0 +1,47 @@
+"""What `build` makes of a configuration without loading a model: the verifier workers."""
+
+import pytest
+
+from alphagrpo_jax import build
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.config import ConfigError
+from configs import grpo
+
+URLS = ("http://one:8000/v1", "http://two:8000/v1")
+
+
+def config_of(**fields):
+    config = grpo.get_config()
+    config.verifier.update(fields)
+    return config_lib.from_config_dict(config)
+
+
+def test_endpoints_alone_are_balanced_by_every_worker():
+    factories = build.verifier_factories(
+        config_of(kind="openai", endpoints=URLS, model="judge", workers=3, attempt_seconds=40.0)
+    )
+    assert [kind for kind, _ in factories] == ["openai"] * 3
+    assert all(options["endpoints"] == URLS for _, options in factories)
+    assert factories[0][1]["answer_seconds"] < 40.0
+
+
+def test_endpoints_stand_beside_local_workers():
+    factories = build.verifier_factories(config_of(endpoints=URLS, model="judge", workers=2))
+    assert [kind for kind, _ in factories] == ["hf", "hf", "openai", "openai"]
+    assert [options["endpoints"] for _, options in factories[2:]] == [(url,) for url in URLS]
+
+
+def test_without_endpoints_all_workers_are_local():
+    assert [kind for kind, _ in build.verifier_factories(config_of())] == ["hf", "hf"]
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        (("judge:8000",), r"verifier\.endpoints: got endpoint 'judge:8000', expected http"),
+        ((URLS[0], URLS[0] + "/"), "each of them once"),
+    ],
+)
+def test_wrong_endpoints_are_refused(urls, message):
+    with pytest.raises(ConfigError, match=message):
+        build.verifier_factories(config_of(kind="openai", endpoints=urls, model="judge"))
