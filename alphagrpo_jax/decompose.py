@@ -11,10 +11,11 @@ tried again. Beside the output stands a report, OUTPUT.report.json.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from alphagrpo_jax.rewards.decomposition import check, models, running
 from alphagrpo_jax.rewards.decomposition.journal import Journal, JournalError, read_prompts
@@ -34,31 +35,24 @@ def by_grammar(prompt: str) -> running.Made:
         raise DecompositionError("grammar", str(error)) from error
 
 
-def make_with(options: argparse.Namespace, pace: Pace) -> running.Maker:
-    """What decomposes a prompt, as the flags say.
+@contextlib.contextmanager
+def maker(options: argparse.Namespace, pace: Pace) -> Iterator[running.Maker]:
+    """What decomposes a prompt, as the flags say, as long as the context lasts.
 
     Raises:
       ValueError: flags that do not fit each other.
       LanguageModelError: a local model cannot be loaded.
     """
     if options.llm == "shapes":
-        return by_grammar
-    model = models.open_model(
-        options.llm,
-        models.ModelOptions(
-            model=options.model,
-            api_key_env=options.api_key_env,
-            timeout_seconds=options.timeout_seconds,
-            max_tokens=options.max_tokens,
-            device=options.device,
-            dtype=options.dtype,
-        ),
-    )
+        yield by_grammar
+        return
+    names = ("model", "api_key_env", "timeout_seconds", "max_tokens", "device", "dtype")
+    how = models.ModelOptions(**{name: vars(options)[name] for name in names})
     kind, _, place = options.llm.partition(":")
     name = options.model if kind == "openai" else pathlib.Path(place).name
-    return running.by_model(
-        PatientModel(model, pace), name=f"{kind}:{name}", tries=options.attempts
-    )
+    with models.opened(options.llm, how) as model:
+        patient = PatientModel(model, pace)
+        yield running.by_model(patient, name=f"{kind}:{name}", tries=options.attempts)
 
 
 def decompose(options: argparse.Namespace) -> int:
@@ -76,15 +70,11 @@ def decompose(options: argparse.Namespace) -> int:
 
     prompts = read_prompts(options.input)
     with Journal(options.output, prompts) as journal:
-        make = make_with(options, Pace(options.requests_per_minute, stopped=stopped))
-        tally = running.run(
-            journal,
-            make,
-            threads=options.concurrency,
-            stopped=stopped,
-            halt=halt,
-            progress=None,
-        )
+        pace = Pace(options.requests_per_minute, stopped=stopped)
+        with maker(options, pace) as make:
+            tally = running.run(
+                journal, make, threads=options.concurrency, stopped=stopped, halt=halt
+            )
         left = running.report(prompts, journal, tally)
         if not left["not_tried"]:
             journal.sort()
@@ -150,12 +140,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--input and --output are needed (or --check FILE)")
     if min(options.concurrency, options.attempts, options.max_tokens) < 1:
         parser.error("--concurrency, --attempts and --max-tokens must be at least 1")
-    if (
-        options.timeout_seconds <= 0
-        or options.requests_per_minute < 0
-        or options.allow_failures < 0
-    ):
-        parser.error("--timeout-seconds must be positive, rates and counts not negative")
+    if options.timeout_seconds <= 0:
+        parser.error("--timeout-seconds must be positive")
+    if options.requests_per_minute < 0 or options.allow_failures < 0:
+        parser.error("--requests-per-minute and --allow-failures must not be negative")
     if options.llm.startswith("openai:") and not options.model:
         parser.error("--llm openai:URL needs --model NAME")
     return options

@@ -1,7 +1,8 @@
 """The language models that a decomposition can be made by, behind `limits.LanguageModel`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from alphagrpo_jax.rewards.decomposition.limits import LanguageModel, LanguageModelError
 from alphagrpo_jax.rewards.decomposition.texts import Message
@@ -57,8 +58,9 @@ class ServedModel:
         self._client.close()
 
 
-def open_model(llm: str, options: ModelOptions) -> LanguageModel:
-    """The model that a description names.
+@contextlib.contextmanager
+def opened(llm: str, options: ModelOptions) -> Iterator[LanguageModel]:
+    """The model that a description names, as long as the context lasts.
 
     Args:
       llm: "openai:URL[,URL...]" or "hf:FOLDER".
@@ -69,12 +71,17 @@ def open_model(llm: str, options: ModelOptions) -> LanguageModel:
     """
     kind, _, place = llm.partition(":")
     if kind == "openai" and place:
-        return ServedModel(place.split(","), options)
-    if kind == "hf" and place:
+        served = ServedModel(place.split(","), options)
+        try:
+            yield served
+        finally:
+            served.close()
+    elif kind == "hf" and place:
         # Imported here, so that no other kind has to wait for torch.
         from alphagrpo_jax.rewards.verifiers.hf_chat import HFChat
 
-        return HFChat(
+        yield HFChat(
             place, device=options.device, dtype=options.dtype, max_tokens=options.max_tokens
         )
-    raise ValueError(f"got --llm {llm!r}, expected openai:URL[,URL...], hf:FOLDER or shapes")
+    else:
+        raise ValueError(f"got --llm {llm!r}, expected openai:URL[,URL...], hf:FOLDER or shapes")

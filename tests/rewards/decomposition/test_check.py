@@ -1,0 +1,201 @@
+"""Every kind of finding of --check, with its line; shipped data has none."""
+
+import copy
+import json
+import pathlib
+
+import pytest
+
+from alphagrpo_jax.rewards.decomposition import check, phrasing
+from alphagrpo_jax.shapes import prompts
+
+DATA = pathlib.Path(prompts.__file__).parent / "assets" / "data"
+
+
+def question(kind: str, text: str, tag: str, **fields) -> dict:
+    own = {"question_type": kind, "question": text, "is_valid": True, "tag": tag}
+    return own | fields
+
+
+GOOD = {
+    "prompt": "A cat on a mat.",
+    "id": "one",
+    "original_index": 0,
+    "semantic_questions": [
+        question("semantic", "Is there a cat?", "Existence"),
+        question("semantic", "Is there a mat?", "Existence"),
+        question("semantic", "Is the cat on the mat?", "Spatial", dependency=[0, 1]),
+    ],
+    "quality_questions": [question("quality", "Is the cat well formed?", "Anatomy")],
+}
+
+
+def findings(tmp_path: pathlib.Path, *records) -> list[check.Finding]:
+    path = tmp_path / "r.jsonl"
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in records]
+    path.write_text("".join(line + "\n" for line in lines))
+    return check.check_file(path)[0]
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.jsonl")), ids=lambda path: path.name)
+def test_shipped_data_has_no_findings(path):
+    found, count = check.check_file(path)
+    assert found == []
+    assert count == len(path.read_text().splitlines())
+
+
+def test_a_good_record(tmp_path):
+    assert findings(tmp_path, GOOD) == []
+
+
+def spoiled(**changes) -> dict:
+    record = copy.deepcopy(GOOD)
+    for name, value in changes.items():
+        kind, _, rest = name.partition("_")
+        index, _, field = rest.partition("_")
+        record[f"{kind}_questions"][int(index)][field] = value
+    return record
+
+
+ERRORS = {
+    "not JSON": ('{"prompt": ', "not JSON"),
+    "no object": ("[]", "expected a JSON object"),
+    "no quality": ({k: v for k, v in GOOD.items() if k != "quality_questions"}, "is missing"),
+    "empty list": (GOOD | {"semantic_questions": []}, "got an empty list"),
+    "empty prompt": (GOOD | {"prompt": " "}, "field 'prompt'"),
+    "empty question": (spoiled(semantic_0_question=""), "not empty"),
+    "wrong kind": (spoiled(semantic_0_question_type="quality"), "question_type 'quality'"),
+    "all invalid": (spoiled(quality_0_is_valid=False), "every question has is_valid false"),
+    "is_valid no boolean": (spoiled(quality_0_is_valid="yes"), "expected true or false"),
+    "unknown tag": (spoiled(semantic_1_tag="Colour"), "got tag 'Colour'"),
+    "quality tag on semantic": (spoiled(semantic_1_tag="Anatomy"), "got tag 'Anatomy'"),
+    "no such dependency": (spoiled(semantic_1_dependency=[3]), "expected indexes"),
+    "circle": (spoiled(semantic_0_dependency=[2]), "a circle through the semantic questions"),
+    "own dependency": (spoiled(semantic_1_dependency=[1]), "a circle"),
+    "question twice": (spoiled(semantic_1_question="is there a  CAT?"), "asked by semantic_"),
+    "quality repeats": (spoiled(quality_0_question="Is there a cat?"), "asked by semantic_"),
+    "negated": (spoiled(semantic_1_question="Isn't there a mat?"), "is negated"),
+    "asks for none": (spoiled(semantic_1_question="Is there no mat?"), "is negated"),
+    "asks for faults": (
+        spoiled(quality_0_question="Are there any visible artifacts?"),
+        "asks for 'artifacts'",
+    ),
+    "field twice": (json.dumps(GOOD)[:-1] + ', "prompt": "x"}', "['prompt'] occur twice"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(tmp_path, name):
+    record, message = ERRORS[name]
+    other = GOOD | {"prompt": "Another.", "id": "two", "original_index": 1}
+    found = findings(tmp_path, other, record)
+    assert [(each.line, each.severity) for each in found] == [(2, "error")]
+    assert message in found[0].message
+    assert str(found[0]).startswith(f"{tmp_path / 'r.jsonl'}:2: error: ")
+
+
+def test_not_utf8(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "B\xe4r"}\n')
+    (found,), count = check.check_file(path)
+    assert (found.line, found.severity, count) == (2, "error", 1)
+    assert "not UTF-8" in found.message
+
+
+WARNINGS = {
+    "some invalid": (spoiled(semantic_1_is_valid=False, semantic_2_dependency=[0]), "never asked"),
+    "depends on invalid": (spoiled(semantic_1_is_valid=False), "are never asked: [1]"),
+    "dependency twice": (spoiled(semantic_2_dependency=[0, 0]), "each index once"),
+    "no question mark": (spoiled(semantic_1_question="There is a mat"), "question mark"),
+    "adjective of fault": (spoiled(quality_0_question="Is the cat deformed?"), "seems to ask"),
+    "negation inside": (spoiled(semantic_1_question="Is the mat not red?"), "negation inside"),
+    "blank line": ("", "blank line"),
+}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_warnings(tmp_path, name):
+    record, message = WARNINGS[name]
+    found = findings(tmp_path, record)
+    assert found
+    assert {each.severity for each in found} == {"warning"}
+    assert any(message in each.message for each in found)
+
+
+def test_fields_left_out_are_warned_of(tmp_path):
+    record = copy.deepcopy(GOOD)
+    del record["semantic_questions"][0]["is_valid"]
+    (found,) = findings(tmp_path, record)
+    assert found.severity == "warning"
+    assert found.message == "semantic_questions[0]: no field is_valid"
+
+
+def test_duplicates_over_lines(tmp_path):
+    second = GOOD | {"prompt": "a  cat on a mat", "id": "one"}
+    found = findings(tmp_path, GOOD, second)
+    assert [(each.line, each.severity) for each in found] == [
+        (2, "error"),
+        (2, "error"),
+        (2, "warning"),
+    ]
+    assert [each.message.split()[0] for each in found] == ["prompt", "id", "original_index"]
+    assert all(each.message.endswith("is that of line 1 too") for each in found)
+
+
+def test_an_empty_or_missing_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    (missing,), _ = check.check_file(path)
+    assert missing.severity == "error"
+    path.write_text("")
+    (empty,), _ = check.check_file(path)
+    assert "no records" in empty.message
+    path.write_text(json.dumps(GOOD))
+    (cut,), count = check.check_file(path)
+    assert (cut.severity, count) == ("warning", 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Isn't the cat black?",
+        "Isn\u2019t the cat black?",
+        "Doesn't it have a tail?",
+        "Can't the cat be seen?",
+        "Is there no cat?",
+        "Are there not two cats?",
+        "Is it not a cat?",
+        "Are there any mistakes?",
+        "Are there any visible distortions in the face?",
+        "Does the image have any artifacts?",
+        "Is there a glitch?",
+    ],
+)
+def test_negative_phrasing(text):
+    assert phrasing.negative(text, "a black cat")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Is the image free of cars?",
+        "Is the image free of artifacts?",
+        "Is the cat without a collar?",
+        "Is there a knot in the rope?",
+        "Is there a note on the table?",
+        "Is the canteen open?",
+        "Does the sign read \"No entry\"?",
+        "Are the instruments distinct?",
+        "Is the error message on the screen legible?",
+    ],
+)  # fmt: skip
+def test_positive_phrasing(text):
+    assert phrasing.negative(text, "a black cat") is None
+
+
+def test_faults_that_the_prompt_asks_for_may_be_asked_about():
+    assert (
+        phrasing.negative("Are there any mistakes on the page?", "a page full of mistakes") is None
+    )
+    assert phrasing.negative("Is there a glitch?", "glitch art of a cat") is None
+    assert phrasing.doubtful("Is the cat blurry?", "a blurry photo of a cat") is None
+    assert phrasing.doubtful("Is the cat blurry?", "a photo of a cat")
