@@ -188,18 +188,55 @@ class HFVerifier:
     def first_token_logits(
         self, image: np.ndarray, questions: Sequence[str], instruction: str
     ) -> Tensor:
-        """Logits of the reply's first token, float32[Q, V], one fixed padded batch."""
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]")
+        """Logits of the reply's first token, float32[Q, V], one fixed padded batch.
+
+        Raises:
+          ValueError: the image is not uint8[H, W, 3], or a text holds a control token.
+        """
+        image = _checked(image)
         forward = self._behind_prefix if self.shared_prefix else self._separately
         return forward(image, tuple(questions), instruction).float()
 
+    def generate(
+        self, image: np.ndarray, question: str, instruction: str, max_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """The greedy reply, at most `max_tokens` long: ids int[T], and logits float32[T, V].
+
+        Raises:
+          ValueError: see `first_token_logits`.
+        """
+        inputs = self.processor(
+            text=[self._prompt(question, instruction)],
+            images=[[_checked(image)]],
+            return_tensors="pt",
+        ).to(self.device)
+        options = copy.deepcopy(self.model.generation_config)
+        options.do_sample, options.max_new_tokens = False, max_tokens
+        options.pad_token_id = self.tokenizer.pad_token_id
+        with torch.inference_mode():
+            found = self.model.generate(
+                **inputs,
+                generation_config=options,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        reply = found.sequences[0, inputs["input_ids"].shape[1] :]
+        return reply, torch.cat(found.logits).float()
+
     def _prompt(self, question: str, instruction: str) -> str:
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": instruction}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-        ]
+        """The whole prompt; without an instruction it has no system turn.
+
+        Raises:
+          ValueError: the texts hold a control token, which would be read as one.
+        """
+        control = {*self.tokenizer.all_special_tokens, self.processor.image_token}
+        if found := sorted(token for token in control if token in question + instruction):
+            raise ValueError(
+                f"got the control tokens {found} in the text {question!r}; a question is plain text"
+            )
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
+        messages = [system, user] if instruction else [user]
         return self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
@@ -259,23 +296,27 @@ class HFVerifier:
         if yes + no >= MIN_MASS:
             return Answer(yes / (yes + no))
         if self.text_fallback:
-            text = bare(self._generate(image, question))
+            text = bare(self._reply(image, question))
             if text in ("yes", "no"):
                 return Answer(float(text == "yes"))
             return Answer(None, f"neither yes nor no: the reply is {text!r}")
         return Answer(None, f"neither yes nor no among the candidates (mass {yes + no:.2g})")
 
-    @torch.inference_mode()
-    def _generate(self, image: np.ndarray, question: str) -> str:
-        inputs = self.processor(
-            text=[self._prompt(question, AUDIT_INSTRUCTION)], images=[[image]], return_tensors="pt"
-        ).to(self.device)
-        options = copy.deepcopy(self.model.generation_config)
-        options.do_sample, options.max_new_tokens = False, FALLBACK_TOKENS
-        options.pad_token_id = self.tokenizer.pad_token_id
-        tokens = self.model.generate(**inputs, generation_config=options)
-        reply = tokens[0, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.decode(reply, skip_special_tokens=True)
+    def _reply(self, image: np.ndarray, question: str) -> str:
+        tokens, _ = self.generate(image, question, AUDIT_INSTRUCTION, FALLBACK_TOKENS)
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    """The image, if it is uint8[H, W, 3].
+
+    Raises:
+      ValueError: it is not.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]")
+    return image
 
 
 def _last(logits: Tensor, mask: Tensor) -> Tensor:

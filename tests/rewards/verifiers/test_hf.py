@@ -113,7 +113,7 @@ def test_text_fallback_reads_the_reply(llava_folder, image, monkeypatch, word, p
     with torch.no_grad():
         verifier.model.lm_head.weight.zero_()
     verifier.model.lm_head.register_forward_hook(_only(30))
-    monkeypatch.setattr(HFVerifier, "_generate", lambda *_: f" {word.title()}. ")
+    monkeypatch.setattr(HFVerifier, "_reply", lambda *_: f" {word.title()}. ")
     assert verifier.answer(image, QUESTIONS[:1])[0].p_yes == p_yes
 
 
@@ -121,7 +121,7 @@ def test_generate_returns_text(llava_folder, image):
     verifier = HFVerifier(llava_folder, text_fallback=True)
     token = verifier.tokenizer.convert_tokens_to_ids("circle")
     verifier.model.lm_head.register_forward_hook(_only(token))
-    assert verifier._generate(image, QUESTIONS[0]).split()[:2] == ["circle", "circle"]
+    assert verifier._reply(image, QUESTIONS[0]).split()[:2] == ["circle", "circle"]
 
 
 def test_nan_is_a_failure(verifier, image):
@@ -206,3 +206,20 @@ def test_missing_tensors_are_never_drawn_at_random(llava_folder, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != name}, path, metadata={"format": "pt"})
     with pytest.raises(VerifierLoadError, match="lacks 1 tensors of its model"):
         HFVerifier(folder)
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_control_tokens_in_a_question_are_refused(llava_folder, image, shared_prefix):
+    verifier = HFVerifier(llava_folder, num_threads=1, shared_prefix=shared_prefix)
+    control = [verifier.processor.image_token, verifier.tokenizer.eos_token]
+    for token in control:
+        with pytest.raises(ValueError, match="got the control tokens"):
+            verifier.answer(image, [QUESTIONS[0], f"Is it {token} yes?"])
+
+
+def test_generate_agrees_with_the_first_token(verifier, image):
+    tokens, logits = verifier.generate(image, QUESTIONS[0], AUDIT_INSTRUCTION, 3)
+    first = verifier.first_token_logits(image, QUESTIONS[:1], AUDIT_INSTRUCTION)
+    assert len(tokens) == len(logits) <= 3
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    torch.testing.assert_close(logits[:1], first, atol=1e-4, rtol=1e-4)
