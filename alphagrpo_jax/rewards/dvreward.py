@@ -22,12 +22,39 @@ class Reward(NamedTuple):
 INVALID = Reward(math.nan, math.nan, math.nan, valid=False)
 
 
+def dependent(scores: np.ndarray, parents: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lets a question count only if the questions that it depends on hold.
+
+    `0 if any(scores[p] <= 1/2 for p in parents[i]) else scores[i]`. Direct parents count, by their
+    own scores: what fails here is not handed on to grandchildren (the reference rule of the
+    Davidsonian scene graph, Cho et al., arXiv 2310.18235; there a score is 0 or 1).
+
+    Args:
+      scores: float64[Q], in [0, 1].
+      parents: per question the indexes of those that it depends on.
+    Returns:
+      float64[Q].
+    Raises:
+      ValueError: another number of lists than of questions, or an index that is none of theirs.
+    """
+    if len(parents) != len(scores):
+        raise ValueError(f"got {len(parents)} lists of parents for {len(scores)} questions")
+    outside = [p for own in parents for p in own if not 0 <= p < len(scores)]
+    if outside:
+        raise ValueError(f"got parents {outside}, expected indexes 0..{len(scores) - 1}")
+    holds = scores > 0.5
+    return np.array(
+        [s if all(holds[p] for p in own) else 0.0 for s, own in zip(scores, parents, strict=True)]
+    )
+
+
 def dvreward(
     semantic: Sequence[float | None],
     quality: Sequence[float | None],
     *,
     score: str = "confidence",
     aggregate: str = "geometric",
+    parents: Sequence[Sequence[int]] | None = None,
 ) -> Reward:
     """Combines the answers about one image.
 
@@ -40,10 +67,12 @@ def dvreward(
       semantic, quality: P(yes) per question. One of the two may be empty: the reward is then the
         other's mean, and the empty one's mean is NaN.
       score, aggregate: see above.
+      parents: per question, the semantic ones first, the indexes of those that must hold for it to
+        count, see `dependent`; None: every question counts by itself.
     Returns:
       `Reward`; `INVALID` if any answer is missing or there are no questions.
     Raises:
-      ValueError: unknown option.
+      ValueError: unknown option, or parents that do not fit the questions.
     """
     if score not in SCORES:
         raise ValueError(f"got score={score!r}, expected one of {SCORES}")
@@ -55,6 +84,8 @@ def dvreward(
     values = np.asarray(scores, np.float64)
     if score == "binary":
         values = (values > 0.5).astype(np.float64)
+    if parents is not None:
+        values = dependent(values, parents)
     s_values, q_values = values[: len(semantic)], values[len(semantic) :]
     if not semantic or not quality:
         mean = float(values.mean())
