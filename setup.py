@@ -24,7 +24,6 @@ setuptools.setup(
         "absl-py>=2.1,<3",
         "array_record>=0.8,<0.9",
         "chex>=0.1.90,<0.2",
-        "fastapi>=0.165,<1",
         "flax>=0.12,<0.13",
         "httpx2>=2.16,<3",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
@@ -40,6 +39,7 @@ setuptools.setup(
         "pydantic>=2.10,<3",
         "safetensors>=0.8,<0.9",
         "scipy>=1.15,<2",
+        "starlette>=1.0,<2",
         "tenacity>=9.2,<10",
         "tensorboardX>=2.6.4,<3",
         "tensorflow-datasets>=4.9.9,<5",  # used without TensorFlow: array_record files only

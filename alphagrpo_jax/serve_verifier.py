@@ -1,0 +1,260 @@
+"""Serves a verifier to other machines, as an OpenAI-compatible endpoint.
+
+    python -m alphagrpo_jax.serve_verifier --model package:verifier --port 8000
+
+Routes: POST /v1/chat/completions (one question about one image, given as a data URL; greedy; with
+log-probs of as many candidates as asked for), GET /v1/models, /health and /metrics (Prometheus).
+Questions about the same image that arrive together share one forward pass.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import logging
+import os
+import pathlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import prometheus_client
+import uvicorn
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from alphagrpo_jax.rewards.verifiers import serving
+from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.serving import Batcher, RequestError
+from alphagrpo_jax.runtime.paths import resolve
+
+_LOG = logging.getLogger(__name__)
+MAX_BODY_BYTES = 64 * 2**20
+RETRY_AFTER_SECONDS = 1
+GRACE_SECONDS = 10  # for requests under way when the server is told to end
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.registry = CollectorRegistry()
+        own = {"registry": self.registry}
+        self.requests = Counter("verifier_requests", "chat requests received", **own)
+        self.failures = Counter("verifier_failures", "chat requests failed", ["kind"], **own)
+        self.seconds = Histogram("verifier_request_seconds", "from request to reply", **own)
+        gauges = {
+            "verifier_queue_length": ("questions that wait", lambda: len(batcher)),
+            "verifier_questions": ("questions that the model answered", lambda: batcher.questions),
+            "verifier_model_seconds": ("time the model took", lambda: batcher.busy_seconds),
+        }
+        for name, (meaning, read) in gauges.items():
+            Gauge(name, meaning, **own).set_function(read)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return prometheus_client.generate_latest(self.registry)
+
+
+class Service:
+    """The routes over one verifier."""
+
+    def __init__(self, verifier: HFVerifier, batcher: Batcher, *, name: str, key: str) -> None:
+        """For the arguments see `make_app`."""
+        self._verifier, self._batcher, self._name, self._key = verifier, batcher, name, key
+        self._metrics = Metrics(batcher)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        started = time.monotonic()
+        self._metrics.requests.inc()
+        request_id = serving.request_id_of(request.headers.get("x-request-id"))
+        try:
+            self._check_key(request)
+            asked, question = await asyncio.to_thread(serving.read_request, await _body_of(request))
+            self._check_model(asked.model)
+            ids, logprobs = await self._batcher.ask(question)
+            reply: Response = JSONResponse(
+                serving.completion(self._verifier, asked, question, ids, logprobs, request_id)
+            )
+        except RequestError as error:
+            self._metrics.failures.labels(error.kind).inc()
+            reply = _error_reply(error)
+        except ClientDisconnect:
+            self._metrics.failures.labels("disconnected").inc()
+            reply = Response(status_code=400)
+        except Exception:
+            _LOG.exception("request %s", request_id)
+            self._metrics.failures.labels("internal").inc()
+            reply = _error_reply(RequestError("internal error", status=500, kind="internal"))
+        reply.headers["X-Request-Id"] = request_id
+        self._metrics.seconds.observe(time.monotonic() - started)
+        return reply
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        try:
+            self._check_key(request)
+        except RequestError as error:
+            return _error_reply(error)
+        row = {"id": self._name, "object": "model", "owned_by": "alphagrpo_jax"}
+        return JSONResponse({"object": "list", "data": [row]})
+
+    async def health(self, _: Request) -> Response:
+        """GET /health."""
+        return JSONResponse({"status": "ok", "model": self._name, "queue": len(self._batcher)})
+
+    async def metrics(self, _: Request) -> Response:
+        """GET /metrics."""
+        return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def _check_key(self, request: Request) -> None:
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._key and not hmac.compare_digest(sent.encode(), self._key.encode()):
+            raise RequestError("wrong or missing API key", status=401, kind="key")
+
+    def _check_model(self, name: str) -> None:
+        if name != self._name:
+            raise RequestError(
+                f"model: got {name[:100]!r}, expected {self._name!r}", status=404, kind="model_name"
+            )
+
+
+def make_app(
+    verifier: HFVerifier, *, name: str, key: str, max_batch: int, max_queue: int, seconds: float
+) -> Starlette:
+    """The web application.
+
+    Args:
+      verifier: who answers.
+      name: of the model, as clients call it.
+      key: that clients must send as a bearer token; "" for none.
+      max_batch, max_queue, seconds: see `serving.Batcher`.
+    """
+    batcher = Batcher(verifier, max_batch=max_batch, max_queue=max_queue, seconds=seconds)
+    service = Service(verifier, batcher, name=name, key=key)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(batcher.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    routes = [
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/models", service.models),
+        Route("/health", service.health),
+        Route("/metrics", service.metrics),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def _body_of(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestError(
+                f"a body of more than {MAX_BODY_BYTES} bytes", status=413, kind="too_large"
+            )
+    return bytes(body)
+
+
+def _error_reply(error: RequestError) -> Response:
+    content = {"error": {"message": str(error), "type": error.kind, "code": error.status}}
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
+    return JSONResponse(content, status_code=error.status, headers=headers)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags; wrong usage ends the process with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alphagrpo_jax.serve_verifier",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face model folder, or package:NAME")
+    add("--port", type=int, default=8000, help="0: any free one")
+    add("--host", default="127.0.0.1", help="0.0.0.0: all of this machine's addresses")
+    add("--name", help="of the model, as clients call it; default: the last part of --model")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dtype", default="float32", help="of the weights, or auto for the folder's own")
+    add("--threads", type=int, help="CPU threads of the model; default: PyTorch's choice")
+    add("--max-batch", type=int, default=64, help="questions per pass; 1: the same bits always")
+    add("--max-queue", type=int, default=1024, help="questions that may wait before 503 is said")
+    add("--max-wait", type=float, default=60.0, help="seconds that a question may wait")
+    add("--api-key-env", default="", help="environment variable with the key clients must send")
+    options = parser.parse_args(arguments)
+    if min(options.max_batch, options.max_queue, options.threads or 1) < 1:
+        parser.error("--max-batch, --max-queue and --threads must be at least 1")
+    if not 0 <= options.port < 65536 or not options.max_wait > 0:
+        parser.error("--port must be between 0 and 65535, --max-wait positive")
+    if options.api_key_env and not os.environ.get(options.api_key_env):
+        parser.error(f"--api-key-env: the environment variable {options.api_key_env} is not set")
+    return options
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, not yet listening: until then clients are refused.
+
+    Raises:
+      OSError: the address is in use or not this machine's; the message says which.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        message = f"cannot listen on --host={host} --port={port}: {error}; choose another"
+        raise OSError(message) from error
+    return bound
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    options = parse(arguments)
+    name = options.name or pathlib.PurePath(options.model.removeprefix("package:")).name
+    try:
+        bound = bind(options.host, options.port)
+        verifier = HFVerifier(
+            resolve(options.model),
+            device=options.device,
+            dtype=options.dtype,
+            num_threads=options.threads,
+            max_batch=options.max_batch,
+            text_fallback=True,  # whether the text may count is the client's affair
+        )
+    except (OSError, ValueError, RuntimeError, VerifierLoadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    app = make_app(
+        verifier,
+        name=name,
+        key=os.environ.get(options.api_key_env, "").strip() if options.api_key_env else "",
+        max_batch=options.max_batch,
+        max_queue=options.max_queue,
+        seconds=options.max_wait,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn ends in order, then raises the signal again: that must not be a second end.
+        signal.signal(number, lambda *_: None)
+    host, port = bound.getsockname()[:2]
+    print(f"serving {name} on http://{host}:{port}/v1", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+    )
+    uvicorn.Server(config).run(sockets=[bound])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
