@@ -182,7 +182,8 @@ def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
 def scoring_options(config: Config) -> ScoringOptions:
     """How rewards are made of answers, with the task's shaping."""
     weight = config.reward.format_weight if tasks.TASKS[config.task].format_reward else 0.0
-    return ScoringOptions(config.reward.aggregate, config.reward.score, weight)
+    own = config.reward
+    return ScoringOptions(own.aggregate, own.score, weight, dependencies=own.dependencies)
 
 
 def rollout_options(config: Config, loaded: Loaded) -> RolloutOptions:

@@ -49,6 +49,7 @@ class Verifier:
 class Reward:
     aggregate: str  # "geometric", "mean" or "pooled"
     score: str  # "confidence" or "binary"
+    dependencies: bool  # a question counts only if those that it depends on hold
     format_weight: float
     max_invalid_fraction: float  # of an update's samples; above it the run stops
 

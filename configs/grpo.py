@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     config.reward = ConfigDict()
     config.reward.aggregate = "geometric"
     config.reward.score = "confidence"
+    config.reward.dependencies = False
     config.reward.format_weight = 1.0
     config.reward.max_invalid_fraction = 0.2
 

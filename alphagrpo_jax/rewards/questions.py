@@ -47,6 +47,20 @@ class Record:
         """Texts of all questions that a verifier gets: semantic first, then quality."""
         return self.asked_semantic + self.asked_quality
 
+    @property
+    def asked_parents(self) -> list[tuple[int, ...]]:
+        """Per question of `asked`, the places in `asked` of those that it depends on.
+
+        What is never asked can neither hold nor fail: such dependencies are left out.
+        """
+        numbers = [index for index, question in enumerate(self.semantic) if question.is_valid]
+        place = {index: at for at, index in enumerate(numbers)}
+        return [
+            tuple(place[index] for index in question.dependency if index in place)
+            for question in (*self.semantic, *self.quality)
+            if question.is_valid
+        ]
+
     def split(self, answers: Sequence[float | None]) -> tuple[list, list]:
         """Cuts the answers to `asked` into those of the semantic and of the quality questions.
 

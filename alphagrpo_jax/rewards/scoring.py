@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from alphagrpo_jax.rewards.dvreward import INVALID, dvreward
+from alphagrpo_jax.rewards.dvreward import INVALID, Reward, dvreward
 from alphagrpo_jax.rewards.formats import format_reward
 from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.questions import Record
@@ -20,6 +20,7 @@ class ScoringOptions:
     aggregate: str
     score: str
     format_weight: float  # 0 where the task has no format reward
+    dependencies: bool = False  # a question counts only if those that it depends on hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +82,7 @@ def gather(
     for row in own:
         outcome = outcomes[sample_ids[row]]
         if outcome.valid:
-            semantic, quality = records[row].split(outcome.p_yes)
-            rewards.append(
-                dvreward(semantic, quality, score=options.score, aggregate=options.aggregate)
-            )
+            rewards.append(_reward(records[row], outcome.p_yes, options))
         else:
             failures[str(outcome.failure)] += 1
             rewards.append(INVALID)
@@ -99,6 +97,17 @@ def gather(
         total=table[:, 0] + options.format_weight * form,
         valid=table[:, 3] > 0,
         failures=dict(failures),
+    )
+
+
+def _reward(record: Record, p_yes: Sequence[float], options: ScoringOptions) -> Reward:
+    semantic, quality = record.split(p_yes)
+    return dvreward(
+        semantic,
+        quality,
+        score=options.score,
+        aggregate=options.aggregate,
+        parents=record.asked_parents if options.dependencies else None,
     )
 
 
