@@ -50,6 +50,21 @@ def test_invalid_questions_are_kept_and_never_asked():
         record.split([0.1, 0.2, 0.3, 0.4])
 
 
+def test_dependencies_among_the_questions_that_are_asked():
+    """Places shift where an invalid question is left out; a dependency on it is dropped."""
+    semantic = [
+        question("Is there a circle?", is_valid=False),
+        question("Is there a square?"),
+        question("Is the square red?", dependency=[1]),
+        question("Is the square in the circle?", dependency=[0, 1]),
+        question("Is the square old?", dependency=[2], is_valid=False),
+    ]
+    quality = [question("Is the square even?", "quality", dependency=[1, 2])]
+    record = parse_record(fields(semantic_questions=semantic, quality_questions=quality))
+    assert record.asked == [semantic[i]["question"] for i in (1, 2, 3)] + ["Is the square even?"]
+    assert record.asked_parents == [(), (0,), (0,), (0, 1)]
+
+
 def test_round_trip():
     record = parse_record(fields(id="a", facts={"count": 2}))
     assert parse_record(json.loads(json.dumps(record.to_json()))) == record

@@ -70,3 +70,24 @@ def test_all_invalid_has_no_mean():
     metrics = scoring.gather(Answers({0: FAILED}), [0], [record], None, options).metrics()
     assert math.isnan(metrics["reward/mean"])
     assert metrics["reward/valid_fraction"] == 0.0
+
+
+def test_dependencies_count_if_asked_for():
+    """Two of three questions depend on the first, which does not hold."""
+    fields = tiny_world.record("a red circle")
+    asks = [("Is there a circle?", []), ("Is it red?", [0]), ("Is it alone?", [])]
+    fields["semantic_questions"] = [
+        {"question": text, "tag": "Existence", "dependency": needs} for text, needs in asks
+    ]
+    fields["quality_questions"] = [
+        {"question": "Is it round?", "tag": "Geometry", "dependency": [0]}
+    ]
+    record = parse_record(fields)
+    pool = Answers({0: scored(0.3, 0.9, 0.6, 0.8)})
+    for dependencies, semantic, quality in ((False, 0.6, 0.8), (True, 0.3, 0.0)):
+        options = scoring.ScoringOptions("mean", "confidence", 0.0, dependencies=dependencies)
+        found = scoring.gather(pool, [0], [record], None, options)
+        assert found.semantic[0] == pytest.approx(semantic)
+        assert found.quality[0] == pytest.approx(quality)
+        assert found.reward[0] == pytest.approx((semantic + quality) / 2)
+        assert found.valid[0]
