@@ -19,12 +19,26 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alphagrpo_jax import build, prompts, train, trained
+from alphagrpo_jax import build, trained
 from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.jitted import jit_steps
+from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.pool import PoolError
 from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
+from alphagrpo_jax.trainer import (
+    Batch,
+    Drawn,
+    Place,
+    Run,
+    advantage_of,
+    draw_batch,
+    score_batch,
+    take_batches,
+)  # fmt: skip
 from alphagrpo_jax.types import TrainState
+
+TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
 
 
 class Silent:
@@ -53,8 +67,11 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
       folder: for the prompt cache.
       steps: repetitions of each measurement; medians are reported.
     Raises:
-      ConfigError, ValueError, FileNotFoundError, PoolError: as in training.
+      ConfigError, ValueError, FileNotFoundError, PoolError: as in training; ConfigError also for a
+        task whose steps are not all alike.
     """
+    if config.task not in TASKS:
+        raise ConfigError(f"task: got {config.task!r}, bench measures one of {TASKS}")
     compiles = CompileCounter()
     mesh = build.make_mesh(config)
     jax.set_mesh(mesh)
@@ -62,17 +79,17 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     data = build.load_data(config, loaded, folder / "data")
     optimizer = build.make_optimizer(config)
     state = build.initial_state(config, loaded.base, optimizer, mesh)
-    jitted = build.jit_steps(config, loaded, state, optimizer, mesh)
+    steps_ = jit_steps(config, loaded, state, optimizer, mesh)
     with build.make_pool(config) as pool:
         pool.wait_ready()
-        run = train.Run(config, loaded, data, jitted, pool, folder)
+        run = Run(config, loaded, data, steps_, pool, folder)
         first = time.monotonic()
         state, _ = _step(run, state, 1)
         first = time.monotonic() - first
         count, seconds = compiles.count, compiles.seconds
         silent = run._replace(pool=Silent())
         drawing = [_timed(lambda at=at: _draw(silent, state, at)) for at in range(2, steps + 2)]
-        questions, answering = _answering(run, steps)
+        questions, answering = _answering(run, state, steps)
         whole = []
         for at in range(2, steps + 2):
             state, spent = _step(run, state, at)
@@ -96,34 +113,34 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     }
 
 
-def _rows(run: train.Run, step: int) -> np.ndarray:
-    size, count = len(run.data.train.records), run.config.train.prompts_per_step
-    return prompts.order((step - 1) * count, count, size=size, seed=run.config.seed)
+def _batch(run: Run, state: TrainState, step: int) -> Batch:
+    place = Place({run.config.task: (step - 1) * run.config.train.prompts_per_step}, None)
+    (batch,) = take_batches(run, state, step, place)
+    return batch
 
 
-def _draw(run: train.Run, state: TrainState, step: int) -> train.Drawn:
-    drawn = train.draw_batch(run, state, step, _rows(run, step))
+def _draw(run: Run, state: TrainState, step: int) -> Drawn:
+    drawn = draw_batch(run, state, step, _batch(run, state, step))
     jax.block_until_ready(drawn.trajectories)
     return drawn
 
 
-def _step(run: train.Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
+def _step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
     """One training step as `train.main` does it."""
     marks = [time.monotonic()]
     drawn = _draw(run, state, step)
     marks.append(time.monotonic())
-    old = train.old_scores(run, state, drawn.trajectories)
-    options = build.scoring_options(run.config)
-    scores = scoring.gather(run.pool, drawn.ids, drawn.records, drawn.texts, options)
+    old = old_scores(run, state, drawn)
+    scores = score_batch(run, drawn, step)
     marks.append(time.monotonic())
-    advantages = train.advantage_of(run.config, scores)
-    state, _ = train.update_policy(run, state, drawn.trajectories, old, advantages, step)
+    advantages = advantage_of(run.config, drawn, scores)
+    state, *_ = update_policy(run, state, [drawn], [old], [advantages], step)
     jax.block_until_ready(state.trainable)
     marks.append(time.monotonic())
     return state, Seconds(*np.diff(marks).tolist())
 
 
-def _answering(run: train.Run, steps: int) -> tuple[float, list[float]]:
+def _answering(run: Run, state: TrainState, steps: int) -> tuple[float, list[float]]:
     """Mean number of questions of a step's samples, and the seconds the pool alone takes."""
     config = run.config
     rng = np.random.default_rng(config.seed)
@@ -133,8 +150,9 @@ def _answering(run: train.Run, steps: int) -> tuple[float, list[float]]:
 
     def ask(turn: int) -> None:  # other prompts every time, as in training
         nonlocal asked
-        rows = np.repeat(_rows(run, turn + 2), config.train.group_size)
-        records = [run.data.train.records[row] for row in rows]
+        batch = _batch(run, state, turn + 2)
+        rows = np.repeat(batch.rows, config.train.group_size)
+        records = [run.data[batch.task.name].train.records[row] for row in rows]
         asked += sum(len(record.asked) for record in records)
         ids = [("bench", turn, number) for number in range(len(records))]
         scoring.submit(run.pool, ids, images, records, first=0)

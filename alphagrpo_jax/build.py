@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,43 +15,24 @@ from alphagrpo_jax import prompts, tasks, update
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
-from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.pool import Pool, PoolOptions
 from alphagrpo_jax.rewards.scoring import ScoringOptions
 from alphagrpo_jax.rewards.verifiers.endpoints import checked_urls
 from alphagrpo_jax.rewards.worker import Factory
-from alphagrpo_jax.rollout import RolloutOptions, drawing_params, generate, prefill
+from alphagrpo_jax.rollout import RolloutOptions
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.sampling.image import ImageOptions
-from alphagrpo_jax.types import TextBlock, TrainState, join_rows, map_rows
+from alphagrpo_jax.types import TrainState
 
 ENDPOINT_SHARE = 0.9  # of the pool's deadlines, for what an endpoint worker does by itself
 
 
 class Data(NamedTuple):
-    """Both prompt sets, tokenised."""
+    """Both prompt sets of a task, tokenised."""
 
     train: prompts.PromptSet
     heldout: prompts.PromptSet
-
-
-class Steps(NamedTuple):
-    """The jitted functions of a run; each compiles once."""
-
-    weights: Callable  # base, trainable -> what rollouts read
-    prefill: Callable  # of a training micro-batch
-    generate: Callable
-    eval_prefill: Callable
-    eval_generate: Callable  # `generate` itself where evaluation draws as training does
-    join: Callable  # micro-batches of rollouts -> one
-    forward: Callable
-    reference: Callable
-    count: Callable
-    entropy: Callable  # of all parts of an update, from their old scores
-    backward: Callable
-    accumulate: Callable
-    apply: Callable
 
 
 def load_policy(config: Config, mesh: Mesh) -> Loaded:
@@ -102,12 +82,21 @@ def make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> Data:
-    """Both prompt sets of a configuration; see `prompts.load`."""
-    read = functools.partial(
-        prompts.load, tokenizer=loaded.tokenizer, bucket=config.rollout.prompt_tokens, cache=cache
-    )
-    return Data(train=read(resolve(config.data.train)), heldout=read(resolve(config.data.heldout)))
+def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[str, Data]:
+    """Both prompt sets of every task of a configuration; see `prompts.load`."""
+    found = {}
+    for name in config.tasks:
+        task = tasks.TASKS[name]
+        read = functools.partial(
+            prompts.load,
+            tokenizer=loaded.tokenizer,
+            task=task,
+            bucket=config.rollout.prompt_tokens,
+            cache=cache,
+            own_images=task.image == "record" or (task.refines and config.srr.source == "record"),
+        )
+        found[name] = Data(*(read(resolve(path)) for path in config.data.pair(task.data)))
+    return found
 
 
 def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
@@ -124,7 +113,7 @@ def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
             total_seconds=verifier.total_seconds,
             start_seconds=verifier.start_seconds,
             max_attempts=verifier.max_attempts,
-            audit_path=audit_path,
+            audit_path=audit_path or verifier.audit or None,
         ),
     )
 
@@ -145,7 +134,8 @@ def verifier_factories(config: Config) -> list[Factory]:
         except ValueError as error:
             raise ConfigError(f"verifier.endpoints: {error}") from error
     if verifier.kind == "openai":
-        return [_endpoint_factory(config, verifier.endpoints)] * verifier.workers
+        all_of_them = _endpoint_factory(config, verifier.endpoints, outage_attempts=10)
+        return [all_of_them] * verifier.workers
     if verifier.kind == "callable":
         local: Factory = ("callable", {"target": verifier.path})
     else:
@@ -158,11 +148,14 @@ def verifier_factories(config: Config) -> list[Factory]:
             "text_fallback": verifier.text_fallback,
         }
         local = ("hf", options)
-    remote = [_endpoint_factory(config, (url,)) for url in verifier.endpoints]
+    # What one server cannot answer goes to another worker soon.
+    remote = [_endpoint_factory(config, (url,), outage_attempts=2) for url in verifier.endpoints]
     return [local] * verifier.workers + remote
 
 
-def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
+def _endpoint_factory(
+    config: Config, endpoints: tuple[str, ...], *, outage_attempts: int
+) -> Factory:
     """A worker over endpoints; its own deadlines end before the pool would kill it."""
     verifier = config.verifier
     options = {
@@ -173,22 +166,23 @@ def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
         "question_seconds": verifier.question_seconds,
         "answer_seconds": ENDPOINT_SHARE * verifier.attempt_seconds,
         "start_seconds": ENDPOINT_SHARE * verifier.start_seconds,
+        "outage_attempts": outage_attempts,
         "top_logprobs": verifier.top_logprobs,
         "text_fallback": verifier.text_fallback,
     }
     return "openai", options
 
 
-def scoring_options(config: Config) -> ScoringOptions:
+def scoring_options(config: Config, task: tasks.Task) -> ScoringOptions:
     """How rewards are made of answers, with the task's shaping."""
-    weight = config.reward.format_weight if tasks.TASKS[config.task].format_reward else 0.0
+    weight = config.reward.format_weight if task.format_reward else 0.0
     own = config.reward
-    return ScoringOptions(own.aggregate, own.score, weight, dependencies=own.dependencies)
+    return ScoringOptions(own.aggregate, own.score, weight, own.isolate, own.dependencies)
 
 
-def rollout_options(config: Config, loaded: Loaded) -> RolloutOptions:
-    """What training rollouts compile for."""
-    own, task = config.rollout, tasks.TASKS[config.task]
+def rollout_options(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutOptions:
+    """What training rollouts of a task compile for."""
+    own = config.rollout
     grid = loaded.config.latent_grid(config.model.height, config.model.width)
     system = loaded.tokenizer.wrap(task.system_prompt) if task.system_prompt else []
     image = ImageOptions(
@@ -199,13 +193,13 @@ def rollout_options(config: Config, loaded: Loaded) -> RolloutOptions:
         window_range=own.window_range,
         noise_level=own.noise_level,
         sampler=own.sampler,
-        guidance=Guidance(**dataclasses.asdict(own.guidance)),
+        guidance=Guidance(**dataclasses.asdict(own.edit_guidance if task.edits else own.guidance)),
     )
     return RolloutOptions(
         plan=tasks.plan(task.events),
         system_tokens=tuple(system),
         group_size=config.train.group_size,
-        max_text_tokens=own.text_tokens,
+        max_text_tokens=config.srr.text_tokens if task.refines else own.text_tokens,
         top_p=own.top_p,
         image=image,
         shared_noise=own.shared_noise,
@@ -213,10 +207,15 @@ def rollout_options(config: Config, loaded: Loaded) -> RolloutOptions:
     )
 
 
-def eval_options(config: Config, loaded: Loaded) -> RolloutOptions:
-    """What evaluation rollouts compile for: one per prompt, images without stochastic steps."""
-    options = rollout_options(config, loaded)
-    guidance = dataclasses.replace(options.image.guidance, text_scale=config.eval.text_guidance)
+def eval_options(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutOptions:
+    """What evaluation rollouts compile for: one per prompt, images without stochastic steps.
+
+    The text guidance of images that are no edits is `eval.text_guidance`.
+    """
+    options = rollout_options(config, loaded, task)
+    guidance = options.image.guidance
+    if not task.edits:
+        guidance = dataclasses.replace(guidance, text_scale=config.eval.text_guidance)
     image = dataclasses.replace(
         options.image, num_points=config.eval.num_points, guidance=guidance, window=0
     )
@@ -225,9 +224,18 @@ def eval_options(config: Config, loaded: Loaded) -> RolloutOptions:
     )
 
 
-def update_options(config: Config, loaded: Loaded) -> update.UpdateOptions:
-    """What updates compile for."""
-    options = rollout_options(config, loaded)
+def initial_options(config: Config, loaded: Loaded) -> RolloutOptions:
+    """What stage 1 of task srr compiles for: plain text-to-image, several images per prompt."""
+    options = rollout_options(config, loaded, tasks.TASKS["t2i"])
+    image = dataclasses.replace(options.image, num_points=config.srr.num_points, window=0)
+    return dataclasses.replace(
+        options, group_size=config.srr.initial_images, image=image, shared_noise=False
+    )
+
+
+def update_options(config: Config, loaded: Loaded, task: tasks.Task) -> update.UpdateOptions:
+    """What updates on a task's trajectories compile for."""
+    options = rollout_options(config, loaded, task)
     fields = dataclasses.asdict(config.loss)
     return update.UpdateOptions(
         plan=options.plan,
@@ -272,79 +280,3 @@ def initial_state(
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer of a configuration."""
     return update.make_optimizer(**dataclasses.asdict(config.optimizer))
-
-
-def drawing_weights(
-    base: dict, trainable: Any, *, scale: float | None, merge_lora: bool
-) -> PolicyParams:
-    """The weights of rollouts under a train state."""
-    params = update.policy_params(base, trainable, lora_scale=scale)
-    return drawing_params(params, merge_lora=merge_lora)
-
-
-def jit_steps(
-    config: Config,
-    loaded: Loaded,
-    state: TrainState,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> Steps:
-    """Every device-side function of a run, jitted once with its shardings."""
-    options, for_eval = rollout_options(config, loaded), eval_options(config, loaded)
-    for_update, model = update_options(config, loaded), loaded.model
-    weights = functools.partial(
-        drawing_weights, scale=lora_scale(config), merge_lora=options.merge_lora
-    )
-    filling = functools.partial(prefill, model, options=options)
-    generating = functools.partial(generate, model, options=options)
-    count = config.rollout.micro_batch // config.train.group_size
-    shape = (count, config.rollout.prompt_tokens)
-    block = TextBlock(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool)))
-    params = jax.eval_shape(weights, loaded.base, state.trainable)
-    given = jax.eval_shape(filling, params, (block,) * options.plan.events.count(tasks.TEXT))
-    kinds = (jnp.int32, jnp.int32, jnp.float32)
-    scalars = (state.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
-    drawn = jax.eval_shape(generating, params, given, *scalars)
-    generate_step = jax.jit(generating, out_shardings=_row_shardings(drawn, options.plan, mesh))
-    same = dataclasses.replace(options.image, window=0) == for_eval.image and (
-        options.top_p == for_eval.top_p and not options.shared_noise
-    )
-    state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    kept = state_shardings.trainable
-    return Steps(
-        weights=jax.jit(weights) if options.merge_lora else weights,
-        prefill=jax.jit(filling, out_shardings=_row_shardings(given, options.plan, mesh)),
-        generate=generate_step,
-        eval_prefill=jax.jit(functools.partial(prefill, model, options=for_eval)),
-        eval_generate=generate_step
-        if same
-        else jax.jit(functools.partial(generate, model, options=for_eval)),
-        join=jax.jit(
-            functools.partial(join_rows, shared=options.plan.shared),
-            out_shardings=_row_shardings(drawn[0], options.plan, mesh),
-        ),
-        forward=jax.jit(functools.partial(update.forward, model=model, options=for_update)),
-        reference=jax.jit(
-            functools.partial(update.score_reference, model=model, options=for_update)
-        ),
-        count=jax.jit(functools.partial(update.count, options=for_update)),
-        entropy=jax.jit(update.join_entropy),
-        backward=jax.jit(
-            functools.partial(update.backward, options=for_update), out_shardings=(kept, None)
-        ),
-        accumulate=jax.jit(update.accumulate, donate_argnums=0),
-        apply=jax.jit(
-            functools.partial(update.apply, optimizer=optimizer),
-            out_shardings=(state_shardings, None),
-            donate_argnums=0,
-        ),
-    )
-
-
-def _row_shardings(tree: Any, plan: tasks.Plan, mesh: Mesh) -> Any:
-    """Shardings of a rollout's arrays: rows over the mesh, what all rows share whole."""
-    whole = sharding.replicated(mesh)
-    rows = map_rows(lambda axis, x: sharding.batch_sharding(mesh, axis), tree, shared=plan.shared)
-    return jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else whole, rows
-    )

@@ -96,8 +96,9 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+TASKS = ("rt2i", "t2i", "srr", "ti2i", "ti2t")
 CHOICES = {
-    "task": ("rt2i", "t2i"),
+    "task": (*TASKS, "mixed"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "verifier.kind": ("hf", "openai", "callable"),
@@ -105,13 +106,18 @@ CHOICES = {
     "reward.score": ("confidence", "binary"),
     "rollout.sampler": ("sde", "cps"),
     "rollout.guidance.renorm": ("global", "channel", "text_channel"),
+    "rollout.edit_guidance.renorm": ("global", "channel", "text_channel"),
+    "srr.source": ("drawn", "record"),
+    "srr.choice": ("worst", "softmax"),
+    "srr.rectification": ("released", "paper", "none"),
+    "srr.reflection_format": ("none", "rule", "verifier"),
     "train.trainable": ("lora", "full"),
     "train.old_logprob": ("recompute", "self"),
     "loss.text": ("grpo", "none"),
     "loss.image": ("grpo", "none"),
     "loss.level": ("sequence", "token"),
     "advantage.std": ("global_raw", "global_centered", "group", "none"),
-    "advantage.baseline": ("group",),
+    "advantage.baseline": ("group", "initial", "anchor"),
     "eval.checker": ("shapes", ""),
 }
 
@@ -143,6 +149,11 @@ RANGES = {
     "rollout.temperature": (1e-6, 100.0),
     "rollout.top_p": (1e-6, 1.0),
     "rollout.micro_batch": (1, 1 << 20),
+    "srr.initial_images": (1, 1 << 20),
+    "srr.queue_prompts": (1, 1 << 20),
+    "srr.num_points": (2, 1000),
+    "srr.text_tokens": (1, 1 << 20),
+    "mixed.batches": (1, 1000),
     "train.steps": (0, 1 << 40),
     "train.prompts_per_step": (1, 1 << 20),
     "train.group_size": (2, 1 << 20),
@@ -205,13 +216,14 @@ def _check_sizes(config: Config) -> None:
             f"rollout.micro_batch: got {rollout.micro_batch}, expected a multiple of "
             f"train.group_size={train.group_size} (a group is drawn together)"
         )
-    if len(rollout.window_range) != 2 or len(rollout.guidance.interval) != 2:
-        raise ConfigError("rollout.window_range and rollout.guidance.interval must be (lo, hi)")
-    low, high = rollout.guidance.interval
-    if not low < high:
-        raise ConfigError(
-            f"rollout.guidance.interval: got {low, high}, expected noise levels lo < hi"
-        )
+    if len(rollout.window_range) != 2:
+        raise ConfigError("rollout.window_range must be (lo, hi)")
+    for key, guidance in (("", rollout.guidance), ("edit_", rollout.edit_guidance)):
+        if len(guidance.interval) != 2 or not guidance.interval[0] < guidance.interval[1]:
+            raise ConfigError(
+                f"rollout.{key}guidance.interval: got {guidance.interval}, expected two noise "
+                "levels (lo, hi), lo < hi"
+            )
     for key, pattern in (
         ("lora.targets", config.lora.targets),
         ("train.full_targets", train.full_targets),
@@ -241,8 +253,49 @@ def _check_sizes(config: Config) -> None:
         raise ConfigError("loss.entropy_fraction below 1 needs train.old_logprob=recompute")
     if config.loss.text == config.loss.image == "none":
         raise ConfigError("loss.text and loss.image are both 'none': nothing would be trained")
-    if config.task == "t2i" and config.loss.image == "none":
+    if "t2i" in config.tasks and config.loss.image == "none":
         raise ConfigError("task t2i has no text to train; loss.image must not be 'none'")
+    if "ti2t" in config.tasks and config.loss.text == "none":
+        raise ConfigError("task ti2t has no image to train; loss.text must not be 'none'")
+    _check_tasks(config)
+
+
+def _check_tasks(config: Config) -> None:
+    """What single tasks, or several of them, need."""
+    mixed, srr = config.mixed, config.srr
+    if config.task == "mixed":
+        unknown = sorted(set(mixed.tasks) - set(TASKS))
+        if unknown or not mixed.tasks or len(set(mixed.tasks)) < len(mixed.tasks):
+            raise ConfigError(f"mixed.tasks: got {mixed.tasks}, expected different ones of {TASKS}")
+        if len(mixed.weights) != len(mixed.tasks) or not all(w > 0 for w in mixed.weights):
+            raise ConfigError(
+                f"mixed.weights: got {mixed.weights}, expected {len(mixed.tasks)} positive "
+                "numbers, one for each of mixed.tasks"
+            )
+    for task, kind, key in (("ti2i", "edits", "edit"), ("ti2t", "answers", "answer")):
+        if task in config.tasks and "" in config.data.pair(kind):
+            raise ConfigError(
+                f"task {task} needs data.{key}_train and data.{key}_heldout, files of records"
+            )
+    if "srr" not in config.tasks:
+        if config.advantage.baseline != "group":
+            raise ConfigError(
+                f"advantage.baseline={config.advantage.baseline!r} compares with an initial "
+                "image, which only task srr has; use 'group'"
+            )
+        return
+    size = config.rollout.micro_batch
+    if size % srr.initial_images or srr.queue_prompts % (size // srr.initial_images):
+        raise ConfigError(
+            f"srr.initial_images={srr.initial_images} must divide rollout.micro_batch={size}, and "
+            f"srr.queue_prompts={srr.queue_prompts} be a multiple of what is left, the prompts "
+            "whose initial images are drawn together"
+        )
+    if srr.queue_prompts < config.train.prompts_per_step:
+        raise ConfigError(
+            f"srr.queue_prompts: got {srr.queue_prompts}, expected at least "
+            f"train.prompts_per_step={config.train.prompts_per_step}"
+        )
 
 
 def _check_verifier(config: Config) -> None:

@@ -43,6 +43,7 @@ class Verifier:
     total_seconds: float  # after its submission, no further attempt at an image starts
     start_seconds: float  # for starting a worker
     max_attempts: int
+    audit: str  # a file that gets a line for every attempt at an image, "" for none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Reward:
     score: str  # "confidence" or "binary"
     dependencies: bool  # a question counts only if those that it depends on hold
     format_weight: float
+    isolate: bool  # the think text's form counts for the text steps alone
     max_invalid_fraction: float  # of an update's samples; above it the run stops
 
 
@@ -58,6 +60,19 @@ class Reward:
 class Data:
     train: str  # a JSONL file of records, or "package:NAME"
     heldout: str
+    edit_train: str  # of task ti2i, "" where it is not trained
+    edit_heldout: str
+    answer_train: str  # of task ti2t
+    answer_heldout: str
+
+    def pair(self, kind: str) -> tuple[str, str]:
+        """Training and held-out file of a kind of data, see `tasks.Task.data`."""
+        pairs = {
+            "prompts": (self.train, self.heldout),
+            "edits": (self.edit_train, self.edit_heldout),
+            "answers": (self.answer_train, self.answer_heldout),
+        }
+        return pairs[kind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +100,30 @@ class RolloutOptions:
     micro_batch: int  # trajectories drawn at a time
     merge_lora: bool  # fold the adapters into a copy of the weights while drawing
     guidance: GuidanceScales
+    edit_guidance: GuidanceScales  # of images drawn behind another: edits and refinements
+
+
+@dataclasses.dataclass(frozen=True)
+class Srr:
+    """Self-reflective refinement: where the images come from that the policy repairs."""
+
+    source: str  # "drawn" by the policy, or "record": the records' own images
+    initial_images: int  # drawn per prompt
+    queue_prompts: int  # prompts whose initial images are drawn and scored at a time
+    num_points: int  # of their schedule
+    text_tokens: int  # most new tokens of a reflection, <|im_end|> included
+    choice: str  # "worst", or "softmax": drawn by softmax(1 - reward)
+    rectification: str  # of rewards without improvement: "released", "paper" or "none"
+    reflection_format: str  # "none", "rule" (of the shapes world) or "verifier"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """Which tasks a run of task "mixed" trains."""
+
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...]  # relative; how often a batch is of each task
+    batches: int  # per update, each of one task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +218,8 @@ class Config:
     reward: Reward
     data: Data
     rollout: RolloutOptions
+    srr: Srr
+    mixed: Mixed
     train: Train
     loss: Loss
     advantage: AdvantageOptions
@@ -189,6 +230,11 @@ class Config:
     mesh: MeshShape
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that are trained."""
+        return self.mixed.tasks if self.task == "mixed" else (self.task,)
+
+    @property
     def trajectories(self) -> int:
-        """B, trajectories per update."""
+        """B, trajectories per batch."""
         return self.train.prompts_per_step * self.train.group_size

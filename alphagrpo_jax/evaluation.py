@@ -1,31 +1,30 @@
 """Evaluation inside a run: held-out prompts drawn with fixed keys, rewarded and checked."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from alphagrpo_jax.prompts import PromptSet
+from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.shapes import checker
 
-# (tokens int32[N, T], mask bool[N, T], number of the first) -> (images uint8[N, H, W, 3], think
-# texts; none if the task has none)
-Draw = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, list[str]]]
+# (numbers of N prompts, int64[N]; number of the first) -> (images uint8[N, H, W, 3] or None, what
+# each text step wrote)
+Draw = Callable[[np.ndarray, int], tuple[np.ndarray | None, list[list[str]]]]
 # An image and its record -> which facts hold, or None where the record describes none.
 FactCheck = Callable[[np.ndarray, Record], Mapping[str, bool] | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What an evaluation found, N prompts."""
 
     metrics: dict[str, float]
-    images: np.ndarray  # uint8[N, H, W, 3]
-    captions: list[dict[str, Any]]  # prompt, think text, reward, exact, per image
+    images: np.ndarray | None  # uint8[N, H, W, 3]
+    captions: list[dict[str, Any]]  # prompt, text, reward, exact, per image or answer
     scores: scoring.Scores
 
 
@@ -59,11 +58,10 @@ def check_records(prompts: PromptSet, check: FactCheck, size: tuple[int, int]) -
             ) from error
 
 
-def evaluate(
+def evaluate_images(
     draw: Draw,
     pool: Pool,
-    prompts: PromptSet,
-    rows: Sequence[int],
+    records: Sequence[Record],
     *,
     micro_batch: int,
     scoring_options: scoring.ScoringOptions,
@@ -75,41 +73,103 @@ def evaluate(
     Args:
       draw: draws a micro-batch.
       pool: answers the questions.
-      prompts: the held-out set.
-      rows: which of its prompts.
+      records: of the prompts, N.
       micro_batch: prompts per call of `draw`; the last call is filled up and cut.
       scoring_options: as in training.
       check: the exact checker.
       prefix: of the metrics' names, "eval" or "eval_greedy".
     """
-    records = [prompts.records[row] for row in rows]
-    ids = [(prefix, number) for number in range(len(rows))]
+    ids = [(prefix, number) for number in range(len(records))]
     images, texts = [], []
-    for first in range(0, len(rows), micro_batch):
-        part = np.asarray(rows[first : first + micro_batch])
-        filled = np.resize(part, micro_batch)
-        drawn, written = draw(prompts.tokens[filled], prompts.mask[filled], first)
-        drawn, stop = drawn[: len(part)], first + len(part)
-        scoring.submit(pool, ids[first:stop], drawn, records[first:stop], first=first)
+    for part, filled in _parts(len(records), micro_batch):
+        drawn, written = draw(filled, part.start)
+        drawn = drawn[: part.stop - part.start]
+        scoring.submit(pool, ids[part], drawn, records[part], first=part.start)
         images.append(drawn)
-        texts += written[: len(part)]
+        texts += [] if not written else written[0][: len(drawn)]
     scores = scoring.gather(pool, ids, records, texts or None, scoring_options)
     pictures = np.concatenate(images)
     facts = [check(image, record) for image, record in zip(pictures, records, strict=True)]
     metrics = summarise(scores, facts, records)
-    captions = [
+    exact = [None if held is None else all(held.values()) for held in facts]
+    captions = _captions(records, texts or [None] * len(records), scores, exact)
+    return Evaluation(_named(prefix, metrics), pictures, captions, scores)
+
+
+def evaluate_answers(
+    draw: Draw, records: Sequence[Record], *, micro_batch: int, prefix: str
+) -> Evaluation:
+    """Writes one answer per question; `exact_all` is the share of right ones.
+
+    Args:
+      draw: writes a micro-batch; the last text of each row is its answer.
+      records, micro_batch, prefix: as of `evaluate_images`.
+    """
+    thinks, answers = [], []
+    for part, filled in _parts(len(records), micro_batch):
+        _, written = draw(filled, part.start)
+        count = part.stop - part.start
+        thinks += written[0][:count] if len(written) > 1 else []
+        answers += written[-1][:count]
+    scores = scoring.answer_scores(records, answers, thinks or None)
+    facts = [{"answer": reward == 1.0} for reward in scores.reward]
+    metrics = summarise(scores, facts, records)
+    del metrics["reward_minus_exact"]  # the reward is the exact verdict
+    captions = _captions(records, answers, scores, [reward == 1.0 for reward in scores.reward])
+    return Evaluation(_named(prefix, metrics), None, captions, scores)
+
+
+def refinement_metrics(
+    records: Sequence[Record], before: np.ndarray, after: np.ndarray, check: FactCheck
+) -> dict[str, float]:
+    """What refinement did to the share of facts that hold: `refined/improved`, `kept`, `spoilt`,
+    and `refined/gain`, by how much the share of fully right images rose.
+
+    Args:
+      records: N, some of which describe facts.
+      before, after: uint8[N, H, W, 3].
+      check: the exact checker.
+    """
+    pairs = [
+        (check(first, record), check(last, record))
+        for first, last, record in zip(before, after, records, strict=True)
+    ]
+    pairs = [(first, last) for first, last in pairs if first is not None and last is not None]
+    if not pairs:
+        return {}
+    shares = np.array([[np.mean(list(facts.values())) for facts in pair] for pair in pairs])
+    whole = shares == 1.0
+    found = outcomes(shares[:, 0], shares[:, 1])
+    found["gain"] = float(whole[:, 1].mean() - whole[:, 0].mean())
+    return {f"refined/{name}": value for name, value in found.items()}
+
+
+def _parts(count: int, micro_batch: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Slices of at most `micro_batch` rows, and each one's row numbers filled up to that many."""
+    for first in range(0, count, micro_batch):
+        part = slice(first, min(first + micro_batch, count))
+        yield part, np.resize(np.arange(part.start, part.stop), micro_batch)
+
+
+def _captions(
+    records: Sequence[Record],
+    texts: Sequence[str | None],
+    scores: scoring.Scores,
+    exact: Sequence[bool | None],
+) -> list[dict[str, Any]]:
+    return [
         {
             "prompt": record.prompt,
             "think": text,
             "reward": None if np.isnan(reward) else round(float(reward), 4),
-            "exact": None if held is None else all(held.values()),
+            "exact": held,
         }
-        for record, text, reward, held in zip(
-            records, texts or [None] * len(rows), scores.reward, facts, strict=True
-        )
+        for record, text, reward, held in zip(records, texts, scores.reward, exact, strict=True)
     ]
-    named = {f"{prefix}/{name}": value for name, value in metrics.items()}
-    return Evaluation(named, pictures, captions, scores)
+
+
+def _named(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def summarise(

@@ -1,8 +1,17 @@
-"""Draws images for a prompt, with the shipped model or that of a run's newest checkpoint.
+"""Draws, edits, answers and repairs, with the shipped model or that of a run's newest checkpoint.
 
     python -m alphagrpo_jax.generate --prompt "a red circle" --out x.png --think --n 4
+    python -m alphagrpo_jax.generate --prompt "a red circle" --out x.png --refine 2 --keep best
+    python -m alphagrpo_jax.generate --image x.png --edit "make the circle blue" --out y.png
+    python -m alphagrpo_jax.generate --image x.png --ask "What colour is the circle?"
 
-Prints the think texts and writes one PNG, a grid if there are several images.
+Prints what the model writes. Drawing writes one PNG, a grid if there are several images. With
+`--refine N` the model looks at its image N times, says what is wrong and draws it anew: every
+round's image is written beside OUT (OUT's name with _0, _1, ...), the one kept to OUT. `--keep`:
+
+  last   the last round's, without a verifier
+  best   the one that the verifier rates highest, over all rounds
+  gated  a round replaces the image only if the verifier rates it higher
 """
 
 import argparse
@@ -11,67 +20,19 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import build, trained
+from alphagrpo_jax import inference, trained
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.rollout import RolloutOptions, rollout
+from alphagrpo_jax.rewards.pool import PoolError
+from alphagrpo_jax.rewards.questions import Record, parse_record, read_jsonl
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
-from alphagrpo_jax.types import TextBlock
-
-_rollout = jax.jit(rollout, static_argnames=("model", "options"))
+from alphagrpo_jax.shapes import grammar
 
 SHOWN_SIDE = 96  # pixels; smaller images are enlarged for the eye
-
-
-class Drawn(NamedTuple):
-    """N images of one prompt."""
-
-    images: np.ndarray  # uint8[N, H, W, 3]
-    texts: list[str]  # think texts; empty without thinking
-
-
-def options_of(policy: trained.Trained, *, think: bool, count: int) -> RolloutOptions:
-    """What to compile: `count` images of one prompt, drawn as evaluation does."""
-    config = dataclasses.replace(policy.config, task="rt2i" if think else "t2i")
-    options = build.eval_options(config, policy.loaded)
-    return dataclasses.replace(options, group_size=count)
-
-
-def draw(policy: trained.Trained, prompt: str, *, think: bool, count: int, seed: int) -> Drawn:
-    """Draws `count` images of a prompt.
-
-    Args:
-      policy: who draws; sampling is that of its configuration's `eval` section.
-      prompt: of any length that the model takes.
-      think: whether a think text comes before each image.
-      count: N.
-      seed: the same seed draws the same images, and the first of many as the only one.
-    """
-    loaded, options = policy.loaded, options_of(policy, think=think, count=count)
-    row = loaded.tokenizer.wrap(prompt)
-    tokens, mask = loaded.tokenizer.batch([row], len(row))
-    trajectories, images = _rollout(
-        loaded.model,
-        policy.params,
-        (TextBlock(jnp.asarray(tokens), jnp.asarray(mask)),),
-        jax.random.key(seed),
-        jnp.int32(0),
-        jnp.int32(options.image.num_points),  # no stochastic step
-        jnp.float32(policy.config.eval.temperature),
-        options=options,
-    )
-    texts = []
-    for sample in jax.device_get(trajectories.texts):
-        pairs = zip(sample.tokens, sample.mask, strict=True)
-        texts = [loaded.tokenizer.decode(ids[held][1:-1]) for ids, held in pairs]
-    return Drawn(np.asarray(images), texts)
 
 
 def picture(images: np.ndarray) -> Image.Image:
@@ -102,54 +63,151 @@ def open_policy(options: argparse.Namespace) -> trained.Trained:
     return trained.from_config(config)
 
 
+def questions_for(options: argparse.Namespace) -> Record:
+    """The record whose questions rate the rounds: of `--record`, or by the shapes grammar.
+
+    Raises:
+      ValueError: there are no questions about this prompt.
+    """
+    if options.record:
+        found = [each for each in read_jsonl(options.record) if each.prompt == options.prompt]
+        if not found:
+            raise ValueError(
+                f"{options.record} has no record of the prompt {options.prompt!r}, whose questions "
+                f"--keep {options.keep} needs; add one (decompose writes them)"
+            )
+        return found[0]
+    try:
+        return parse_record(grammar.record(options.prompt))
+    except grammar.GrammarError as error:
+        raise ValueError(
+            f"--keep {options.keep} needs questions about the prompt, and it is none of the shapes "
+            f"world ({error}); give a file of records with --record, or use --keep last"
+        ) from error
+
+
+def run(options: argparse.Namespace) -> None:
+    """Does what the flags ask for; writes the images and prints the texts."""
+    policy = open_policy(options)
+    if options.ask is not None:
+        think, answer = inference.ask(policy, _open(options.image), options.ask, seed=options.seed)
+        print(f"thinks: {think}\n{answer}")
+        return
+    out = pathlib.Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if options.edit is not None:
+        drawn = inference.edit(
+            policy, _open(options.image), options.edit, count=options.n, seed=options.seed
+        )
+    elif options.refine:
+        _refine(policy, options, out)
+        return
+    else:
+        drawn = inference.draw(
+            policy, options.prompt, think=options.think, count=options.n, seed=options.seed
+        )
+    picture(drawn.images).save(out)
+    for number, text in enumerate(drawn.texts, start=1):
+        print(f"{number}: {text}")
+    print(out)
+
+
+def _refine(policy: trained.Trained, options: argparse.Namespace, out: pathlib.Path) -> None:
+    record = None if options.keep == "last" else questions_for(options)
+    rounds = inference.refine(
+        policy,
+        options.prompt,
+        rounds=options.refine,
+        keep=options.keep,
+        think=options.think,
+        record=record,
+        image=None if options.image is None else _open(options.image),
+        seed=options.seed,
+    )
+    for number, each in enumerate(rounds.rounds):
+        path = out.with_stem(f"{out.stem}_{number}")
+        picture(each.image[None]).save(path)
+        score = "" if each.reward is None else f" (verifier: {each.reward:.3f})"
+        print(f"round {number}{score}: {each.text}\n  {path}")
+    picture(rounds.rounds[rounds.kept].image[None]).save(out)
+    used = (
+        "without a verifier" if record is None else f"by the verifier {policy.config.verifier.path}"
+    )
+    print(f"kept round {rounds.kept} ({options.keep}, {used}): {out}")
+
+
+def _open(path: str) -> Image.Image:
+    return images_lib.open_rgb(path)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags; wrong usage ends the process with code 2."""
-    parser = argparse.ArgumentParser(prog="python -m alphagrpo_jax.generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m alphagrpo_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--prompt", required=True)
-    add("--out", required=True, help="the PNG to write")
+    add("--prompt", help="what to draw")
+    add("--image", help="an image file to edit, ask about, or repair")
+    add("--edit", help="what to change in --image")
+    add("--ask", help="a question about --image")
+    add("--out", help="the PNG to write")
     add("--think", action="store_true", help="write a think text before each image")
     add("--n", type=int, default=1, help="how many images")
+    add("--refine", type=int, default=0, help="how often the image is looked at and repaired")
+    add("--keep", choices=inference.KEEPS, default="last", help="which round's image")
+    add("--record", help="a file of records with questions about the prompt, for --keep")
     add("--seed", type=int, default=0)
     add("--checkpoint", help="a run's folder: its newest checkpoint draws")
     add("--config", default=trained.DEFAULT_CONFIG, help="without --checkpoint; a Python file")
     add("--model", help="a folder or package:NAME, instead of the configuration's")
-    add("--temperature", type=float, help="of think texts; 0 is greedy")
-    add("--top_p", type=float, help="of think texts")
+    add("--temperature", type=float, help="of texts; 0 is greedy")
+    add("--top_p", type=float, help="of texts")
     add("--num_points", type=int, help="of the schedule: one more than steps")
     add("--text_guidance", type=float, help="scale; at most 1 is off")
     options = parser.parse_args(arguments)
     top_p = 1.0 if options.top_p is None else options.top_p
-    if options.n < 1 or (options.num_points or 2) < 2 or not 0 < top_p <= 1:
-        parser.error("--n must be at least 1, --num_points at least 2, --top_p in (0, 1]")
+    if options.n < 1 or (options.num_points or 2) < 2 or not 0 < top_p <= 1 or options.refine < 0:
+        parser.error(
+            "--n must be at least 1, --num_points at least 2, --top_p in (0, 1], --refine not "
+            "negative"
+        )
     if (options.temperature or 0) < 0:
         parser.error("--temperature must not be negative")
+    _check_usage(parser, options)
     return options
+
+
+def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    asked = [name for name in ("prompt", "edit", "ask") if vars(options)[name] is not None]
+    if len(asked) != 1:
+        parser.error(f"give one of --prompt, --edit and --ask, got {asked or 'none'}")
+    if asked[0] in ("edit", "ask") and options.image is None:
+        parser.error(f"--{asked[0]} needs --image")
+    if asked[0] == "prompt" and options.image is not None and not options.refine:
+        parser.error("--image with --prompt needs --refine; to change an image use --edit")
+    if asked[0] != "ask" and options.out is None:
+        parser.error("--out is needed")
+    if options.refine and asked[0] != "prompt":
+        parser.error("--refine needs --prompt")
+    if options.refine and options.n > 1:
+        parser.error("--refine repairs one image; leave --n out")
+    if options.keep != "last" and not options.refine:
+        parser.error(f"--keep {options.keep} needs --refine")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = parse(arguments)
-    out = pathlib.Path(options.out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        drawn = draw(
-            open_policy(options),
-            options.prompt,
-            think=options.think,
-            count=options.n,
-            seed=options.seed,
-        )
-        picture(drawn.images).save(out)
+        run(options)
     except ConfigError as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    except (OSError, ValueError, CheckpointError) as error:
+    except (OSError, ValueError, CheckpointError, PoolError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 1
-    for number, text in enumerate(drawn.texts, start=1):
-        print(f"{number}: {text}")
-    print(out)
     return 0
 
 

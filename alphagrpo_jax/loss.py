@@ -7,7 +7,7 @@ the same loss and the same gradient however the update is cut; metrics add up to
 whose name contains "max", see `merge_metrics`. Invalid trajectories (`valid` false) count nowhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import chex
@@ -38,11 +38,12 @@ class ImageTerms(NamedTuple):
 
 
 def grpo_loss(
-    text: TextTerms | None,
-    image: ImageTerms | None,
+    texts: Sequence[TextTerms],
+    images: Sequence[ImageTerms],
     valid: jax.Array,
     *,
-    text_tokens_total: jax.Array | None,
+    text_counts: Sequence[int],
+    text_tokens_total: jax.Array,
     trajectories_total: jax.Array,
     text_loss_weight: float = 1.0,
     level: str = "sequence",
@@ -53,45 +54,50 @@ def grpo_loss(
     advantage_clip: float = 5.0,
     image_beta: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
-    """A micro-batch's share of the update's loss over `[text, image]` trajectories.
+    """A micro-batch's share of the update's loss over trajectories of text and image steps.
 
-    `L_i = (J w L_text + sum_j L_image_j) / (J + 1)`; without text the mean of `L_image_j`; without
-    image `w L_text`; the update's loss is the mean over its valid trajectories
-    (AlphaGRPO, arXiv 2605.12495, section 3: text and image steps share one advantage).
+    `L_i = (sum_k n_k w L_text_k + sum_j L_image_j) / (K + J)` over K texts and the J stochastic
+    steps of all images, where `n_k` counts the stochastic steps of the image that follows the text
+    (1 if none does). So a think text before an image has as much weight as the image, and a
+    trajectory of texts alone the mean of theirs. The update's loss is the mean over its valid
+    trajectories (AlphaGRPO, arXiv 2605.12495, section 3).
 
     Args:
-      text: terms of the text step, None if the task has none.
-      image: terms of the image step, None if the task has none.
+      texts: terms of each text step.
+      images: terms of each image step.
       valid: bool[B], trajectories that count.
-      text_tokens_total: float32[], tokens that count in the whole update (None without text).
+      text_counts: `n_k`.
+      text_tokens_total: float32[K], tokens of each text step that count in the whole update.
       trajectories_total: float32[], valid trajectories in the whole update.
       text_loss_weight: `w`.
       level, clip_low, clip_high, text_beta: see `text_grpo`.
       image_clip, advantage_clip, image_beta: see `image_grpo`.
     Returns:
-      (float32[] share, metrics): `loss/total`, and the metrics of `text_grpo`, `image_grpo`.
+      (float32[] share, metrics): `loss/total`, and the metrics of `text_grpo` and `image_grpo`,
+      means over the steps of a kind.
     Raises:
-      ValueError: neither text nor image terms.
+      ValueError: neither text nor image terms, or another number of counts than of texts.
     """
-    if text is None and image is None:
+    if not texts and not images:
         raise ValueError("grpo_loss got neither text nor image terms; expected at least one")
-    num_steps = 0 if image is None else image.new_logp.shape[1]
+    if len(text_counts) != len(texts):
+        raise ValueError(f"got {len(text_counts)} text_counts for {len(texts)} text steps")
     total = jnp.zeros((), jnp.float32)
-    metrics: Metrics = {}
-    if text is not None:
+    parts: dict[str, list[Metrics]] = {"text": [], "image": []}
+    for index, (text, count) in enumerate(zip(texts, text_counts, strict=True)):
         share, part = text_grpo(
             text,
             valid,
-            text_tokens_total=text_tokens_total,
+            text_tokens_total=text_tokens_total[index],
             trajectories_total=trajectories_total,
             level=level,
             clip_low=clip_low,
             clip_high=clip_high,
             beta=text_beta,
         )
-        total += text_coefficient(num_steps, text_loss_weight) * share
-        metrics |= part
-    if image is not None:
+        total += count * text_loss_weight * share
+        parts["text"].append(part)
+    for image in images:
         share, part = image_grpo(
             image,
             valid,
@@ -100,19 +106,21 @@ def grpo_loss(
             advantage_clip=advantage_clip,
             beta=image_beta,
         )
-        total += image_coefficient(num_steps, has_text=text is not None) * share
-        metrics |= part
+        total += image.new_logp.shape[1] * share
+        parts["image"].append(part)
+    total /= len(texts) + sum(image.new_logp.shape[1] for image in images)
+    metrics = _over_steps(parts["text"]) | _over_steps(parts["image"])
     return total, metrics | {"loss/total": jax.lax.stop_gradient(total)}
 
 
-def text_coefficient(num_steps: int, text_loss_weight: float) -> float:
-    """Weight of `L_text` in a trajectory with `num_steps` image steps: `J w / (J + 1)`, or `w`."""
-    return text_loss_weight * num_steps / (num_steps + 1) if num_steps else text_loss_weight
-
-
-def image_coefficient(num_steps: int, *, has_text: bool) -> float:
-    """Weight of the *mean* image-step loss: `J / (J + 1)` beside a text step, 1 alone."""
-    return num_steps / (num_steps + 1) if has_text else 1.0
+def _over_steps(parts: list[Metrics]) -> Metrics:
+    """Metrics of the steps of one kind: largest where the name has "max", else the mean."""
+    return {
+        name: jnp.max(jnp.stack([part[name] for part in parts]))
+        if "max" in name
+        else sum(part[name] for part in parts) / len(parts)
+        for name in (parts[0] if parts else ())
+    }
 
 
 def text_grpo(

@@ -1,4 +1,4 @@
-"""Stage 1: question records as a TFDS dataset, their tokens, and the order they come in."""
+"""Stage 1: records as a TFDS dataset, a task's inputs made of them, and the order they come in."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,20 +14,31 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from alphagrpo_jax.rewards.questions import Record, parse_record, read_jsonl
+from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
+from alphagrpo_jax.tasks import TEXT, Task
+from alphagrpo_jax.types import ImageBlock, TextBlock
 
 SPLIT = "records"
 MAX_REPORTED = 5  # prompts listed in one error
 
 
 class PromptRecords(tfds.core.GeneratorBasedBuilder):
-    """Any JSONL file of records (see `rewards.questions`) as array_record files, in file order."""
+    """A JSONL file of records (see `rewards.questions`) as array_record files, in file order."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, source: str | os.PathLike, **options: Any) -> None:
-        """A builder over `source`; `options` as of any TFDS builder, e.g. `data_dir`."""
-        self._source = pathlib.Path(source)
+    def __init__(
+        self, *, source: str | os.PathLike, form: str = "questions", **options: Any
+    ) -> None:
+        """A builder over `source`, whose records have the given form.
+
+        Args:
+          source: the file.
+          form: see `rewards.questions.parse_record`.
+          **options: as of any TFDS builder, e.g. `data_dir`.
+        """
+        self._source, self._form = pathlib.Path(source), form
         super().__init__(file_format="array_record", **options)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -45,46 +57,150 @@ class PromptRecords(tfds.core.GeneratorBasedBuilder):
         return {SPLIT: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-        for index, record in enumerate(read_jsonl(self._source)):
+        for index, record in enumerate(read_jsonl(self._source, form=self._form)):
             text = json.dumps(record.to_json())
             yield index, {"prompt": record.prompt, "record": text}
 
 
 class PromptSet(NamedTuple):
-    """N prompts, tokenised."""
+    """N prompts of one task, tokenised."""
 
+    task: Task
     records: tuple[Record, ...]
-    tokens: np.ndarray  # int32[N, T], <|im_start|> to <|im_end|>, padded
-    mask: np.ndarray  # bool[N, T]
+    texts: tuple[TextBlock, ...]  # one per text input of the task, numpy, N rows
+    folder: pathlib.Path  # that the records' image files are in
     digest: str  # sha256 of the file
+
+    def inputs(
+        self, rows: Sequence[int] | np.ndarray, images: ImageBlock | None = None
+    ) -> tuple[TextBlock | ImageBlock, ...]:
+        """The task's inputs for these prompts, in order.
+
+        Args:
+          rows: which prompts.
+          images: P given images, if the task has such an input.
+        """
+        texts = iter(self.texts)
+        blocks: list[TextBlock | ImageBlock] = []
+        for kind in self.task.inputs:
+            if kind == TEXT:
+                text = next(texts)
+                blocks.append(TextBlock(text.tokens[rows], text.mask[rows]))
+            else:
+                blocks.append(images)
+        return tuple(blocks)
+
+    def images(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The records' own images at a size, uint8[P, height, width, 3]; see `given_image`."""
+        return np.stack([given_image(self.folder, self.records[row], size) for row in rows])
+
+
+def given_image(folder: pathlib.Path, record: Record, size: tuple[int, int]) -> np.ndarray:
+    """A record's image, fitted into `size` (height, width) on white: uint8[height, width, 3].
+
+    Raises:
+      FileNotFoundError: the file is missing.
+      ValueError: the record names no image, or what it names is not one.
+    """
+    if record.image is None:
+        raise ValueError(f"record {record.prompt!r} has no 'image', which its task needs")
+    if record.image.startswith("data:"):
+        image = images_lib.from_data_url(record.image)
+    else:
+        image = images_lib.open_rgb(folder / record.image)
+    height, width = size
+    return np.asarray(images_lib.fitted(image, width, height))
 
 
 def load(
-    path: str | os.PathLike, tokenizer: Tokenizer, *, bucket: int, cache: str | os.PathLike
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    *,
+    task: Task,
+    bucket: int,
+    cache: str | os.PathLike,
+    own_images: bool = False,
 ) -> PromptSet:
-    """Builds (once) and reads the dataset of a JSONL file, and tokenises all prompts.
+    """Builds (once) and reads the dataset of a JSONL file, and tokenises a task's texts.
 
     Args:
       path: the file.
       tokenizer: the policy's.
-      bucket: T; every prompt with its two delimiters must fit.
+      task: whose inputs are made.
+      bucket: tokens that every prompt with its two delimiters must fit into; what the task's
+        templates add comes on top.
       cache: folder for the array_record files, by the content of the file.
+      own_images: whether every record must have a readable image.
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: bad lines (file and line number), or prompts longer than the bucket.
+      FileNotFoundError: no such file, or image files that are missing.
+      ValueError: bad lines (file and line number), unreadable images, or prompts longer than the
+        bucket.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file of prompt records at {path}; check data.train/heldout")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    folder = pathlib.Path(cache) / digest[:16]
-    builder = PromptRecords(source=path, data_dir=str(folder))
+    form = "answer" if task.reward == "answer" else "questions"
+    folder = pathlib.Path(cache) / f"{form}_{digest[:16]}"
+    builder = PromptRecords(source=path, form=form, data_dir=str(folder))
     with _quiet():
         builder.download_and_prepare()
         rows = builder.as_data_source(split=SPLIT)
-    records = tuple(parse_record(json.loads(row["record"])) for row in rows)
-    tokens, mask = tokenise([record.prompt for record in records], tokenizer, bucket=bucket)
-    return PromptSet(records, tokens, mask, digest)
+    records = tuple(parse_record(json.loads(row["record"]), form=form) for row in rows)
+    if own_images:
+        check_images(path, records)
+    texts = tuple(
+        TextBlock(
+            *tokenise(
+                [_filled(template, record) for record in records],
+                tokenizer,
+                bucket=bucket + added_tokens(template, tokenizer),
+            )
+        )
+        for template in task.texts
+    )
+    return PromptSet(task, records, texts, path.parent, digest)
+
+
+def check_images(path: pathlib.Path, records: Sequence[Record]) -> None:
+    """Tries to open every record's image.
+
+    Raises:
+      ValueError: some are missing or unreadable; one message that lists them by record.
+    """
+    problems = []
+    for number, record in enumerate(records, start=1):
+        try:
+            given_image(path.parent, record, (1, 1))
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(f"  {path}, record {number}: {error}")
+    if problems:
+        more = len(problems) - MAX_REPORTED
+        tail = f"\n  ... and {more} more" if more > 0 else ""
+        raise ValueError(
+            f"{len(problems)} of {len(records)} records have no readable image:\n"
+            + "\n".join(problems[:MAX_REPORTED])
+            + tail
+        )
+
+
+def added_tokens(template: str, tokenizer: Tokenizer) -> int:
+    """How many tokens a template adds to the longest text that it is filled with, at most.
+
+    A text is one field of a record; tokens may be cut otherwise where field and template meet.
+    """
+    bare = re.sub(r"\{\w+\}", "", template)
+    return len(tokenizer.encode(bare)) + 4 if bare else 0
+
+
+def _filled(template: str, record: Record) -> str:
+    fields = {"prompt": record.prompt, **record.extra}
+    try:
+        return template.format_map(fields)
+    except KeyError as error:
+        raise ValueError(
+            f"record {record.prompt!r} has no field {error}, which its task's text needs"
+        ) from error
 
 
 def tokenise(

@@ -1,6 +1,7 @@
 """Stage 2: runs a task's events over its contexts, writing texts and drawing images."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -10,9 +11,32 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
+from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.runtime.images import fitted_size
 from alphagrpo_jax.sampling import image, text
-from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, Node, Plan, PlannedStep
-from alphagrpo_jax.types import ImageSample, Piece, Rollout, TextBlock, TextSample, map_rows
+from alphagrpo_jax.tasks import (
+    ANSWER,
+    BATCHED,
+    IMAGE,
+    SEEN_IMAGE,
+    SYSTEM,
+    THINK,
+    Node,
+    Plan,
+    PlannedStep,
+)  # fmt: skip
+from alphagrpo_jax.types import (
+    ImageBlock,
+    ImageSample,
+    Piece,
+    Rollout,
+    TextBlock,
+    TextSample,
+    map_rows,
+    row_count,
+)  # fmt: skip
+
+Inputs = tuple[TextBlock | ImageBlock, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +56,14 @@ class RolloutOptions:
 def rollout(
     model: Bagel,
     params: policy.PolicyParams,
-    inputs: tuple[TextBlock, ...],
+    inputs: Inputs,
     key: jax.Array,
     first: jax.Array,
     start: jax.Array,
     temperature: jax.Array,
     *,
     options: RolloutOptions,
-) -> tuple[Rollout, jax.Array]:
+) -> tuple[Rollout, jax.Array | None]:
     """Draws `group_size` trajectories for each of P prompts: `prefill`, then `generate`.
 
     A trajectory depends on its own inputs, its number in the update and the key; not on how the
@@ -48,14 +72,14 @@ def rollout(
     Args:
       model: static.
       params: the policy.
-      inputs: one block of P rows per text input of the task.
+      inputs: one block of P rows per input of the task, in order.
       key: typed key[] of the update.
       first: int32[], number of the first trajectory of this call in the update.
       start: int32[], first stochastic image step; beyond the schedule's end there is none.
       temperature: float32[], of texts; 0 is greedy.
       options: static.
     Returns:
-      The trajectories, and uint8[B, Hpx, Wpx, 3], what the last image step drew.
+      The trajectories, and uint8[B, Hpx, Wpx, 3], what the last image step drew, if any.
     """
     params = drawing_params(params, merge_lora=options.merge_lora)
     given = prefill(model, params, inputs, options=options)
@@ -72,7 +96,7 @@ def drawing_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.P
 def prefill(
     model: Bagel,
     params: policy.PolicyParams,
-    inputs: tuple[TextBlock, ...],
+    inputs: Inputs,
     *,
     options: RolloutOptions,
 ) -> Rollout:
@@ -85,7 +109,7 @@ def prefill(
     pieces: list[Piece | None] = [None] * len(plan.nodes)
     for index, node in enumerate(plan.nodes):
         if node.level != "trajectory":
-            block = _input_block(plan, node, inputs, options.system_tokens)
+            block = _block(plan, node, inputs, (), options.system_tokens)
             pieces[index] = _extend(model, params, pieces, node, block)
     repeated = (
         piece if piece is None or node.level == "shared" else repeat_rows(piece, group)
@@ -105,15 +129,32 @@ def generate(
     temperature: jax.Array,
     *,
     options: RolloutOptions,
-) -> tuple[Rollout, jax.Array]:
+) -> tuple[Rollout, jax.Array | None]:
     """The task's steps over what `prefill` has made; see `rollout`."""
+    plan, grid = options.plan, options.image.grid
     pieces = list(given.pieces)
-    rows = first + jnp.arange(given.inputs[0].tokens.shape[0], dtype=jnp.int32)
+    rows = first + jnp.arange(row_count(given.inputs), dtype=jnp.int32)
     texts: list[TextSample] = []
     images: list[ImageSample] = []
-    for step in options.plan.steps:
+    drawn: dict[int, ImageBlock] = {}  # by event
+
+    def fill(nodes: tuple[int, ...]) -> None:
+        """Computes the pieces of what was given or generated after the first step."""
+        for index in nodes:
+            if pieces[index] is None:
+                node = plan.nodes[index]
+                block = drawn.get(node.event) or _block(
+                    plan, node, given.inputs, tuple(texts), options.system_tokens
+                )
+                pieces[index] = _extend(model, params, pieces, node, block)
+
+    for step in plan.steps:
+        fill((*step.gen, *step.cfg_text, *step.cfg_img))
         if step.kind == IMAGE:
             images.append(_draw(model, params, step, pieces, key, rows, start, options))
+            if step.node is not None:
+                shown = pixels(model, params, images[-1].latents, grid)
+                drawn[step.event] = image_block(model, shown)
             continue
         ctx = context(pieces, step.gen, rows.shape[0])
         sample, after = text.write(
@@ -128,8 +169,10 @@ def generate(
         texts.append(sample)
         if step.node is not None:
             pieces[step.node] = Piece(after.segments[-1:], after.rope - ctx.rope)
+    fill(tuple(range(len(plan.nodes))))
     done = given.replace(pieces=tuple(pieces), texts=tuple(texts), images=tuple(images))
-    return done, pixels(model, params, images[-1].latents, options.image.grid)
+    shown = pixels(model, params, images[-1].latents, grid) if images else None
+    return done, shown
 
 
 def rebuild(
@@ -139,21 +182,43 @@ def rebuild(
     *,
     plan: Plan,
     system_tokens: tuple[int, ...],
+    grid: tuple[int, int],
 ) -> tuple[Piece, ...]:
     """The context pieces of given trajectories under other parameters, from their tokens.
 
-    Used where the context takes part in the gradient, and for the reference policy.
+    Used where the context takes part in the gradient, and for the reference policy. The pixels
+    of generated images are constants.
+
+    Args:
+      grid: rows and columns of an image's latent tokens.
     """
     pieces: list[Piece] = []
     by_event = {step.event: step for step in plan.steps}
     for node in plan.nodes:
-        if node.event in by_event:
-            sample = trajectories.texts[by_event[node.event].index]
-            block = TextBlock(sample.tokens, sample.mask)
+        if node.kind == IMAGE:
+            latents = trajectories.images[by_event[node.event].index].latents
+            block = image_block(model, pixels(model, params, latents, grid))
         else:
-            block = _input_block(plan, node, trajectories.inputs, system_tokens)
+            block = _block(plan, node, trajectories.inputs, trajectories.texts, system_tokens)
         pieces.append(_extend(model, params, pieces, node, block))
     return tuple(pieces)
+
+
+def image_block(model: Bagel, images: jax.Array) -> ImageBlock:
+    """Generated images uint8[B, Hpx, Wpx, 3] as a context takes them up.
+
+    Where the ViT wants another size they are resized on the device: cubic and antialiased as a
+    user's image is by Pillow, equal to it within a few levels of 255.
+    """
+    rows, height, width, _ = images.shape
+    wide, high = fitted_size(width, height, model.config.vit_transform)
+    seen = images
+    if (high, wide) != (height, width):
+        floats = jax.image.resize(
+            images.astype(jnp.float32), (rows, high, wide, 3), "cubic", antialias=True
+        )
+        seen = jnp.clip(jnp.round(floats), 0, 255).astype(jnp.uint8)
+    return ImageBlock(images, seen)
 
 
 def context(pieces: list[Piece] | tuple[Piece, ...], nodes: tuple[int, ...], rows: int) -> Context:
@@ -186,19 +251,27 @@ def pixels(
     return ((images * 0.5 + 0.5) * 255.0).astype(jnp.uint8)
 
 
-def repeat_rows(tree: TextBlock | Piece, count: int) -> TextBlock | Piece:
+def repeat_rows(tree: Any, count: int) -> Any:
     """Every row `count` times in a row."""
     return map_rows(lambda axis, x: jnp.repeat(x, count, axis=axis), tree)
 
 
-def _input_block(
-    plan: Plan, node: Node, inputs: tuple[TextBlock, ...], system_tokens: tuple[int, ...]
-) -> TextBlock:
-    """The tokens of an input event."""
+def _block(
+    plan: Plan,
+    node: Node,
+    inputs: Inputs,
+    texts: tuple[TextSample, ...],
+    system_tokens: tuple[int, ...],
+) -> TextBlock | ImageBlock:
+    """What an event adds to a context: an input, or a text that was generated."""
     if node.kind == SYSTEM:
         tokens = jnp.asarray(system_tokens, jnp.int32)[None]
         return TextBlock(tokens, jnp.ones(tokens.shape, bool))
-    return inputs[plan.events[: node.event].count(TEXT)]
+    before = plan.events[: node.event]
+    if node.kind in BATCHED:
+        return inputs[sum(event in BATCHED for event in before)]
+    sample = texts[sum(event in (THINK, ANSWER) for event in before)]
+    return TextBlock(sample.tokens, sample.mask)
 
 
 def _extend(
@@ -206,11 +279,23 @@ def _extend(
     params: policy.PolicyParams,
     pieces: list[Piece | None],
     node: Node,
-    block: TextBlock,
+    block: TextBlock | ImageBlock,
 ) -> Piece:
-    before = context(pieces, node.before, block.tokens.shape[0])
-    after, _ = policy.extend_text(model, params, before, block.tokens, block.mask)
-    return Piece(after.segments[-1:], after.rope - before.rope)
+    before = context(pieces, node.before, row_count((block,)))
+    if isinstance(block, TextBlock):
+        after, _ = policy.extend_text(model, params, before, block.tokens, block.mask)
+    elif node.kind == SEEN_IMAGE:
+        patches = patchify(_floats(block.seen), model.config.vit.patch_size)
+        grid = model.config.vit_grid(*block.seen.shape[1:3])
+        after = policy.extend_vit(model, params, before, patches, grid)
+    else:
+        images = (_floats(block.pixels), _floats(block.seen))
+        after = policy.extend_image(model, params, before, *images)
+    return Piece(after.segments[len(before.segments) :], after.rope - before.rope)
+
+
+def _floats(images: jax.Array) -> jax.Array:
+    return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
 def _draw(

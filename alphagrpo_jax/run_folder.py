@@ -2,52 +2,80 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from alphagrpo_jax import build
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import Config
+from alphagrpo_jax.refinement import Queue
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.trainer import Place
 from alphagrpo_jax.types import TrainState
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
 
 
-def payload(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds of the train state, as plain arrays."""
+def payload(state: TrainState, place: Place) -> dict[str, Any]:
+    """The arrays of a checkpoint: the train state, and the images that wait in queues."""
     key = jax.random.key_data(state.key)
-    return {"trainable": state.trainable, "opt_state": state.opt_state, "key": key}
+    arrays = {"trainable": state.trainable, "opt_state": state.opt_state, "key": key}
+    return arrays if place.queue is None else arrays | {"queue": place.queue.image}
 
 
-def fingerprint(data: build.Data) -> dict[str, str]:
+def progress(step: int, place: Place, data: Mapping[str, build.Data]) -> dict[str, Any]:
+    """The numbers of a checkpoint: steps done, the place in the data, and what data it is."""
+    queue = {} if place.queue is None else {"queue": place.queue.progress()}
+    return {"step": step, "positions": place.positions} | queue | fingerprint(data)
+
+
+def content(
+    state: TrainState, step: int, place: Place, data: Mapping[str, build.Data]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a checkpoint holds: arrays, and a JSON object."""
+    return payload(state, place), progress(step, place, data)
+
+
+def fingerprint(data: Mapping[str, build.Data]) -> dict[str, str]:
     """The contents of the prompt files, which a resumed run must find again."""
-    return {"data.train": data.train.digest, "data.heldout": data.heldout.digest}
+    return {
+        f"data.{part}.{task}": one.digest
+        for task, both in data.items()
+        for part, one in (("train", both.train), ("heldout", both.heldout))
+    }
 
 
 def restore(
-    saves: checkpoint.Checkpoints, state: TrainState, data: build.Data
-) -> tuple[TrainState, int, int]:
-    """The newest checkpoint's state, steps done and place in the data; the given state if none.
+    saves: checkpoint.Checkpoints,
+    state: TrainState,
+    place: Place,
+    data: Mapping[str, build.Data],
+) -> tuple[TrainState, int, Place]:
+    """The newest checkpoint's state, steps done and place in the data; what is given if none.
 
     Raises:
       CheckpointError: the prompts are not those of the run, or the checkpoint is damaged.
     """
     latest = saves.latest()
     if latest is None:
-        return state, 0, 0
-    progress = saves.progress(latest)
+        return state, 0, place
+    saved = saves.progress(latest)
     for name, value in fingerprint(data).items():
-        if progress.get(name) != value:
+        if saved.get(name) != value:
             raise checkpoint.CheckpointError(
                 f"the file {name} is not the one that this run was started with (sha256 {value}, "
-                f"expected {progress.get(name)}); put the old file back or use another --workdir"
+                f"expected {saved.get(name)}); put the old file back or use another --workdir"
             )
-    arrays = saves.state(latest, payload(state))
+    arrays = saves.state(latest, payload(state, place))
+    queue = place.queue
+    if queue is not None:
+        queue = Queue.restored(np.asarray(arrays.pop("queue")), saved["queue"])
     key = jax.random.wrap_key_data(arrays.pop("key"))
-    return TrainState(key=key, **arrays), progress["step"], progress["position"]
+    return TrainState(key=key, **arrays), saved["step"], Place(saved["positions"], queue)
 
 
 def check_folder(config: Config, workdir: pathlib.Path) -> None:

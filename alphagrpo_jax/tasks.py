@@ -9,10 +9,12 @@ of *nodes* (an event's tokens as computed in one particular context) by the rule
 | system prompt (think mode)        | + text  | unchanged           | + text    |
 | input text                        | + text  | := gen before it    | + text    |
 | input image                       | + image | := gen after it     | unchanged |
+| input image, to be understood     | + ViT   | := gen after it     | unchanged |
 | generated think text              | + text  | unchanged           | unchanged |
 | generated answer, more follows    | + text  | + text              | + text    |
 | generated image, more follows     | + image | := gen after it     | unchanged |
 
+An image is its VAE tokens, then its ViT tokens; one that is only to be understood is the latter.
 Adding a task is adding an entry to `TASKS`.
 """
 
@@ -35,25 +37,50 @@ REFLECTION_REQUEST = (
     "meet user's request based on your own reflection."
 )
 
-SYSTEM, TEXT, GIVEN_IMAGE = "system", "text", "given_image"  # inputs
+SYSTEM, TEXT = "system", "text"  # inputs
+GIVEN_IMAGE, SEEN_IMAGE = "given_image", "seen_image"  # to be changed; to be understood only
 THINK, ANSWER, IMAGE = "think", "answer", "image"  # steps of the policy
 GENERATED = (THINK, ANSWER, IMAGE)
+BATCHED = (TEXT, GIVEN_IMAGE, SEEN_IMAGE)  # inputs that differ from prompt to prompt
 LEVELS = ("shared", "prompt", "trajectory")
 EVENT_LEVELS = dict.fromkeys(GENERATED, "trajectory") | {
     SYSTEM: "shared",
     TEXT: "prompt",
     GIVEN_IMAGE: "prompt",
+    SEEN_IMAGE: "prompt",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A list of events and how its text is rewarded."""
+    """A list of events, where its inputs come from, and how it is rewarded."""
 
     name: str
     events: tuple[str, ...]
     system_prompt: str = ""
+    # One per text input, filled in from the record's fields.
+    texts: tuple[str, ...] = ("{prompt}",)
+    # Of given images: "record", the record's own "image"; "drawn", the policy's own failed ones.
+    image: str = ""
+    data: str = "prompts"  # which pair of files: see `config.Data`
+    reward: str = "image"  # DVReward of the last image, or "answer": the last text is right
     format_reward: bool = False  # whether the think text's form is part of the reward
+    refines: bool = False  # rewards are compared with that of the image given
+
+    @property
+    def draws(self) -> bool:
+        """Whether the last step is an image."""
+        return self.events[-1] == IMAGE
+
+    @property
+    def edits(self) -> bool:
+        """Whether an image is drawn behind another: guidance is then that of edits."""
+        return GIVEN_IMAGE in self.events or self.events.count(IMAGE) > 1
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The kinds of the inputs that differ from prompt to prompt, in order."""
+        return tuple(event for event in self.events if event in BATCHED)
 
 
 TASKS = {
@@ -61,6 +88,32 @@ TASKS = {
     for task in (
         Task("rt2i", (SYSTEM, TEXT, THINK, IMAGE), THINK_SYSTEM_PROMPT, format_reward=True),
         Task("t2i", (TEXT, IMAGE)),
+        Task(
+            "srr",
+            (SYSTEM, GIVEN_IMAGE, TEXT, THINK, IMAGE),
+            THINK_SYSTEM_PROMPT,
+            texts=(REFLECTION_REQUEST,),
+            image="drawn",
+            format_reward=True,
+            refines=True,
+        ),
+        Task(
+            "ti2i",
+            (SYSTEM, GIVEN_IMAGE, TEXT, THINK, IMAGE),
+            THINK_SYSTEM_PROMPT,
+            image="record",
+            data="edits",
+            format_reward=True,
+        ),
+        Task(
+            "ti2t",
+            (SYSTEM, SEEN_IMAGE, TEXT, THINK, ANSWER),
+            ANSWER_SYSTEM_PROMPT,
+            image="record",
+            data="answers",
+            reward="answer",
+            format_reward=True,
+        ),
     )
 }
 
@@ -111,6 +164,16 @@ class Plan:
         """The steps that draw."""
         return tuple(step for step in self.steps if step.kind == IMAGE)
 
+    @property
+    def followed_by_image(self) -> tuple[bool, ...]:
+        """Of each text step, whether the policy's next step is an image."""
+        following = (*self.steps[1:], None)
+        return tuple(
+            after is not None and after.kind == IMAGE
+            for step, after in zip(self.steps, following, strict=True)
+            if step.kind != IMAGE
+        )
+
 
 def plan(events: tuple[str, ...]) -> Plan:
     """The contexts of every step of a list of events, by the table above.
@@ -150,7 +213,7 @@ def plan(events: tuple[str, ...]) -> Plan:
         elif kind == ANSWER:
             if not last:
                 gen, cfg_text, cfg_img = (extended(each, event) for each in before)
-        elif not last:  # an image, given or generated
+        elif not last:  # an image, given, to be understood, or generated
             gen = extended(gen, event)
             cfg_text = gen
         if kind in GENERATED:

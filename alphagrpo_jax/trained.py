@@ -13,6 +13,7 @@ from alphagrpo_jax.config import Config, from_config_dict
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.run_folder import CONFIG_FILE, payload
 from alphagrpo_jax.runtime import checkpoint, sharding
+from alphagrpo_jax.trainer import start_place
 
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "grpo.py"
 
@@ -73,7 +74,7 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Tr
     step = saves.latest()
     if step is None:
         raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
-    trainable = saves.state(step, payload(state))["trainable"]
+    trainable = saves.state(step, payload(state, start_place(config)))["trainable"]
     saves.close()
     params = update.policy_params(loaded.base, trainable, lora_scale=build.lora_scale(config))
     return Trained(config, loaded, params, step)

@@ -28,8 +28,16 @@ class TextBlock:
 
 
 @struct.dataclass
+class ImageBlock:
+    """Given images, once for each encoder; see `runtime.images.both_sizes`."""
+
+    pixels: jax.Array  # uint8[B, Hpx, Wpx, 3], for the VAE
+    seen: jax.Array  # uint8[B, hpx, wpx, 3], for the ViT
+
+
+@struct.dataclass
 class Piece:
-    """What one event added to a context: a text one segment, a given image two (VAE, ViT)."""
+    """What one event added to a context: a text one segment, an image two (VAE, ViT)."""
 
     segments: tuple[Segment, ...]
     advance: jax.Array  # int32[B], by how much the next RoPE id moved
@@ -64,7 +72,7 @@ class Rollout:
     `pieces` has one entry per node of the task's plan; those of shared nodes have one row.
     """
 
-    inputs: tuple[TextBlock, ...]  # one per text input of the task
+    inputs: tuple[TextBlock | ImageBlock, ...]  # one per input of the task, in order
     pieces: tuple[Piece, ...]
     texts: tuple[TextSample, ...]  # one per text step
     images: tuple[ImageSample, ...]  # one per image step
@@ -85,7 +93,8 @@ class UpdateBatch:
     """Everything the update needs of all of its trajectories."""
 
     rollout: Rollout
-    advantage: jax.Array  # float32[B]
+    advantage: jax.Array  # float32[B], of the text steps
+    image_advantage: jax.Array  # float32[B], of the image steps; mostly the same
     valid: jax.Array  # bool[B], trajectories that count
 
 
@@ -96,6 +105,11 @@ class TrainState:
     trainable: Any  # the adapter tree, or the trained part of the base
     opt_state: Any
     key: jax.Array  # typed key[], the run's root key: every draw folds the step into it
+
+
+def row_count(inputs: tuple[TextBlock | ImageBlock, ...]) -> int:
+    """B of a rollout's inputs, or P where they are still one per prompt."""
+    return jax.tree.leaves(inputs)[0].shape[0]
 
 
 def map_rows(

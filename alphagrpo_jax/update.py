@@ -20,7 +20,14 @@ from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.rollout import context, guidance_contexts, rebuild
 from alphagrpo_jax.sampling import image
 from alphagrpo_jax.tasks import Plan
-from alphagrpo_jax.types import Rollout, StepScores, TrainState, UpdateBatch, map_rows
+from alphagrpo_jax.types import (
+    Rollout,
+    StepScores,
+    TrainState,
+    UpdateBatch,
+    map_rows,
+    row_count,
+)  # fmt: skip
 
 GEN_EXPERT = r"_moe_gen/|(^|/)(vae2llm|llm2vae|time_embedder)/"  # paths of the image side
 
@@ -64,9 +71,9 @@ class UpdateOptions:
 class Totals(NamedTuple):
     """What a micro-batch has to know of the whole update."""
 
-    tokens: jax.Array  # float32[], trained tokens of valid trajectories
+    tokens: jax.Array  # float32[K], trained tokens of each text step of valid trajectories
     trajectories: jax.Array  # float32[], valid ones
-    entropy_threshold: jax.Array  # float32[], tokens below it are not trained
+    entropy_threshold: jax.Array  # float32[K], tokens below it are not trained
 
 
 def policy_params(base: dict, trainable: Any, *, lora_scale: float | None) -> policy.PolicyParams:
@@ -161,11 +168,16 @@ def score(
     The stored contexts are constants; with `context_gradient` they are computed again here, so
     that the gradient flows through them.
     """
-    plan, rows = options.plan, trajectories.inputs[0].tokens.shape[0]
+    plan, rows = options.plan, row_count(trajectories.inputs)
     pieces = jax.lax.stop_gradient(trajectories.pieces)
     if options.context_gradient:
         pieces = rebuild(
-            model, params, trajectories, plan=plan, system_tokens=options.system_tokens
+            model,
+            params,
+            trajectories,
+            plan=plan,
+            system_tokens=options.system_tokens,
+            grid=options.image.grid,
         )
     texts = [
         policy.text_log_probs(
@@ -218,7 +230,7 @@ def forward(
     Returns:
       The scores, and the function from their cotangents to the gradient (a pytree).
     """
-    parts = trajectories.inputs[0].tokens.shape[0] // options.micro_batch
+    parts = row_count(trajectories.inputs) // options.micro_batch
     micro = take_part(trajectories, part, parts, shared=options.plan.shared)
 
     def scores(tree: Any) -> StepScores:
@@ -232,7 +244,7 @@ def score_reference(
     base: dict, trajectories: Rollout, part: jax.Array, *, model: Bagel, options: UpdateOptions
 ) -> StepScores:
     """Scores of a micro-batch under the base alone, in contexts that it builds from the tokens."""
-    parts = trajectories.inputs[0].tokens.shape[0] // options.micro_batch
+    parts = row_count(trajectories.inputs) // options.micro_batch
     micro = take_part(trajectories, part, parts, shared=options.plan.shared)
     rebuilt = dataclasses.replace(options, context_gradient=True)
     return score(model, policy.PolicyParams(base=base), micro, options=rebuilt)
@@ -246,6 +258,7 @@ def backward(
     batch: UpdateBatch,
     part: jax.Array,
     totals: Totals,
+    weight: jax.Array,
     *,
     options: UpdateOptions,
 ) -> tuple[Any, loss.Metrics]:
@@ -257,7 +270,9 @@ def backward(
       reference: of this part, if the loss has a KL term.
       batch: of the whole update.
       part: int32[].
-      totals: from `totals` of the whole update.
+      totals: from `count` of the same batch.
+      weight: float32[], the batch's share of the update's valid trajectories: 1 unless the update
+        holds batches of several tasks. Scales the gradient, not the metrics.
       options: static.
     """
     parts = batch.advantage.shape[0] // options.micro_batch
@@ -265,7 +280,8 @@ def backward(
     old = jax.lax.stop_gradient(new) if old is None else old
 
     def share(scores: StepScores) -> tuple[jax.Array, loss.Metrics]:
-        return micro_loss(scores, old, reference, micro, totals, options=options)
+        own, metrics = micro_loss(scores, old, reference, micro, totals, options=options)
+        return weight * own, metrics
 
     cotangents, metrics = jax.grad(share, has_aux=True)(new)
     (gradient,) = pullback(cotangents)
@@ -314,31 +330,40 @@ def take_part(tree: Any, part: jax.Array, parts: int, *, shared: tuple[int, ...]
     return map_rows(one, tree, shared=shared)
 
 
-def join_entropy(scores: list[StepScores]) -> jax.Array:
-    """Entropies float32[B, T - 1] of the first text step, from the scores of all parts."""
-    stacked = jnp.stack([each.text_entropy[0] for each in scores], axis=1)
-    return stacked.reshape(-1, stacked.shape[-1])
+def join_entropy(scores: list[StepScores]) -> tuple[jax.Array, ...]:
+    """Entropies float32[B, T - 1] of each text step, from the scores of all parts."""
+    stacked = [
+        jnp.stack(parts, axis=1)
+        for parts in zip(*(each.text_entropy for each in scores), strict=True)
+    ]
+    return tuple(each.reshape(-1, each.shape[-1]) for each in stacked)
 
 
-def count(batch: UpdateBatch, entropy: jax.Array | None, *, options: UpdateOptions) -> Totals:
-    """The denominators of the whole update's means.
+def count(
+    batch: UpdateBatch, entropy: tuple[jax.Array, ...] | None, *, options: UpdateOptions
+) -> Totals:
+    """The denominators of the means over a batch.
 
     Args:
-      batch: of the whole update.
-      entropy: float32[B, T - 1] of the first text step before the update, if only the most
-        uncertain tokens are trained.
+      batch: of the whole update, or its trajectories of one task.
+      entropy: float32[B, T - 1] of each text step before the update, if only the most uncertain
+        tokens are trained.
       options: static.
     """
-    threshold = jnp.float32(-jnp.inf)
-    tokens = jnp.zeros((), jnp.float32)
-    if options.plan.text_steps:
-        mask = batch.rollout.texts[0].scored & batch.valid[:, None]
+    tokens, thresholds = [], []
+    for index, sample in enumerate(batch.rollout.texts):
+        mask = sample.scored & batch.valid[:, None]
+        thresholds.append(jnp.float32(-jnp.inf))
         if entropy is not None:
-            kept = loss.top_entropy_mask(entropy, mask, fraction=options.loss.entropy_fraction)
-            threshold = jnp.min(jnp.where(kept, entropy, jnp.inf))
-            mask = kept
-        tokens = jnp.sum(mask, dtype=jnp.float32)
-    return Totals(tokens, jnp.sum(batch.valid, dtype=jnp.float32), threshold)
+            fraction = options.loss.entropy_fraction
+            mask = loss.top_entropy_mask(entropy[index], mask, fraction=fraction)
+            thresholds[-1] = jnp.min(jnp.where(mask, entropy[index], jnp.inf))
+        tokens.append(jnp.sum(mask, dtype=jnp.float32))
+    return Totals(
+        jnp.array(tokens, jnp.float32),
+        jnp.sum(batch.valid, dtype=jnp.float32),
+        jnp.array(thresholds, jnp.float32),
+    )
 
 
 def micro_loss(
@@ -351,29 +376,35 @@ def micro_loss(
     options: UpdateOptions,
 ) -> tuple[jax.Array, loss.Metrics]:
     """A micro-batch's share of the update's loss, as a function of the new scores."""
-    trajectories, own = micro.rollout, options.loss
-    text = picture = None
-    if own.text and options.plan.text_steps:
-        uncertain = ~(old.text_entropy[0] < totals.entropy_threshold)  # an entropy of NaN counts
-        text = loss.TextTerms(
-            new_logp=new.text_log_prob[0],
-            old_logp=old.text_log_prob[0],
-            mask=trajectories.texts[0].scored & uncertain,
+    trajectories, own, plan = micro.rollout, options.loss, options.plan
+    texts = [
+        loss.TextTerms(
+            new_logp=new.text_log_prob[k],
+            old_logp=old.text_log_prob[k],
+            # An entropy of NaN counts.
+            mask=sample.scored & ~(old.text_entropy[k] < totals.entropy_threshold[k]),
             advantage=micro.advantage,
-            entropy=jax.lax.stop_gradient(new.text_entropy[0]),
-            ref_logp=reference.text_log_prob[0] if own.text_beta else None,
+            entropy=jax.lax.stop_gradient(new.text_entropy[k]),
+            ref_logp=reference.text_log_prob[k] if own.text_beta else None,
         )
-    if own.image and options.plan.image_steps:
-        picture = loss.ImageTerms(
-            new_logp=new.image_log_prob[0],
-            old_logp=old.image_log_prob[0],
-            advantage=micro.advantage,
-            kl=_image_kl(new, reference, trajectories, options) if own.image_beta else None,
+        for k, sample in enumerate(trajectories.texts if own.text else ())
+    ]
+    images = [
+        loss.ImageTerms(
+            new_logp=new.image_log_prob[k],
+            old_logp=old.image_log_prob[k],
+            advantage=micro.image_advantage,
+            kl=_image_kl(k, new, reference, trajectories, options) if own.image_beta else None,
         )
+        for k in range(len(plan.image_steps) if own.image else 0)
+    ]
+    followed = [options.image.window if own.image else 0] * len(plan.text_steps)
+    counts = [max(1, n * drawn) for n, drawn in zip(followed, plan.followed_by_image, strict=True)]
     share, metrics = loss.grpo_loss(
-        text,
-        picture,
+        texts,
+        images,
         micro.valid,
+        text_counts=counts if own.text else (),
         text_tokens_total=totals.tokens,
         trajectories_total=totals.trajectories,
         text_loss_weight=own.text_loss_weight,
@@ -389,15 +420,19 @@ def micro_loss(
 
 
 def _image_kl(
-    new: StepScores, reference: StepScores, trajectories: Rollout, options: UpdateOptions
+    index: int,
+    new: StepScores,
+    reference: StepScores,
+    trajectories: Rollout,
+    options: UpdateOptions,
 ) -> jax.Array:
-    """KL to the reference of every stochastic step, float32[B, J]."""
-    sample, levels = trajectories.images[0], jnp.asarray(options.image.sigmas)
+    """KL to the reference of every stochastic step of an image, float32[B, J]."""
+    sample, levels = trajectories.images[index], jnp.asarray(options.image.sigmas)
     columns = []
     for j in range(options.image.window):
         x, at = sample.before[:, j], sample.start + j
         _, std = image.transition(x, x, levels[at], levels[at + 1], options=options.image)
-        pair = (new.image_mean[0][:, j], reference.image_mean[0][:, j])
+        pair = (new.image_mean[index][:, j], reference.image_mean[index][:, j])
         columns.append(loss.gaussian_kl(*pair, std))
     return jnp.stack(columns, axis=1)
 

@@ -15,6 +15,17 @@ zero over the run.
 from ml_collections import ConfigDict
 
 
+def guidance(interval: tuple[float, float], renorm: str) -> ConfigDict:
+    """Classifier-free guidance, off: the small model draws without."""
+    config = ConfigDict()
+    config.text_scale = 1.0
+    config.image_scale = 1.0
+    config.interval = interval
+    config.renorm = renorm
+    config.renorm_min = 0.0
+    return config
+
+
 def verifier() -> ConfigDict:
     """The shipped verifier in two processes of this machine, no endpoints."""
     config = ConfigDict()
@@ -36,6 +47,7 @@ def verifier() -> ConfigDict:
     config.total_seconds = 600.0
     config.start_seconds = 300.0
     config.max_attempts = 4
+    config.audit = ""
     return config
 
 
@@ -64,11 +76,14 @@ def get_config() -> ConfigDict:
     config.reward.score = "confidence"
     config.reward.dependencies = False
     config.reward.format_weight = 1.0
+    config.reward.isolate = False
     config.reward.max_invalid_fraction = 0.2
 
     config.data = ConfigDict()
     config.data.train = "package:data/train.jsonl"
     config.data.heldout = "package:data/heldout.jsonl"
+    config.data.edit_train = config.data.edit_heldout = ""
+    config.data.answer_train = config.data.answer_heldout = ""
 
     config.rollout = ConfigDict()
     config.rollout.prompt_tokens = 32
@@ -84,12 +99,23 @@ def get_config() -> ConfigDict:
     config.rollout.top_p = 1.0
     config.rollout.micro_batch = 48
     config.rollout.merge_lora = True
-    config.rollout.guidance = ConfigDict()
-    config.rollout.guidance.text_scale = 1.0
-    config.rollout.guidance.image_scale = 1.0
-    config.rollout.guidance.interval = (0.4, 1.0)
-    config.rollout.guidance.renorm = "global"
-    config.rollout.guidance.renorm_min = 0.0
+    config.rollout.guidance = guidance((0.4, 1.0), "global")
+    config.rollout.edit_guidance = guidance((0.0, 1.0), "text_channel")
+
+    config.srr = ConfigDict()
+    config.srr.source = "drawn"
+    config.srr.initial_images = 4
+    config.srr.queue_prompts = 24
+    config.srr.num_points = 12
+    config.srr.text_tokens = 72
+    config.srr.choice = "worst"
+    config.srr.rectification = "released"
+    config.srr.reflection_format = "none"
+
+    config.mixed = ConfigDict()
+    config.mixed.tasks = ("rt2i", "srr")
+    config.mixed.weights = (1.0, 1.0)
+    config.mixed.batches = 1
 
     config.train = ConfigDict()
     config.train.steps = 200

@@ -24,13 +24,18 @@ LIBRARIES = (
     "sampling",
     "shapes",
 )
-STAGES = ("tasks", "prompts", "rollout", "rewards", "advantage", "loss", "update")
+STAGES = ("tasks", "prompts", "rollout", "rewards", "advantage", "refinement", "loss", "update")
 JOINTS = (
     "evaluation",
     "build",
+    "jitted",
     "guards",
+    "trainer",
+    "learner",
+    "heldout",
     "run_folder",
     "trained",
+    "inference",
 )  # stages put together, for the commands
 ORDER = {unit: level for level, unit in enumerate((*LIBRARIES, *STAGES, *JOINTS))}
 # Stages meet in the commands through types.py; these are the exceptions.
@@ -40,6 +45,7 @@ BETWEEN_STAGES = {
     ("update", "rollout"),  # the contexts that a rollout stored
     ("update", "loss"),
     ("prompts", "rewards"),  # the form of a record
+    ("prompts", "tasks"),  # whose inputs are made of it
 }
 # What stands above everything, as the commands do: they import it, nothing else does.
 COMMAND_FOLDERS = ("port",)

@@ -1,5 +1,7 @@
 """Evaluation sums, by hand."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import tiny_world
@@ -9,6 +11,7 @@ from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.rewards.ledger import Scored
 from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.rewards.scoring import Scores, ScoringOptions
+from alphagrpo_jax.tasks import TASKS
 
 KINDS = [("plain", "count"), ("plain", "count"), ("plain", "relation"), ("implied", "number")]
 FACTS = [
@@ -28,7 +31,7 @@ def records():
 
 def scores(reward, valid):
     zeros = np.zeros(len(reward))
-    return Scores(np.array(reward), zeros, zeros, zeros, zeros, np.array(valid), {})
+    return Scores(np.array(reward), zeros, zeros, zeros, np.array(valid), {})
 
 
 def test_exact_scores_by_kind_and_type():
@@ -56,7 +59,9 @@ def test_facts_without_a_kind_count_in_the_whole_only():
 def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
     good = tiny_world.record("a red circle")
     bad = tiny_world.record("a blue square", facts={"colour": "blue"})
-    prompts = PromptSet(tuple(map(parse_record, (good, bad))), None, None, "")
+    prompts = PromptSet(
+        TASKS["rt2i"], tuple(map(parse_record, (good, bad))), (), pathlib.Path(), ""
+    )
     evaluation.check_records(prompts, evaluation.CHECKERS[""], (48, 48))
     with pytest.raises(ValueError, match=r"record 2 .'a blue square'.*eval.checker=''"):
         evaluation.check_records(prompts, evaluation.CHECKERS["shapes"], (48, 48))
@@ -84,31 +89,28 @@ class Brightness:
 
 
 def test_micro_batches_are_filled_up_and_cut():
-    rows = records()
-    tokens = np.arange(4, dtype=np.int32)[:, None]
-    prompts = PromptSet(tuple(rows), tokens, np.ones((4, 1), bool), "")
+    rows = [records()[row] for row in (3, 1, 0)]
     calls = []
 
-    def draw(tokens, mask, first):
-        calls.append((tokens[:, 0].tolist(), first))
-        images = np.broadcast_to(tokens[:, :, None, None] * 51, (len(tokens), 1, 1, 3))
-        return images.astype(np.uint8), [f"<think>{t}</think>" for t in tokens[:, 0]]
+    def draw(numbers, first):
+        calls.append((numbers.tolist(), first))
+        images = np.broadcast_to(numbers[:, None, None, None] * 51, (len(numbers), 1, 1, 3))
+        return images.astype(np.uint8), [[f"<think>{n}</think>" for n in numbers]]
 
-    found = evaluation.evaluate(
+    found = evaluation.evaluate_images(
         draw,
         Brightness(),
-        prompts,
-        [3, 1, 0],
+        rows,
         micro_batch=2,
         scoring_options=ScoringOptions("geometric", "confidence", 1.0),
         check=lambda image, record: {"bright": bool(image.mean() > 100)},
         prefix="eval",
     )
-    assert calls == [([3, 1], 0), ([0, 0], 2)]
-    assert found.images[:, 0, 0, 0].tolist() == [153, 51, 0]
-    assert found.metrics["eval/reward/mean"] == pytest.approx((0.6 + 0.2 + 0.0) / 3)
+    assert calls == [([0, 1], 0), ([2, 2], 2)]
+    assert found.images[:, 0, 0, 0].tolist() == [0, 51, 102]
+    assert found.metrics["eval/reward/mean"] == pytest.approx((0.0 + 0.2 + 0.4) / 3)
     assert found.metrics["eval/reward/format"] == 1.0
     assert found.metrics["eval/exact_all"] == pytest.approx(1 / 3)
     assert found.captions[0] == {
-        "prompt": rows[3].prompt, "think": "<think>3</think>", "reward": 0.6, "exact": True
+        "prompt": rows[0].prompt, "think": "<think>0</think>", "reward": 0.0, "exact": False
     }  # fmt: skip

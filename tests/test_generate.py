@@ -14,6 +14,7 @@ from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.models.bagel_weights import load_model
 from alphagrpo_jax.run_folder import CONFIG_FILE, payload
 from alphagrpo_jax.runtime import checkpoint, sharding
+from alphagrpo_jax.trainer import start_place
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def run_folder(tmp_path_factory) -> pathlib.Path:
     state = state.replace(trainable=jax.tree.unflatten(tree, noisy))
     folder = root / "run"
     saves = checkpoint.Checkpoints(folder, keep=1)
-    saves.save(3, payload(state), {"step": 3, "position": 0})
+    saves.save(3, payload(state, start_place(config)), {"step": 3})
     saves.close()
     (folder / CONFIG_FILE).write_text(config_lib.to_json(config))
     return folder

@@ -9,6 +9,17 @@ from alphagrpo_jax.loss import ImageTerms, TextTerms
 B, T, J = 6, 5, 3
 
 
+def grpo_loss(text, image, valid, *, text_tokens_total, **options):
+    """The loss of trajectories with at most one text and one image."""
+    texts = [] if text is None else [text]
+    images = [] if image is None else [image]
+    counts = [1 if image is None else image.new_logp.shape[1]] * len(texts)
+    tokens = jnp.reshape(jnp.asarray(text_tokens_total, jnp.float32), 1)
+    return loss_lib.grpo_loss(
+        texts, images, valid, text_counts=counts, text_tokens_total=tokens, **options
+    )
+
+
 def arrays(seed=0):
     """Terms of an update with ragged texts, one empty text, and an invalid trajectory."""
     rng = np.random.default_rng(seed)
@@ -81,7 +92,7 @@ def test_whole_loss_against_float64(level, jit):
     options = {"text_beta": 0.1, "image_beta": 0.3}
 
     def run(text, image, valid):
-        return loss_lib.grpo_loss(
+        return grpo_loss(
             text,
             image,
             valid,
@@ -154,7 +165,7 @@ def test_first_update_has_ratio_one_and_the_policy_gradient():
     image = image._replace(old_logp=image.new_logp)
 
     def run(new_text, new_image):
-        return loss_lib.grpo_loss(
+        return grpo_loss(
             text._replace(new_logp=new_text),
             image._replace(new_logp=new_image),
             valid,
@@ -181,7 +192,7 @@ def test_gradients_against_finite_differences_of_float64(level):
     options = {"text_beta": 0.2, "image_beta": 0.0}
 
     def run(new_text, new_image):
-        return loss_lib.grpo_loss(
+        return grpo_loss(
             text._replace(new_logp=new_text),
             image._replace(new_logp=new_image),
             valid,
@@ -213,7 +224,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch(level, micro
     def run(rows, delta):
         part_text = TextTerms(*(x[rows] for x in text))
         part_image = ImageTerms(*(x[rows] for x in image))
-        return loss_lib.grpo_loss(
+        return grpo_loss(
             part_text._replace(new_logp=part_text.new_logp + delta),
             part_image._replace(new_logp=part_image.new_logp + 1e-5 * delta),
             valid[rows],
@@ -254,7 +265,7 @@ def test_padding_and_invalid_trajectories_count_nowhere_even_as_nan():
     for level in ("token", "sequence"):
 
         def run(text, image, level=level):
-            return loss_lib.grpo_loss(
+            return grpo_loss(
                 text,
                 image,
                 valid,
@@ -289,7 +300,7 @@ def test_a_log_prob_that_is_not_a_number_makes_the_loss_one_too(jit, level):
     whole = totals(text, valid)
 
     def run(text, image):
-        return loss_lib.grpo_loss(text, image, valid, level=level, **whole)[0]
+        return grpo_loss(text, image, valid, level=level, **whole)[0]
 
     run = jax.jit(run) if jit else run
     assert np.isfinite(run(text, image))
@@ -300,7 +311,7 @@ def test_a_log_prob_that_is_not_a_number_makes_the_loss_one_too(jit, level):
 def test_nothing_valid_gives_zero():
     text, image, _ = arrays()
     none = jnp.zeros(B, bool)
-    got, metrics = loss_lib.grpo_loss(text, image, none, **totals(text, none))
+    got, metrics = grpo_loss(text, image, none, **totals(text, none))
     assert got == 0.0
     assert all(value == 0.0 for value in metrics.values())
 
@@ -308,14 +319,14 @@ def test_nothing_valid_gives_zero():
 def test_text_alone_and_image_alone():
     text, image, valid = arrays()
     whole = totals(text, valid)
-    text_only, _ = loss_lib.grpo_loss(text, None, valid, text_loss_weight=0.3, **whole)
-    image_only, _ = loss_lib.grpo_loss(None, image, valid, **whole)
-    both, metrics = loss_lib.grpo_loss(text, image, valid, text_loss_weight=0.3, **whole)
+    text_only, _ = grpo_loss(text, None, valid, text_loss_weight=0.3, **whole)
+    image_only, _ = grpo_loss(None, image, valid, **whole)
+    both, metrics = grpo_loss(text, image, valid, text_loss_weight=0.3, **whole)
     assert text_only == pytest.approx(0.3 * float(metrics["loss/text"]))
     assert image_only == pytest.approx(float(metrics["loss/image"]))
     assert both == pytest.approx(float(text_only + image_only) * J / (J + 1), rel=1e-6)
     with pytest.raises(ValueError, match="neither text nor image"):
-        loss_lib.grpo_loss(None, None, valid, **whole)
+        grpo_loss(None, None, valid, **whole)
 
 
 def test_clipped_terms_have_no_gradient_on_the_clipped_side_only():
@@ -367,10 +378,52 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="without ref_logp"):
         loss_lib.text_grpo(text._replace(ref_logp=None), valid, beta=0.1, **whole)
     with pytest.raises(ValueError, match="without kl"):
-        loss_lib.grpo_loss(None, image._replace(kl=None), valid, image_beta=0.1, **whole)
+        grpo_loss(None, image._replace(kl=None), valid, image_beta=0.1, **whole)
     with pytest.raises(AssertionError):
         loss_lib.text_grpo(text._replace(old_logp=text.old_logp[:, :-1]), valid, **whole)
     with pytest.raises(AssertionError):
         loss_lib.image_grpo(image, valid[:-1], trajectories_total=1.0)
     with pytest.raises(ValueError, match="expected the same as"):
         loss_lib.merge_metrics({"a": 1.0}, {"b": 1.0})
+
+
+def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
+    """[think, image (2 steps), think, image (2 steps), answer], by hand."""
+    rng = np.random.default_rng(3)
+    valid = jnp.array([True, True, False])
+    advantage = jnp.array([1.0, -2.0, 9.0])
+    texts = []
+    for _ in range(3):
+        old = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+        new = old + jnp.asarray(rng.normal(size=(3, 4)) * 0.05, jnp.float32)
+        mask = jnp.ones((3, 4), bool)
+        texts.append(loss_lib.TextTerms(new, old, mask, advantage, jnp.zeros((3, 4))))
+    images = []
+    for _ in range(2):
+        old = jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)
+        images.append(loss_lib.ImageTerms(old + 1e-6, old, 0.5 * advantage))
+    whole = {"trajectories_total": jnp.float32(2.0)}
+    share, metrics = loss_lib.grpo_loss(
+        texts,
+        images,
+        valid,
+        text_counts=(2, 2, 1),
+        text_tokens_total=jnp.full(3, 8.0),
+        text_loss_weight=0.5,
+        **whole,
+    )
+    each_text = [
+        float(loss_lib.text_grpo(t, valid, text_tokens_total=jnp.float32(8.0), **whole)[0])
+        for t in texts
+    ]
+    each_image = [float(loss_lib.image_grpo(i, valid, **whole)[0]) for i in images]
+    weighed = 0.5 * (2 * each_text[0] + 2 * each_text[1] + each_text[2])
+    expected = (weighed + 2 * each_image[0] + 2 * each_image[1]) / (3 + 4)
+    np.testing.assert_allclose(share, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/text"], np.mean(each_text), rtol=1e-5)
+    deviations = [np.abs(np.expm1(t.new_logp - t.old_logp))[:2].max() for t in texts]
+    np.testing.assert_allclose(metrics["text/ratio_max_dev"], max(deviations), rtol=1e-5)
+    with pytest.raises(ValueError, match="2 text_counts for 3 text steps"):
+        loss_lib.grpo_loss(
+            texts, images, valid, text_counts=(1, 1), text_tokens_total=jnp.ones(3), **whole
+        )

@@ -10,6 +10,7 @@ import tiny_world
 
 from alphagrpo_jax import prompts
 from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -19,22 +20,23 @@ def tokenizer():
 
 def test_a_file_becomes_a_dataset_and_tokens(tmp_path, tokenizer):
     path = tiny_world.write_records(tmp_path / "train.jsonl", 5)
-    found = prompts.load(path, tokenizer, bucket=24, cache=tmp_path / "cache")
+    found = prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path / "cache")
+    (text,) = found.texts
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record.to_json()["prompt"] for record in found.records] == [r["prompt"] for r in lines]
     assert found.records[3].asked == parse_record(lines[3]).asked
-    assert found.tokens.shape == found.mask.shape == (5, 24)
-    assert found.tokens[0][found.mask[0]].tolist() == tokenizer.wrap(lines[0]["prompt"])
+    assert text.tokens.shape == text.mask.shape == (5, 24)
+    assert text.tokens[0][text.mask[0]].tolist() == tokenizer.wrap(lines[0]["prompt"])
     assert list((tmp_path / "cache").rglob("*.array_record*"))
-    again = prompts.load(path, tokenizer, bucket=24, cache=tmp_path / "cache")
-    np.testing.assert_array_equal(again.tokens, found.tokens)
+    again = prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path / "cache")
+    np.testing.assert_array_equal(again.texts[0].tokens, text.tokens)
 
 
 def test_a_changed_file_is_read_anew(tmp_path, tokenizer):
     path = tiny_world.write_records(tmp_path / "train.jsonl", 2)
-    first = prompts.load(path, tokenizer, bucket=24, cache=tmp_path)
+    first = prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path)
     tiny_world.write_records(path, 3)
-    second = prompts.load(path, tokenizer, bucket=24, cache=tmp_path)
+    second = prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path)
     assert (len(first.records), len(second.records)) == (2, 3)
     assert first.digest != second.digest
 
@@ -43,7 +45,7 @@ def test_a_bad_line_is_named(tmp_path, tokenizer):
     path = tiny_world.write_records(tmp_path / "train.jsonl", 2)
     path.write_text(path.read_text() + '{"prompt": "no questions"}\n')
     with pytest.raises(ValueError, match=r"train\.jsonl:3"):
-        prompts.load(path, tokenizer, bucket=24, cache=tmp_path)
+        prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path)
 
 
 def test_prompts_beyond_the_bucket_are_named(tokenizer):

@@ -13,6 +13,7 @@ from alphagrpo_jax import build, policy, rollout
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.types import TextBlock, join_rows
 
 
@@ -26,7 +27,7 @@ def setting():
     loaded = tiny_world.model()
     rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
     block = TextBlock(*loaded.tokenizer.batch(rows, parsed.rollout.prompt_tokens))
-    return loaded, build.rollout_options(parsed, loaded), block
+    return loaded, build.rollout_options(parsed, loaded, TASKS["rt2i"]), block
 
 
 @pytest.fixture(scope="module")

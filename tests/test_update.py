@@ -13,9 +13,10 @@ import tiny_world
 
 from alphagrpo_jax import build, rollout, update
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.types import Rollout, TextBlock, TrainState, UpdateBatch, map_rows
 
-ROWS = 4
+ROWS, ONE = 4, jnp.float32(1.0)
 
 
 class Setting(NamedTuple):
@@ -38,7 +39,7 @@ def configuration(tmp_path=None):
 def setting():
     """A rollout of two prompts by two, under adapters that are not zero."""
     config, loaded = configuration(), tiny_world.model()
-    own = build.rollout_options(config, loaded)
+    own = build.rollout_options(config, loaded, TASKS["rt2i"])
     trainable = update.init_trainable(
         loaded.base, jax.random.key(2), rank=4, targets=config.lora.targets, full_targets=None
     )
@@ -52,8 +53,8 @@ def setting():
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
     stored, _ = run(params, (block,), *numbers)
     advantage = jnp.array([1.0, -0.5, 0.75, -1.25])
-    batch = UpdateBatch(stored, advantage, jnp.array([True, True, True, False]))
-    options = build.update_options(config, loaded)
+    batch = UpdateBatch(stored, advantage, advantage, jnp.array([True, True, True, False]))
+    options = build.update_options(config, loaded, TASKS["rt2i"])
     return Setting(loaded, options, own, trainable, stored, batch)
 
 
@@ -69,7 +70,7 @@ def gradient_of(setting, options, *, trainable=None, batch=None, old=None, base=
     for part in range(ROWS // options.micro_batch):
         new, pullback = forward(trainable, base, batch.rollout, jnp.int32(part))
         before = None if old is None else old[part]
-        own = backward(pullback, new, before, None, batch, jnp.int32(part), totals)
+        own = backward(pullback, new, before, None, batch, jnp.int32(part), totals, ONE)
         summed = own if summed is None else update.accumulate(summed, own)
         scores.append(new)
     return *summed, scores
@@ -172,6 +173,7 @@ def test_rebuilt_contexts_are_the_stored_ones(setting):
             setting.loaded.model,
             plan=own.plan,
             system_tokens=own.system_tokens,
+            grid=own.image.grid,
         )
     )(params, setting.stored)
     for stored, rebuilt in zip(setting.stored.pieces, pieces, strict=True):
@@ -260,13 +262,13 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     loss = dataclasses.replace(setting.options.loss, entropy_fraction=0.5)
     options = dataclasses.replace(setting.options, loss=loss)
     _, _, scores = gradient_of(setting, setting.options)
-    entropy = update.join_entropy(scores)
-    totals = update.count(setting.batch, entropy, options=options)
+    (entropy,) = update.join_entropy(scores)
+    totals = update.count(setting.batch, (entropy,), options=options)
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
     kept = values[values >= np.quantile(values, 0.5)]
-    assert float(totals.tokens) == len(kept)
-    assert float(totals.entropy_threshold) == kept[0]
+    assert totals.tokens.tolist() == [len(kept)]
+    assert totals.entropy_threshold.tolist() == [kept[0]]
 
 
 def test_parts_are_strided(setting):
@@ -276,7 +278,7 @@ def test_parts_are_strided(setting):
     keys = np.asarray(setting.stored.pieces[2].segments[0].k)
     np.testing.assert_array_equal(part.pieces[2].segments[0].k, keys[:, 1::2])
     assert part.pieces[0].advance.shape == (1,)
-    joined = update.join_entropy(
+    (joined,) = update.join_entropy(
         [update.StepScores((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
     )
     np.testing.assert_array_equal(joined[:, 0], np.arange(4.0))

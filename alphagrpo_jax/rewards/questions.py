@@ -33,6 +33,17 @@ class Record:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # other fields
 
     @property
+    def image(self) -> str | None:
+        """Where its image is, if it has one: a file beside the records, or a data: URL."""
+        return self.extra.get("image")
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The right answers, if it asks for one."""
+        found = self.extra.get("answer", ())
+        return (found,) if isinstance(found, str) else tuple(found)
+
+    @property
     def asked_semantic(self) -> list[str]:
         """Texts of the valid semantic questions."""
         return [question.text for question in self.semantic if question.is_valid]
@@ -87,12 +98,13 @@ class Record:
         return fields | dict(self.extra)
 
 
-def read_jsonl(path: str | os.PathLike) -> list[Record]:
+def read_jsonl(path: str | os.PathLike, *, form: str = "questions") -> list[Record]:
     """Reads records, one JSON object a line; blank lines are skipped.
 
     Args:
-      path: UTF-8 file whose lines have "prompt", "semantic_questions" and "quality_questions",
-        and may have "id", "original_index" and any further fields (kept in `Record.extra`).
+      path: UTF-8 file whose lines have what `form` says, and may have "id", "original_index" and
+        any further fields (kept in `Record.extra`).
+      form: see `parse_record`.
     Raises:
       FileNotFoundError: no such file.
       ValueError: bad lines; one message with file, line, what was got, expected, and the fix.
@@ -106,7 +118,7 @@ def read_jsonl(path: str | os.PathLike) -> list[Record]:
             if not line.strip():
                 continue
             try:
-                records.append(parse_record(_parse_json(line)))
+                records.append(parse_record(_parse_json(line), form=form))
             except ValueError as error:
                 problems.append(f"{path}:{number}: {error}")
     if problems:
@@ -119,9 +131,13 @@ def read_jsonl(path: str | os.PathLike) -> list[Record]:
     return records
 
 
-def parse_record(fields: Any) -> Record:
+def parse_record(fields: Any, *, form: str = "questions") -> Record:
     """A record from its decoded JSON object.
 
+    Args:
+      fields: the object.
+      form: "questions": it has "prompt", "semantic_questions" and "quality_questions"; "answer":
+        "prompt" and "answer", the right answer or a list of right ones.
     Raises:
       ValueError: what is wrong with it, and what was expected.
     """
@@ -130,8 +146,10 @@ def parse_record(fields: Any) -> Record:
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"field 'prompt': got {prompt!r}, expected a text that is not empty")
-    semantic = _questions(fields, "semantic")
-    quality = _questions(fields, "quality")
+    _check_fields(fields, form)
+    asks = form == "questions"
+    semantic = _questions(fields, "semantic") if asks else ()
+    quality = _questions(fields, "quality") if asks else ()
     for question in (*semantic, *quality):
         outside = [index for index in question.dependency if not 0 <= index < len(semantic)]
         if outside:
@@ -147,6 +165,25 @@ def parse_record(fields: Any) -> Record:
         original_index=_optional_index(fields),
         extra={name: value for name, value in fields.items() if name not in _OWN_FIELDS},
     )
+
+
+def _check_fields(fields: dict, form: str) -> None:
+    image = fields.get("image")
+    if image is not None and (not isinstance(image, str) or not image):
+        raise ValueError(f"field 'image': got {image!r}, expected a file's name or a data: URL")
+    if form != "answer":
+        return
+    answer = fields.get("answer")
+    listed = [answer] if isinstance(answer, str) else answer
+    if not isinstance(listed, list) or not listed or not all(_is_text(each) for each in listed):
+        raise ValueError(
+            f"field 'answer': got {answer!r}, expected the right answer as a text, or a list of "
+            "right answers"
+        )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _parse_json(line: bytes) -> Any:

@@ -1,10 +1,14 @@
 """Images on the host: BAGEL's resize rule, and the conversions between uint8 and [-1, 1]."""
 
+import base64
+import binascii
 import dataclasses
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MAX_PIXELS = 14 * 14 * 9 * 1024  # largest image of either transform
 
@@ -52,27 +56,72 @@ def resize(image: Image.Image, sizes: ImageSizes) -> Image.Image:
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """Reads an image file; transparency is laid on white.
+    """Reads an image file, upright (EXIF); transparency is laid on white.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not an image.
+      ValueError: not an image, cut short, or of so many pixels that it may be an attack.
     """
+    return _read(path, str(path))
+
+
+def from_data_url(url: str) -> Image.Image:
+    """The image in a `data:image/...;base64,...` URL, as `open_rgb` reads a file.
+
+    Raises:
+      ValueError: not such a URL, or not an image.
+    """
+    head, _, body = url.partition(",")
     try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
+        content = base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{url[:40]!r}... is no data: URL in base64 ({error})") from error
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ValueError(
-            f"{path} is not a readable image ({error}); give a PNG or JPEG file"
+            f"got a URL that starts with {head[:40]!r}, expected data:image/...;base64"
+        )
+    return _read(io.BytesIO(content), f"{head[:40]},...")
+
+
+def data_url(image: np.ndarray) -> str:
+    """uint8[H, W, 3] as a PNG in a data: URL, `from_data_url`'s inverse."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _read(source: str | Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(source)
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no image file at {name}") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is too large ({error}); give a smaller image") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        raise ValueError(
+            f"{name} is not a readable image ({error}); give a PNG or JPEG file"
         ) from error
     return to_rgb(image)
 
 
+def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The whole image within `width` x `height` pixels (bicubic), white where it does not reach."""
+    if image.size == (width, height):
+        return image
+    return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=(255, 255, 255))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB image; transparency is laid on white."""
-    if image.mode == "RGBA" or "transparency" in image.info:
+    if image.mode.startswith("I"):  # 16 bits and more: Pillow's own conversion cuts them off
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
@@ -97,7 +146,18 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def conditioning(
     image: Image.Image, vae_sizes: ImageSizes, vit_sizes: ImageSizes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A user's image as the two encoders see it.
+    """A user's image as the two encoders see it, in [-1, 1]; see `both_sizes`.
+
+    Returns:
+      float32[H, W, 3] for the VAE and float32[h, w, 3] for the ViT.
+    """
+    return tuple(to_float(each) for each in both_sizes(image, vae_sizes, vit_sizes))
+
+
+def both_sizes(
+    image: Image.Image, vae_sizes: ImageSizes, vit_sizes: ImageSizes
+) -> tuple[np.ndarray, np.ndarray]:
+    """A user's image at the sizes of the two encoders.
 
     The VAE's size comes first and the ViT's transform starts from that resized image.
 
@@ -106,11 +166,12 @@ def conditioning(
       vae_sizes: rule of the VAE transform.
       vit_sizes: rule of the ViT transform.
     Returns:
-      float32[H, W, 3] for the VAE and float32[h, w, 3] for the ViT, in [-1, 1].
+      uint8[H, W, 3] for the VAE and uint8[h, w, 3] for the ViT.
     """
     resized = resize(image, vae_sizes)
     # Resized twice for the VAE: the size rule is not idempotent for extreme aspect ratios.
-    return to_float(resize(resized, vae_sizes)), to_float(resize(resized, vit_sizes))
+    pair = (resize(resized, vae_sizes), resize(resized, vit_sizes))
+    return tuple(np.asarray(each) for each in pair)
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:

@@ -193,7 +193,7 @@ def _new_thing(rng: np.random.Generator, things: Sequence[scenes.Thing]) -> scen
     return scenes.Thing(shape, color, row, col, float(dx), float(dy))
 
 
-def _change(
+def change(
     rng: np.random.Generator, scene: scenes.Scene, operation: str
 ) -> tuple[str, scenes.Scene]:
     """One edit of a random shape, named by colour and shape, or of the background."""
@@ -223,16 +223,20 @@ def _change(
     return f"change the background to {background}", changed
 
 
+def operations(scene: scenes.Scene) -> list[str]:
+    """The kinds of `change` that are possible."""
+    found = ["color", "shape", "move", "background"]
+    found += ["remove"] if len(scene.things) > 1 else []
+    return found + (["add"] if len(scene.things) < scenes.MAX_THINGS else [])
+
+
 def edit(rng: np.random.Generator) -> Edit:
     """An editing example: one change that its instruction names without doubt."""
     while True:
         scene = seen_scene(rng)
         if any(group.count > 1 for group in describe(scene).groups):
             continue
-        operations = ["color", "shape", "move", "background"]
-        operations += ["remove"] if len(scene.things) > 1 else []
-        operations += ["add"] if len(scene.things) < scenes.MAX_THINGS else []
-        instruction, target = _change(rng, scene, pick(rng, operations))
+        instruction, target = change(rng, scene, pick(rng, operations(scene)))
         if describe(target).split == "train":
             return Edit(instruction, scene, language.think(target), target)
 
@@ -292,7 +296,7 @@ def _flaws(spec: Spec) -> list[str]:
     return operations
 
 
-def _flawed(
+def flawed(
     rng: np.random.Generator, spec: Spec, target: scenes.Scene
 ) -> tuple[scenes.Scene, tuple[str, ...]]:
     """A scene that fails `spec` in one fact, at times in two, and the remarks upon it."""
@@ -324,7 +328,7 @@ def reflect(rng: np.random.Generator, implied_share: float = IMPLIED_SHARE) -> R
     if right:
         scene, remarks = target, ("nothing is wrong", "keep it")
     else:
-        scene, remarks = _flawed(rng, spec, target)
+        scene, remarks = flawed(rng, spec, target)
     think = language.reflection((*sentences, *remarks), target)
     return Reflect(request.text, scene, think, target, right, request)
 

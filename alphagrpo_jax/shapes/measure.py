@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import build, policy, trained
+from alphagrpo_jax import build, policy, tasks, trained
 from alphagrpo_jax.rollout import pixels, rollout
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metrics import replace_text
@@ -69,7 +69,7 @@ def draw_all(
       seed: of the keys; the same seed means the same noise for every policy.
     """
     config, loaded = policy_.config, policy_.loaded
-    options = build.eval_options(config, loaded)
+    options = build.eval_options(config, loaded, tasks.TASKS["rt2i"])
     draw = jax.jit(functools.partial(_draw, model=loaded.model, options=options))
     key, size = jax.random.key(seed), min(BATCH, len(records))
     for first in tqdm.trange(0, len(records), size, desc="drawing", unit_scale=size):

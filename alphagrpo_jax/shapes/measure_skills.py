@@ -95,7 +95,7 @@ def redraw(policy_: Trained, images: np.ndarray, asked: Sequence[str], *, seed: 
         images,
         jax.random.key(seed),
         model=loaded.model,
-        options=build.eval_options(policy_.config, loaded),
+        options=build.eval_options(policy_.config, loaded, tasks.TASKS["rt2i"]),
     )
     return np.asarray(drawn)
 
@@ -265,10 +265,7 @@ def edit(rng: np.random.Generator) -> tuple[scenes.Scene, str, scenes.Scene]:
         scene = heldout_scene(rng)
         if all(group.count == 1 for group in specs.describe(scene).groups):
             break
-    operations = ["color", "shape", "move", "background"]
-    operations += ["remove"] if len(scene.things) > 1 else []
-    operations += ["add"] if len(scene.things) < scenes.MAX_THINGS else []
-    return scene, *examples._change(rng, scene, specs.pick(rng, operations))
+    return scene, *examples.change(rng, scene, specs.pick(rng, examples.operations(scene)))
 
 
 def editing(policy_: Trained, count: int) -> dict[str, float]:
@@ -290,7 +287,7 @@ def repairing(policy_: Trained, count: int) -> dict[str, float]:
     rng = np.random.default_rng((SEED, 3))
     wanted = [requests.draw_plain(rng, split="heldout") for _ in range(count)]
     failed = [
-        examples._flawed(rng, each.spec, specs.sample_scene(each.spec, rng))[0] for each in wanted
+        examples.flawed(rng, each.spec, specs.sample_scene(each.spec, rng))[0] for each in wanted
     ]
     asked = [tasks.REFLECTION_REQUEST.format(prompt=each.text) for each in wanted]
     images = redraw(policy_, examples.images(failed), asked, seed=SEED)

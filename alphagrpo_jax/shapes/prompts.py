@@ -67,7 +67,8 @@ def semantic_queries(spec: Spec, rng: np.random.Generator) -> list[tuple[Query, 
     return result
 
 
-def _question(kind: str, query: Query, dependency: Sequence[int], rng: np.random.Generator) -> dict:
+def question(kind: str, query: Query, dependency: Sequence[int], rng: np.random.Generator) -> dict:
+    """A question of a record; `rng` picks its wording."""
     wording = int(rng.integers(len(questions.WORDINGS[query.form])))
     fields = {
         "question_type": kind,
@@ -84,8 +85,8 @@ def record(request: requests.Request, rng: np.random.Generator) -> dict:
     quality = [questions.quality(type_) for type_ in questions.QUALITY]
     return {
         "prompt": request.text,
-        "semantic_questions": [_question("semantic", q, needs, rng) for q, needs in semantic],
-        "quality_questions": [_question("quality", query, (), rng) for query in quality],
+        "semantic_questions": [question("semantic", q, needs, rng) for q, needs in semantic],
+        "quality_questions": [question("quality", query, (), rng) for query in quality],
         "kind": request.kind,
         "type": request.type,
         "combination": request.spec.combination,

@@ -16,6 +16,7 @@ import tiny_world
 from alphagrpo_jax import build
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config_fields import MeshShape
+from alphagrpo_jax.jitted import jit_steps
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.types import TextBlock, UpdateBatch
 
@@ -26,30 +27,35 @@ def numbers(config, mesh, root, stored=None):
         loaded = build.load_policy(config, mesh)
         optimizer = build.make_optimizer(config)
         state = build.initial_state(config, loaded.base, optimizer, mesh)
-        steps = build.jit_steps(config, loaded, state, optimizer, mesh)
+        whole = jit_steps(config, loaded, state, optimizer, mesh)
+        steps = whole.tasks["rt2i"]
         rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
         block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
-        weights = steps.weights(loaded.base, state.trainable)
-        given = steps.prefill(weights, (block,))
+        weights = whole.weights(loaded.base, state.trainable)
+        given = steps.train.prefill(weights, (block,))
         ints = (jnp.int32(0), jnp.int32(config.eval.num_points))
-        drawn, _ = steps.generate(weights, given, jax.random.key(3), *ints, jnp.float32(0.0))
+        drawn, _ = steps.train.generate(weights, given, jax.random.key(3), *ints, jnp.float32(0.0))
         if stored is None:
             window = (jnp.int32(0), jnp.int32(1))
-            stored, _ = steps.generate(weights, given, jax.random.key(4), *window, jnp.float32(1.0))
+            stored, _ = steps.train.generate(
+                weights, given, jax.random.key(4), *window, jnp.float32(1.0)
+            )
             stored = jax.tree.map(np.asarray, stored)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), stored, drawn)
         advantage = jnp.array([1.0, -1.0, 0.5, -0.5, 0.25, 1.5, -2.0, 0.1])
-        batch = UpdateBatch(placed, advantage, jnp.ones(8, bool))
+        batch = UpdateBatch(placed, advantage, advantage, jnp.ones(8, bool))
         totals = steps.count(batch, None)
         part = jnp.int32(0)
         new, pullback = steps.forward(state.trainable, loaded.base, placed, part)
-        gradient, metrics = steps.backward(pullback, new, None, None, batch, part, totals)
+        gradient, metrics = steps.backward(
+            pullback, new, None, None, batch, part, totals, jnp.float32(1.0)
+        )
         found = {"scores": new, "gradient": gradient, "metrics": metrics}
         found |= {"greedy tokens": drawn.texts[0].tokens, "ode": drawn.images[0].latents}
         found = jax.tree.map(np.asarray, found)
         attention = gradient["language_model"]["layers"]["self_attn"]
         spread = len(attention["q_proj"]["a"].sharding.device_set)
-        after, _ = steps.apply(state, gradient, metrics)
+        after, _ = whole.apply(state, gradient, metrics)
         found["updated"] = jax.tree.map(np.asarray, after.trainable)
     return stored, found, spread
 

@@ -1,0 +1,217 @@
+"""What a policy can be used for: drawing, editing, answering, and refining its own images."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from alphagrpo_jax import build, tasks
+from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.rewards.questions import Record
+from alphagrpo_jax.rollout import RolloutOptions, rollout
+from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.trained import Trained
+from alphagrpo_jax.trainer import decode_steps
+from alphagrpo_jax.types import ImageBlock, TextBlock
+
+KEEPS = ("last", "best", "gated")
+
+_rollout = jax.jit(rollout, static_argnames=("model", "options"))
+
+
+class Drawn(NamedTuple):
+    """N images of one prompt."""
+
+    images: np.ndarray  # uint8[N, H, W, 3]
+    texts: list[str]  # think texts; empty without thinking
+
+
+class Round(NamedTuple):
+    """An image of a refinement, and the text before it."""
+
+    image: np.ndarray  # uint8[H, W, 3]
+    text: str  # reflection; of round 0 the think text, if any
+    reward: float | None  # DVReward; None where no verifier was asked
+
+
+class Refined(NamedTuple):
+    """All rounds, the first image being round 0, and which one is kept."""
+
+    rounds: list[Round]
+    kept: int
+
+
+def draw(policy: Trained, prompt: str, *, think: bool, count: int, seed: int) -> Drawn:
+    """Draws `count` images of a prompt.
+
+    Args:
+      policy: who draws; sampling is that of its configuration's `eval` section.
+      prompt: of any length that the model takes.
+      think: whether a think text comes before each image.
+      count: N.
+      seed: the same seed draws the same images, and the first of many as the only one.
+    """
+    return _run(policy, "rt2i" if think else "t2i", prompt, None, count=count, seed=seed)
+
+
+def edit(policy: Trained, image: Image.Image, wish: str, *, count: int, seed: int) -> Drawn:
+    """Changes an image `count` times, each after a think text; see `draw`.
+
+    The result has the size that the VAE's transform gives the image.
+    """
+    return _run(policy, "ti2i", wish, image, count=count, seed=seed)
+
+
+def ask(policy: Trained, image: Image.Image, question: str, *, seed: int) -> tuple[str, str]:
+    """The think text and the answer to a question about an image; see `draw`."""
+    texts = _texts(policy, "ti2t", question, image, seed=seed)
+    return texts[0][0], texts[1][0]
+
+
+def refine(
+    policy: Trained,
+    prompt: str,
+    *,
+    rounds: int,
+    keep: str,
+    think: bool,
+    record: Record | None,
+    image: Image.Image | None,
+    seed: int,
+) -> Refined:
+    """Draws an image, then `rounds` times looks at it, says what is wrong and draws it anew.
+
+    Args:
+      policy: who draws.
+      prompt: what was asked for.
+      rounds: how often.
+      keep: "last": every round goes on from the one before, the last one is kept; "best": the
+        same, but the one that the verifier rates highest is kept (the first of equals); "gated":
+        a round goes on from the best so far, and replaces it only if it is rated higher.
+      think: whether a think text comes before the first image.
+      record: questions about the prompt; needed unless `keep` is "last".
+      image: the first image; None: it is drawn.
+      seed: of the noise.
+    Raises:
+      ValueError: unknown `keep`, no record where one is needed, or the verifier gave no answer.
+    """
+    if keep not in KEEPS:
+        raise ValueError(f"got keep={keep!r}, expected one of {KEEPS}")
+    if keep != "last" and record is None:
+        raise ValueError(f"keep={keep!r} needs a verifier and a record with questions for it")
+    judge = None if keep == "last" else _Judge(policy, record)
+    try:
+        found = [_first(policy, prompt, image, think=think, seed=seed)]
+        if judge:
+            found = [found[0]._replace(reward=judge(found[0].image))]
+        current = kept = 0
+        for number in range(1, rounds + 1):
+            shown = Image.fromarray(found[current].image)
+            drawn = _run(policy, "srr", prompt, shown, count=1, seed=seed + number)
+            reward = judge(drawn.images[0]) if judge else None
+            found.append(Round(drawn.images[0], drawn.texts[0], reward))
+            better = judge is not None and reward > found[kept].reward
+            kept = number if keep == "last" or better else kept
+            current = kept if keep == "gated" else number
+    finally:
+        if judge:
+            judge.close()
+    return Refined(found, kept)
+
+
+def _first(
+    policy: Trained, prompt: str, image: Image.Image | None, *, think: bool, seed: int
+) -> Round:
+    if image is not None:
+        pixels, _ = _sizes(policy.loaded, image)
+        return Round(pixels, "(given)", None)
+    drawn = draw(policy, prompt, think=think, count=1, seed=seed)
+    return Round(drawn.images[0], drawn.texts[0] if think else "", None)
+
+
+class _Judge:
+    """The configured verifier, asked about one image at a time."""
+
+    def __init__(self, policy: Trained, record: Record) -> None:
+        verifier = dataclasses.replace(policy.config.verifier, workers=1)
+        config = dataclasses.replace(policy.config, verifier=verifier)
+        self.record, self.asked = record, 0
+        self.options = build.scoring_options(config, tasks.TASKS["t2i"])
+        self.pool = build.make_pool(config)
+        self.pool.wait_ready()
+
+    def __call__(self, image: np.ndarray) -> float:
+        self.asked += 1
+        ids, records = [("round", self.asked)], [self.record]
+        scoring.submit(self.pool, ids, image[None], records, first=0)
+        scores = scoring.gather(self.pool, ids, records, None, self.options)
+        if not scores.valid[0]:
+            raise ValueError(f"the verifier gave no answer: {', '.join(scores.failures)}")
+        return float(scores.reward[0])
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def _run(
+    policy: Trained, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
+) -> Drawn:
+    options, inputs = _prepared(policy, name, text, image, count=count)
+    trajectories, images = _call(policy, options, inputs, seed=seed)
+    texts = decode_steps(policy.loaded.tokenizer, trajectories)
+    return Drawn(np.asarray(images), texts[0] if texts else [])
+
+
+def _texts(
+    policy: Trained, name: str, text: str, image: Image.Image, *, seed: int
+) -> list[list[str]]:
+    options, inputs = _prepared(policy, name, text, image, count=1)
+    trajectories, _ = _call(policy, options, inputs, seed=seed)
+    return decode_steps(policy.loaded.tokenizer, trajectories)
+
+
+def _prepared(
+    policy: Trained, name: str, text: str, image: Image.Image | None, *, count: int
+) -> tuple[RolloutOptions, tuple[TextBlock | ImageBlock, ...]]:
+    """What to compile, and the inputs of one prompt."""
+    loaded, task = policy.loaded, tasks.TASKS[name]
+    options = build.eval_options(policy.config, loaded, task)
+    options = dataclasses.replace(options, group_size=count)
+    row = loaded.tokenizer.wrap(task.texts[0].format(prompt=text))
+    tokens, mask = loaded.tokenizer.batch([row], len(row))
+    block = TextBlock(jnp.asarray(tokens), jnp.asarray(mask))
+    if image is None:
+        return options, (block,)
+    pixels, seen = _sizes(loaded, image)
+    grid = loaded.config.latent_grid(*pixels.shape[:2])
+    drawn = dataclasses.replace(options.image, grid=grid)
+    shown = ImageBlock(jnp.asarray(pixels[None]), jnp.asarray(seen[None]))
+    blocks = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
+    return dataclasses.replace(options, image=drawn), blocks
+
+
+def _sizes(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    return images_lib.both_sizes(image, loaded.config.vae_transform, loaded.config.vit_transform)
+
+
+def _call(
+    policy: Trained,
+    options: RolloutOptions,
+    inputs: tuple[TextBlock | ImageBlock, ...],
+    *,
+    seed: int,
+):
+    return _rollout(
+        policy.loaded.model,
+        policy.params,
+        inputs,
+        jax.random.key(seed),
+        jnp.int32(0),
+        jnp.int32(options.image.num_points),  # no stochastic step
+        jnp.float32(policy.config.eval.temperature),
+        options=options,
+    )

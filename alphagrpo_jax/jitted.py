@@ -1,0 +1,189 @@
+"""Every device-side function of a run, jitted once with its shardings."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from alphagrpo_jax import prompts, tasks, update
+from alphagrpo_jax.build import (
+    eval_options,
+    initial_options,
+    lora_scale,
+    rollout_options,
+    update_options,
+)  # fmt: skip
+from alphagrpo_jax.config import Config
+from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.rollout import RolloutOptions, drawing_params, generate, image_block, prefill
+from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState, join_rows, map_rows
+
+
+class Drawing(NamedTuple):
+    """The jitted halves of a rollout."""
+
+    prefill: Callable
+    generate: Callable
+
+
+class TaskSteps(NamedTuple):
+    """The jitted functions of one task; each compiles once."""
+
+    train: Drawing  # of a training micro-batch
+    eval: Drawing  # its `generate` is that of training where evaluation draws alike
+    join: Callable  # micro-batches of rollouts -> one
+    forward: Callable
+    reference: Callable
+    count: Callable
+    entropy: Callable  # of all parts of an update, from their old scores
+    backward: Callable
+
+
+class Steps(NamedTuple):
+    """The jitted functions of a run."""
+
+    weights: Callable  # base, trainable -> what rollouts read
+    tasks: dict[str, TaskSteps]
+    initial: Drawing | None  # the images that task srr repairs, several per prompt
+    eval_initial: Drawing | None  # one per prompt
+    accumulate: Callable
+    add: Callable  # gradients of two batches
+    apply: Callable
+
+
+def jit_steps(
+    config: Config,
+    loaded: Loaded,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> Steps:
+    """Every device-side function of a run, jitted once with its shardings."""
+    weights = functools.partial(
+        drawing_weights, scale=lora_scale(config), merge_lora=config.rollout.merge_lora
+    )
+    params = jax.eval_shape(weights, loaded.base, state.trainable)
+    named = {name: tasks.TASKS[name] for name in config.tasks}
+    initial = eval_initial = None
+    if any(_needs_initial(config, task) for task in named.values()):
+        own = initial_options(config, loaded)
+        initial = _drawing(loaded, own)
+        eval_initial = _drawing(loaded, eval_options(config, loaded, tasks.TASKS["t2i"]))
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    return Steps(
+        weights=jax.jit(weights) if config.rollout.merge_lora else weights,
+        tasks={
+            name: _task_steps(config, loaded, task, state, params, mesh)
+            for name, task in named.items()
+        },
+        initial=initial,
+        eval_initial=eval_initial,
+        accumulate=jax.jit(update.accumulate, donate_argnums=0),
+        add=jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second), donate_argnums=0),
+        apply=jax.jit(
+            functools.partial(update.apply, optimizer=optimizer),
+            out_shardings=(state_shardings, None),
+            donate_argnums=0,
+        ),
+    )
+
+
+def _needs_initial(config: Config, task: tasks.Task) -> bool:
+    return task.image == "drawn" and config.srr.source == "drawn"
+
+
+def _drawing(loaded: Loaded, options: RolloutOptions) -> Drawing:
+    return Drawing(
+        jax.jit(functools.partial(prefill, loaded.model, options=options)),
+        jax.jit(functools.partial(generate, loaded.model, options=options)),
+    )
+
+
+def _task_steps(
+    config: Config,
+    loaded: Loaded,
+    task: tasks.Task,
+    state: TrainState,
+    params: PolicyParams,
+    mesh: Mesh,
+) -> TaskSteps:
+    """The jitted functions of one task; `params` are the shapes of what rollouts read."""
+    options = rollout_options(config, loaded, task)
+    for_eval = eval_options(config, loaded, task)
+    for_update, model = update_options(config, loaded, task), loaded.model
+    filling = functools.partial(prefill, model, options=options)
+    generating = functools.partial(generate, model, options=options)
+    given = jax.eval_shape(filling, params, _input_shapes(config, loaded, task))
+    kinds = (jnp.int32, jnp.int32, jnp.float32)
+    scalars = (state.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
+    drawn = jax.eval_shape(generating, params, given, *scalars)
+    generate_step = jax.jit(generating, out_shardings=_row_shardings(drawn, options.plan, mesh))
+    same = dataclasses.replace(options.image, window=0) == for_eval.image and (
+        options.top_p == for_eval.top_p and not options.shared_noise
+    )
+    eval_drawing = _drawing(loaded, for_eval)
+    kept = jax.tree.map(lambda x: x.sharding, state.trainable)
+    return TaskSteps(
+        train=Drawing(
+            jax.jit(filling, out_shardings=_row_shardings(given, options.plan, mesh)),
+            generate_step,
+        ),
+        eval=eval_drawing._replace(generate=generate_step) if same else eval_drawing,
+        join=jax.jit(
+            functools.partial(join_rows, shared=options.plan.shared),
+            out_shardings=_row_shardings(drawn[0], options.plan, mesh),
+        ),
+        forward=jax.jit(functools.partial(update.forward, model=model, options=for_update)),
+        reference=jax.jit(
+            functools.partial(update.score_reference, model=model, options=for_update)
+        ),
+        count=jax.jit(functools.partial(update.count, options=for_update)),
+        entropy=jax.jit(update.join_entropy),
+        backward=jax.jit(
+            functools.partial(update.backward, options=for_update), out_shardings=(kept, None)
+        ),
+    )
+
+
+def _input_shapes(
+    config: Config, loaded: Loaded, task: tasks.Task
+) -> tuple[TextBlock | ImageBlock, ...]:
+    """Shapes of the inputs of one training micro-batch."""
+    count = config.rollout.micro_batch // config.train.group_size
+    templates = iter(task.texts)
+    height, width = config.model.height, config.model.width
+    blocks: list[TextBlock | ImageBlock] = []
+    for kind in task.inputs:
+        if kind == tasks.TEXT:
+            added = prompts.added_tokens(next(templates), loaded.tokenizer)
+            shape = (count, config.rollout.prompt_tokens + added)
+            block = TextBlock(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool)))
+        else:
+            image = jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)
+            block = jax.eval_shape(functools.partial(image_block, loaded.model), image)
+        blocks.append(block)
+    return tuple(blocks)
+
+
+def drawing_weights(
+    base: dict, trainable: Any, *, scale: float | None, merge_lora: bool
+) -> PolicyParams:
+    """The weights of rollouts under a train state."""
+    params = update.policy_params(base, trainable, lora_scale=scale)
+    return drawing_params(params, merge_lora=merge_lora)
+
+
+def _row_shardings(tree: Any, plan: tasks.Plan, mesh: Mesh) -> Any:
+    """Shardings of a rollout's arrays: rows over the mesh, what all rows share whole."""
+    whole = sharding.replicated(mesh)
+    rows = map_rows(lambda axis, x: sharding.batch_sharding(mesh, axis), tree, shared=plan.shared)
+    return jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else whole, rows
+    )

@@ -1,0 +1,152 @@
+"""What the last two calls of `train.main` do: the loss, and the update of the policy."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alphagrpo_jax import jitted
+from alphagrpo_jax.config import Config
+from alphagrpo_jax.guards import TrainingError, check_sampled
+from alphagrpo_jax.trainer import Drawn, Run, Scored
+from alphagrpo_jax.types import StepScores, TrainState, UpdateBatch
+from alphagrpo_jax.update import Totals
+
+# Metrics of a batch's first optimizer step; of its others the last one's are kept.
+FIRST_ONLY = {"text/ratio_max_dev", "image/ratio_max_dev", "logp/rollout_update_max_abs_diff"}
+
+
+def old_scores(run: Run, state: TrainState, drawn: Drawn) -> list[StepScores] | None:
+    """The log-probs before the update, per micro-batch; None where the policy's own are used."""
+    if run.config.train.old_logprob == "self":
+        return None
+    forward = run.steps.tasks[drawn.batch.task.name].forward
+    return [
+        forward(state.trainable, run.loaded.base, drawn.trajectories, part)[0]
+        for part in _parts(run.config)
+    ]
+
+
+def update_policy(
+    run: Run,
+    state: TrainState,
+    drawn: Sequence[Drawn],
+    old: Sequence[list[StepScores] | None],
+    advantages: Sequence[Scored],
+    step: int,
+) -> tuple[TrainState, dict[str, float], list[dict[str, float]]]:
+    """Stages 5 and 6: the optimizer steps of one update; the state as it was if nothing differs.
+
+    Returns:
+      The new state, the metrics of the whole update, and those of each batch.
+    Raises:
+      TrainingError: a loss or gradient that is not finite, before it has changed anything; or
+        nothing differs and what was drawn is not finite.
+    """
+    zero = [each.text.all_zero and not each.image.any() for each in advantages]
+    if all(zero):
+        for each in drawn:
+            check_sampled(each.trajectories, step)
+        return state, {"update/skipped": 1}, [{} for _ in drawn]
+    used = np.array([0 if z else a.text.used.sum() for z, a in zip(zero, advantages, strict=True)])
+    weights = used / used.sum()
+    moving = [index for index, weight in enumerate(weights) if weight > 0]
+    batches = {index: _UpdateBatch.of(run, drawn[index], old[index], advantages[index])
+               for index in moving}  # fmt: skip
+    whole: dict[str, float] = {}
+    parts: list[dict[str, float]] = [{} for _ in drawn]
+    for _ in range(run.config.train.updates_per_batch):
+        gradient, total, found = None, 0.0, {}
+        for index in moving:
+            weight = jnp.float32(weights[index])
+            own, metrics = batches[index].gradient(run, state, weight)
+            gradient = own if gradient is None else run.steps.add(gradient, own)
+            total += weight * metrics["loss/total"]
+            found[index] = metrics
+        state, applied = run.steps.apply(state, gradient, {"loss/total": total})
+        values = {name: float(x) for name, x in jax.device_get(applied).items()}
+        if not values.pop("update/finite"):
+            raise TrainingError(
+                f"step {step}: the loss ({values['loss/total']}) or its gradient (norm "
+                f"{values['update/grad_norm']}) is not finite; the update was not applied and the "
+                "last checkpoint is untouched. Lower optimizer.learning_rate, or look for broken "
+                "weights or rewards"
+            )
+        whole = values
+        for index, metrics in jax.device_get(found).items():
+            values = {name: float(x) for name, x in metrics.items()}
+            first = {name: parts[index][name] for name in FIRST_ONLY & parts[index].keys()}
+            parts[index] = values | first
+    is_self = int(run.config.train.old_logprob == "self")
+    return state, whole | {"update/skipped": 0, "update/old_is_self": is_self}, parts
+
+
+class _UpdateBatch(NamedTuple):
+    """One batch with everything that its gradient needs."""
+
+    steps: jitted.TaskSteps
+    batch: UpdateBatch
+    old: list[StepScores] | None
+    reference: list[StepScores] | None
+    totals: Totals
+
+    @classmethod
+    def of(
+        cls, run: Run, drawn: Drawn, old: list[StepScores] | None, scored: Scored
+    ) -> "_UpdateBatch":
+        steps, config = run.steps.tasks[drawn.batch.task.name], run.config
+        flat = (jnp.asarray(x.ravel()) for x in (scored.text.advantage, scored.image))
+        batch = UpdateBatch(drawn.trajectories, *flat, jnp.asarray(scored.text.used.ravel()))
+        reference = entropy = None
+        if config.loss.text_beta > 0 or config.loss.image_beta > 0:
+            own = (run.loaded.base, drawn.trajectories)
+            reference = [steps.reference(*own, part) for part in _parts(config)]
+        if config.loss.entropy_fraction < 1 and drawn.trajectories.texts:
+            entropy = steps.entropy(old)
+        return cls(steps, batch, old, reference, steps.count(batch, entropy))
+
+    def gradient(self, run: Run, state: TrainState, weight: jax.Array) -> tuple:
+        """Gradient and metrics, summed over micro-batches."""
+        summed = None
+        for index, part in enumerate(_parts(run.config)):
+            new, pullback = self.steps.forward(
+                state.trainable, run.loaded.base, self.batch.rollout, part
+            )
+            before = self.old[index] if self.old else None
+            ref = self.reference[index] if self.reference else None
+            own = self.steps.backward(
+                pullback, new, before, ref, self.batch, part, self.totals, weight
+            )
+            summed = own if summed is None else run.steps.accumulate(summed, own)
+        return summed
+
+
+def _parts(config: Config) -> list[jax.Array]:
+    """The numbers of a batch's micro-batches, int32[] each."""
+    return [jnp.int32(part) for part in range(config.trajectories // config.train.micro_batch)]
+
+
+def merge_metrics(config: Config, names: Sequence[str], each: Sequence[dict]) -> dict[str, float]:
+    """The metrics of an update's batches: means over all of them (largest where the name has
+    "max"), and in mixed runs the same of each task under its name.
+    """
+    merged = _merged(each)
+    if config.task == "mixed":
+        for name in dict.fromkeys(names):
+            own = [part for other, part in zip(names, each, strict=True) if other == name]
+            merged |= {f"{name}/{key}": value for key, value in _merged(own).items()}
+    return merged
+
+
+def _merged(each: Sequence[dict]) -> dict[str, float]:
+    if len(each) == 1:
+        return dict(each[0])
+    merged = {}
+    for key in sorted({key for part in each for key in part}):
+        values = np.array([part[key] for part in each if key in part], np.float64)
+        known = values[~np.isnan(values)]
+        pick = np.max if "max" in key else np.mean
+        merged[key] = float(pick(known)) if known.size else float("nan")
+    return merged

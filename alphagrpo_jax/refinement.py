@@ -1,0 +1,181 @@
+"""Self-reflective refinement on the host: which initial image a group repairs, what its rewards are
+then, and the queue in which initial images wait. numpy in, numpy out.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+CHOICES = ("worst", "softmax")
+RECTIFICATIONS = ("released", "paper", "none")
+
+
+def choose_initial(
+    reward: np.ndarray, valid: np.ndarray, *, choice: str, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of each prompt's K images is to be repaired (AlphaGRPO, arXiv 2605.12495, SRR stage 1).
+
+    "worst": the one of the lowest reward, the first of equals. "softmax": drawn with probabilities
+    `softmax(1 - reward)` over the valid ones.
+
+    Args:
+      reward: float[P, K]; values of invalid images are never looked at.
+      valid: bool[P, K].
+      choice: see above.
+      rng: for "softmax"; one number per prompt is drawn from it whatever the choice.
+    Returns:
+      int64[P], the chosen image, and bool[P], whether the prompt has a valid one at all.
+    Raises:
+      ValueError: unknown choice, or shapes that differ.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"got choice={choice!r}, expected one of {CHOICES}")
+    reward, valid = np.asarray(reward, np.float64), np.asarray(valid, bool)
+    if reward.ndim != 2 or reward.shape != valid.shape:
+        raise ValueError(
+            f"got reward of shape {reward.shape} and valid of shape {valid.shape}, expected both "
+            "[prompts, images]"
+        )
+    draws = rng.random(len(reward))
+    if choice == "worst":
+        chosen = np.where(valid, reward, np.inf).argmin(axis=1)
+    else:
+        weights = np.where(valid, np.exp(1.0 - np.where(valid, reward, 0.0)), 0.0)
+        total = np.cumsum(weights, axis=1)
+        reached = total > draws[:, None] * total[:, -1:]
+        chosen = reached.argmax(axis=1)
+    return chosen, valid.any(axis=1)
+
+
+class Rectified(NamedTuple):
+    """Rewards of P groups after false positives are rectified."""
+
+    reward: np.ndarray  # float64[P, G]
+    improved: np.ndarray  # bool[P, G], valid and better than the initial image
+
+
+def rectify(
+    reward: np.ndarray,
+    valid: np.ndarray,
+    initial: np.ndarray,
+    lowest: np.ndarray,
+    *,
+    mode: str,
+) -> Rectified:
+    """False positive rectification: a refinement that did not improve is not reinforced.
+
+    Where `r <= r_initial`, the reward becomes the lowest initial reward of its prompt ("released",
+    as AlphaGRPO's code does), or the group's own minimum over valid samples ("paper", arXiv
+    2605.12495); "none" leaves all as it is.
+
+    Args:
+      reward: float[P, G]; values of invalid samples are never looked at.
+      valid: bool[P, G].
+      initial: float[P], rewards of the images that were repaired.
+      lowest: float[P], the lowest reward of all initial images of each prompt.
+      mode: see above.
+    Returns:
+      `Rectified`; `improved` is the same whatever the mode.
+    Raises:
+      ValueError: unknown mode, or initial rewards that are not finite.
+    """
+    if mode not in RECTIFICATIONS:
+        raise ValueError(f"got mode={mode!r}, expected one of {RECTIFICATIONS}")
+    reward, valid = np.asarray(reward, np.float64), np.asarray(valid, bool)
+    initial, lowest = (np.asarray(x, np.float64)[:, None] for x in (initial, lowest))
+    if not (np.isfinite(initial).all() and np.isfinite(lowest).all()):
+        raise ValueError("got initial rewards that are not finite; leave such prompts out")
+    improved = valid & (np.where(valid, reward, -np.inf) > initial)
+    if mode == "none":
+        return Rectified(reward, improved)
+    floor = lowest
+    if mode == "paper":
+        floor = np.where(valid, reward, np.inf).min(axis=1, keepdims=True)
+    return Rectified(np.where(improved | ~valid, reward, floor), improved)
+
+
+def outcomes(initial: np.ndarray, refined: np.ndarray) -> dict[str, float]:
+    """Shares of refinements that improve, keep and spoil an image, by some score of it.
+
+    Args:
+      initial, refined: float[N], e.g. the share of facts that hold.
+    """
+    change = np.sign(np.asarray(refined, np.float64) - np.asarray(initial, np.float64))
+    return {
+        "improved": float(np.mean(change > 0)),
+        "kept": float(np.mean(change == 0)),
+        "spoilt": float(np.mean(change < 0)),
+    }
+
+
+@dataclasses.dataclass
+class Queue:
+    """Initial images that wait for their refinement, oldest first; part of a checkpoint.
+
+    Arrays have a fixed capacity; the first `count` entries wait.
+    """
+
+    count: np.ndarray  # int64[]
+    row: np.ndarray  # int64[N], of the prompt in its file
+    image: np.ndarray  # uint8[N, Hpx, Wpx, 3]
+    reward: np.ndarray  # float64[N]
+    lowest: np.ndarray  # float64[N], the lowest reward of the prompt's initial images
+
+    @classmethod
+    def empty(cls, capacity: int, height: int, width: int) -> "Queue":
+        """A queue in which nothing waits."""
+        return cls(
+            count=np.zeros((), np.int64),
+            row=np.zeros(capacity, np.int64),
+            image=np.zeros((capacity, height, width, 3), np.uint8),
+            reward=np.zeros(capacity),
+            lowest=np.zeros(capacity),
+        )
+
+    def add(
+        self, row: np.ndarray, image: np.ndarray, reward: np.ndarray, lowest: np.ndarray
+    ) -> None:
+        """Appends N entries.
+
+        Raises:
+          ValueError: the queue has no room for them.
+        """
+        begin = int(self.count)
+        end = begin + len(row)
+        if end > len(self.row):
+            raise ValueError(
+                f"got {len(row)} entries for a queue with {len(self.row) - begin} free"
+            )
+        for name, new in (("row", row), ("image", image), ("reward", reward), ("lowest", lowest)):
+            vars(self)[name][begin:end] = new
+        self.count = np.array(end, np.int64)
+
+    def take(self, count: int) -> "Queue":
+        """Removes and returns the oldest `count` entries."""
+        taken = Queue(
+            np.array(count, np.int64),
+            *(vars(self)[name][:count].copy() for name in ("row", "image", "reward", "lowest")),
+        )
+        for name in ("row", "image", "reward", "lowest"):
+            array = vars(self)[name]
+            array[:-count] = array[count:].copy()
+            array[-count:] = 0
+        self.count = self.count - count
+        return taken
+
+    def progress(self) -> dict[str, list]:
+        """Its numbers for a checkpoint's JSON part, which keeps every bit of them."""
+        names = ("row", "reward", "lowest")
+        return {name: vars(self)[name][: int(self.count)].tolist() for name in names}
+
+    @classmethod
+    def restored(cls, image: np.ndarray, progress: Mapping[str, list]) -> "Queue":
+        """The queue with these images uint8[N, Hpx, Wpx, 3], and what `progress` gave."""
+        queue = cls.empty(*image.shape[:3])
+        count = len(progress["row"])
+        numbers = (np.asarray(progress[name]) for name in ("row", "reward", "lowest"))
+        row, reward, lowest = numbers
+        queue.add(row, np.asarray(image)[:count], reward, lowest)
+        return queue

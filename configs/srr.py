@@ -1,0 +1,25 @@
+"""Self-reflective refinement in the shapes world: the policy repairs its own failed images.
+
+    python -m alphagrpo_jax.train --config=configs/srr.py
+
+Hardware: two CPU cores; time, memory and results stand in the README with their commands.
+Stage 1 draws four images per prompt without thinking; the one that the verifier likes least is
+repaired. A refinement that is no better than its initial image is not reinforced
+(`srr.rectification`). Where it departs from the paper's numbers, `configs/grpo.py` says why.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import grpo
+
+
+def get_config() -> ConfigDict:
+    """The default configuration, edited."""
+    config = grpo.get_config()
+    config.task = "srr"
+    config.train.steps = 120
+    config.optimizer.decay_steps = 120
+    config.eval.every = 40
+    config.eval.prompts = 200
+    config.checkpoint.every = 20
+    return config
