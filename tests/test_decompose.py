@@ -280,6 +280,42 @@ def test_the_key_is_sent_and_never_shown(files, monkeypatch, capsys):
         assert key not in text
 
 
+def test_a_full_disk_ends_the_run_with_whole_records(files, capsys, monkeypatch):
+    real, calls = os.fsync, []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    model = FakeModel()
+    with fake_llm.serve(model) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            assert decompose.main(served(files, url)) == 1
+        assert "No space left on device" in capsys.readouterr().err
+        written = lines_of(files)
+        assert len(written) == 3  # one of the syncs was the folder's
+        assert all(json.loads(line)["prompt"] in PROMPTS for line in written)
+        assert len(model.asked) < 7 * len(PROMPTS)  # the rest was not decomposed for nothing
+        assert decompose.main(served(files, url)) == 0
+    assert_complete(files)
+
+
+def test_two_runs_on_one_output_do_not_mix(files, capsys):
+    gate = Gate(free=0)
+    with fake_llm.serve(FakeModel(gate)) as url:
+        process = start(served(files, url))
+        wait_for(lambda: gate.held == 3)
+        assert decompose.main(served(files, url)) == 1
+        assert "another process is writing this output" in capsys.readouterr().err
+        gate.open.set()
+        process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0
+    assert_complete(files)
+
+
 def test_the_grammar_needs_no_model(tmp_path, capsys):
     source, out = tmp_path / "p.txt", tmp_path / "o.jsonl"
     source.write_text("two red circles\na photo of a cat\na blue square above a cross\n")
