@@ -10,6 +10,7 @@ from alphagrpo_jax.rewards.decomposition import phrasing
 from alphagrpo_jax.rewards.decomposition.pipeline import find_cycle
 from alphagrpo_jax.rewards.questions import Question, Record, parse_record
 
+_HAS_QUESTIONS = {"semantic_questions", "quality_questions"}
 REQUIRED = ("question_type", "question", "is_valid", "tag")  # of a question, as released
 
 
@@ -27,6 +28,8 @@ class Finding(NamedTuple):
 
 def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
     """Findings of a file, in the order of its lines, and its number of readable records.
+
+    A record with an answer and no questions is checked as one of the answering task, without them.
 
     Errors: what `questions.parse_record` refuses (form, empty lists, dependencies on no question,
     no valid question), unknown tags, dependency circles, prompts, ids or questions that occur
@@ -80,10 +83,11 @@ def _read(line: bytes) -> tuple[Record | None, list[_Found]]:
         raise ValueError(
             f"not JSON ({error.msg} at column {error.colno}); expected one complete object"
         ) from error
-    record = parse_record(fields)
+    answers = isinstance(fields, dict) and "answer" in fields and not _HAS_QUESTIONS & set(fields)
+    record = parse_record(fields, form="answer" if answers else "questions")
     missing: list[_Found] = []
     for kind in ("semantic", "quality"):
-        for index, item in enumerate(fields[f"{kind}_questions"]):
+        for index, item in enumerate(fields.get(f"{kind}_questions", [])):
             left_out = [name for name in REQUIRED if name not in item]
             if left_out:
                 where = f"{kind}_questions[{index}]"
@@ -102,15 +106,18 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _repeated(record: Record, number: int, seen: dict[tuple[str, str], int]) -> Iterator[_Found]:
     """What an earlier line has too; notes what is new in `seen`."""
-    marks = [("error", "prompt", phrasing.same(record.prompt))]
+    # One wish may be made for many images: with an image it is the pair that must be new.
+    prompt = f"{phrasing.same(record.prompt)}\n{record.image or ''}"
+    marks = [("error", "prompt", prompt, record.prompt)]
     if record.id is not None:
-        marks.append(("error", "id", record.id))
+        marks.append(("error", "id", record.id, record.id))
     if record.original_index is not None:
-        marks.append(("warning", "original_index", str(record.original_index)))
-    for severity, name, value in marks:
+        place = str(record.original_index)
+        marks.append(("warning", "original_index", place, place))
+    for severity, name, value, shown in marks:
         first = seen.setdefault((name, value), number)
         if first != number:
-            yield severity, f"{name} {value!r} is that of line {first} too"
+            yield severity, f"{name} {shown!r} is that of line {first} too"
 
 
 def _record_findings(record: Record) -> Iterator[_Found]:

@@ -142,6 +142,21 @@ def test_duplicates_over_lines(tmp_path):
     assert all(each.message.endswith("is that of line 1 too") for each in found)
 
 
+def test_one_wish_for_many_images_is_no_duplicate(tmp_path):
+    images = ["a.png", "b.png", "a.png"]
+    records = [GOOD | {"id": str(n), "original_index": n, "image": i} for n, i in enumerate(images)]
+    (found,) = findings(tmp_path, *records)
+    assert (found.line, found.severity) == (3, "error")
+    assert found.message == "prompt 'A cat on a mat.' is that of line 1 too"
+
+
+def test_records_of_the_answering_task_have_no_questions(tmp_path):
+    good = {"prompt": "How many?", "image": "a.png", "answer": ["two", "2"]}
+    assert findings(tmp_path, good) == []
+    (found,) = findings(tmp_path, good | {"answer": []})
+    assert "field 'answer'" in found.message
+
+
 def test_an_empty_or_missing_file(tmp_path):
     path = tmp_path / "r.jsonl"
     (missing,), _ = check.check_file(path)

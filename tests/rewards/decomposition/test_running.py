@@ -1,0 +1,103 @@
+"""A run over a journal with makers of our own: early ends, and reports of nothing done."""
+
+import threading
+
+import pytest
+from test_journal import FIELDS
+
+from alphagrpo_jax.rewards.decomposition import running
+from alphagrpo_jax.rewards.decomposition.journal import Journal, JournalError, read_prompts
+from alphagrpo_jax.rewards.decomposition.limits import StopRequestedError
+from alphagrpo_jax.rewards.decomposition.pipeline import DecompositionError
+
+PATIENCE_SECONDS = 30.0  # for threads on a busy machine; no result depends on it
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a\nb\nc\nd\n")
+    return read_prompts(path)
+
+
+def go(journal, make, **options):
+    defaults = {"threads": 2, "stopped": lambda: False, "halt": threading.Event()}
+    return running.run(journal, make, **defaults | options)
+
+
+def test_a_record_that_cannot_be_written_halts_the_others(prompts, tmp_path, monkeypatch):
+    halt, told = threading.Event(), []
+
+    def make(prompt):
+        if prompt == "b":  # under way while that of "a" cannot be written
+            told.append(halt.wait(PATIENCE_SECONDS))
+            raise StopRequestedError
+        return running.Made(FIELDS, {})
+
+    def append(*_):
+        raise JournalError("cannot write the output")
+
+    with Journal(tmp_path / "o.jsonl", prompts) as journal:
+        monkeypatch.setattr(journal, "append", append)
+        with pytest.raises(JournalError, match="cannot write"):
+            go(journal, make, halt=halt)
+    assert told == [True]
+
+
+def test_a_stop_books_nothing_as_failed(prompts, tmp_path):
+    stop = threading.Event()
+
+    def make(prompt):
+        if prompt == "b":
+            stop.set()
+            raise StopRequestedError
+        return running.Made(FIELDS, {"by": "test"})
+
+    with Journal(tmp_path / "o.jsonl", prompts) as journal:
+        tally = go(journal, make, threads=1, stopped=stop.is_set)
+        found = running.report(prompts, journal, tally)
+    assert (found["written"], found["failed"], found["not_tried"]) == (1, 0, 3)
+    assert not tally.silent
+
+
+def test_silence_counts_only_in_a_row(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("".join(f"prompt {n}\n" for n in range(20)))
+    prompts = read_prompts(path)
+
+    def make(prompt):
+        if prompt.endswith(("4", "9")):
+            return running.Made(FIELDS, {})
+        raise DecompositionError("tuples", "away", no_reply=True)
+
+    def useless(prompt):
+        raise DecompositionError("tuples", "nonsense")
+
+    with Journal(tmp_path / "o.jsonl", prompts) as journal:
+        tally = go(journal, make, threads=1)
+        assert (len(tally.failed), tally.silent) == (16, False)
+        tally = go(journal, useless, threads=1)
+        assert (len(tally.failed), tally.silent) == (16, False)
+    other = Journal(tmp_path / "other.jsonl", prompts)
+    with other as journal:
+        tally = go(journal, lambda prompt: make("0"), threads=1)
+        assert (len(tally.failed), tally.silent) == (running.MAX_SILENT, True)
+        found = running.report(prompts, journal, tally)
+    assert found["not_tried"] == 20 - running.MAX_SILENT
+    assert found["failed_by_stage"] == {"tuples": running.MAX_SILENT}
+
+
+def test_a_long_list_of_failures_is_cut_in_the_text_only(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("".join(f"prompt {n}\n" for n in range(15)))
+    prompts = read_prompts(path)
+
+    def make(prompt):
+        raise DecompositionError("tags", "nonsense")
+
+    with Journal(tmp_path / "o.jsonl", prompts) as journal:
+        found = running.report(prompts, journal, go(journal, make, threads=3))
+    assert [each["line"] for each in found["failed_prompts"]] == list(range(1, 16))
+    text = running.summary(found)
+    assert text.count("tags: nonsense") == running.MAX_LISTED
+    assert text.endswith("... and 5 more, see the report")
