@@ -18,6 +18,15 @@ from alphagrpo_jax.rewards.decomposition import texts
 # Takes the stage's name, its data and how often it was asked for this prompt (from 1). Returns the
 # reply, or None for the rule's.
 Hook = Callable[[str, dict[str, Any], int], str | dict | None]
+# The questions of a record.
+FIELDS = {
+    "semantic_questions": [
+        {"question_type": "semantic", "question": "Is it?", "is_valid": True, "tag": "Existence"}
+    ],
+    "quality_questions": [
+        {"question_type": "quality", "question": "Is it fine?", "is_valid": True, "tag": "Texture"}
+    ],
+}
 STAGE_OF = {stage.instruction: stage.name for stage in texts.STAGES}
 
 
@@ -144,6 +153,7 @@ def serve(model: FakeModel, *, key: str = "") -> Iterator[str]:
             """Keeps the output of the tests clean."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # clients may be killed in the middle of a request
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import tiny_world
 
+from alphagrpo_jax import build, tasks
+from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.ledger import Scored
 from alphagrpo_jax.rewards.questions import parse_record
+from configs import grpo
 
 
 class Answers:
@@ -70,6 +73,16 @@ def test_all_invalid_has_no_mean():
     metrics = scoring.gather(Answers({0: FAILED}), [0], [record], None, options).metrics()
     assert math.isnan(metrics["reward/mean"])
     assert metrics["reward/valid_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("dependencies", [False, True])
+def test_the_configuration_arrives(dependencies):
+    fields = grpo.get_config()
+    fields.reward.dependencies = dependencies
+    config = config_lib.from_config_dict(fields)
+    options = build.scoring_options(config, tasks.TASKS["rt2i"])
+    assert options.dependencies is dependencies
+    assert (options.aggregate, options.score) == ("geometric", "confidence")
 
 
 def test_dependencies_count_if_asked_for():

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import pytest
+from fake_llm import FIELDS
 
 from alphagrpo_jax.rewards.decomposition.journal import (
     PROVENANCE,
@@ -14,15 +15,6 @@ from alphagrpo_jax.rewards.decomposition.journal import (
     read_prompts,
 )
 from alphagrpo_jax.rewards.questions import read_jsonl
-
-FIELDS = {
-    "semantic_questions": [
-        {"question_type": "semantic", "question": "Is it?", "is_valid": True, "tag": "Existence"}
-    ],
-    "quality_questions": [
-        {"question_type": "quality", "question": "Is it fine?", "is_valid": True, "tag": "Texture"}
-    ],
-}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from test_journal import FIELDS
+from fake_llm import FIELDS
 
 from alphagrpo_jax.rewards.decomposition import running
 from alphagrpo_jax.rewards.decomposition.journal import Journal, JournalError, read_prompts
