@@ -66,7 +66,8 @@ def evaluate_row(
     for prefix, temperature in ways.items():
         for name in config.tasks:
             own = evaluate_task(run, state, name, temperature=temperature, prefix=prefix, stop=stop)
-            check_validity(config, own.scores, f"{prefix} of {name} at step {step}")
+            kind = "evaluation" if prefix == "eval" else "greedy evaluation"
+            check_validity(config, own.scores, f"{kind} of {name} at step {step}")
             found[prefix, name] = own
     row = {}
     for prefix in ways:

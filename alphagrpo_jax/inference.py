@@ -1,6 +1,7 @@
 """What a policy can be used for: drawing, editing, answering, and refining its own images."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,14 +14,23 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rollout import RolloutOptions, rollout
+from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.trained import Trained
-from alphagrpo_jax.trainer import decode_steps
+from alphagrpo_jax.trainer import decode_steps, image_block
 from alphagrpo_jax.types import ImageBlock, TextBlock
 
 KEEPS = ("last", "best", "gated")
+BATCH = 100  # rows of `perform` at a time
 
 _rollout = jax.jit(rollout, static_argnames=("model", "options"))
+
+
+class Performed(NamedTuple):
+    """What a task's steps made of N inputs."""
+
+    images: np.ndarray | None  # uint8[N, H, W, 3], of the last image step if there is one
+    texts: list[list[str]]  # of each text step
 
 
 class Drawn(NamedTuple):
@@ -133,6 +143,49 @@ def _first(
     return Round(drawn.images[0], drawn.texts[0] if think else "", None)
 
 
+def perform(
+    policy: Trained,
+    task: tasks.Task,
+    asked: Sequence[str],
+    images: np.ndarray | None = None,
+    *,
+    seed: int,
+    temperature: float,
+    batch: int = BATCH,
+) -> Performed:
+    """Runs a task once for each of N inputs, in batches; for measurements.
+
+    Args:
+      policy: who does it; sampling of images is that of its configuration's `eval` section.
+      task: one text input, and one image input or none.
+      asked: what fills the task's text template, N.
+      images: uint8[N, H, W, 3], of the configuration's size.
+      seed: a row's result depends on it, the row's number and its input alone.
+      temperature: of texts; 0 is greedy.
+      batch: rows at a time; a smaller last batch is filled up.
+    """
+    config, loaded = policy.config, policy.loaded
+    options = build.eval_options(config, loaded, task)
+    rows = [loaded.tokenizer.wrap(task.texts[0].format(prompt=text)) for text in asked]
+    tokens, mask = loaded.tokenizer.batch(rows, max(map(len, rows)))
+    drawn, texts = [], [[] for _ in options.plan.text_steps]
+    size = min(batch, len(rows))
+    for first in range(0, len(rows), size):
+        at = np.arange(first, first + size) % len(rows)
+        block = TextBlock(tokens[at], mask[at])
+        shown = None if images is None else image_block(loaded, images[at])
+        inputs = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
+        trajectories, made = _call(
+            policy, options, inputs, seed=seed, first=first, temperature=temperature
+        )
+        count = min(size, len(rows) - first)
+        if made is not None:
+            drawn.append(distributed.to_host(made)[:count])
+        for mine, new in zip(texts, decode_steps(loaded.tokenizer, trajectories), strict=True):
+            mine += new[:count]
+    return Performed(np.concatenate(drawn) if drawn else None, texts)
+
+
 class _Judge:
     """The configured verifier, asked about one image at a time."""
 
@@ -161,7 +214,9 @@ def _run(
     policy: Trained, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
 ) -> Drawn:
     options, inputs = _prepared(policy, name, text, image, count=count)
-    trajectories, images = _call(policy, options, inputs, seed=seed)
+    trajectories, images = _call(
+        policy, options, inputs, seed=seed, temperature=policy.config.eval.temperature
+    )
     texts = decode_steps(policy.loaded.tokenizer, trajectories)
     return Drawn(np.asarray(images), texts[0] if texts else [])
 
@@ -170,7 +225,9 @@ def _texts(
     policy: Trained, name: str, text: str, image: Image.Image, *, seed: int
 ) -> list[list[str]]:
     options, inputs = _prepared(policy, name, text, image, count=1)
-    trajectories, _ = _call(policy, options, inputs, seed=seed)
+    trajectories, _ = _call(
+        policy, options, inputs, seed=seed, temperature=policy.config.eval.temperature
+    )
     return decode_steps(policy.loaded.tokenizer, trajectories)
 
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tokenizers
+from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.bagel_weights import CONFIG_FILES, Loaded, save_model
 from alphagrpo_jax.rewards.verifiers.base import Answer
+from alphagrpo_jax.runtime import images
 from alphagrpo_jax.runtime.tokenizer import PAD, SPECIAL, Tokenizer
 from configs import grpo
 
@@ -106,6 +108,21 @@ def record(prompt: str, **extra: object) -> dict:
     }
 
 
+def write_images(folder: pathlib.Path, count: int = 6) -> None:
+    """`edits.jsonl`, with image files beside it, and `answers.jsonl`, with data: URLs."""
+    rng = np.random.default_rng(0)
+    edits, answers = [], []
+    for i in range(count):
+        image = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+        Image.fromarray(image).save(folder / f"edit_{i}.png")
+        edits.append(record(f"{WORDS[i % len(WORDS)]} {i}", image=f"edit_{i}.png"))
+        shown = {"image": images.data_url(image), "answer": ["a", "yes"]}
+        answers.append({"prompt": f"Is it {WORDS[i % len(WORDS)]}?"} | shown)
+    for name, rows in (("edits", edits), ("answers", answers)):
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
 def write_records(path: pathlib.Path, count: int = 6) -> pathlib.Path:
     """Writes `count` records."""
     rows = [record(f"{WORDS[i % len(WORDS)]} {i}") for i in range(count)]
@@ -166,6 +183,10 @@ def config(root: pathlib.Path) -> ml_collections.ConfigDict:
     config.model.height = config.model.width = SIDE
     config.verifier.kind, config.verifier.path = "callable", "tiny_world:Honest"
     config.data.train, config.data.heldout = str(root / "train.jsonl"), str(root / "heldout.jsonl")
+    config.data.edit_train = config.data.edit_heldout = str(root / "edits.jsonl")
+    config.data.answer_train = config.data.answer_heldout = str(root / "answers.jsonl")
+    config.srr.queue_prompts, config.srr.initial_images = 6, 2
+    config.srr.num_points, config.srr.text_tokens = 4, 5
     config.lora.rank, config.lora.alpha = 4, 8.0
     config.rollout.prompt_tokens, config.rollout.text_tokens = 24, 5
     config.rollout.num_points, config.rollout.window_range = 5, (0, 3)
@@ -196,4 +217,5 @@ def write_all(root: pathlib.Path) -> pathlib.Path:
     write_model(root / "model")
     write_records(root / "train.jsonl", 6)
     write_records(root / "heldout.jsonl", 3)
+    write_images(root)
     return root

@@ -45,10 +45,12 @@ def test_rewards_of_a_batch():
     found = scoring.gather(pool, ["a", "b", "c"], [record] * 3, texts, options)
     assert found.reward[0] == pytest.approx(math.sqrt(0.7 * 0.4))
     assert np.isnan(found.reward[1])
-    assert np.isnan(found.total[1])
+    text, image = scoring.totals(found, options)
+    assert text is image
+    assert np.isnan(text[1])
     assert found.reward[2] == 0.0
     assert found.format.tolist() == [1.0, 1.0, 0.0]
-    assert found.total[0] == pytest.approx(found.reward[0] + 0.5)
+    assert text[0] == pytest.approx(found.reward[0] + 0.5)
     assert found.valid.tolist() == [True, False, True]
     assert found.failures == {"server away": 1}
     metrics = found.metrics()
@@ -64,7 +66,7 @@ def test_without_texts_there_is_no_format_reward():
     options = scoring.ScoringOptions("mean", "binary", 0.0)
     found = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], None, options)
     assert found.reward[0] == 0.75
-    assert found.total[0] == 0.75
+    assert scoring.totals(found, options)[0][0] == 0.75
 
 
 def test_all_invalid_has_no_mean():
@@ -104,3 +106,38 @@ def test_dependencies_count_if_asked_for():
         assert found.quality[0] == pytest.approx(quality)
         assert found.reward[0] == pytest.approx((semantic + quality) / 2)
         assert found.valid[0]
+
+
+def made(reward, form):
+    nothing = np.zeros(len(reward))
+    valid = np.ones(len(reward), bool)
+    return scoring.Scores(np.array(reward), nothing, nothing, np.array(form), valid, {})
+
+
+def test_the_form_may_count_for_the_text_alone():
+    options = scoring.ScoringOptions("mean", "confidence", 0.5, isolate=True)
+    text, image = scoring.totals(made([0.2, 0.4], [1.0, 0.0]), options)
+    np.testing.assert_allclose(text, [0.7, 0.4])
+    np.testing.assert_allclose(image, [0.2, 0.4])
+
+
+def test_a_judged_reflection_is_half_of_what_the_form_adds():
+    options = scoring.ScoringOptions("mean", "confidence", 1.0)
+    scores = made([0.2, 0.4, 0.6], [1.0, 1.0, 0.0])
+    text, image = scoring.totals(
+        scores, options, reward=np.array([0.1, 0.4, 0.6]), reflection=np.array([1.0, 0.0, 0.0])
+    )
+    np.testing.assert_allclose(text, [0.1 + 0.5, 0.4 + 0.25, 0.6])
+    np.testing.assert_allclose(image, [0.1, 0.4, 0.6])
+
+
+def test_answers_are_rewarded_by_rule():
+    fields = {"prompt": "Is it red?", "answer": ["yes", "it is"]}
+    records = [parse_record(fields, form="answer")] * 4
+    answers = ["Yes.", "no", " it is ", "yes and no"]
+    found = scoring.answer_scores(records, answers, ["<think> a </think>"] * 3 + ["b"])
+    assert found.reward.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert found.format.tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert found.valid.all()
+    assert found.metrics()["reward/mean"] == 0.5
+    assert math.isnan(found.metrics()["reward/semantic"])

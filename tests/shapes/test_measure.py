@@ -1,16 +1,15 @@
-"""Measuring the small UMM: what is asked and what counts as right; texts by a tiny random model."""
+"""Measuring the small UMM: what is asked and what counts as right."""
 
 import json
 
-import jax
 import numpy as np
 import pytest
-import tiny_world
 
-from alphagrpo_jax import policy, trained
+from alphagrpo_jax.inference import Performed
 from alphagrpo_jax.shapes import (
     checker,
     examples,
+    image_records,
     measure,
     measure_skills,
     questions,
@@ -55,7 +54,7 @@ def test_captions_are_those_of_pretraining(rng):
 def test_questions_have_the_scenes_answers(rng):
     forms = set()
     for _ in range(60):
-        scene = measure_skills.heldout_scene(rng)
+        scene = image_records.split_scene(rng, "heldout")
         assert specs.describe(scene).split == "heldout"
         text, answer, form = measure_skills.question(scene, rng)
         forms.add(form)
@@ -72,18 +71,17 @@ def test_edits_change_the_scene(rng):
         image = scenes.render(target)
         assert checker.same(image, target)
         assert not checker.same(image, scene)
-        assert checker.exact_all(image, measure_skills.whole(target))
+        assert checker.exact_all(image, image_records.whole(target))
 
 
 def test_skills_of_a_policy_that_does_nothing(monkeypatch):
-    monkeypatch.setattr(measure_skills, "redraw", lambda policy_, images, asked, seed: images)
-    monkeypatch.setattr(
-        measure_skills,
-        "tell",
-        lambda policy_, images, asked, system="", texts=1: ["yes"] * len(asked),
-    )
+    def idle(policy_, task, asked, images, **_):
+        return Performed(images, [["yes"] * len(asked)])
+
+    monkeypatch.setattr(measure_skills, "perform", idle)
     found = measure_skills.measure(None, 40)
-    assert found["caption"] == found["repair"] == found["edit/places"] == 0.0
+    assert found["caption"] == found["repair"] == found["reflection"] == 0.0
+    assert found["edit/places"] == 0.0
     assert found["edit"] < 0.5  # a move keeps all facts
     assert found["answer/open"] == found["answer/thinking/open"] == 0.0
     assert 0.2 < found["answer/yes_no"] < 0.8
@@ -124,16 +122,3 @@ def test_wrong_usage_and_missing_models(tmp_path, capsys):
     capsys.readouterr()
     assert measure.main(["--model", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_texts_depend_on_their_own_row_only(monkeypatch):
-    monkeypatch.setattr(measure_skills, "TEXT_TOKENS", 4)
-    loaded = tiny_world.model()
-    tiny = trained.Trained(None, loaded, policy.PolicyParams(loaded.base), 0)
-    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    asked = ["a red circle", "a"]
-    said = measure_skills.tell(tiny, images, asked, texts=2)
-    swapped = measure_skills.tell(tiny, images[::-1], asked[::-1], texts=2)
-    assert swapped == said[::-1]
-    assert len(set(said)) == 2
-    jax.clear_caches()  # compiled for the shorter texts

@@ -1,0 +1,149 @@
+"""Refinement, edits, answers and mixed runs, from the command to bit-exact resuming."""
+
+import json
+import signal
+
+import pytest
+
+SRR = ("--config.task=srr",)
+MIXED = (
+    "--config.task=mixed",
+    "--config.mixed.tasks=('rt2i', 'srr', 'ti2i', 'ti2t')",
+    "--config.mixed.weights=(1.0, 1.0, 1.0, 1.0)",
+    "--config.mixed.batches=3",
+    "--config.train.steps=3",
+)
+KINDS = {"srr": SRR, "mixed": MIXED}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def whole(request, run, world):
+    """A run without interruption, and its arguments."""
+    arguments = KINDS[request.param]
+    code, errors = run(world / request.param, *arguments)
+    assert code == 0, errors
+    return world / request.param, arguments
+
+
+def test_rows(whole, rows):
+    workdir, arguments = whole
+    found = rows(workdir)[1:]
+    for row in found:
+        assert row["logp/rollout_update_max_abs_diff"] < 1e-4
+        assert row.get("text/ratio_max_dev", 0.0) <= 1e-6
+        assert row.get("image/ratio_max_dev", 0.0) <= 1e-6
+        assert row["reward/valid_fraction"] == 1.0
+    evaluated = rows(workdir)[0]
+    if arguments == SRR:
+        parts = [evaluated[f"eval/initial/reward/{name}"] for name in ("mean", "format")]
+        assert 0.0 < parts[0] < 1.0
+        assert parts[1] == 0.0  # first images come without a think text
+        assert all(0.0 < row["srr/initial_reward"] < 1.0 for row in found)
+        assert all(0.0 <= row["srr/improved_fraction"] <= 1.0 for row in found)
+        return
+    trained = {key.split("/")[0] for row in found for key in row}
+    assert {"rt2i", "srr", "ti2i", "ti2t"} <= trained
+    assert {"rt2i/eval/reward/mean", "ti2t/eval/exact_all", "eval/reward/mean"} <= set(evaluated)
+    pictures = {path.name for path in (workdir / "samples").glob("step_000000*.png")}
+    assert pictures == {f"step_000000_{name}.png" for name in ("rt2i", "srr", "ti2i")}
+
+
+def test_nothing_compiles_after_the_first_step_of_a_kind(whole):
+    workdir, arguments = whole
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()[1:]
+    counts = [json.loads(line)["time/compilations"] for line in lines]
+    if arguments == SRR:
+        assert len(set(counts)) == 1
+    else:  # tasks come in the order in which they are drawn
+        assert counts == sorted(counts)
+
+
+def test_the_queue_waits_in_the_checkpoint(whole):
+    """Of six initial images four are repaired after two steps."""
+    workdir, arguments = whole
+    if arguments == SRR:
+        places = sorted((workdir / "checkpoints" / "2").rglob("progress/*"))
+        progress = json.loads(places[0].read_text())
+        assert len(progress["queue"]["row"]) == 2
+        assert progress["positions"] == {"srr": 6}
+
+
+@pytest.mark.parametrize("way", ["stopped", "killed"])
+def test_resumed_in_the_middle_of_the_queue_equals_uninterrupted(
+    way, whole, start, run, rows, wait_for_step
+):
+    workdir, arguments = whole
+    other = workdir.with_name(f"{workdir.name}_{way}")
+    process = start(other, *arguments)
+    wait_for_step(other, 1 if way == "stopped" else 2, process)
+    process.send_signal(signal.SIGTERM if way == "stopped" else signal.SIGKILL)
+    _, errors = process.communicate(timeout=1800)
+    if way == "stopped":
+        assert process.returncode == 75, errors
+    code, errors = run(other, *arguments)
+    assert code == 0, errors
+    assert rows(other) == rows(workdir)
+
+
+def test_own_initial_images(run, world, rows):
+    own = ("--config.srr.source=record", "--config.train.steps=1")
+    data = ("--config.data.train=edits.jsonl", "--config.data.heldout=edits.jsonl")
+    code, errors = run(world / "own", *SRR, *own, *data)
+    assert code == 0, errors
+    first, row = rows(world / "own")
+    assert 0.0 < row["srr/initial_reward"] < 1.0
+    assert "eval/initial/reward/mean" not in first  # nothing is drawn first
+
+
+def test_judged_reflections_and_the_papers_rectification(run, world, rows):
+    options = (
+        "--config.srr.reflection_format=verifier",
+        "--config.srr.rectification=paper",
+        "--config.srr.choice=softmax",
+        "--config.advantage.baseline=anchor",
+        "--config.train.steps=1",
+    )
+    code, errors = run(world / "judged", *SRR, *options)
+    assert code == 0, errors
+    row = rows(world / "judged")[1]
+    assert 0.0 <= row["reward/reflection"] <= 1.0
+
+
+def test_equal_rewards_are_no_improvement_and_skip_the_update(run, world, rows):
+    constant = ("--config.verifier.path=tiny_world:Constant", "--config.train.steps=1")
+    code, errors = run(world / "equal", *SRR, *constant)
+    assert code == 0, errors
+    row = rows(world / "equal")[1]
+    assert row["update/skipped"] == 1
+    assert row["srr/improved_fraction"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((*SRR, "--config.srr.queue_prompts=5"), 2, "srr.queue_prompts=5 be a multiple"),
+        ((*SRR, "--config.srr.source=record"), 1, "records have no readable image"),
+        (("--config.advantage.baseline=anchor",), 2, "which only task srr has"),
+        (("--config.task=ti2i", "--config.data.edit_train="), 2, "needs data.edit_train"),
+        (("--config.task=ti2t", "--config.data.answer_train=train.jsonl"), 1, "field 'answer'"),
+        (("--config.task=ti2i", "--config.data.edit_train=answers.jsonl"), 1, "is missing"),
+        ((*MIXED, "--config.mixed.weights=(1.0,)"), 2, "mixed.weights"),
+    ],
+)
+def test_bad_input(arguments, code, message, run, world):
+    got, errors = run(world / "refused", *arguments)
+    assert got == code, errors
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_missing_image_is_named_with_its_record(run, world):
+    lines = (world / "edits.jsonl").read_text().splitlines()
+    broken = json.loads(lines[1]) | {"image": "nowhere.png"}
+    (world / "gone.jsonl").write_text("\n".join([lines[0], json.dumps(broken)]) + "\n")
+    code, errors = run(
+        world / "refused", "--config.task=ti2i", "--config.data.edit_train=gone.jsonl"
+    )
+    assert code == 1
+    assert "gone.jsonl, record 2" in errors
+    assert "nowhere.png" in errors
