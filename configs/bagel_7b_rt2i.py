@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     config.rollout.micro_batch = 112
     config.rollout.merge_lora = False
     config.rollout.guidance.text_scale = 4.0
+    config.rollout.edit_guidance.text_scale = 4.0
+    config.rollout.edit_guidance.image_scale = 2.0
     config.train.steps = 500
     config.train.prompts_per_step = 32
     config.train.group_size = 14

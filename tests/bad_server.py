@@ -71,6 +71,10 @@ class BadServer:
         self._process.wait()
         self._process.stdout.close()
 
+    def wait(self) -> None:
+        """Waits until the process has ended by itself."""
+        self._process.wait()
+
     def behave(
         self, *faults: str, every: int = 1, times: int | None = None, after: int = 0
     ) -> None:
@@ -270,6 +274,14 @@ def _echo(handler: _Handler, reply: dict) -> None:
     handler.send_json({"error": {"message": f"not allowed: {said}"}}, status=500)
 
 
+def _echo_answer(handler: _Handler, reply: dict) -> None:
+    """The same, as an answer: neither yes nor no."""
+    said = handler.headers.get("Authorization", "")
+    token = {"token": said, "logprob": 0.0}
+    reply["choices"][0]["logprobs"] = {"content": [token | {"top_logprobs": [token]}]}
+    handler.send_json(reply)
+
+
 def _truncated(handler: _Handler, reply: dict) -> None:
     body = json.dumps(reply).encode()
     handler.send_body(body[: len(body) // 2])
@@ -299,6 +311,7 @@ FAULTS = {
     "400": lambda handler, reply: handler.send_json({"error": {"message": "bad"}}, status=400),
     "401": lambda handler, reply: handler.send_json({"detail": "who are you"}, status=401),
     "echo": _echo,
+    "echo answer": _echo_answer,
     "truncated": _truncated,
     "cut": _cut,
     "not json": lambda handler, reply: handler.send_body(b"I am fine, thanks"),

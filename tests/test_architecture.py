@@ -54,6 +54,7 @@ TRAINING_SCRIPTS = (
     "shapes/measure",
     "shapes/muon",
     "shapes/pretrain",
+    "shapes/refine_study",
     "shapes/study",
     "shapes/tokenizer_build",
     "shapes/train_",

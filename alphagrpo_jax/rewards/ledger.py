@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import TextIO
 
 import numpy as np
@@ -48,7 +48,7 @@ class Job:
     sample_id: Hashable
     image: np.ndarray  # uint8[H, W, 3]
     questions: tuple[str, ...]
-    key: str  # sha256 of image and questions
+    image_key: str  # see `image_key`
     submitted: float
     deadline: float  # no attempt starts later
     not_before: float
@@ -66,7 +66,8 @@ class Ledger:
         self.under_way: set[Hashable] = set()  # waiting or being tried
         self.results: dict[Hashable, Scored] = {}
         self._queue: list[Job] = []  # waiting for a worker
-        self._cache: collections.OrderedDict[str, tuple[float, ...]] = collections.OrderedDict()
+        # P(yes) by image and question; the verifier is one, so it has no place in the key.
+        self._cache: collections.OrderedDict[tuple[str, str], float] = collections.OrderedDict()
         self._cache_size = cache_size
         self._audit = audit
 
@@ -74,10 +75,11 @@ class Ledger:
         """Takes a new sample: answers it from memory or queues it."""
         self.counters["submitted"] += 1
         self.under_way.add(job.sample_id)
-        if job.key in self._cache:
-            self._cache.move_to_end(job.key)
+        keys = [(job.image_key, question) for question in job.questions]
+        # An image is asked all its questions or none: the answers of one batch belong together.
+        if all(key in self._cache for key in keys):
             self.counters["cached"] += 1
-            self._finish(job, self._cache[job.key], None)
+            self._finish(job, tuple(self._cache[key] for key in keys), None)
         else:
             self._queue.append(job)
 
@@ -165,8 +167,9 @@ class Ledger:
             latency_s=time.monotonic() - job.submitted,
         )
         if valid and self._cache_size:
-            self._cache[job.key] = p_yes
-            self._cache.move_to_end(job.key)
+            for question, number in zip(job.questions, p_yes, strict=True):
+                self._cache[job.image_key, question] = number
+                self._cache.move_to_end((job.image_key, question))
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
 
@@ -186,7 +189,8 @@ class Ledger:
             return
         row = {
             "sample": str(job.sample_id),
-            "sha256": job.key,
+            "image": job.image_key,
+            "questions": job.questions,
             "worker": worker,
             "attempt": job.attempts,
             "p_yes": p_yes,
@@ -196,8 +200,8 @@ class Ledger:
         self._audit.flush()
 
 
-def content_key(image: np.ndarray, questions: Sequence[str]) -> str:
-    """sha256 over the image's shape and pixels and the questions."""
-    digest = hashlib.sha256(json.dumps([image.shape, list(questions)]).encode())
+def image_key(image: np.ndarray) -> str:
+    """sha256 over the image's shape and pixels."""
+    digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

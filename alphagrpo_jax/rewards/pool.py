@@ -4,7 +4,8 @@ Every worker process is driven by one thread of the caller's process. A sample (
 questions) is tried until a worker gives a number in [0, 1] for each question, at most
 `max_attempts` times; after that it is invalid. A failed attempt is repeated after an exponential
 back-off, on another worker if there is one. A worker that dies is restarted; one that does not
-answer in time is killed and restarted; neither holds up the others.
+answer in time is killed and restarted; one that fails again and again pauses. None holds up the
+others.
 """
 
 import dataclasses
@@ -22,6 +23,8 @@ import numpy as np
 from alphagrpo_jax.rewards import ledger as ledger_lib
 from alphagrpo_jax.rewards import worker as worker_lib
 from alphagrpo_jax.rewards.ledger import Scored
+
+MAX_PAUSE_SECONDS = 10.0  # of a worker that fails again and again
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class PoolOptions:
     max_attempts: int = 4
     max_restarts: int = 5  # of one worker without an answer in between; then it is given up
     backoff_seconds: float = 0.2  # before the first retry; doubles, with jitter of +-50%
-    cache_size: int = 0  # samples whose answers are remembered, least recently used go first
+    cache_size: int = 0  # answers that are remembered, least recently used go first
     audit_path: str | None = None  # JSON Lines of every attempt and its outcome
 
     def __post_init__(self) -> None:
@@ -133,7 +136,7 @@ class Pool:
             raise ValueError(
                 f"sample {sample_id!r}: got questions {questions!r}, expected a list of at least 1"
             )
-        key = ledger_lib.content_key(image, questions)
+        key = ledger_lib.image_key(image)
         with self._changed:
             self._wait_for_room()
             if sample_id in self._ledger.under_way or sample_id in self._ledger.results:
@@ -143,7 +146,7 @@ class Pool:
                 sample_id=sample_id,
                 image=image,
                 questions=tuple(questions),
-                key=key,
+                image_key=key,
                 submitted=now,
                 deadline=now + self._options.total_seconds,
                 not_before=now,
@@ -198,6 +201,7 @@ class Pool:
         """Keeps one worker running and feeds it samples until the pool closes."""
         worker = self._workers[index]
         failures = 0  # of the process, since the last answer
+        fruitless = 0  # attempts since the last answer
         try:
             while not self._closing:
                 if not worker.running and not self._start(index, failures):
@@ -208,6 +212,9 @@ class Pool:
                     return
                 answered = self._attempt(index, job)
                 failures = 0 if answered else failures + (not worker.running)
+                fruitless = 0 if answered else fruitless + 1
+                if fruitless > 1:  # not the sample's fault: leave the next ones to others
+                    self._pause(min(self._backoff(fruitless - 1), MAX_PAUSE_SECONDS))
         except _GivenUpError as error:
             self._give_up(index, str(error))
         except Exception as error:  # a thread that ends unheard would leave everyone waiting
@@ -313,7 +320,7 @@ class Pool:
             self._changed.notify_all()
 
     def _backoff(self, failures: int) -> float:
-        doubled = self._options.backoff_seconds * 2.0 ** (failures - 1)
+        doubled = self._options.backoff_seconds * 2.0 ** min(failures - 1, 32)
         return doubled * self._jitter.uniform(0.5, 1.5)
 
     def _pause(self, seconds: float) -> None:

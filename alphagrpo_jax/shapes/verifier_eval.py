@@ -29,7 +29,7 @@ import torch
 
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes, verifier_data
-from alphagrpo_jax.shapes.measure_skills import heldout_scene
+from alphagrpo_jax.shapes.image_records import split_scene
 from alphagrpo_jax.shapes.questions import Query
 from alphagrpo_jax.shapes.specs import BACKGROUNDS, COLORS, NUMBERS, RELATIONS, Group, pick
 from alphagrpo_jax.shapes.verifier_data import Asked, Example
@@ -43,7 +43,7 @@ Row = tuple[str, bool, float]  # question type, truth, P(yes)
 
 def heldout_example(rng: np.random.Generator, *, clean: bool) -> Example:
     """A held-out scene, rendered as it is or imperfectly in any of the ways of `corrupt`."""
-    scene = heldout_scene(rng)
+    scene = split_scene(rng, "heldout")
     result = corrupt.corrupt(scene, rng, "clean" if clean else pick(rng, IMPERFECT))
     return Example(result.image, scene, result.labels, result.damaged, scene, result.faulty)
 

@@ -214,14 +214,16 @@ def test_workers_get_their_threads_and_no_jax():
 
 
 def test_cache_answers_the_same_image_and_questions_without_asking(tmp_path):
-    with make_pool(tmp_path, cache_size=2) as pool:
+    with make_pool(tmp_path, cache_size=4) as pool:
         for sample_id, number in enumerate([1, 1, 2, 3, 1]):  # 1 has been dropped at the end
             pool.submit(sample_id, picture(number), QUESTIONS)
             assert pool.gather([sample_id])[sample_id].p_yes == expected(picture(number))
-        pool.submit("other", picture(1), QUESTIONS[:1])
-        assert len(pool.gather(["other"])["other"].p_yes) == 1
+        pool.submit("fewer", picture(1), QUESTIONS[:1])  # known one by one
+        assert pool.gather(["fewer"])["fewer"].p_yes == expected(picture(1))[:1]
+        pool.submit("more", picture(1), [*QUESTIONS, "Is it flat?"])
+        assert len(pool.gather(["more"])["more"].p_yes) == 3
         counters = pool.counters()
-    assert counters["cached"] == 1
+    assert counters["cached"] == 2
     assert counters["attempts"] == 5
     check_books(counters)
 

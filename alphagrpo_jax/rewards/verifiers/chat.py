@@ -77,7 +77,8 @@ class ChatClient:
           max_attempts: most requests for one call.
           outage_attempts: most requests for one call while servers cannot be reached or are busy,
             since an outage passes and a bad reply seldom does; None: `max_attempts`.
-          backoff_seconds: before the second request; doubles, with jitter.
+          backoff_seconds: before the second request, and the rest of a server that failed once;
+            both double with every further failure, with jitter.
         Raises:
           ValueError: wrong endpoints, or a key that is missing or no key.
         """
@@ -89,7 +90,7 @@ class ChatClient:
                 "time and at least 1 attempt"
             )
         self.model = model
-        self._endpoints = Endpoints(endpoints)
+        self._endpoints = Endpoints(endpoints, rest_seconds=backoff_seconds)
         self._timeout, self._max_attempts, self._backoff = timeout, max_attempts, backoff_seconds
         self._outage_attempts = max(max_attempts, outage_attempts or 0)
         self._key = _read_key(api_key_env)

@@ -10,8 +10,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-REST_SECONDS = 0.5  # after a first failure; doubles, with jitter of +-50%
-MAX_REST_SECONDS = 30.0
+LONGEST_REST = 150.0  # in units of the first: 30 s by default
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,13 +28,17 @@ class Endpoint:
 class Endpoints:
     """A non-empty list of servers that do the same work."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
+    def __init__(self, urls: Sequence[str], *, rest_seconds: float) -> None:
         """Takes base URLs such as "http://host:8000/v1".
 
+        Args:
+          urls: of the servers.
+          rest_seconds: of a server after its first failure; doubles, with jitter of +-50%.
         Raises:
           ValueError: see `checked_urls`.
         """
         self.all = [Endpoint(url) for url in checked_urls(urls)]
+        self._rest_seconds = rest_seconds
         self._jitter = random.Random(0)  # no answer depends on it
 
     def pick(self, avoid: Endpoint | None = None) -> Endpoint:
@@ -68,8 +71,8 @@ class Endpoints:
         if started > endpoint.marked:
             endpoint.marked = now
             endpoint.failures += 1
-            doubled = REST_SECONDS * 2.0 ** min(endpoint.failures - 1, 16)
-            rest = min(doubled * self._jitter.uniform(0.5, 1.5), MAX_REST_SECONDS)
+            doubled = self._rest_seconds * 2.0 ** min(endpoint.failures - 1, 16)
+            rest = min(doubled * self._jitter.uniform(0.5, 1.5), LONGEST_REST * self._rest_seconds)
             endpoint.rests_until = now + rest
         if retry_after is not None:
             endpoint.rests_until = max(endpoint.rests_until, now + retry_after)

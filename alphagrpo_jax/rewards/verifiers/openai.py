@@ -23,7 +23,6 @@ from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE
 from alphagrpo_jax.rewards.verifiers.replies import Candidate, Completion
 from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS, RATINGS, bare
 
-OUTAGE_ATTEMPTS = 10  # at one question while its server cannot be reached: about 100 s
 RATING_CANDIDATES = 20  # as many as servers commonly allow
 RATING_TOKENS = 3  # "10" may be two
 MAX_UNSPLIT = 0.02  # share of "1" that may be counted as 1 where it might begin "10"
@@ -45,6 +44,8 @@ class OpenAIVerifier:
         answer_seconds: float = 60.0,
         start_seconds: float = 60.0,
         max_attempts: int = 3,
+        outage_attempts: int = 10,
+        backoff_seconds: float = 0.2,
         top_logprobs: int = 5,
         text_fallback: bool = False,
     ) -> None:
@@ -58,7 +59,10 @@ class OpenAIVerifier:
           question_seconds: deadline of one request.
           answer_seconds: deadline of all of an image's questions, with their retries.
           start_seconds: how long to wait for a first endpoint.
-          max_attempts: requests per question until it has failed; more during an outage.
+          max_attempts: requests per question until it has failed.
+          outage_attempts: the same while no server can be reached; with the pauses between them,
+            10 wait out an outage of about 100 s, if the deadline allows.
+          backoff_seconds: see `chat.ChatClient`.
           top_logprobs: candidates of the first token (AlphaGRPO: 5); spellings of yes and no
             beyond them do not count.
           text_fallback: if neither yes nor no is a candidate, a text that is exactly yes or no
@@ -78,7 +82,8 @@ class OpenAIVerifier:
             api_key_env=api_key_env,
             timeout=question_seconds,
             max_attempts=max_attempts,
-            outage_attempts=OUTAGE_ATTEMPTS,
+            outage_attempts=outage_attempts,
+            backoff_seconds=backoff_seconds,
         )
         self._answer_seconds, self._top = answer_seconds, top_logprobs
         self._text_fallback = text_fallback
@@ -207,7 +212,7 @@ def read_answer(reply: Completion, *, text_fallback: bool) -> Answer:
     text = bare(reply.text)
     if text_fallback and text in ("yes", "no"):
         return Answer(float(text == "yes"))
-    shown = [candidate.token[:20] for candidate in reply.candidates[:5]]
+    shown = [candidate.token[:40] for candidate in reply.candidates[:5]]
     return Answer(None, f"neither yes nor no among the candidates {shown} (mass {yes + no:.2g})")
 
 

@@ -5,7 +5,6 @@ import bad_server
 import pytest
 from bad_server import BadServer
 
-from alphagrpo_jax.rewards.verifiers import endpoints as endpoints_lib
 from alphagrpo_jax.rewards.verifiers import replies
 from alphagrpo_jax.rewards.verifiers.chat import ChatClient, ChatError
 
@@ -68,8 +67,7 @@ def test_a_schema_is_sent_as_response_format(client, server):
         ("no choices", "reply", "got 0 choices"),
     ],
 )
-def test_faults_are_tried_again_and_then_stated(server, monkeypatch, fault, kind, words):
-    monkeypatch.setattr(endpoints_lib, "REST_SECONDS", 0.01)
+def test_faults_are_tried_again_and_then_stated(server, fault, kind, words):
     with client_of(server) as client:
         server.behave(fault, times=2)
         assert client.complete(MESSAGES, top_logprobs=4).text
@@ -104,8 +102,7 @@ def test_a_request_that_never_ends_is_given_up(server, fault):
     assert caught.value.kind == "timeout"
 
 
-def test_the_whole_call_has_a_deadline_that_names_the_last_failure(server, monkeypatch):
-    monkeypatch.setattr(endpoints_lib, "REST_SECONDS", 0.01)
+def test_the_whole_call_has_a_deadline_that_names_the_last_failure(server):
     server.behave("500", "stall")
     with client_of(server, max_attempts=9) as client, pytest.raises(ChatError) as caught:
         client.complete(MESSAGES, total_seconds=0.8)
@@ -121,17 +118,15 @@ def test_a_pause_longer_than_the_deadline_is_not_waited_for(client, server):
     assert client.health() == {server.url: False}
 
 
-def test_another_server_takes_over_and_the_failed_one_rests(server, tmp_path):
+def test_another_server_takes_over(server, tmp_path):
     server.behave()
     with BadServer(tmp_path) as other, client_of(other, server) as client:
         other.behave("401")
         assert {client.complete(MESSAGES).endpoint for _ in range(6)} == {server.url}
-        assert client.health() == {other.url: False, server.url: True}
-        assert len(other.log()) == 1
+        assert {row["fault"] for row in other.log()} == {"401"}
 
 
-def test_a_server_that_comes_back_is_used_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoints_lib, "REST_SECONDS", 0.05)
+def test_a_server_that_comes_back_is_used_again(server, tmp_path):
     server.behave()
     with BadServer(tmp_path) as other, client_of(other, server) as client:
         other.kill()

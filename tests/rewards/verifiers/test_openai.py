@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from bad_server import BadServer
 
-from alphagrpo_jax.rewards.verifiers import endpoints as endpoints_lib
 from alphagrpo_jax.rewards.verifiers import openai
 from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
@@ -27,14 +26,10 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
 
 
-@pytest.fixture(autouse=True)
-def short_rests(monkeypatch):
-    monkeypatch.setattr(endpoints_lib, "REST_SECONDS", 0.01)
-
-
 def verifier_of(*servers, **options):
     urls = [server.url for server in servers]
     fast = {"question_seconds": 5.0, "answer_seconds": 10.0, "start_seconds": 5.0}
+    fast["backoff_seconds"] = 0.01
     return OpenAIVerifier(urls, bad_server.MODEL, **(fast | options))
 
 

@@ -1,0 +1,85 @@
+"""Balancing under a clock that the tests set."""
+
+import pytest
+
+from alphagrpo_jax.rewards.verifiers import endpoints as endpoints_lib
+from alphagrpo_jax.rewards.verifiers.endpoints import LONGEST_REST, Endpoints
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(endpoints_lib, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def three(clock):
+    return Endpoints(["http://a/v1", "http://b/v1/", "https://c:1/v1"], rest_seconds=1.0)
+
+
+def test_the_least_loaded_is_picked_and_then_the_least_used(three):
+    a, b, c = three.all
+    assert [endpoint.url for endpoint in (a, b, c)] == [
+        "http://a/v1",
+        "http://b/v1",
+        "https://c:1/v1",
+    ]
+    a.in_flight, b.in_flight, c.in_flight = 2, 1, 3
+    assert three.pick() is b
+    a.in_flight = b.in_flight = c.in_flight = 0
+    a.served, b.served, c.served = 5, 4, 3
+    assert three.pick() is c
+    assert three.pick(avoid=c) is b
+
+
+def test_a_server_that_failed_rests_ever_longer_and_is_forgiven(three, clock):
+    a, b, c = three.all
+    rests = []
+    for _ in range(12):
+        clock.now = max(clock.now, a.rests_until)
+        three.failed(a, clock.now, None)
+        rests.append(a.rests_until - clock.now)
+        assert three.pick() in (b, c)
+        assert not three.health()[a.url]
+    for number, rest in enumerate(rests):
+        low = min(0.5 * 2.0**number, LONGEST_REST)
+        assert low <= rest <= min(1.5 * 2.0**number, LONGEST_REST)
+    three.succeeded(a)
+    assert all(three.health().values())
+
+
+def test_failures_of_requests_under_way_together_count_once(three, clock):
+    a = three.all[0]
+    started = clock.now
+    clock.now += 1.0
+    for _ in range(8):
+        three.failed(a, started, None)
+    assert a.failures == 1
+    clock.now += 10.0
+    three.failed(a, clock.now, None)
+    assert a.failures == 2
+
+
+def test_a_server_that_asks_for_time_gets_it(three, clock):
+    a = three.all[0]
+    three.failed(a, clock.now, 600.0)
+    assert a.rests_until == clock.now + 600.0
+
+
+def test_if_all_rest_the_first_to_be_back_is_picked(three, clock):
+    a, b, c = three.all
+    for endpoint, seconds in ((a, 30.0), (b, 20.0), (c, 40.0)):
+        three.failed(endpoint, clock.now, seconds)
+    assert three.pick() is b
+    assert three.pick(avoid=b) is b
+    clock.now += 31.0
+    assert three.pick(avoid=b) is a

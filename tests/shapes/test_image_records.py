@@ -1,0 +1,44 @@
+"""Shipped edits and questions: true, of their split, and readable as the tasks read them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from alphagrpo_jax.rewards.questions import parse_record, read_jsonl
+from alphagrpo_jax.runtime.images import from_data_url
+from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.shapes import checker, image_records, questions, scenes, verifier_eval
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("name", ["edit", "answer"])
+def test_shipped_files_are_those_of_the_generator(name, split):
+    path = resolve(f"package:data/{name}_{split}.jsonl")
+    lines = path.read_text().splitlines()
+    assert len(lines) == image_records.SIZES[split]
+    assert [json.loads(line) for line in lines[:20]] == image_records.records(name, split, 20)
+    assert len(read_jsonl(path, form="answer" if name == "answer" else "questions")) == len(lines)
+
+
+def test_edits_are_not_yet_done_and_ask_about_the_result():
+    records = image_records.records("edit", "heldout", 40)
+    assert {record["type"] for record in records} == {
+        "color", "shape", "move", "background", "remove", "add"
+    }  # fmt: skip
+    for record in records:
+        image = np.asarray(from_data_url(record["image"]))
+        held = checker.facts(image, record["facts"])
+        assert all(held.values()) == (record["type"] == "move")  # a move keeps all kinds
+        assert parse_record(record).asked
+
+
+def test_answers_are_true():
+    for record in image_records.records("answer", "heldout", 40):
+        seen = checker.parse(np.asarray(from_data_url(record["image"])))
+        scene = scenes.Scene(tuple(seen.objects), seen.background)
+        if record["type"] == "open":
+            continue
+        query = verifier_eval.meanings()[record["prompt"]]
+        truth = questions.truth(query, scene)
+        assert record["answer"] == ("yes" if truth else "no")
