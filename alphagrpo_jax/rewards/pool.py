@@ -24,7 +24,7 @@ from alphagrpo_jax.rewards import ledger as ledger_lib
 from alphagrpo_jax.rewards import worker as worker_lib
 from alphagrpo_jax.rewards.ledger import Scored
 
-MAX_PAUSE_SECONDS = 10.0  # of a worker that fails again and again
+LONGEST_PAUSE = 50.0  # of a worker that fails again and again, in units of backoff_seconds
 
 _LOG = logging.getLogger(__name__)
 
@@ -214,7 +214,8 @@ class Pool:
                 failures = 0 if answered else failures + (not worker.running)
                 fruitless = 0 if answered else fruitless + 1
                 if fruitless > 1:  # not the sample's fault: leave the next ones to others
-                    self._pause(min(self._backoff(fruitless - 1), MAX_PAUSE_SECONDS))
+                    longest = LONGEST_PAUSE * self._options.backoff_seconds
+                    self._pause(min(self._backoff(fruitless - 1), longest))
         except _GivenUpError as error:
             self._give_up(index, str(error))
         except Exception as error:  # a thread that ends unheard would leave everyone waiting
