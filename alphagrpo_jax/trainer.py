@@ -13,7 +13,7 @@ from PIL import Image
 from alphagrpo_jax import build, jitted, prompts, tasks
 from alphagrpo_jax.advantage import Advantages, group_advantage
 from alphagrpo_jax.config import Config
-from alphagrpo_jax.guards import check_validity
+from alphagrpo_jax.guards import TrainingError, check_validity
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.refinement import Queue, choose_initial, rectify
 from alphagrpo_jax.rewards import formats, scoring
@@ -149,8 +149,9 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place) -> None:
     prompts_, each = images.shape[:2]
     ids = [("initial", position, number) for number in range(prompts_ * each)]
     repeated = [record for record in records for _ in range(each)]
-    scoring.submit(run.pool, ids, images.reshape(-1, *images.shape[2:]), repeated, first=0)
     options = build.scoring_options(config, tasks.TASKS["t2i"])
+    flat = images.reshape(-1, *images.shape[2:])
+    scoring.submit(run.pool, ids, flat, repeated, options, first=0)
     scores = scoring.gather(run.pool, ids, repeated, None, options)
     check_validity(config, scores, f"step {step}, initial images")
     reward, valid = (x.reshape(prompts_, each) for x in (scores.reward, scores.valid))
@@ -158,6 +159,11 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place) -> None:
     chosen, usable = choose_initial(reward, valid, choice=srr.choice, rng=rng)
     lowest = np.where(valid, reward, np.inf).min(axis=1)
     at = np.flatnonzero(usable)
+    if not at.size:
+        raise TrainingError(
+            f"step {step}: none of the {len(ids)} initial images of task srr has a reward; mend the "
+            "verifier, then run the same command again"
+        )
     place.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]], lowest[at])
     place.positions["srr"] += srr.queue_prompts
 
@@ -214,11 +220,12 @@ def draw_batch(run: Run, state: TrainState, step: int, batch: Batch) -> Drawn:
     records = [data.records[row] for row in np.repeat(batch.rows, group)]
     ids = [(step, batch.number, number) for number in range(len(records))]
     if batch.task.reward == "image":
+        options = build.scoring_options(config, batch.task)
         for number, (_, images) in enumerate(launched):
             first = number * count * group
             part = slice(first, first + count * group)
             shown = distributed.to_host(images)
-            scoring.submit(run.pool, ids[part], shown, records[part], first=first)
+            scoring.submit(run.pool, ids[part], shown, records[part], options, first=first)
     parts = [trajectories for trajectories, _ in launched]
     whole = parts[0] if len(parts) == 1 else steps.join(parts)
     texts = decode_steps(run.loaded.tokenizer, whole)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The runs behind the README's figures, one after another, then the study and the pictures: three seeds of the default, and one
-# run of each ablation. Finished runs are skipped; interrupted, the same command continues. Arguments go to every run.
+# The runs behind the README's figures, one after another, then the studies and the pictures: three seeds of the default, one run
+# of each ablation, and two seeds of refinement with and without rectified rewards. Finished runs are skipped; interrupted, the
+# same command continues. Arguments go to every run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
@@ -8,7 +9,7 @@ RUNS=runs/study OUT=docs/study
 
 run() {
   if [ ! -e "$RUNS/$1/DONE" ]; then
-    python -m alphagrpo_jax.train --config=configs/grpo.py --workdir="$RUNS/$1" "${@:2}"
+    python -m alphagrpo_jax.train --config="${CONFIG:-configs/grpo.py}" --workdir="$RUNS/$1" "${@:2}"
   fi
 }
 
@@ -25,3 +26,12 @@ for name in no_text_loss no_image_loss full_weights; do
 done
 python -m alphagrpo_jax.shapes.curves --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2" --out docs/curves.png \
   --samples "$RUNS/seed0" --out2 docs/samples.png
+
+export CONFIG=configs/srr.py
+REFINED=()
+for seed in 0 1; do
+  run "srr$seed" --config.seed="$seed" "$@"
+  run "srr_without$seed" --config.seed="$seed" --config.srr.rectification=none "$@"
+  REFINED+=(--run "srr=$RUNS/srr$seed" --run "srr_without=$RUNS/srr_without$seed")
+done
+python -m alphagrpo_jax.shapes.refine_study --out "$OUT" "${REFINED[@]}"

@@ -1,0 +1,199 @@
+"""Whole steps of tasks with images and of several turns, in this process, with a given judge."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax import build, jitted, learner, tasks, trainer
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.refinement import Queue
+from alphagrpo_jax.rewards.ledger import Scored as Answered
+from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
+
+SECOND_LOOK = tasks.Task(
+    "second_look",
+    (SYSTEM, TEXT, THINK, IMAGE, TEXT, THINK, IMAGE),
+    tasks.THINK_SYSTEM_PROMPT,
+    texts=("{prompt}", "Look at your image again: is it {prompt}? If not, draw it right."),
+    format_reward=True,
+)
+NAMES = ("srr", "ti2t", "second_look")
+
+
+class Judge:
+    """A pool that answers at once: P(yes) by brightness, as `tiny_world.Honest` does."""
+
+    def __init__(self):
+        self.samples, self.honest = {}, tiny_world.Honest()
+
+    def submit(self, sample_id, image, questions):
+        assert sample_id not in self.samples
+        self.samples[sample_id] = (image, tuple(questions))
+
+    def gather(self, ids):
+        found = {}
+        for each in ids:
+            image, asked = self.samples[each]
+            answers = tuple(answer.p_yes for answer in self.honest.answer(image, asked))
+            found[each] = Answered(answers, True, None, 1, 0, 0.0)
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> pathlib.Path:
+    return tiny_world.write_all(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def step(request, world):
+    """Everything about one step of a task, its adapters moved away from zero."""
+    tasks.TASKS[SECOND_LOOK.name] = SECOND_LOOK
+    try:
+        yield one_step(world, request.param)
+    finally:
+        del tasks.TASKS[SECOND_LOOK.name]
+
+
+def one_step(world, name):
+    config = config_lib.from_config_dict(tiny_world.config(world))
+    config = dataclasses.replace(config, task=name)
+    mesh = build.make_mesh(config)
+    with jax.set_mesh(mesh):
+        loaded = build.load_policy(config, mesh)
+        data = build.load_data(config, loaded, world / "cache")
+        optimizer = build.make_optimizer(config)
+        state = build.initial_state(config, loaded.base, optimizer, mesh)
+        moved = jax.tree.map(
+            lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
+            state.trainable,
+        )
+        state = state.replace(trainable=moved)
+        steps = jitted.jit_steps(config, loaded, state, optimizer, mesh)
+        run = trainer.Run(config, loaded, data, steps, Judge(), world)
+        (batch,) = trainer.take_batches(run, state, 1, trainer.start_place(config))
+        drawn = trainer.draw_batch(run, state, 1, batch)
+        old = learner.old_scores(run, state, drawn)
+        scored = trainer.advantage_of(config, drawn, trainer.score_batch(run, drawn, 1))
+        gradient = None
+        if not scored.text.all_zero:
+            whole = learner._UpdateBatch.of(run, drawn, old, scored)
+            gradient, _ = whole.gradient(run, state, jnp.float32(1.0))
+            gradient = jax.tree.map(np.asarray, gradient)
+        _, learned, (metrics,) = learner.update_policy(run, state, [drawn], [old], [scored], 1)
+    return {
+        "name": name, "run": run, "batch": batch, "drawn": drawn, "scored": scored,
+        "gradient": gradient, "learned": learned, "metrics": metrics,
+    }  # fmt: skip
+
+
+def test_the_first_ratios_are_one(step):
+    if step["learned"]["update/skipped"]:
+        pytest.skip("no differences among the answers of a random model")
+    ratios = [value for key, value in step["metrics"].items() if "ratio_max_dev" in key]
+    assert ratios
+    assert max(ratios) == 0.0
+    assert step["metrics"]["logp/rollout_update_max_abs_diff"] < 1e-4
+
+
+def test_members_of_a_group_share_what_is_given_and_nothing_else(step):
+    trajectories, group = step["drawn"].trajectories, step["run"].config.train.group_size
+    for block in trajectories.inputs:
+        for leaf in jax.tree.leaves(block):
+            members = np.asarray(leaf).reshape(2, group, *leaf.shape[1:])
+            assert (members == members[:, :1]).all()
+    if step["name"] == "srr":
+        given = np.asarray(trajectories.inputs[0].pixels).reshape(2, group, 32, 32, 3)
+        np.testing.assert_array_equal(given[:, 0], step["batch"].images)
+        assert (given[0, 0] != given[1, 0]).any()
+        latents = np.asarray(trajectories.images[0].latents)
+        assert np.abs(latents[0] - latents[1]).max() > 0.1
+
+
+def test_gradients_reach_exactly_the_adapters_that_took_part(step):
+    """An answer is text alone: the image expert has no part in it."""
+    if step["gradient"] is None:
+        pytest.skip("no differences among the answers of a random model")
+    for path, leaf in jax.tree_util.tree_flatten_with_path(step["gradient"])[0]:
+        is_gen = "_moe_gen" in jax.tree_util.keystr(path)
+        assert (np.abs(leaf).max() > 0) == (not is_gen or step["name"] != "ti2t"), path
+
+
+def test_every_step_is_trained(step):
+    plan = tasks.plan(tasks.TASKS[step["name"]].events)
+    assert len(step["drawn"].texts) == len(plan.text_steps)
+    assert len(step["drawn"].trajectories.images) == len(plan.image_steps)
+    if step["name"] == "second_look":
+        assert step["learned"]["update/skipped"] == 0
+        assert {"loss/text", "loss/image"} <= step["metrics"].keys()
+
+
+def test_the_worst_initial_image_is_repaired(step):
+    if step["name"] != "srr":
+        pytest.skip("task srr alone has initial images")
+    run, batch = step["run"], step["batch"]
+    samples = {key: run.pool.samples[key] for key in run.pool.samples if key[0] == "initial"}
+    assert len(samples) == 12  # six prompts with two images each
+    for place, row in enumerate(batch.rows):
+        record = run.data["srr"].train.records[row]
+        own = [image for image, asked in samples.values() if asked == tuple(record.asked)]
+        found = [trainer.scoring.dvreward(*record.split(
+            [answer.p_yes for answer in run.pool.honest.answer(image, record.asked)]
+        )).reward for image in own]  # fmt: skip
+        assert batch.initial.reward[place] == pytest.approx(min(found))
+        np.testing.assert_array_equal(batch.images[place], own[int(np.argmin(found))])
+
+
+def scores_of(rewards):
+    count = len(rewards)
+    nothing, valid = np.zeros(count), ~np.isnan(rewards)
+    return trainer.scoring.Scores(np.array(rewards), nothing, nothing, np.ones(count), valid, {})
+
+
+def test_nothing_improved_means_no_advantages():
+    config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
+    config = dataclasses.replace(config, task="srr")
+    numbers = (np.zeros(2, int), np.zeros((2, 2, 2, 3), np.uint8))
+    initial = Queue(np.array(2), *numbers, np.array([0.6, 0.9]), np.array([0.1, 0.2]))
+    batch = trainer.Batch(0, tasks.TASKS["srr"], np.zeros(2, int), None, initial)
+    drawn = trainer.Drawn(batch, None, [], [], [["<think> a </think>"] * 8], {})
+    worse = scores_of([0.6, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, 0.4])
+    found = trainer.advantage_of(config, drawn, worse)
+    assert found.text.all_zero
+    assert not found.image.any()
+    assert found.metrics["srr/improved_fraction"] == 0.0
+    better = scores_of([0.7, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, np.nan])
+    found = trainer.advantage_of(config, drawn, better)
+    advantage = found.text.advantage
+    assert advantage[0, 0] > 0 > advantage[0, 1]
+    assert advantage[0, 1] == advantage[0, 2] == advantage[0, 3]  # all rectified to 0.1
+    assert not advantage[1].any()  # rectified to 0.2, all of them
+    assert found.metrics["srr/improved_fraction"] == pytest.approx(1 / 7)
+    assert found.metrics["reward/total"] == pytest.approx((0.7 + 0.1 * 3 + 0.2 * 3) / 7 + 1)
+
+
+def test_tasks_are_drawn_by_weight_and_by_the_step_alone():
+    config = tiny_world.config(pathlib.Path("unused"))
+    config.task, config.mixed.tasks, config.mixed.batches = "mixed", ("rt2i", "ti2t"), 2
+    config.mixed.weights = (3.0, 1.0)
+    parsed = config_lib.from_config_dict(config)
+    drawn = [task.name for at in range(1, 2001) for task in trainer.tasks_at(parsed, at)]
+    assert drawn.count("rt2i") / len(drawn) == pytest.approx(0.75, abs=0.03)
+    again = [task.name for task in trainer.tasks_at(parsed, 7)]
+    assert again == drawn[12:14]
+
+
+def test_metrics_of_a_mixed_update():
+    config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
+    parts = [{"a": 1.0, "b_max": 1.0}, {"a": 3.0, "b_max": 5.0}, {"a": 8.0, "c": 2.0}]
+    names = ["rt2i", "srr", "rt2i"]
+    mixed = learner.merge_metrics(dataclasses.replace(config, task="mixed"), names, parts)
+    assert mixed == {
+        "a": 4.0, "b_max": 5.0, "c": 2.0, "rt2i/a": 4.5, "rt2i/b_max": 1.0, "rt2i/c": 2.0,
+        "srr/a": 3.0, "srr/b_max": 5.0,
+    }  # fmt: skip
+    assert learner.merge_metrics(config, ["rt2i"], parts[:1]) == parts[0]
