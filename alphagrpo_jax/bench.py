@@ -153,9 +153,10 @@ def _answering(run: Run, state: TrainState, steps: int) -> tuple[float, list[flo
         batch = _batch(run, state, turn + 2)
         rows = np.repeat(batch.rows, config.train.group_size)
         records = [run.data[batch.task.name].train.records[row] for row in rows]
-        asked += sum(len(record.asked) for record in records)
+        options = build.scoring_options(config, batch.task)
+        asked += sum(len(options.questions(each) + options.rated(each)) for each in records)
         ids = [("bench", turn, number) for number in range(len(records))]
-        scoring.submit(run.pool, ids, images, records, first=0)
+        scoring.submit(run.pool, ids, images, records, options, first=0)
         run.pool.gather(ids)
 
     spent = [_timed(lambda turn=turn: ask(turn)) for turn in range(steps)]

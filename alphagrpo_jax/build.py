@@ -177,7 +177,16 @@ def scoring_options(config: Config, task: tasks.Task) -> ScoringOptions:
     """How rewards are made of answers, with the task's shaping."""
     weight = config.reward.format_weight if task.format_reward else 0.0
     own = config.reward
-    return ScoringOptions(own.aggregate, own.score, weight, own.isolate, own.dependencies)
+    return ScoringOptions(
+        own.aggregate,
+        own.score,
+        weight,
+        own.isolate,
+        own.dependencies,
+        extra=tuple(zip(own.extra_scores, own.extra_weights, strict=True)),
+        rate_semantic=own.rate_semantic,
+        rate_quality=own.rate_quality,
+    )
 
 
 def rollout_options(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutOptions:

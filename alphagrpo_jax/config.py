@@ -29,6 +29,7 @@ def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> C
     _check_numbers(parsed)
     _check_sizes(parsed)
     _check_verifier(parsed)
+    _check_reward(parsed)
     return parsed
 
 
@@ -97,13 +98,14 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 TASKS = ("rt2i", "t2i", "srr", "ti2i", "ti2t")
+SCORES = ("confidence", "binary", "holistic")
 CHOICES = {
     "task": (*TASKS, "mixed"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "verifier.kind": ("hf", "openai", "callable"),
     "reward.aggregate": ("geometric", "mean", "pooled"),
-    "reward.score": ("confidence", "binary"),
+    "reward.score": SCORES,
     "rollout.sampler": ("sde", "cps"),
     "rollout.guidance.renorm": ("global", "channel", "text_channel"),
     "rollout.edit_guidance.renorm": ("global", "channel", "text_channel"),
@@ -295,6 +297,35 @@ def _check_tasks(config: Config) -> None:
         raise ConfigError(
             f"srr.queue_prompts: got {srr.queue_prompts}, expected at least "
             f"train.prompts_per_step={config.train.prompts_per_step}"
+        )
+
+
+def _check_reward(config: Config) -> None:
+    """What the scores that the reward is made of need."""
+    reward = config.reward
+    scores, weights = (reward.score, *reward.extra_scores), reward.extra_weights
+    if len(set(scores)) < len(scores) or not set(scores) <= set(SCORES):
+        raise ConfigError(
+            f"reward.extra_scores: got {reward.extra_scores} beside reward.score={reward.score!r}, "
+            f"expected different ones of {SCORES}"
+        )
+    if len(weights) != len(reward.extra_scores) or not all(0 < w < 1e6 for w in weights):
+        raise ConfigError(
+            f"reward.extra_weights: got {weights}, expected {len(reward.extra_scores)} positive "
+            "numbers, one for each of reward.extra_scores (the weight of reward.score is 1)"
+        )
+    if "holistic" not in scores:
+        return
+    if not all((*reward.rate_semantic, *reward.rate_quality, reward.rate_semantic,
+                reward.rate_quality)):  # fmt: skip
+        raise ConfigError(
+            "reward.rate_semantic and reward.rate_quality: got an empty list or text, expected at "
+            "least one question each for the holistic score"
+        )
+    if "ti2i" in config.tasks:
+        raise ConfigError(
+            "reward.score=holistic asks how well an image matches its prompt, but the prompts of "
+            "task ti2i are instructions; use confidence or binary there"
         )
 
 

@@ -49,7 +49,11 @@ class Verifier:
 @dataclasses.dataclass(frozen=True)
 class Reward:
     aggregate: str  # "geometric", "mean" or "pooled"
-    score: str  # "confidence" or "binary"
+    score: str  # "confidence", "binary" or "holistic" (ratings from 0 to 10)
+    extra_scores: tuple[str, ...]  # others of these, averaged with the first
+    extra_weights: tuple[float, ...]  # their weights; that of `score` is 1
+    rate_semantic: tuple[str, ...]  # what holistic rates; "{prompt}" stands for the prompt
+    rate_quality: tuple[str, ...]
     dependencies: bool  # a question counts only if those that it depends on hold
     format_weight: float
     isolate: bool  # the think text's form counts for the text steps alone

@@ -84,7 +84,7 @@ def evaluate_images(
     for part, filled in _parts(len(records), micro_batch):
         drawn, written = draw(filled, part.start)
         drawn = drawn[: part.stop - part.start]
-        scoring.submit(pool, ids[part], drawn, records[part], first=part.start)
+        scoring.submit(pool, ids[part], drawn, records[part], scoring_options, first=part.start)
         images.append(drawn)
         texts += [] if not written else written[0][: len(drawn)]
     scores = scoring.gather(pool, ids, records, texts or None, scoring_options)

@@ -200,7 +200,7 @@ class _Judge:
     def __call__(self, image: np.ndarray) -> float:
         self.asked += 1
         ids, records = [("round", self.asked)], [self.record]
-        scoring.submit(self.pool, ids, image[None], records, first=0)
+        scoring.submit(self.pool, ids, image[None], records, self.options, first=0)
         scores = scoring.gather(self.pool, ids, records, None, self.options)
         if not scores.valid[0]:
             raise ValueError(f"the verifier gave no answer: {', '.join(scores.failures)}")

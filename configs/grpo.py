@@ -51,6 +51,22 @@ def verifier() -> ConfigDict:
     return config
 
 
+def reward() -> ConfigDict:
+    """DVReward by confidences, and the format of the think text."""
+    config = ConfigDict()
+    config.aggregate = "geometric"
+    config.score = "confidence"
+    config.extra_scores = ()
+    config.extra_weights = ()
+    config.rate_semantic = ("How well does the image match the prompt: {prompt}?",)
+    config.rate_quality = ("How well is the image drawn?",)
+    config.dependencies = False
+    config.format_weight = 1.0
+    config.isolate = False
+    config.max_invalid_fraction = 0.2
+    return config
+
+
 def get_config() -> ConfigDict:
     """Every field that a configuration has, with the default's values."""
     config = ConfigDict()
@@ -70,14 +86,7 @@ def get_config() -> ConfigDict:
     config.lora.targets = r"language_model/layers/(self_attn|mlp|mlp_moe_gen)/\w+_proj(_moe_gen)?"
 
     config.verifier = verifier()
-
-    config.reward = ConfigDict()
-    config.reward.aggregate = "geometric"
-    config.reward.score = "confidence"
-    config.reward.dependencies = False
-    config.reward.format_weight = 1.0
-    config.reward.isolate = False
-    config.reward.max_invalid_fraction = 0.2
+    config.reward = reward()
 
     config.data = ConfigDict()
     config.data.train = "package:data/train.jsonl"

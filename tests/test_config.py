@@ -58,6 +58,23 @@ def test_values_arrive():
         ({"loss__entropy_fraction": 0.2, "train__old_logprob": "self"}, "needs train.old_logprob"),
         ({"rollout__sampler": "cps", "rollout__noise_level": 1.5}, "noise_level must be below 1"),
         ({"verifier__kind": "openai"}, r"needs verifier\.endpoints"),
+        ({"reward__extra_scores": ("confidence",), "reward__extra_weights": (1.0,)}, "different"),
+        ({"reward__extra_scores": ("warmth",), "reward__extra_weights": (1.0,)}, "different ones"),
+        ({"reward__extra_scores": ("holistic",)}, r"extra_weights: got \(\), expected 1"),
+        (
+            {"reward__extra_scores": ("holistic",), "reward__extra_weights": (0.0,)},
+            "1 positive numbers",
+        ),
+        ({"reward__score": "holistic", "reward__rate_quality": ()}, "got an empty list or text"),
+        (
+            {
+                "reward__score": "holistic",
+                "task": "ti2i",
+                "data__edit_train": "a",
+                "data__edit_heldout": "b",
+            },
+            "task ti2i are instructions",
+        ),
         ({"verifier__endpoints": ("http://a/v1",)}, r"need verifier\.model"),
         ({"verifier__endpoints": "http://a/v1"}, r"verifier\.endpoints: got .* expected a list"),
         (

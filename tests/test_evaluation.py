@@ -78,7 +78,7 @@ class Brightness:
     def __init__(self):
         self.images = {}
 
-    def submit(self, sample_id, image, questions):
+    def submit(self, sample_id, image, questions, rated=()):
         self.images[sample_id] = (image, len(questions))
 
     def gather(self, ids):

@@ -33,12 +33,13 @@ COUNTERS = (
 class Scored:
     """What became of a sample."""
 
-    p_yes: tuple[float, ...] | None  # one per question; None if not valid
+    p_yes: tuple[float, ...] | None  # one per yes/no question; None if not valid
     valid: bool
     failure: str | None  # of the last attempt, if not valid
     attempts: int
     worker: int | None  # that gave the answers
     latency_s: float  # from submission to outcome
+    ratings: tuple[float, ...] = ()  # in [0, 10], one per question that asks for one
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,7 +48,8 @@ class Job:
 
     sample_id: Hashable
     image: np.ndarray  # uint8[H, W, 3]
-    questions: tuple[str, ...]
+    questions: tuple[str, ...]  # the yes/no questions, then those that ask for a rating
+    rated: int  # how many of them ask for a rating
     image_key: str  # see `image_key`
     submitted: float
     deadline: float  # no attempt starts later
@@ -56,6 +58,19 @@ class Job:
     avoid: int | None = None  # the worker that failed last; others go first until avoid_until
     avoid_until: float = 0.0
     failure: str = "no worker was free"
+
+    @property
+    def cut(self) -> int:
+        """The number of yes/no questions, which come first."""
+        return len(self.questions) - self.rated
+
+    @property
+    def keys(self) -> list[tuple[str, bool, str]]:
+        """By what the answers are remembered: image, whether a rating is asked for, question."""
+        return [
+            (self.image_key, number >= self.cut, question)
+            for number, question in enumerate(self.questions)
+        ]
 
 
 class Ledger:
@@ -66,8 +81,8 @@ class Ledger:
         self.under_way: set[Hashable] = set()  # waiting or being tried
         self.results: dict[Hashable, Scored] = {}
         self._queue: list[Job] = []  # waiting for a worker
-        # P(yes) by image and question; the verifier is one, so it has no place in the key.
-        self._cache: collections.OrderedDict[tuple[str, str], float] = collections.OrderedDict()
+        # Numbers by `Job.keys`; the verifier is one, so it has no place in the key.
+        self._cache: collections.OrderedDict[tuple, float] = collections.OrderedDict()
         self._cache_size = cache_size
         self._audit = audit
 
@@ -75,7 +90,7 @@ class Ledger:
         """Takes a new sample: answers it from memory or queues it."""
         self.counters["submitted"] += 1
         self.under_way.add(job.sample_id)
-        keys = [(job.image_key, question) for question in job.questions]
+        keys = job.keys
         # An image is asked all its questions or none: the answers of one batch belong together.
         if all(key in self._cache for key in keys):
             self.counters["cached"] += 1
@@ -98,15 +113,15 @@ class Ledger:
                 return job
         return None
 
-    def answered(self, job: Job, worker: int, p_yes: tuple[float, ...], seconds: float) -> None:
-        """Books a successful attempt."""
-        self._book_attempt(job, worker, seconds, p_yes=p_yes, failure=None)
-        self.counters["questions"] += len(p_yes)
-        self._finish(job, p_yes, worker)
+    def answered(self, job: Job, worker: int, numbers: tuple[float, ...], seconds: float) -> None:
+        """Books a successful attempt; `numbers` are one per question, in their order."""
+        self._book_attempt(job, worker, seconds, numbers=numbers, failure=None)
+        self.counters["questions"] += len(numbers)
+        self._finish(job, numbers, worker)
 
     def failed(self, job: Job, worker: int, kind: str, failure: str, seconds: float) -> None:
         """Books a failed attempt; `kind` is the counter it goes to."""
-        self._book_attempt(job, worker, seconds, p_yes=None, failure=failure)
+        self._book_attempt(job, worker, seconds, numbers=None, failure=failure)
         self.counters[kind] += 1
         job.failure = f"worker {worker}, attempt {job.attempts}: {failure}"
 
@@ -154,22 +169,23 @@ class Ledger:
             self._audit.close()
             self._audit = None
 
-    def _finish(self, job: Job, p_yes: tuple[float, ...] | None, worker: int | None) -> None:
-        valid = p_yes is not None
+    def _finish(self, job: Job, numbers: tuple[float, ...] | None, worker: int | None) -> None:
+        valid = numbers is not None
         self.counters["answered" if valid else "invalid"] += 1
         self.under_way.discard(job.sample_id)
         self.results[job.sample_id] = Scored(
-            p_yes=p_yes,
+            p_yes=numbers[: job.cut] if valid else None,
             valid=valid,
             failure=None if valid else job.failure,
             attempts=job.attempts,
             worker=worker,
             latency_s=time.monotonic() - job.submitted,
+            ratings=numbers[job.cut :] if valid else (),
         )
         if valid and self._cache_size:
-            for question, number in zip(job.questions, p_yes, strict=True):
-                self._cache[job.image_key, question] = number
-                self._cache.move_to_end((job.image_key, question))
+            for key, number in zip(job.keys, numbers, strict=True):
+                self._cache[key] = number
+                self._cache.move_to_end(key)
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
 
@@ -179,7 +195,7 @@ class Ledger:
         worker: int,
         seconds: float,
         *,
-        p_yes: tuple[float, ...] | None,
+        numbers: tuple[float, ...] | None,
         failure: str | None,
     ) -> None:
         job.attempts += 1
@@ -190,12 +206,17 @@ class Ledger:
         row = {
             "sample": str(job.sample_id),
             "image": job.image_key,
-            "questions": job.questions,
+            "questions": job.questions[: job.cut],
             "worker": worker,
             "attempt": job.attempts,
-            "p_yes": p_yes,
+            "p_yes": numbers and numbers[: job.cut],
             "failure": failure,
         }
+        if job.rated:
+            row |= {
+                "rated": job.questions[job.cut :],
+                "ratings": numbers and numbers[job.cut :],
+            }
         self._audit.write(json.dumps(row) + "\n")
         self._audit.flush()
 

@@ -120,21 +120,30 @@ class Pool:
             if self._all_lost():
                 raise PoolError(self._lost_message())
 
-    def submit(self, sample_id: Hashable, image: np.ndarray, questions: Sequence[str]) -> None:
+    def submit(
+        self,
+        sample_id: Hashable,
+        image: np.ndarray,
+        questions: Sequence[str],
+        rated: Sequence[str] = (),
+    ) -> None:
         """Queues a sample; waits while `capacity` samples are under way.
 
         Args:
           sample_id: what `gather` will ask for; any hashable.
           image: uint8[H, W, 3], copied.
-          questions: at least one, e.g. `Record.asked`.
+          questions: to be answered by yes or no, e.g. `Record.asked`.
+          rated: questions to be answered by a number from 0 to 10; the sample is valid only if
+            all of both kinds have an answer.
         Raises:
           ValueError: wrong image or questions, or the id is in use.
           PoolError: the pool is closed.
         """
         image = _checked_image(sample_id, image)
-        if isinstance(questions, str) or not questions:
+        if isinstance(questions, str) or isinstance(rated, str) or not (questions or rated):
             raise ValueError(
-                f"sample {sample_id!r}: got questions {questions!r}, expected a list of at least 1"
+                f"sample {sample_id!r}: got questions {questions!r} and {rated!r}, expected a list "
+                "of at least 1"
             )
         key = ledger_lib.image_key(image)
         with self._changed:
@@ -145,7 +154,8 @@ class Pool:
             job = ledger_lib.Job(
                 sample_id=sample_id,
                 image=image,
-                questions=tuple(questions),
+                questions=(*questions, *rated),
+                rated=len(rated),
                 image_key=key,
                 submitted=now,
                 deadline=now + self._options.total_seconds,
@@ -272,9 +282,9 @@ class Pool:
         started = time.monotonic()
         try:
             answers = self._workers[index].ask(
-                job.image, job.questions, self._options.attempt_seconds
+                job.image, job.questions, job.rated, self._options.attempt_seconds
             )
-            p_yes = _checked_answers(answers, len(job.questions))
+            numbers = _checked_answers(answers, len(job.questions), job.rated)
         except worker_lib.WorkerTimeoutError as error:
             self._settle_failure(index, job, "timeouts", str(error), started)
             return False
@@ -285,7 +295,7 @@ class Pool:
             self._settle_failure(index, job, "bad_answers", str(error), started)
             return False
         with self._changed:
-            self._ledger.answered(job, index, p_yes, time.monotonic() - started)
+            self._ledger.answered(job, index, numbers, time.monotonic() - started)
             self._changed.notify_all()
         return True
 
@@ -353,7 +363,7 @@ class Pool:
 
 
 class _BadAnswerError(Exception):
-    """A reply that is not one number in [0, 1] per question."""
+    """A reply that is not one number per question, in [0, 1], or in [0, 10] for a rating."""
 
 
 class _GivenUpError(Exception):
@@ -395,19 +405,22 @@ def _checked_image(sample_id: Hashable, image: np.ndarray) -> np.ndarray:
 
 
 def _checked_answers(
-    answers: Sequence[tuple[float | None, str | None]], expected: int
+    answers: Sequence[tuple[float | None, str | None]], expected: int, rated: int
 ) -> tuple[float, ...]:
-    """The numbers of a verifier's reply.
+    """The numbers of a verifier's reply, of which the last `rated` are ratings.
 
     Raises:
-      _BadAnswerError: another number of answers than of questions, or one that is no probability.
+      _BadAnswerError: another number of answers than of questions, or one that is no probability
+        or rating.
     """
     if len(answers) != expected:
         raise _BadAnswerError(f"got {len(answers)} answers, expected {expected}")
     numbers = []
-    for position, (p_yes, failure) in enumerate(answers):
-        if failure is not None or p_yes is None or not 0.0 <= p_yes <= 1.0:
-            why = failure or f"got P(yes) = {p_yes}, expected a number in [0, 1]"
+    for position, (number, failure) in enumerate(answers):
+        is_rating = position >= expected - rated
+        most, what = (10.0, "a rating of") if is_rating else (1.0, "P(yes) =")
+        if failure is not None or number is None or not 0.0 <= number <= most:
+            why = failure or f"got {what} {number}, expected a number in [0, {most:.0f}]"
             raise _BadAnswerError(f"question {position}: {why}")
-        numbers.append(p_yes)
+        numbers.append(number)
     return tuple(numbers)

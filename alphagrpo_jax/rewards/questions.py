@@ -44,6 +44,11 @@ class Record:
         return (found,) if isinstance(found, str) else tuple(found)
 
     @property
+    def asked_questions(self) -> list[Question]:
+        """The questions that a verifier gets: semantic first, then quality."""
+        return [each for each in (*self.semantic, *self.quality) if each.is_valid]
+
+    @property
     def asked_semantic(self) -> list[str]:
         """Texts of the valid semantic questions."""
         return [question.text for question in self.semantic if question.is_valid]

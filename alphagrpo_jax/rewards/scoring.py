@@ -2,17 +2,42 @@
 
 import collections
 import dataclasses
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from alphagrpo_jax.rewards import ledger
 from alphagrpo_jax.rewards.dvreward import INVALID, Reward, dvreward
 from alphagrpo_jax.rewards.formats import answer_reward, format_reward
-from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.questions import Record
+from alphagrpo_jax.rewards.verifiers.instructions import RATE_PROMPT, RATE_QUALITY
+from alphagrpo_jax.rewards.viescore import viescore
 from alphagrpo_jax.runtime import distributed
 
 REFLECTION_WEIGHT = 0.5
+HOLISTIC = "holistic"  # the score that ratings make; the others are `dvreward.SCORES`
+SATURATED = 0.02  # P(yes) so near 0 or 1 tells samples of a group apart no longer
+ELSEWHERE = "judged on another host"
+
+
+class Judge(Protocol):
+    """What answers questions about images: a `pool.Pool`, or the policy itself."""
+
+    def submit(
+        self,
+        sample_id: Hashable,
+        image: np.ndarray,
+        questions: Sequence[str],
+        rated: Sequence[str] = (),
+    ) -> None:
+        """Takes a sample, see `pool.Pool.submit`."""
+        ...
+
+    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, ledger.Scored]:
+        """Hands out outcomes, see `pool.Pool.gather`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,50 +45,101 @@ class ScoringOptions:
     """How answers become a reward."""
 
     aggregate: str
-    score: str
+    score: str  # of `dvreward.SCORES`, or "holistic"
     format_weight: float  # 0 where the task has no format reward
     isolate: bool = False  # whether the form counts for the text steps alone
     dependencies: bool = False  # a question counts only if those that it depends on hold
+    extra: tuple[tuple[str, float], ...] = ()  # further scores and their weights; the first has 1
+    rate_semantic: tuple[str, ...] = (RATE_PROMPT,)  # rated for "holistic"; {prompt} is filled in
+    rate_quality: tuple[str, ...] = (RATE_QUALITY,)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The names of all scores that the reward is made of."""
+        return (self.score, *(name for name, _ in self.extra))
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Their weights, float64[K], summing to 1."""
+        weights = np.array([1.0, *(weight for _, weight in self.extra)])
+        return weights / weights.sum()
+
+    def questions(self, record: Record) -> list[str]:
+        """What is to be answered by yes or no about an image of a prompt."""
+        return record.asked if set(self.scores) - {HOLISTIC} else []
+
+    def rated(self, record: Record) -> list[str]:
+        """What is to be rated: semantic consistency first, then perceptual quality."""
+        if HOLISTIC not in self.scores:
+            return []
+        templates = (*self.rate_semantic, *self.rate_quality)
+        return [template.replace("{prompt}", record.prompt) for template in templates]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """Rewards of N samples; NaN where not valid."""
 
-    reward: np.ndarray  # float64[N], DVReward in [0, 1]
-    semantic: np.ndarray  # float64[N]
+    reward: np.ndarray  # float64[N], DVReward (or what the options say) in [0, 1]
+    semantic: np.ndarray  # float64[N], of the first score
     quality: np.ndarray  # float64[N]
     format: np.ndarray  # float64[N], 0 or 1
     valid: np.ndarray  # bool[N]
     failures: dict[str, int]  # why samples are invalid, and how many
+    parts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # score: float64[N]
+    p_yes: tuple[tuple[float, ...], ...] = ()  # per sample as asked; empty where not valid
+    ratings: tuple[tuple[float, ...], ...] = ()  # the same, 0 to 10
+    reasons: tuple[str | None, ...] = ()  # per sample, why it is invalid
+    tags: Mapping[str, float] = dataclasses.field(default_factory=dict)  # see `_tag_means`
 
     def metrics(self) -> dict[str, float]:
-        """Means over the valid samples (NaN if there are none), and the valid share."""
+        """Means over the valid samples (NaN if there are none), and the valid share.
+
+        Where there were yes/no questions: their means by tag, and the share of saturated ones.
+        """
         names = ("semantic", "quality", "format")
         parts = {f"reward/{name}": _mean(vars(self)[name], self.valid) for name in names}
         share = {"reward/valid_fraction": float(np.mean(self.valid))}
+        if len(self.parts) > 1:
+            parts |= {
+                f"reward/score/{name}": _mean(values, self.valid)
+                for name, values in self.parts.items()
+            }
+        parts |= {f"reward/tag/{tag}": mean for tag, mean in self.tags.items()}
+        answers = np.array([p for own in self.p_yes for p in own])
+        if answers.size:
+            saturated = (answers < SATURATED) | (answers > 1.0 - SATURATED)
+            share["question/saturated_fraction"] = float(saturated.mean())
         return {"reward/mean": _mean(self.reward, self.valid)} | parts | share
 
 
 def submit(
-    pool: Pool,
+    pool: Judge,
     sample_ids: Sequence[Hashable],
-    images: np.ndarray,
+    images: Sequence[np.ndarray],
     records: Sequence[Record],
+    options: ScoringOptions,
     *,
     first: int,
 ) -> None:
-    """Hands images uint8[N, H, W, 3] to the pool, each with its record's questions.
+    """Hands images to the pool, each with its record's questions.
 
-    Of several processes each scores its own share of the images; `first` is the number of the
-    first one in the batch that `gather` asks for.
+    Args:
+      pool: what answers them.
+      sample_ids: N.
+      images: uint8[H, W, 3] each, N.
+      records: N.
+      options: which scores are needed; the same must be given to `gather`.
+      first: number of the first image in the batch that `gather` asks for; of several processes
+        each scores its own share of the batch.
     """
     for row in distributed.own_rows(len(sample_ids), first=first):
-        pool.submit(sample_ids[row], images[row], records[row].asked)
+        asked = (options.questions(records[row]), options.rated(records[row]))
+        pool.submit(sample_ids[row], images[row], *asked)
 
 
 def gather(
-    pool: Pool,
+    pool: Judge,
     sample_ids: Sequence[Hashable],
     records: Sequence[Record],
     texts: Sequence[str] | None,
@@ -79,25 +155,34 @@ def gather(
     """
     own = distributed.own_rows(len(sample_ids))
     outcomes = pool.gather(sample_ids[row] for row in own)
-    failures: collections.Counter[str] = collections.Counter()
-    rewards = []
-    for row in own:
+    most = max((len(options.questions(record)) for record in records), default=0)
+    lengths = (len(Reward._fields), len(options.scores), most, _rating_count(options))
+    blocks = np.full((len(own), sum(lengths)), np.nan)  # one array, to go between processes
+    reasons: list[str | None] = [ELSEWHERE] * len(sample_ids)
+    for line, row in enumerate(own):
         outcome = outcomes[sample_ids[row]]
-        if outcome.valid:
-            rewards.append(_reward(records[row], outcome.p_yes, options))
-        else:
-            failures[str(outcome.failure)] += 1
-            rewards.append(INVALID)
-    table = np.array(rewards, np.float64).reshape(-1, 4)
-    table = distributed.merge_rows(table, len(sample_ids))
-    form = _forms(texts, len(table))
+        reasons[row] = None if outcome.valid else str(outcome.failure)
+        reward, parts = _judge(records[row], outcome, options)
+        numbers = (reward, parts, outcome.p_yes or (), outcome.ratings)
+        for start, values in zip(np.cumsum((0, *lengths)), numbers, strict=False):
+            blocks[line, start : start + len(values)] = values
+    failures = collections.Counter(reasons[row] for row in own if reasons[row] is not None)
+    merged = distributed.merge_rows(blocks, len(sample_ids))
+    table, parts, answers, ratings = np.split(merged, np.cumsum(lengths)[:-1], axis=1)
+    valid = table[:, 3] > 0
+    p_yes = _known(answers)
     return Scores(
         reward=table[:, 0],
         semantic=table[:, 1],
         quality=table[:, 2],
-        format=form,
-        valid=table[:, 3] > 0,
+        format=_forms(texts, len(table)),
+        valid=valid,
         failures=dict(failures),
+        parts=dict(zip(options.scores, parts.T, strict=True)),
+        p_yes=p_yes,
+        ratings=_known(ratings),
+        reasons=tuple(None if v else why for v, why in zip(valid, reasons, strict=True)),
+        tags=_tag_means(records, p_yes, options),
     )
 
 
@@ -153,15 +238,56 @@ def _forms(texts: Sequence[str] | None, count: int) -> np.ndarray:
     return np.array([format_reward(text) for text in texts or []] or [0.0] * count)
 
 
-def _reward(record: Record, p_yes: Sequence[float], options: ScoringOptions) -> Reward:
-    semantic, quality = record.split(p_yes)
+def _judge(
+    record: Record, outcome: ledger.Scored, options: ScoringOptions
+) -> tuple[Reward, list[float]]:
+    """A sample's reward, with the first score's means, and every score by itself."""
+    if not outcome.valid:
+        return INVALID, []
+    parts = [_score(name, record, outcome, options) for name in options.scores]
+    if not all(part.valid for part in parts):
+        return INVALID, []
+    values = [part.reward for part in parts]
+    # One score alone stays as it is, to the last bit.
+    total = values[0] if len(values) == 1 else float(options.weights @ values)
+    return parts[0]._replace(reward=total), values
+
+
+def _score(name: str, record: Record, outcome: ledger.Scored, options: ScoringOptions) -> Reward:
+    if name == HOLISTIC:
+        cut = len(options.rate_semantic)
+        semantic, quality = outcome.ratings[:cut], outcome.ratings[cut:]
+        least = (min(semantic) / 10.0, min(quality) / 10.0)
+        return Reward(viescore(semantic, quality), *least, valid=True)
+    semantic, quality = record.split(outcome.p_yes)
     return dvreward(
         semantic,
         quality,
-        score=options.score,
+        score=name,
         aggregate=options.aggregate,
         parents=record.asked_parents if options.dependencies else None,
     )
+
+
+def _rating_count(options: ScoringOptions) -> int:
+    return len(options.rate_semantic + options.rate_quality) if HOLISTIC in options.scores else 0
+
+
+def _known(rows: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """The numbers of each row, without the NaN behind them."""
+    return tuple(tuple(row[~np.isnan(row)].tolist()) for row in rows)
+
+
+def _tag_means(
+    records: Sequence[Record], p_yes: Sequence[Sequence[float]], options: ScoringOptions
+) -> dict[str, float]:
+    """Mean answer of the valid samples' questions by tag; of 0 or 1 each if the score is binary."""
+    found: dict[str, list[float]] = {}
+    for record, own in zip(records, p_yes, strict=True):
+        for question, p in zip(record.asked_questions if own else (), own, strict=True):
+            value = float(p > 0.5) if options.score == "binary" else p
+            found.setdefault(question.tag or "untagged", []).append(value)
+    return {tag: math.fsum(values) / len(values) for tag, values in sorted(found.items())}
 
 
 def _mean(values: np.ndarray, valid: np.ndarray) -> float:

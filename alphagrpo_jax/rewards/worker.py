@@ -84,14 +84,19 @@ class Worker:
             raise WorkerBuildError(value)
 
     def ask(
-        self, image: np.ndarray, questions: Sequence[str], seconds: float
+        self, image: np.ndarray, questions: Sequence[str], rated: int, seconds: float
     ) -> list[tuple[float | None, str | None]]:
-        """The verifier's answers to the questions, as (p_yes, failure) pairs, unchecked.
+        """The verifier's answers to the questions, as (number, failure) pairs, unchecked.
 
+        Args:
+          image: uint8[H, W, 3].
+          questions: the last `rated` of them ask for a rating, the others for yes or no.
+          rated: how many.
+          seconds: after which the process is killed.
         Raises:
           WorkerError: the verifier raised; WorkerDiedError, WorkerTimeoutError: as they say.
         """
-        kind, value = self._exchange((image, list(questions)), seconds)
+        kind, value = self._exchange((image, list(questions), rated), seconds)
         if kind != "answers":
             raise WorkerError(value)
         return value
@@ -152,8 +157,7 @@ def serve(descriptor: int, parent: int) -> None:
         kind, options = connection.recv()
         verifier = _build(connection, kind, options)
         while verifier is not None:
-            image, questions = connection.recv()
-            connection.send(_answer(verifier, image, questions))
+            connection.send(_answer(verifier, *connection.recv()))
     except (EOFError, ConnectionError):
         return  # the parent closed the pipe or is gone
 
@@ -173,17 +177,24 @@ def _build(
     return verifier
 
 
-def _answer(verifier: Any, image: np.ndarray, questions: list[str]) -> tuple[str, Any]:
+def _answer(verifier: Any, image: np.ndarray, questions: list[str], rated: int) -> tuple[str, Any]:
+    cut = len(questions) - rated
     try:
-        answers = verifier.answer(image, questions)
-        return "answers", [(_plain(answer.p_yes), answer.failure) for answer in answers]
+        answers = verifier.answer(image, questions[:cut]) if cut else []
+        found = [(_plain(answer.p_yes), answer.failure) for answer in answers]
+        if len(found) != cut:  # ratings behind them could make up for it
+            return "error", f"got {len(found)} answers, expected {cut}"
+        if rated:
+            ratings = verifier.rate(image, questions[cut:])
+            found += [(_plain(rating.value), rating.failure) for rating in ratings]
+        return "answers", found
     except Exception as error:  # the failure of one attempt, to be retried
         return "error", f"{type(error).__name__}: {error}"
 
 
-def _plain(p_yes: Any) -> float | None:
+def _plain(number: Any) -> float | None:
     """A python number, so that the parent needs no tensor library to read it."""
-    return None if p_yes is None else float(p_yes)
+    return None if number is None else float(number)
 
 
 def _end_with_parent(parent: int) -> None:

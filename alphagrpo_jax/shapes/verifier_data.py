@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.instructions import (
+    AUDIT_INSTRUCTION,
+    RATE_INSTRUCTION,
+    RATE_PROMPT,
+    RATE_QUALITY,
+)
 from alphagrpo_jax.shapes import corrupt, examples, language, questions, scenes
 from alphagrpo_jax.shapes.specs import COLORS, describe, facts, pick
 from alphagrpo_jax.shapes.verifier_model import ASSISTANT, IMAGE, PATCH, PATCHES, SYSTEM, USER
@@ -86,10 +91,6 @@ class Batch:
 def prefix(instruction: str) -> str:
     """The rendered chat up to and including the image, before the question."""
     return f"{SYSTEM}{instruction}{USER}{IMAGE}"
-
-
-RATE_PROMPT = "How well does the image match the prompt: {prompt}?"
-RATE_QUALITY = "How well is the image drawn?"
 
 
 def vocabulary(seed: int = 0, draws: int = 2000) -> set[str]:

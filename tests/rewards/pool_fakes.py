@@ -7,13 +7,18 @@ import time
 
 import numpy as np
 
-from alphagrpo_jax.rewards.verifiers.base import Answer
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating
 
 
 def truth(image: np.ndarray, questions: list[str]) -> list[float]:
     """What an honest verifier answers: a number that depends on image and question."""
     mean = float(image.mean()) / 255.0
     return [(mean + len(question) / 100.0) % 1.0 for question in questions]
+
+
+def ratings(image: np.ndarray, questions: list[str]) -> list[float]:
+    """What an honest verifier rates, 0 to 10."""
+    return [10.0 * value for value in truth(image, questions)]
 
 
 class Fake:
@@ -76,6 +81,15 @@ FAULTS = {
 }
 
 
+RATING_FAULTS = {
+    21: lambda honest: [Rating(10.5)] * len(honest),
+    22: lambda honest: [Rating(float("nan"))] * len(honest),
+    23: lambda honest: [Rating(None, "no number")] * len(honest),
+    24: lambda honest: honest[:-1],
+    25: _raise,
+}
+
+
 class Slow:
     """Takes 20 ms for an answer."""
 
@@ -101,3 +115,12 @@ def broken() -> Fake:
 
 def dies_at_once() -> Fake:
     os._exit(7)
+
+
+class Rater(Fake):
+    """As `Fake`, and rates; `RATING_FAULTS` says which images it rates wrongly, every time."""
+
+    def rate(self, image: np.ndarray, questions: list[str]) -> list[Rating]:
+        fault = int(image[0, 0, 0])
+        honest = [Rating(rating) for rating in ratings(image, questions)]
+        return RATING_FAULTS[fault](honest) if fault in RATING_FAULTS else honest

@@ -11,6 +11,7 @@ from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.ledger import Scored
 from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.rewards.verifiers import instructions
 from configs import grpo
 
 
@@ -20,8 +21,8 @@ class Answers:
     def __init__(self, answers):
         self.answers, self.submitted = answers, []
 
-    def submit(self, sample_id, image, questions):
-        self.submitted.append((sample_id, int(image[0, 0, 0]), list(questions)))
+    def submit(self, sample_id, image, questions, rated=()):
+        self.submitted.append((sample_id, int(image[0, 0, 0]), list(questions), list(rated)))
 
     def gather(self, ids):
         return {each: self.answers[each] for each in list(ids)}
@@ -38,9 +39,9 @@ def test_rewards_of_a_batch():
     record = parse_record(tiny_world.record("a circle"))
     pool = Answers({"a": scored(0.9, 0.5, 0.4), "b": FAILED, "c": scored(0.0, 0.0, 1.0)})
     images = np.stack([np.full((2, 2, 3), value, np.uint8) for value in (1, 2, 3)])
-    scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, first=0)
-    assert pool.submitted[1] == ("b", 2, record.asked)
     options = scoring.ScoringOptions("geometric", "confidence", 0.5)
+    scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, options, first=0)
+    assert pool.submitted[1] == ("b", 2, record.asked, [])
     texts = ["<think> x </think>", "<think> y </think>", "no form"]
     found = scoring.gather(pool, ["a", "b", "c"], [record] * 3, texts, options)
     assert found.reward[0] == pytest.approx(math.sqrt(0.7 * 0.4))
@@ -59,6 +60,12 @@ def test_rewards_of_a_batch():
     assert metrics["reward/quality"] == pytest.approx(0.7)
     assert metrics["reward/format"] == 0.5
     assert metrics["reward/valid_fraction"] == pytest.approx(2 / 3)
+    assert found.p_yes == ((0.9, 0.5, 0.4), (), (0.0, 0.0, 1.0))
+    assert found.reasons == (None, "server away", None)
+    assert metrics["reward/tag/Existence"] == pytest.approx((0.9 + 0.5) / 4)
+    assert metrics["reward/tag/Texture"] == pytest.approx(0.7)
+    assert metrics["question/saturated_fraction"] == pytest.approx(3 / 6)
+    assert not any(name.startswith("reward/score") for name in metrics)
 
 
 def test_without_texts_there_is_no_format_reward():
@@ -141,3 +148,78 @@ def test_answers_are_rewarded_by_rule():
     assert found.valid.all()
     assert found.metrics()["reward/mean"] == 0.5
     assert math.isnan(found.metrics()["reward/semantic"])
+
+
+def rated(*ratings, p_yes=()):
+    return Scored(p_yes, True, None, 1, 0, 0.1, ratings)
+
+
+def test_holistic_scores_ask_for_ratings_only():
+    record = parse_record(tiny_world.record("a {circle}"))
+    pool = Answers({0: rated(8.0, 5.0), 1: rated(0.0, 10.0), 2: FAILED})
+    options = scoring.ScoringOptions("geometric", "holistic", 0.0)
+    images = np.zeros((3, 2, 2, 3), np.uint8)
+    scoring.submit(pool, [0, 1, 2], images, [record] * 3, options, first=0)
+    match = "How well does the image match the prompt: a {circle}?"
+    assert pool.submitted[0] == (0, 0, [], [match, "How well is the image drawn?"])
+    found = scoring.gather(pool, [0, 1, 2], [record] * 3, None, options)
+    assert found.reward[:2].tolist() == [pytest.approx(math.sqrt(40.0) / 10), 0.0]
+    assert (found.semantic[0], found.quality[0]) == (0.8, 0.5)
+    assert found.valid.tolist() == [True, True, False]
+    assert found.ratings == ((8.0, 5.0), (0.0, 10.0), ())
+    metrics = found.metrics()
+    assert not any("tag" in name or "saturated" in name for name in metrics)
+
+
+def test_the_least_of_several_ratings_counts():
+    record = parse_record(tiny_world.record("a circle"))
+    options = scoring.ScoringOptions(
+        "geometric", "holistic", 0.0, rate_semantic=("a?", "b?"), rate_quality=("c?", "d?", "e?")
+    )
+    pool = Answers({0: rated(9.0, 4.0, 10.0, 9.0, 8.0)})
+    found = scoring.gather(pool, [0], [record], None, options)
+    assert found.reward[0] == pytest.approx(math.sqrt(4.0 * 8.0) / 10)
+
+
+def test_several_scores_are_averaged_by_weight():
+    record = parse_record(tiny_world.record("a circle"))
+    pool = Answers({0: rated(9.0, 4.0, p_yes=(0.9, 0.3, 0.6)), 1: FAILED})
+    options = scoring.ScoringOptions(
+        "mean", "confidence", 0.0, extra=(("binary", 0.5), ("holistic", 2.5))
+    )
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    scoring.submit(pool, [0], images, [record], options, first=0)
+    assert pool.submitted[0][2] == record.asked
+    assert len(pool.submitted[0][3]) == 2
+    found = scoring.gather(pool, [0, 1], [record] * 2, None, options)
+    parts = {"confidence": 0.6, "binary": 0.75, "holistic": 0.6}
+    assert {name: values[0] for name, values in found.parts.items()} == pytest.approx(parts)
+    assert found.reward[0] == pytest.approx((0.6 + 0.5 * 0.75 + 2.5 * 0.6) / 4.0)
+    assert found.valid.tolist() == [True, False]
+    assert (found.semantic[0], found.quality[0]) == (pytest.approx(0.6), pytest.approx(0.6))
+    assert found.metrics()["reward/score/binary"] == pytest.approx(0.75)
+
+
+def test_the_scores_of_the_configuration_arrive():
+    fields = grpo.get_config()
+    fields.reward.score = "holistic"
+    fields.reward.extra_scores, fields.reward.extra_weights = ("binary",), (0.5,)
+    config = config_lib.from_config_dict(fields)
+    options = build.scoring_options(config, tasks.TASKS["rt2i"])
+    assert options.scores == ("holistic", "binary")
+    assert options.weights == pytest.approx([2 / 3, 1 / 3])
+    # The shipped verifier was trained on these two texts.
+    assert options.rate_semantic == (instructions.RATE_PROMPT,)
+    assert options.rate_quality == (instructions.RATE_QUALITY,)
+    plain = build.scoring_options(
+        config_lib.from_config_dict(grpo.get_config()), tasks.TASKS["rt2i"]
+    )
+    assert plain.scores == ("confidence",)
+
+
+def test_binary_tags_count_right_answers():
+    record = parse_record(tiny_world.record("a circle"))
+    options = scoring.ScoringOptions("mean", "binary", 0.0)
+    pool = Answers({0: scored(0.9, 0.2, 0.6), 1: scored(0.51, 0.6, 0.1)})
+    found = scoring.gather(pool, [0, 1], [record] * 2, None, options)
+    assert found.tags == {"Existence": 0.75, "Texture": 0.5}

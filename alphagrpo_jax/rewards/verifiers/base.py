@@ -1,4 +1,4 @@
-"""What a verifier is: something that answers yes/no questions about an image."""
+"""What a verifier is: something that answers questions about an image, or rates it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -35,5 +35,16 @@ class Verifier(Protocol):
           questions: at least one; "yes" is the good answer of each.
         Returns:
           One `Answer` per question. Exceptions are taken as the failure of this attempt.
+        """
+        ...
+
+    def rate(self, image: np.ndarray, questions: Sequence[str]) -> list[Rating]:
+        """Rates the image by each question, in order; needed for holistic scores only.
+
+        Args:
+          image: uint8[H, W, 3] RGB.
+          questions: at least one; 10 is the best rating.
+        Returns:
+          One `Rating` per question. Exceptions are taken as the failure of this attempt.
         """
         ...
