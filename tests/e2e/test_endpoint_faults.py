@@ -1,0 +1,109 @@
+"""Training with a verifier behind an endpoint that misbehaves: it goes on, or says why it stops."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import bad_server
+import pytest
+import tiny_world
+from bad_server import BadServer
+
+TESTS = pathlib.Path(__file__).parent.parent
+KEY = "sk-train-0123456789abcdef"
+IMPATIENT = {"max_attempts": 2, "attempt_seconds": 3.0, "question_seconds": 2.0}
+FAULTS = ("500", "reset", "truncated", "nan", "no logprobs", "neither", "other request", "echo")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_world.write_all(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def server(world, request):
+    with BadServer(world, request.node.name) as server:
+        yield server
+
+
+def train(world, server, name, **verifier):
+    """(exit code, everything printed, run folder, audit rows) of two steps with this server."""
+    fields = {
+        "verifier.kind": "openai",
+        "verifier.endpoints": repr((server.url,)),
+        "verifier.model": bad_server.MODEL,
+        "verifier.api_key_env": "TRAIN_KEY",
+        "verifier.workers": 2,
+        "verifier.attempt_seconds": 10.0,
+        "verifier.question_seconds": 5.0,
+        "verifier.max_attempts": 6,
+        "verifier.audit": f"{name}.audit.jsonl",
+        "train.steps": 2,
+    } | {f"verifier.{field}": value for field, value in verifier.items()}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "alphagrpo_jax.train"),
+            *(f"--config={TESTS / 'tiny_world.py'}", f"--workdir={name}"),
+            *(f"--config.{field}={value}" for field, value in fields.items()),
+        ],
+        cwd=world,
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "TRAIN_KEY": KEY},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    audit = (world / f"{name}.audit.jsonl").read_text().splitlines()
+    return done.returncode, done.stdout + done.stderr, world / name, list(map(json.loads, audit))
+
+
+def check_audit(audit, server):
+    """Every number that the pool got was given by the server for that image and question."""
+    given = {}
+    for row in server.log():
+        if row["p_yes"] is not None:
+            given[row["image"], row["question"]] = row["p_yes"]
+    numbers = 0
+    for row in audit:
+        assert (row["p_yes"] is None) != (row["failure"] is None)
+        if row["p_yes"] is not None:
+            asked = [given[row["image"], question] for question in row["questions"]]
+            assert row["p_yes"] == pytest.approx(asked, abs=1e-9)
+            numbers += len(asked)
+    assert numbers > 0
+
+
+def check_no_key(world, workdir, printed):
+    files = [path for path in (*workdir.rglob("*"), *world.glob("*.jsonl")) if path.is_file()]
+    assert len(files) > 3
+    assert not any(KEY.encode() in path.read_bytes() for path in files)
+    assert KEY not in printed
+
+
+def test_a_flaky_endpoint_costs_no_sample(world, server):
+    server.behave(*FAULTS, every=9)
+    code, printed, workdir, audit = train(world, server, "flaky")
+    assert code == 0, printed
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["reward/valid_fraction"] == 1.0 for row in rows[1:])
+    assert all(0.0 < row["reward/mean"] < 1.0 for row in rows[1:])
+    faults = {row["fault"] for row in server.log()}
+    assert faults == {None, *FAULTS}
+    check_audit(audit, server)
+    check_no_key(world, workdir, printed)
+
+
+def test_an_endpoint_that_dies_stops_the_run_with_a_message(world, server):
+    server.behave("die", after=30)
+    code, printed, workdir, audit = train(world, server, "dead", **IMPATIENT)
+    assert code == 1, printed
+    assert "of the samples have no reward, at most 20% are allowed" in printed
+    assert "reward.max_invalid_fraction" in printed
+    assert server.url in printed
+    assert "Traceback" not in printed
+    check_audit(audit, server)
+    check_no_key(world, workdir, printed)
