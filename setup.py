@@ -19,7 +19,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["alphagrpo_jax", "alphagrpo_jax.*"]),
-    package_data={"alphagrpo_jax": ["shapes/assets/**"]},
+    package_data={"alphagrpo_jax": ["shapes/assets/**", "rewards/templates/**"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<0.9",
@@ -28,7 +28,7 @@ setuptools.setup(
         "httpx2>=2.16,<3",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         "jax>=0.10,<0.12",
-        "jinja2>=3.1,<4",  # errors of chat templates
+        "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "ml-collections>=1.0,<2",
         "numpy>=2,<3",

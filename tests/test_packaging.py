@@ -76,7 +76,8 @@ def test_every_imported_package_is_declared(setup_arguments):
 def test_assets_are_package_data(setup_arguments):
     patterns = setup_arguments["package_data"]["alphagrpo_jax"]
     packaged = {path for pattern in patterns for path in recursive_files(pattern)}
-    assets = {path for path in (PACKAGE / "shapes" / "assets").rglob("*") if path.is_file()}
+    folders = (PACKAGE / "shapes" / "assets", PACKAGE / "rewards" / "templates")
+    assets = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     assert assets == packaged
     for path in assets:
         assert path.stat().st_size <= 10 * 2**20, f"{path.name} is larger than 10 MiB"

@@ -1,0 +1,242 @@
+"""A reward explained: for every image its questions with the answers, and what became of them.
+
+Pure: rows in, text out (one HTML file without scripts, CSV or JSON). Prompts, questions and think
+texts are foreign text: in HTML they are escaped, whatever they hold.
+"""
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+
+from alphagrpo_jax.rewards.questions import Record
+from alphagrpo_jax.rewards.scoring import HOLISTIC, Scores, ScoringOptions
+
+TEMPLATE = "report.html.jinja"
+CSV_FIELDS = (
+    "image", "prompt", "total", "semantic", "quality", "failure", "kind", "tag", "question", "value"
+)  # fmt: skip
+
+
+class Line(NamedTuple):
+    """One question about an image, and its answer."""
+
+    kind: str  # "semantic", "quality" or "rating"
+    tag: str
+    question: str
+    value: float  # P(yes), or a rating from 0 to 10
+
+    @property
+    def share(self) -> float:
+        """The value as a share of the best one."""
+        return self.value / 10.0 if self.kind == "rating" else self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One image with everything that is known about its reward; None: not known."""
+
+    name: str
+    prompt: str
+    image: str  # a data: URL
+    total: float | None  # the reward in [0, 1]; None if it has none
+    semantic: float | None
+    quality: float | None
+    failure: str | None  # why there is no reward
+    lines: tuple[Line, ...]  # empty if there is no reward
+    parts: Mapping[str, float]  # by score; empty where there is only one
+    think: str | None = None
+    exact: bool | None = None  # the exact checker's verdict
+
+
+class Tag(NamedTuple):
+    """The answers to all questions of a kind and tag."""
+
+    kind: str
+    tag: str
+    count: int
+    mean: float  # P(yes) or rating
+    yes: float | None  # share of the answers above 1/2; None for ratings
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What is to be told."""
+
+    title: str
+    how: str  # the reward is computed
+    rows: tuple[Row, ...]
+    images_without_record: tuple[str, ...] = ()
+    records_without_image: tuple[str, ...] = ()
+
+    @property
+    def worst_first(self) -> list[Row]:
+        """Images without a reward, then the lowest rewards; equals as given."""
+        return sorted(self.rows, key=lambda row: -1.0 if row.total is None else row.total)
+
+    @property
+    def mean(self) -> float | None:
+        """Mean reward of the images that have one."""
+        totals = [row.total for row in self.rows if row.total is not None]
+        return math.fsum(totals) / len(totals) if totals else None
+
+    @property
+    def failed(self) -> int:
+        """How many images have no reward."""
+        return sum(row.total is None for row in self.rows)
+
+    @property
+    def tags(self) -> list[Tag]:
+        """Means by kind and tag, over the images that have a reward; semantic tags first."""
+        found: dict[tuple[str, str], list[float]] = {}
+        for row in self.rows:
+            for line in row.lines:
+                found.setdefault((line.kind, line.tag), []).append(line.value)
+        order = ("semantic", "quality", "rating")
+        return [
+            Tag(
+                *key,
+                len(values),
+                math.fsum(values) / len(values),
+                None if key[0] == "rating" else sum(v > 0.5 for v in values) / len(values),
+            )
+            for key, values in sorted(found.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
+        ]
+
+
+def rows(
+    names: Sequence[str],
+    images: Sequence[str],
+    records: Sequence[Record],
+    scores: Scores,
+    options: ScoringOptions,
+    *,
+    thinks: Sequence[str | None] | None = None,
+    exact: Sequence[bool | None] | None = None,
+) -> list[Row]:
+    """The rows of the first N samples of a batch.
+
+    Args:
+      names: N.
+      images: data: URLs, N.
+      records: at least N, as they were scored.
+      scores: from `scoring.gather`.
+      options: that were given to it.
+      thinks: think texts.
+      exact: verdicts of the exact checker.
+    """
+    made = []
+    for index, name in enumerate(names):
+        record, valid = records[index], bool(scores.valid[index])
+        several = valid and len(options.scores) > 1
+        made.append(
+            Row(
+                name=name,
+                prompt=record.prompt,
+                image=images[index],
+                total=_known(scores.reward[index]),
+                semantic=_known(scores.semantic[index]),
+                quality=_known(scores.quality[index]),
+                failure=None if valid else scores.reasons[index] or "no answer",
+                lines=_lines(record, scores, index, options) if valid else (),
+                parts={n: float(x[index]) for n, x in scores.parts.items()} if several else {},
+                think=None if thinks is None else thinks[index],
+                exact=None if exact is None else exact[index],
+            )
+        )
+    return made
+
+
+def describe(options: ScoringOptions) -> str:
+    """How the reward is computed, in words."""
+    words = []
+    for name, weight in zip(options.scores, options.weights, strict=True):
+        made = "least ratings, geometric mean / 10" if name == HOLISTIC else options.aggregate
+        if options.dependencies and name != HOLISTIC:
+            made += ", a question counts only if those it depends on hold"
+        share = f"{weight:.3g} x " if len(options.scores) > 1 else ""
+        words.append(f"{share}{name} ({made})")
+    return " + ".join(words)
+
+
+def to_html(report: Report) -> str:
+    """One self-contained page, worst images first."""
+    return _clean(_template().render(report=report))
+
+
+def to_csv(report: Report) -> str:
+    """One line per question, or per image that has no answers; the header is `CSV_FIELDS`."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(CSV_FIELDS)
+    for row in report.worst_first:
+        numbers = ("" if x is None else repr(x) for x in (row.total, row.semantic, row.quality))
+        own = (row.name, row.prompt, *numbers, row.failure or "")
+        for line in row.lines or (("", "", "", ""),):
+            writer.writerow((*own, *line))
+    return _clean(file.getvalue())
+
+
+def to_json(report: Report) -> str:
+    """An object with the summary and a list of images, without their pixels."""
+    images = []
+    for row in report.worst_first:
+        fields: dict[str, Any] = dict(vars(row))
+        del fields["image"]
+        fields["parts"] = dict(row.parts)
+        images.append(fields | {"lines": [line._asdict() for line in row.lines]})
+    whole = {
+        "title": report.title,
+        "how": report.how,
+        "mean": report.mean,
+        "failed": report.failed,
+        "tags": [tag._asdict() for tag in report.tags],
+        "images_without_record": list(report.images_without_record),
+        "records_without_image": list(report.records_without_image),
+        "images": images,
+    }
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+
+
+FORMATS = {".html": to_html, ".csv": to_csv, ".json": to_json}  # by a file's ending
+
+
+def _lines(record: Record, scores: Scores, index: int, options: ScoringOptions) -> tuple[Line, ...]:
+    answers, ratings = scores.p_yes[index], scores.ratings[index]
+    asked = record.asked_questions if answers else []
+    cut = len(record.asked_semantic)
+    lines = [
+        Line("semantic" if at < cut else "quality", question.tag, question.text, p)
+        for at, (question, p) in enumerate(zip(asked, answers, strict=True))
+    ]
+    tags = ["semantic"] * len(options.rate_semantic) + ["quality"] * len(options.rate_quality)
+    rated = zip(tags, options.rated(record), ratings, strict=False)
+    return (*lines, *(Line("rating", *each) for each in rated))
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(TEMPLATE)
+
+
+def _clean(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,300 @@
+"""Scores a folder of images by DVReward and explains every score, question by question.
+
+    python -m alphagrpo_jax.score --images DIR --records records.jsonl --out report.html
+    python -m alphagrpo_jax.score --images DIR --records records.jsonl --verifier FOLDER --out x.csv
+    python -m alphagrpo_jax.score --images DIR --records records.jsonl --out report.json \
+        --verifier openai:http://127.0.0.1:8000/v1 --model Qwen3-VL --api-key-env KEY
+
+An image belongs to the record that its file name says: ID.png, where ID is the record's "id", or
+NUMBER.png, the place of the record in the file, counted from 0. Several images of one record are
+ID_0.png, ID_1.png, ... or NUMBER_0.png, ... The ending of --out (.html, .csv or .json) says in what
+form the report is written; an image that the verifier cannot judge has a stated failure in it, and
+no score.
+
+Exit codes: 0 done, 1 a failure explained in one message, also if more images than --allow-failures
+have no score (the report is written all the same), 2 wrong usage.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from alphagrpo_jax import build, tasks, trained
+from alphagrpo_jax.config import SCORES, Config, ConfigError, from_config_dict
+from alphagrpo_jax.rewards import dvreward, report, scoring
+from alphagrpo_jax.rewards.pool import PoolError
+from alphagrpo_jax.rewards.questions import Record, read_jsonl
+from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.metrics import replace_text
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+QUEUE_SECONDS = 1e6  # many images wait for long; no rollout waits for them
+SHOWN_SIDE = 512  # pixels; larger images are made smaller in the report, never for the verifier
+
+
+class Matched(NamedTuple):
+    """Which image belongs to which record."""
+
+    pairs: list[tuple[pathlib.Path, int]]  # image, number of its record
+    images: list[str]  # names of those without a record
+    records: list[int]  # numbers of those without an image
+
+
+def match(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> Matched:
+    """Pairs images with records by file name; see this file's docstring.
+
+    A name that is an id as it stands goes before one with a number behind it, and ids go before
+    places in the file.
+
+    Raises:
+      ValueError: two records have the same id.
+    """
+    by_id: dict[str, int] = {}
+    for number, record in enumerate(records):
+        if record.id is not None and by_id.setdefault(record.id, number) != number:
+            raise ValueError(
+                f"records {by_id[record.id]} and {number} (from 0) both have the id {record.id!r}; "
+                "ids must differ, since images are matched by them"
+            )
+
+    def place(stem: str) -> int | None:
+        base, _, tail = stem.rpartition("_")
+        names = [stem, base] if base and _is_number(tail) else [stem]
+        for name in names:
+            if name in by_id:
+                return by_id[name]
+        for name in names:
+            if _is_number(name) and int(name) < len(records):
+                return int(name)
+        return None
+
+    found = [(path, place(path.stem)) for path in paths]
+    pairs = [(path, number) for path, number in found if number is not None]
+    used = {number for _, number in pairs}
+    return Matched(
+        pairs,
+        [path.name for path, number in found if number is None],
+        [number for number in range(len(records)) if number not in used],
+    )
+
+
+def read_folder(folder: str) -> list[pathlib.Path]:
+    """The image files of a folder, by name.
+
+    Raises:
+      ValueError: no such folder, or no images in it.
+    """
+    place = pathlib.Path(folder)
+    if not place.is_dir():
+        raise ValueError(f"--images {folder}: expected a folder of images, there is none")
+    paths = sorted(path for path in place.iterdir() if path.suffix.lower() in ENDINGS)
+    if not paths:
+        raise ValueError(f"--images {folder}: got no image in it, expected files {ENDINGS}")
+    return paths
+
+
+def configured(options: argparse.Namespace) -> Config:
+    """The configuration of pool and reward that the flags describe.
+
+    Raises:
+      ConfigError: values that do not go together.
+    """
+    fields = dataclasses.asdict(trained.read_config())
+    kind, _, place = options.verifier.partition(":")
+    remote = kind == "openai"
+    fields["verifier"] |= {
+        "kind": kind if kind in ("openai", "callable") else "hf",
+        "path": place if kind == "callable" else "" if remote else options.verifier,
+        "endpoints": tuple(place.split(",")) if remote else (),
+        "model": options.model,
+        "api_key_env": options.api_key_env,
+        "workers": options.workers,
+        "device": options.device,
+        "dtype": options.dtype,
+        "max_attempts": options.attempts,
+        "total_seconds": QUEUE_SECONDS,
+    }
+    fields["reward"] |= {
+        "score": options.score,
+        "aggregate": options.aggregate,
+        "dependencies": options.dependencies,
+        "format_weight": 0.0,
+    }
+    return from_config_dict(fields)
+
+
+def score(options: argparse.Namespace) -> report.Report:
+    """Asks the verifier about every image that has a record.
+
+    Raises:
+      ValueError, OSError: images or records cannot be used.
+      ConfigError: flags that do not go together.
+      PoolError: the verifier cannot be started.
+    """
+    paths, records = read_folder(options.images), read_jsonl(options.records)
+    matched = match(paths, records)
+    if not matched.pairs:
+        raise ValueError(
+            f"none of the {len(paths)} images in {options.images} belongs to one of the "
+            f"{len(records)} records in {options.records}, e.g. {matched.images[:3]}; expected "
+            "ID.png or NUMBER.png (from 0), or ID_0.png, NUMBER_0.png and so on"
+        )
+    config = configured(options)
+    how = build.scoring_options(config, tasks.TASKS["t2i"])
+    rows, readable, urls = [], [], []
+    with build.make_pool(config) as pool:
+        pool.wait_ready()
+        for path, number in matched.pairs:
+            try:
+                image = images_lib.open_rgb(path)
+            except (ValueError, OSError) as error:
+                rows.append(_unreadable(path, records[number], str(error)))
+                continue
+            pixels = np.asarray(image)
+            scoring.submit(pool, [path.name], [pixels], [records[number]], how, first=0)
+            readable.append((path.name, records[number]))
+            urls.append(_shown(image))
+        names, own = [name for name, _ in readable], [record for _, record in readable]
+        scores = scoring.gather(pool, names, own, None, how)
+    rows += report.rows(names, urls, own, scores, how)
+    return report.Report(
+        title=f"{options.images}, judged by {options.verifier}",
+        how=report.describe(how),
+        rows=tuple(rows),
+        images_without_record=tuple(matched.images),
+        records_without_image=tuple(_name(number, records[number]) for number in matched.records),
+    )
+
+
+def summary(found: report.Report) -> str:
+    """A few lines for the terminal."""
+    mean = "none" if found.mean is None else f"{found.mean:.3f}"
+    lines = [f"{len(found.rows)} images, mean reward {mean}, {found.failed} without a score"]
+    lines += [
+        f"  {tag.kind:9}{tag.tag or 'untagged':14}{tag.count:6} questions, mean {tag.mean:.3f}"
+        for tag in found.tags
+    ]
+    for what, names in (
+        ("images without a record", found.images_without_record),
+        ("records without an image", found.records_without_image),
+    ):
+        if names:
+            more = ", ..." if len(names) > 5 else ""
+            lines.append(f"{len(names)} {what}: {', '.join(names[:5])}{more}")
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Scores, writes the report, tells the summary; returns the exit code."""
+    out = pathlib.Path(options.out)
+    _check_writable(out)
+    found = score(options)
+    replace_text(out, report.FORMATS[out.suffix.lower()](found))
+    print(f"{summary(found)}\n{out}")
+    if found.failed > options.allow_failures:
+        failure = next(row.failure for row in found.rows if row.failure is not None)
+        print(
+            f"error: {found.failed} of {len(found.rows)} images have no score, at most "
+            f"{options.allow_failures} allowed (--allow-failures), e.g.: {failure}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _check_writable(out: pathlib.Path) -> None:
+    """Finds out before the first question, not after the last answer.
+
+    Raises:
+      ValueError: nothing can be written there.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error}; give another place") from error
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give the name of a file")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _name(number: int, record: Record) -> str:
+    return f"{number if record.id is None else record.id}: {record.prompt}"
+
+
+def _unreadable(path: pathlib.Path, record: Record, failure: str) -> report.Row:
+    return report.Row(
+        path.name, record.prompt, "", None, None, None, f"not asked: {failure}", (), {}
+    )
+
+
+def _shown(image: Image.Image) -> str:
+    """A data: URL of the image as it stands in the report."""
+    small = image.copy()
+    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return images_lib.data_url(np.asarray(small))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags; wrong usage ends the process with code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alphagrpo_jax.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--images", required=True, help="the folder of images")
+    add("--records", required=True, help="JSONL file of records with questions")
+    add("--out", required=True, help="the report to write: *.html, *.csv or *.json")
+    add("--verifier", default="package:verifier", help="package:NAME, a folder, openai:URL[,URL] "
+        "or callable:MODULE:FUNCTION")  # fmt: skip
+    add("--model", default="", help="of openai: the name that the servers know it by")
+    add("--api-key-env", default="", help="of openai: environment variable that holds the key")
+    add("--workers", type=int, default=2, help="verifier processes")
+    add("--device", default="cpu", help="of a local verifier")
+    add("--dtype", default="float32", help="of its weights: float32, bfloat16 or auto")
+    add("--attempts", type=int, default=4, help="at an image, until it has no score")
+    add("--score", choices=SCORES, default="confidence")
+    add("--aggregate", choices=dvreward.AGGREGATES, default="geometric")
+    add("--dependencies", action="store_true", help="a question counts only if those that it "
+        "depends on hold")  # fmt: skip
+    add("--allow-failures", type=int, default=0, help="failed images above which the code is 1")
+    options = parser.parse_args(arguments)
+    if pathlib.Path(options.out).suffix.lower() not in report.FORMATS:
+        parser.error(f"--out {options.out}: expected a name that ends in {[*report.FORMATS]}")
+    if options.allow_failures < 0:
+        parser.error("--allow-failures must not be negative")
+    if options.verifier.startswith("openai:") and not options.model:
+        parser.error("--verifier openai:URL needs --model NAME")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    options = parse(arguments)
+    try:
+        return run(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, PoolError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The score command: matching, reports, and what is said about bad input."""
+
+import json
+import pathlib
+
+import bad_server
+import numpy as np
+import pytest
+import tiny_world
+from bad_server import BadServer
+from PIL import Image
+
+from alphagrpo_jax import score
+from alphagrpo_jax.rewards.questions import parse_record
+
+HONEST = ("--verifier", "callable:tiny_world:Honest", "--workers", "1")
+
+
+def records(*ids):
+    return [
+        parse_record(tiny_world.record(f"shape {n}") | ({} if name is None else {"id": name}))
+        for n, name in enumerate(ids)
+    ]
+
+
+def matched(names, ids):
+    found = score.match([pathlib.Path(name) for name in names], records(*ids))
+    return {path.name: number for path, number in found.pairs}, found.images, found.records
+
+
+def test_by_id_or_place_one_or_several():
+    names = ["cat.png", "cat_0.png", "cat_1.jpg", "2.png", "0002_3.png", "9.png", "dog.png"]
+    pairs, images, left = matched(names, [None, "cat", None, "bird"])
+    assert pairs == {"cat.png": 1, "cat_0.png": 1, "cat_1.jpg": 1, "2.png": 2, "0002_3.png": 2}
+    assert images == ["9.png", "dog.png"]
+    assert left == [0, 3]
+
+
+def test_whole_ids_go_first_and_ids_before_places():
+    pairs, images, left = matched(["a_1.png", "1.png", "0.png", "_1.png"], ["a", "a_1", "0", "1"])
+    assert pairs == {"a_1.png": 1, "1.png": 3, "0.png": 2}
+    assert images == ["_1.png"]
+    assert left == [0]
+
+
+def test_equal_ids_are_refused():
+    with pytest.raises(ValueError, match=r"records 0 and 2 .* both have the id 'a'"):
+        matched(["a.png"], ["a", None, "a"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three records and images of the first two."""
+    rows = [tiny_world.record(f"shape {n}") for n in range(3)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("0.png", "1_0.png", "1_1.png"):
+        Image.fromarray(rng.integers(0, 256, (8, 6, 3), np.uint8)).save(images / name)
+    return tmp_path
+
+
+def flags(folder, out, *more):
+    files = ("--images", folder / "images", "--records", folder / "records.jsonl")
+    return [str(each) for each in (*files, "--out", folder / out, *(more or HONEST))]
+
+
+def test_a_report_holds_what_the_verifier_said(folder, capsys):
+    (folder / "images" / "stray.png").write_bytes((folder / "images" / "0.png").read_bytes())
+    (folder / "images" / "notes.txt").write_text("no image")
+    assert score.main(flags(folder, "new/report.json")) == 0
+    found = json.loads((folder / "new" / "report.json").read_text())
+    assert {image["name"] for image in found["images"]} == {"0.png", "1_0.png", "1_1.png"}
+    for image in found["images"]:
+        pixels = np.asarray(Image.open(folder / "images" / image["name"]))
+        asked = [line["question"] for line in image["lines"]]
+        honest = [answer.p_yes for answer in tiny_world.Honest().answer(pixels, asked)]
+        assert [line["value"] for line in image["lines"]] == honest
+        semantic, quality = np.mean(honest[:2]), honest[2]
+        assert image["total"] == pytest.approx(np.sqrt(semantic * quality))
+    assert found["images_without_record"] == ["stray.png"]
+    assert found["records_without_image"] == ["2: shape 2"]
+    printed = capsys.readouterr().out
+    assert "3 images, mean reward" in printed
+    assert "1 records without an image: 2: shape 2" in printed
+
+
+def test_an_unreadable_image_costs_only_itself(folder, capsys):
+    whole = (folder / "images" / "0.png").read_bytes()
+    (folder / "images" / "2.png").write_bytes(whole[: len(whole) // 2])
+    assert score.main(flags(folder, "report.html")) == 1
+    errors = capsys.readouterr().err
+    assert "1 of 4 images have no score" in errors
+    assert "2.png is not a readable image" in errors
+    text = (folder / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 3
+    assert "not a readable image" in text
+    assert score.main([*flags(folder, "report.html"), "--allow-failures", "1"]) == 0
+
+
+def test_an_endpoint_that_gives_no_answer_is_stated(folder, tmp_path, capsys):
+    with BadServer(tmp_path) as server:
+        remote = ("--verifier", f"openai:{server.url}", "--model", bad_server.MODEL)
+        remote += ("--workers", "1", "--attempts", "1")
+        assert score.main(flags(folder, "good.csv", *remote)) == 0
+        server.behave("400")
+        assert score.main(flags(folder, "bad.csv", *remote)) == 1
+    assert "3 of 3 images have no score" in capsys.readouterr().err
+    lines = (folder / "bad.csv").read_text().splitlines()
+    assert len(lines) == 4
+    assert all(",,,," in line for line in lines[1:])  # no number anywhere
+    assert len((folder / "good.csv").read_text().splitlines()) == 1 + 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "images").rename(f / "elsewhere"), "expected a folder of images"),
+        (lambda f: [p.unlink() for p in (f / "images").iterdir()], "got no image in it"),
+        (lambda f: (f / "records.jsonl").write_text("{no\n"), "records.jsonl:1: "),
+        (lambda f: (f / "records.jsonl").unlink(), "no file of question records"),
+        (lambda f: (f / "report.html").mkdir(), "is a folder"),
+    ],
+)
+def test_bad_input_is_explained(folder, capsys, change, message):
+    change(folder)
+    assert score.main(flags(folder, "report.html")) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+
+
+def test_no_match_at_all(folder, capsys):
+    for path in (folder / "images").iterdir():
+        path.rename(path.with_name(f"x{path.name}"))
+    assert score.main(flags(folder, "report.html")) == 1
+    assert "none of the 3 images" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_asking(folder, capsys):
+    (folder / "file").write_text("")
+    assert score.main(flags(folder, "file/report.html", "--verifier", "callable:no:thing")) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--out", "report.pdf"),
+        ("--score", "warmth"),
+        ("--verifier", "openai:http://127.0.0.1:1/v1"),
+        ("--workers", "0"),
+    ],
+)
+def test_wrong_usage(folder, wrong):
+    arguments = [*flags(folder, "report.html"), *wrong]
+    try:
+        code = score.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
