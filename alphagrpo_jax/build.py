@@ -134,8 +134,7 @@ def verifier_factories(config: Config) -> list[Factory]:
         except ValueError as error:
             raise ConfigError(f"verifier.endpoints: {error}") from error
     if verifier.kind == "openai":
-        all_of_them = _endpoint_factory(config, verifier.endpoints, outage_attempts=10)
-        return [all_of_them] * verifier.workers
+        return [_endpoint_factory(config, verifier.endpoints)] * verifier.workers
     if verifier.kind == "callable":
         local: Factory = ("callable", {"target": verifier.path})
     else:
@@ -148,14 +147,16 @@ def verifier_factories(config: Config) -> list[Factory]:
             "text_fallback": verifier.text_fallback,
         }
         local = ("hf", options)
-    # What one server cannot answer goes to another worker soon.
-    remote = [_endpoint_factory(config, (url,), outage_attempts=2) for url in verifier.endpoints]
+    # What one server cannot answer goes to another worker soon, from the start of the run on.
+    soon = {"outage_attempts": 2, "must_serve": False, "start_seconds": 0.0}
+    remote = []
+    for url in verifier.endpoints:
+        kind, options = _endpoint_factory(config, (url,))
+        remote.append((kind, {**options, **soon}))
     return [local] * verifier.workers + remote
 
 
-def _endpoint_factory(
-    config: Config, endpoints: tuple[str, ...], *, outage_attempts: int
-) -> Factory:
+def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
     """A worker over endpoints; its own deadlines end before the pool would kill it."""
     verifier = config.verifier
     options = {
@@ -166,7 +167,6 @@ def _endpoint_factory(
         "question_seconds": verifier.question_seconds,
         "answer_seconds": ENDPOINT_SHARE * verifier.attempt_seconds,
         "start_seconds": ENDPOINT_SHARE * verifier.start_seconds,
-        "outage_attempts": outage_attempts,
         "top_logprobs": verifier.top_logprobs,
         "text_fallback": verifier.text_fallback,
     }

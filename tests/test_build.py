@@ -29,6 +29,7 @@ def test_endpoints_stand_beside_local_workers():
     factories = build.verifier_factories(config_of(endpoints=URLS, model="judge", workers=2))
     assert [kind for kind, _ in factories] == ["hf", "hf", "openai", "openai"]
     assert [options["endpoints"] for _, options in factories[2:]] == [(url,) for url in URLS]
+    assert not any(options["must_serve"] for _, options in factories[2:])
 
 
 def test_without_endpoints_all_workers_are_local():

@@ -43,6 +43,7 @@ class OpenAIVerifier:
         question_seconds: float = 30.0,
         answer_seconds: float = 60.0,
         start_seconds: float = 60.0,
+        must_serve: bool = True,
         max_attempts: int = 3,
         outage_attempts: int = 10,
         backoff_seconds: float = 0.2,
@@ -59,6 +60,7 @@ class OpenAIVerifier:
           question_seconds: deadline of one request.
           answer_seconds: deadline of all of an image's questions, with their retries.
           start_seconds: how long to wait for a first endpoint.
+          must_serve: whether none in time is an error; False where others can answer meanwhile.
           max_attempts: requests per question until it has failed.
           outage_attempts: the same while no server can be reached; with the pauses between them,
             10 wait out an outage of about 100 s, if the deadline allows.
@@ -89,7 +91,7 @@ class OpenAIVerifier:
         self._text_fallback = text_fallback
         self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "question")
         try:
-            self._await_servers(start_seconds)
+            self._await_servers(start_seconds, must_serve=must_serve)
         except VerifierLoadError:
             self.close()
             raise
@@ -156,7 +158,7 @@ class OpenAIVerifier:
 
         return list(self._threads.map(ask, questions))
 
-    def _await_servers(self, seconds: float) -> None:
+    def _await_servers(self, seconds: float, *, must_serve: bool) -> None:
         """Waits until an endpoint serves the model; the others may come later."""
         end = time.monotonic() + seconds
         while True:
@@ -173,6 +175,8 @@ class OpenAIVerifier:
                     return
             passing = [error for error in failures if error.retryable]
             if not passing or time.monotonic() + POLL_SECONDS > end:
+                if passing and not must_serve:
+                    return
                 raise VerifierLoadError(
                     f"no endpoint serves {self._client.model!r} after {seconds:.3g} s: "
                     + "; ".join(str(error) for error in failures)

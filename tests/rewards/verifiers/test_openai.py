@@ -174,6 +174,17 @@ def test_a_server_may_start_later(tmp_path, monkeypatch, image):
     assert all(answer.p_yes is not None for answer in found)
 
 
+def test_a_server_that_others_can_stand_in_for_may_come_later(tmp_path, image):
+    with BadServer(tmp_path) as server:
+        server.kill()
+        verifier = verifier_of(server, start_seconds=0.0, must_serve=False, outage_attempts=1)
+        assert all(answer.p_yes is None for answer in verifier.answer(image, QUESTIONS))
+        server.start()
+        assert all(answer.p_yes is not None for answer in verifier.answer(image, QUESTIONS))
+    with BadServer(tmp_path) as server, pytest.raises(VerifierLoadError, match="expected 'other'"):
+        OpenAIVerifier([server.url], "other", must_serve=False)
+
+
 def test_nothing_imports_torch(run_python):
     program = "import sys, alphagrpo_jax.rewards.verifiers.openai; print('torch' in sys.modules)"
     assert run_python("-c", program).stdout.strip() == "False"

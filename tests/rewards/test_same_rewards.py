@@ -1,0 +1,30 @@
+"""The shipped verifier in a pool: the same numbers whoever answers, whenever, in whatever order."""
+
+import numpy as np
+import pytest
+
+from alphagrpo_jax.rewards.pool import Pool, PoolOptions
+from alphagrpo_jax.runtime.paths import resolve
+
+pytestmark = pytest.mark.torch
+
+QUESTIONS = ("Is there a red circle?", "Are there exactly two squares?", "Is the background white?")
+FACTORY = ("hf", {"path": str(resolve("package:verifier")), "num_threads": 1})
+
+
+def test_one_worker_in_turn_and_two_at_once_agree_bit_for_bit():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 48, 48, 3)).astype(np.uint8)
+    asked = [QUESTIONS[: 1 + number % 3] for number in range(len(images))]
+    with Pool(FACTORY, PoolOptions(workers=1)) as pool:  # synchronous
+        one = []
+        for number, image in enumerate(images):
+            pool.submit(number, image, asked[number])
+            one.append(pool.gather([number])[number].p_yes)
+    with Pool(FACTORY, PoolOptions(workers=2)) as pool:  # asynchronous, backwards
+        pool.wait_ready()
+        for number in reversed(range(len(images))):
+            pool.submit(number, images[number], asked[number])
+        two = pool.gather(range(len(images)))
+    assert [two[number].p_yes for number in range(len(images))] == one
+    assert [len(numbers) for numbers in one] == [len(questions) for questions in asked]
