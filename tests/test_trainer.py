@@ -31,7 +31,7 @@ class Judge:
     def __init__(self):
         self.samples, self.honest = {}, tiny_world.Honest()
 
-    def submit(self, sample_id, image, questions):
+    def submit(self, sample_id, image, questions, rated=()):
         assert sample_id not in self.samples
         self.samples[sample_id] = (image, tuple(questions))
 
