@@ -43,6 +43,7 @@ class Verifier:
     total_seconds: float  # after its submission, no further attempt at an image starts
     start_seconds: float  # for starting a worker
     max_attempts: int
+    second: str  # another verifier's path, which rates held-out images beside it; "" for none
     audit: str  # a file that gets a line for every attempt at an image, "" for none
 
 
@@ -156,6 +157,7 @@ class Loss:
     image_clip: float
     advantage_clip: float
     image_beta: float
+    report_kl: bool  # KL to the reference in the metrics, at the price of a pass of its own
 
 
 @dataclasses.dataclass(frozen=True)

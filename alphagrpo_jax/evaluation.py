@@ -19,6 +19,10 @@ Draw = Callable[[np.ndarray, int], tuple[np.ndarray | None, list[list[str]]]]
 FactCheck = Callable[[np.ndarray, Record], Mapping[str, bool] | None]
 
 
+# Metrics of scores that stand in an evaluation's rows, beside the means by tag.
+KEPT = ("reward/mean", "reward/format", "reward/valid_fraction", "question/saturated_fraction")
+
+
 class Evaluation(NamedTuple):
     """What an evaluation found, N prompts."""
 
@@ -26,6 +30,7 @@ class Evaluation(NamedTuple):
     images: np.ndarray | None  # uint8[N, H, W, 3]
     captions: list[dict[str, Any]]  # prompt, text, reward, exact, per image or answer
     scores: scoring.Scores
+    records: Sequence[Record]
 
 
 def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None:
@@ -67,6 +72,7 @@ def evaluate_images(
     scoring_options: scoring.ScoringOptions,
     check: FactCheck,
     prefix: str,
+    second: scoring.Judge | None = None,
 ) -> Evaluation:
     """Draws one image per prompt, while the pool answers about those drawn before.
 
@@ -78,22 +84,29 @@ def evaluate_images(
       scoring_options: as in training.
       check: the exact checker.
       prefix: of the metrics' names, "eval" or "eval_greedy".
+      second: rates the same images in the same way, for the metrics alone.
     """
     ids = [(prefix, number) for number in range(len(records))]
     images, texts = [], []
     for part, filled in _parts(len(records), micro_batch):
         drawn, written = draw(filled, part.start)
         drawn = drawn[: part.stop - part.start]
-        scoring.submit(pool, ids[part], drawn, records[part], scoring_options, first=part.start)
+        for judge in (pool, second) if second else (pool,):
+            scoring.submit(
+                judge, ids[part], drawn, records[part], scoring_options, first=part.start
+            )
         images.append(drawn)
         texts += [] if not written else written[0][: len(drawn)]
     scores = scoring.gather(pool, ids, records, texts or None, scoring_options)
     pictures = np.concatenate(images)
     facts = [check(image, record) for image, record in zip(pictures, records, strict=True)]
     metrics = summarise(scores, facts, records)
+    if second:
+        other = scoring.gather(second, ids, records, None, scoring_options)
+        metrics |= compare_verifiers(scores, other)
     exact = [None if held is None else all(held.values()) for held in facts]
     captions = _captions(records, texts or [None] * len(records), scores, exact)
-    return Evaluation(_named(prefix, metrics), pictures, captions, scores)
+    return Evaluation(_named(prefix, metrics), pictures, captions, scores, records)
 
 
 def evaluate_answers(
@@ -116,7 +129,7 @@ def evaluate_answers(
     metrics = summarise(scores, facts, records)
     del metrics["reward_minus_exact"]  # the reward is the exact verdict
     captions = _captions(records, answers, scores, [reward == 1.0 for reward in scores.reward])
-    return Evaluation(_named(prefix, metrics), None, captions, scores)
+    return Evaluation(_named(prefix, metrics), None, captions, scores, records)
 
 
 def refinement_metrics(
@@ -172,6 +185,26 @@ def _named(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
+def compare_verifiers(scores: scoring.Scores, other: scoring.Scores) -> dict[str, float]:
+    """What a second verifier says of the same images, over those that both have judged.
+
+    A reward that rises while `second_minus_reward` falls is learnt against the training verifier.
+
+    Args:
+      scores: by the verifier of the training.
+      other: by the second one.
+    """
+    both = scores.valid & other.valid
+    found = {"second/valid_fraction": float(np.mean(other.valid))}
+    if both.any():
+        mean = float(other.reward[both].mean())
+        found |= {
+            "second/mean": mean,
+            "second_minus_reward": mean - float(scores.reward[both].mean()),
+        }
+    return found
+
+
 def summarise(
     scores: scoring.Scores,
     facts: Sequence[Mapping[str, bool] | None],
@@ -185,7 +218,7 @@ def summarise(
     metrics = {
         key: value
         for key, value in scores.metrics().items()
-        if key in ("reward/mean", "reward/format", "reward/valid_fraction")
+        if key in KEPT or key.startswith("reward/tag/")
     }
     checked = np.array([held is not None for held in facts], bool)
     if not checked.any():

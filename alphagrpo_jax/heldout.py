@@ -17,12 +17,16 @@ from alphagrpo_jax.evaluation import (
     refinement_metrics,
 )  # fmt: skip
 from alphagrpo_jax.guards import check_validity
+from alphagrpo_jax.rewards import report
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.trainer import Run, decode_steps, image_block
 from alphagrpo_jax.types import TextBlock, TrainState
+
+REPORT_FILE = "report.html"  # of the newest evaluation
 
 
 def check_heldout(config: Config, data: Mapping[str, build.Data]) -> None:
@@ -80,16 +84,50 @@ def evaluate_row(
             }
         row |= _means(list(metrics.values()))
     if distributed.is_primary():
-        for name in config.tasks:
-            own = found["eval", name]
-            if own.images is not None:
-                label = samples or f"step_{step:06d}"
-                label += f"_{name}" if config.task == "mixed" else ""
-                count = config.log.samples
-                metrics_lib.write_samples(
-                    run.workdir / "samples", label, own.images[:count], own.captions[:count]
-                )
+        drawn = {name: found["eval", name] for name in config.tasks}
+        pictures = {name: own for name, own in drawn.items() if own.images is not None}
+        write_samples(run, pictures, step, samples or f"step_{step:06d}")
     return row
+
+
+def write_samples(run: Run, drawn: Mapping[str, Evaluation], step: int, label: str) -> None:
+    """Writes the sample grids, a report on each, and all of them as the run's newest report.
+
+    Args:
+      run: the run.
+      drawn: evaluations with images, by task.
+      step: updates done.
+      label: of the files.
+    """
+    folder, several = run.workdir / "samples", run.config.task == "mixed"
+    pages = {}
+    for name, own in drawn.items():
+        file = f"{label}_{name}" if several else label
+        kept = own.captions[: run.config.log.samples]
+        metrics_lib.write_samples(folder, file, own.images[: len(kept)], kept)
+        pages[name] = _sample_report(run, name, own, step)
+        metrics_lib.replace_text(folder / f"{file}.html", report.to_html(pages[name]))
+    if pages:
+        first, *_ = pages.values()
+        rows = [row for page in pages.values() for row in page.rows]
+        whole = report.Report(f"{run.config.task}, step {step}", first.how, tuple(rows))
+        metrics_lib.replace_text(run.workdir / REPORT_FILE, report.to_html(whole))
+
+
+def _sample_report(run: Run, name: str, own: Evaluation, step: int) -> report.Report:
+    """The images of a sample grid, explained by the answers that made their rewards."""
+    kept = own.captions[: run.config.log.samples]
+    options = build.scoring_options(run.config, tasks.TASKS[name])
+    rows = report.rows(
+        [f"{name} {number}" for number in range(len(kept))],
+        [images_lib.data_url(image) for image in own.images[: len(kept)]],
+        own.records,
+        own.scores,
+        options,
+        thinks=[caption["think"] for caption in kept],
+        exact=[caption["exact"] for caption in kept],
+    )
+    return report.Report(f"{name}, step {step}", report.describe(options), tuple(rows))
 
 
 def evaluate_task(
@@ -163,6 +201,7 @@ def evaluate_task(
         records,
         scoring_options=scoring_options,
         prefix=prefix,
+        second=run.second,
         **common,
     )
     if not task.refines:

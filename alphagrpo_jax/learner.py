@@ -100,7 +100,7 @@ class _UpdateBatch(NamedTuple):
         flat = (jnp.asarray(x.ravel()) for x in (scored.text.advantage, scored.image))
         batch = UpdateBatch(drawn.trajectories, *flat, jnp.asarray(scored.text.used.ravel()))
         reference = entropy = None
-        if config.loss.text_beta > 0 or config.loss.image_beta > 0:
+        if config.loss.text_beta > 0 or config.loss.image_beta > 0 or config.loss.report_kl:
             own = (run.loaded.base, drawn.trajectories)
             reference = [steps.reference(*own, part) for part in _parts(config)]
         if config.loss.entropy_fraction < 1 and drawn.trajectories.texts:

@@ -183,7 +183,8 @@ def text_grpo(
     if text.ref_logp is not None:
         kl = k3_kl(text.new_logp, text.ref_logp, tokens)
         kl_share = _share(kl, tokens, text_tokens_total)
-        loss += beta * kl_share
+        if beta:  # a KL that is only reported never touches the gradient
+            loss += beta * kl_share
         metrics["text/kl"] = kl_share
     return loss, jax.lax.stop_gradient(metrics | {"loss/text": loss})
 
@@ -235,7 +236,8 @@ def image_grpo(
     if image.kl is not None:
         chex.assert_equal_shape([image.new_logp, image.kl])
         kl_share = _share(image.kl, steps, denominator)
-        loss += beta * kl_share
+        if beta:
+            loss += beta * kl_share
         metrics["image/kl"] = kl_share
     return loss, jax.lax.stop_gradient(metrics | {"loss/image": loss})
 

@@ -93,9 +93,8 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         board.write(step, row)
         bar.show(row, advance=int(step > 0))
 
-    with build.make_pool(config) as pool:
-        pool.wait_ready()
-        run = Run(config, loaded, data, steps, pool, workdir)
+    with build.judges(config) as (pool, second):
+        run = Run(config, loaded, data, steps, pool, workdir, second)
         # -------------------------------------------------- evaluation alone
         untold = done == 0 and not distributed.primary_says(log.has(0))
         if evaluates_only and not untold:

@@ -17,7 +17,6 @@ from alphagrpo_jax.guards import TrainingError, check_validity
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.refinement import Queue, choose_initial, rectify
 from alphagrpo_jax.rewards import formats, scoring
-from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
@@ -34,8 +33,9 @@ class Run(NamedTuple):
     loaded: Loaded
     data: dict[str, build.Data]  # by task
     steps: jitted.Steps
-    pool: Pool
+    pool: scoring.Judge
     workdir: pathlib.Path
+    second: scoring.Judge | None = None  # asked at evaluations only
 
     @property
     def size(self) -> tuple[int, int]:
@@ -161,8 +161,8 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place) -> None:
     at = np.flatnonzero(usable)
     if not at.size:
         raise TrainingError(
-            f"step {step}: none of the {len(ids)} initial images of task srr has a reward; mend the "
-            "verifier, then run the same command again"
+            f"step {step}: none of the {len(ids)} initial images of task srr has a reward; mend "
+            "the verifier, then run the same command again"
         )
     place.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]], lowest[at])
     place.positions["srr"] += srr.queue_prompts

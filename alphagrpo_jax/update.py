@@ -47,11 +47,7 @@ class LossOptions:
     image_clip: float
     advantage_clip: float
     image_beta: float
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference policy has to score the trajectories."""
-        return self.text_beta > 0 or self.image_beta > 0
+    report_kl: bool = False  # computes both KL terms for the metrics, whatever their weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +373,7 @@ def micro_loss(
 ) -> tuple[jax.Array, loss.Metrics]:
     """A micro-batch's share of the update's loss, as a function of the new scores."""
     trajectories, own, plan = micro.rollout, options.loss, options.plan
+    text_kl, image_kl = (own.report_kl or beta > 0 for beta in (own.text_beta, own.image_beta))
     texts = [
         loss.TextTerms(
             new_logp=new.text_log_prob[k],
@@ -385,7 +382,7 @@ def micro_loss(
             mask=sample.scored & ~(old.text_entropy[k] < totals.entropy_threshold[k]),
             advantage=micro.advantage,
             entropy=jax.lax.stop_gradient(new.text_entropy[k]),
-            ref_logp=reference.text_log_prob[k] if own.text_beta else None,
+            ref_logp=reference.text_log_prob[k] if text_kl else None,
         )
         for k, sample in enumerate(trajectories.texts if own.text else ())
     ]
@@ -394,7 +391,7 @@ def micro_loss(
             new_logp=new.image_log_prob[k],
             old_logp=old.image_log_prob[k],
             advantage=micro.image_advantage,
-            kl=_image_kl(k, new, reference, trajectories, options) if own.image_beta else None,
+            kl=_image_kl(k, new, reference, trajectories, options) if image_kl else None,
         )
         for k in range(len(plan.image_steps) if own.image else 0)
     ]

@@ -47,6 +47,7 @@ def verifier() -> ConfigDict:
     config.total_seconds = 600.0
     config.start_seconds = 300.0
     config.max_attempts = 4
+    config.second = ""
     config.audit = ""
     return config
 
@@ -151,6 +152,7 @@ def get_config() -> ConfigDict:
     config.loss.image_clip = 1e-5
     config.loss.advantage_clip = 5.0
     config.loss.image_beta = 0.0
+    config.loss.report_kl = False
 
     config.advantage = ConfigDict()
     config.advantage.std = "global_centered"

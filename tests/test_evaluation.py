@@ -73,19 +73,30 @@ def test_without_facts_there_are_only_rewards():
 
 
 class Brightness:
-    """A pool that answers every question with the image's brightness."""
+    """A pool that answers every question with the image's brightness, or half of it."""
 
-    def __init__(self):
-        self.images = {}
+    def __init__(self, *, half=False):
+        self.images, self.unit = {}, 510 if half else 255
 
     def submit(self, sample_id, image, questions, rated=()):
         self.images[sample_id] = (image, len(questions))
 
     def gather(self, ids):
         return {
-            each: Scored((image.mean() / 255,) * count, True, None, 1, 0, 0.0)
+            each: Scored((image.mean() / self.unit,) * count, True, None, 1, 0, 0.0)
             for each, (image, count) in ((each, self.images[each]) for each in list(ids))
         }
+
+
+def test_a_second_verifier_is_compared_on_what_both_have_judged():
+    first = scores([0.9, 0.5, np.nan, 0.4], [True, True, False, True])
+    second = scores([0.6, np.nan, 0.1, 0.2], [True, False, True, True])
+    found = evaluation.compare_verifiers(first, second)
+    assert found["second/valid_fraction"] == 0.75
+    assert found["second/mean"] == pytest.approx(0.4)
+    assert found["second_minus_reward"] == pytest.approx(0.4 - 0.65)
+    nothing = scores([np.nan] * 4, [False] * 4)
+    assert evaluation.compare_verifiers(first, nothing) == {"second/valid_fraction": 0.0}
 
 
 def test_micro_batches_are_filled_up_and_cut():
@@ -105,10 +116,16 @@ def test_micro_batches_are_filled_up_and_cut():
         scoring_options=ScoringOptions("geometric", "confidence", 1.0),
         check=lambda image, record: {"bright": bool(image.mean() > 100)},
         prefix="eval",
+        second=Brightness(half=True),
     )
     assert calls == [([0, 1], 0), ([2, 2], 2)]
     assert found.images[:, 0, 0, 0].tolist() == [0, 51, 102]
     assert found.metrics["eval/reward/mean"] == pytest.approx((0.0 + 0.2 + 0.4) / 3)
+    assert found.metrics["eval/second/mean"] == pytest.approx((0.0 + 0.1 + 0.2) / 3)
+    assert found.metrics["eval/second_minus_reward"] == pytest.approx(-0.1)
+    assert found.metrics["eval/reward/tag/Existence"] == pytest.approx(0.2)
+    assert found.metrics["eval/question/saturated_fraction"] == pytest.approx(1 / 3)
+    assert found.records == rows
     assert found.metrics["eval/reward/format"] == 1.0
     assert found.metrics["eval/exact_all"] == pytest.approx(1 / 3)
     assert found.captions[0] == {

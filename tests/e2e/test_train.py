@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -28,6 +29,7 @@ def whole(run, world):
 def test_the_run_folder(whole, rows):
     names = {path.name for path in whole.iterdir()}
     assert {"config.json", "metrics.jsonl", "samples", "checkpoints", "DONE"} <= names
+    assert "report.html" in names
     found = rows(whole)
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
     assert [("eval/reward/mean" in row) for row in found] == [True, False, True, False, True]
@@ -38,6 +40,25 @@ def test_the_run_folder(whole, rows):
     assert pictures == ["step_000000.png", "step_000002.png", "step_000004.png"]
     config = json.loads((whole / "config.json").read_text())
     assert config["rollout"]["window_range"] == [0, 3]
+
+
+def test_the_samples_are_explained(whole, rows):
+    for step in (0, 2, 4):
+        page = (whole / "samples" / f"step_{step:06d}.html").read_text()
+        captions = json.loads((whole / "samples" / f"step_{step:06d}.json").read_text())
+        assert page.count("data:image/png;base64,") == len(captions) == 2
+        told = [float(number) for number in re.findall(r"reward <b>([0-9.]+)</b>", page)]
+        rewards = sorted(caption["reward"] for caption in captions)  # worst first
+        assert told == pytest.approx(rewards, abs=1e-3)  # both are rounded
+        assert all(f"Is there {caption['prompt']}?" in page for caption in captions)
+    newest = (whole / "report.html").read_text()
+    assert "rt2i, step 4" in newest
+    assert newest == page
+    for row in rows(whole):
+        prefix = "" if row["step"] else "eval/"
+        tags = {name for name in row if name.startswith(f"{prefix}reward/tag/")}
+        assert tags == {f"{prefix}reward/tag/{tag}" for tag in ("Existence", "Texture")}
+        assert 0.0 <= row[f"{prefix}question/saturated_fraction"] <= 1.0
 
 
 def test_first_ratios_are_one_and_rewards_are_those_of_the_verifier(whole, rows):
@@ -168,6 +189,8 @@ SEVERAL_UPDATES = (
     "--config.train.context_gradient=True",
     "--config.loss.level=token",
     "--config.loss.text_beta=0.1",
+    "--config.loss.report_kl=True",
+    "--config.verifier.second=tiny_world:Constant",
     "--config.loss.entropy_fraction=0.5",
     "--config.rollout.merge_lora=False",
     "--config.rollout.shared_noise=True",
@@ -191,6 +214,11 @@ def test_several_updates_per_batch(run, world, rows):
     row = rows(world / "several")[1]
     assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0  # of the first of the two
     assert row["text/kl"] > 0.0  # of the second: the first has moved the policy
+    assert row["image/kl"] > 0.0  # only reported
+    for each in rows(world / "several"):
+        assert each["eval/second/mean"] == 0.5
+        gap = each["eval/second_minus_reward"]
+        assert gap == pytest.approx(0.5 - each["eval/reward/mean"])
 
 
 def test_eight_devices(run, world, rows):
