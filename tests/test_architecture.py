@@ -55,6 +55,7 @@ TRAINING_SCRIPTS = (
     "shapes/muon",
     "shapes/pretrain",
     "shapes/refine_study",
+    "shapes/reward_figures",
     "shapes/study",
     "shapes/tokenizer_build",
     "shapes/train_",

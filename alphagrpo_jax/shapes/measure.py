@@ -7,7 +7,8 @@
 Everything is judged by the exact checker: reconstructions of random scenes (every shape in its
 cell, and the background), and images drawn for held-out prompts with think texts sampled at
 temperature 1, by kind and type of prompt. `--drawings` keeps these images with their records, for
-`verifier_eval`. `--skills` measures captions, answers, edits and repairs, see `measure_skills`.
+`verifier_eval` and, with several drawings of every prompt (`--repeats`), for `reward_figures`.
+`--skills` measures captions, answers, edits and repairs, see `measure_skills`.
 """
 
 import argparse
@@ -133,7 +134,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     policy_ = trained.from_config(config)
     if args.skills:
         return measure_skills.measure(policy_, args.examples)
-    records = heldout_records(args.per_type, args.implied)
+    found = heldout_records(args.per_type, args.implied)
+    records = [record for record in found for _ in range(args.repeats)]
     images = np.stack(list(draw_all(policy_, records, temperature=1.0, seed=SEED)))
     if args.drawings is not None:
         write_drawings(args.drawings, images, records)
@@ -152,14 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--scenes", type=int, default=500, help="that are reconstructed")
     add("--per_type", type=int, default=200, help="prompts of every plain type")
     add("--implied", type=int, default=600, help="implied prompts")
+    add("--repeats", type=int, default=1, help="drawings of every prompt")
     add("--drawings", type=pathlib.Path, help=".npz file for the images and their records")
     add("--skills", action="store_true", help="measure captioning, answering, editing, repairing")
     add("--examples", type=int, default=200, help="of each skill")
     args = parser.parse_args(arguments)
     if args.skills and args.drawings is not None:
         parser.error("--drawings goes without --skills: nothing is drawn for prompts then")
-    if min(args.scenes, args.per_type, args.implied, args.examples) < 1:
-        parser.error("--scenes, --per_type, --implied and --examples must be at least 1")
+    if min(args.scenes, args.per_type, args.implied, args.repeats, args.examples) < 1:
+        parser.error("--scenes, --per_type, --implied, --repeats and --examples must be at least 1")
     try:
         found = measure(args)
     except (OSError, ValueError) as error:
