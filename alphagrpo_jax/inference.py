@@ -261,14 +261,16 @@ def _call(
     inputs: tuple[TextBlock | ImageBlock, ...],
     *,
     seed: int,
-):
+    temperature: float,
+    first: int = 0,
+) -> tuple[Rollout, jax.Array | None]:
     return _rollout(
         policy.loaded.model,
         policy.params,
         inputs,
         jax.random.key(seed),
-        jnp.int32(0),
+        jnp.int32(first),
         jnp.int32(options.image.num_points),  # no stochastic step
-        jnp.float32(policy.config.eval.temperature),
+        jnp.float32(temperature),
         options=options,
     )
