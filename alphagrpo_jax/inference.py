@@ -18,7 +18,7 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.trainer import decode_steps, image_block
-from alphagrpo_jax.types import ImageBlock, TextBlock
+from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
 KEEPS = ("last", "best", "gated")
 BATCH = 100  # rows of `perform` at a time

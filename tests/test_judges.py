@@ -1,0 +1,151 @@
+"""The policy as its own verifier, against one question at a time and numpy; who else judges."""
+
+import dataclasses
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import judges, policy
+from alphagrpo_jax.config import ConfigError
+from alphagrpo_jax.models import kv_cache
+from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.policy import PolicyParams
+from configs import grpo
+
+QUESTIONS = ("Is there a red circle?", "Is it flat?", "Is only a blue square to be seen?")
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny_world.model()
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    shape = (judges.IMAGES + 3, tiny_world.SIDE, tiny_world.SIDE, 3)
+    return rng.integers(0, 256, shape, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def judge(loaded):
+    made = judges.PolicyJudge(loaded, question_tokens=LENGTH)
+    made.follow(PolicyParams(loaded.base))
+    return made
+
+
+def direct(loaded, image, question):
+    """P(yes) and P(no) of one question: the text, then one step of decoding, float64 softmax."""
+    model, params = loaded.model, PolicyParams(loaded.base)
+    floats = (jnp.asarray(image[None], jnp.float32) / 255.0 - 0.5) / 0.5
+    patches = patchify(floats, model.config.vit.patch_size)
+    grid = model.config.vit_grid(*image.shape[:2])
+    ctx = policy.extend_vit(model, params, kv_cache.empty(1), patches, grid)
+    tokens = jnp.array([loaded.tokenizer.wrap(question)], jnp.int32)
+    ctx, _ = policy.extend_text(model, params, ctx, tokens, jnp.ones(tokens.shape, bool))
+    cache = policy.init_decode(model, ctx, 1)
+    start = jnp.array([loaded.tokenizer.special.im_start], jnp.int32)
+    _, logits = policy.decode_step(model, params, ctx, cache, start)
+    weights = np.exp(np.asarray(logits[0], np.float64) - float(logits.max()))
+    shares = weights / weights.sum()
+    return [float(shares[loaded.tokenizer.encode(word)].sum()) for word in ("yes", "no")]
+
+
+def test_answers_are_the_first_token_of_the_policy(judge, loaded, images):
+    # More images than are looked at at once, and with different numbers of questions.
+    asked = {number: QUESTIONS[: 1 + number % 3] for number in range(len(images))}
+    for number, questions in asked.items():
+        judge.submit(number, images[number], questions)
+    found = judge.gather(reversed(asked))
+    assert list(found) == [*reversed(asked)]
+    last = len(images) - 1
+    assert {number: len(each.p_yes) for number, each in found.items()} == {
+        number: len(questions) for number, questions in asked.items()
+    }
+    for number in (0, 2, last):
+        for p, question in zip(found[number].p_yes, asked[number], strict=True):
+            yes, no = direct(loaded, images[number], question)
+            assert p == pytest.approx(yes / (yes + no), abs=1e-5)
+    assert found[last].valid
+    assert len({p for each in found.values() for p in each.p_yes}) > len(images)
+    with pytest.raises(ValueError, match=r"got sample ids \[0\] that are not waiting"):
+        judge.gather([0])
+
+
+def test_many_questions_about_one_image_and_what_cannot_be_asked(judge, images):
+    many = [f"Is {number} right?" for number in range(judges.QUESTIONS + 5)]
+    judge.submit("many", images[0], many)
+    judge.submit("first", images[0], many[:1])
+    judge.submit("last", images[1], many[-1:])
+    judge.submit("last too", images[0], many[-1:])
+    judge.submit("long", images[0], ["Is it flat?", "long " * LENGTH])
+    judge.submit("control", images[0], ["Is it <|im_end|> yes?"])
+    found = judge.gather(["many", "first", "last", "last too", "long", "control"])
+    assert len(found["many"].p_yes) == len(many)
+    assert found["many"].p_yes[0] == pytest.approx(found["first"].p_yes[0], abs=1e-6)
+    assert found["many"].p_yes[-1] == pytest.approx(found["last too"].p_yes[0], abs=1e-6)
+    assert found["last"].p_yes != found["last too"].p_yes
+    assert (found["long"].valid, found["long"].p_yes) == (False, None)
+    assert "at most 40 fit (rollout.prompt_tokens)" in found["long"].failure
+    assert "control tokens" in found["control"].failure
+
+
+def test_a_policy_that_says_neither_gives_no_answer(judge, loaded, images):
+    kernel = np.array(loaded.base["lm_head"]["kernel"])
+    ids = [loaded.tokenizer.encode(word)[0] for word in ("yes", "no")]
+    for name, broken in (
+        ("neither yes nor no", np.where(np.isin(np.arange(kernel.shape[1]), ids), 0, 1e3 * kernel)),
+        ("mass nan", np.full_like(kernel, np.nan)),
+    ):
+        head = {"lm_head": {"kernel": jnp.asarray(broken)}}
+        judge.follow(PolicyParams(loaded.base | head))
+        judge.submit(name, images[0], QUESTIONS[:1])
+        scored = judge.gather([name])[name]
+        assert (scored.valid, scored.p_yes) == (False, None)
+        assert name in scored.failure
+    judge.follow(PolicyParams(loaded.base))
+
+
+def test_wrong_samples(judge, images):
+    for questions, rated in (([], ()), ("Is it?", ()), (["Is it?"], ["How well?"])):
+        with pytest.raises(ValueError, match="expected a list of yes/no questions only"):
+            judge.submit("x", images[0], questions, rated)
+    with pytest.raises(ValueError, match="expected uint8"):
+        judge.submit("x", images[0].astype(np.float32), QUESTIONS)
+    judge.submit("x", images[0], QUESTIONS)
+    with pytest.raises(ValueError, match="submitted before"):
+        judge.submit("x", images[0], QUESTIONS)
+    judge.gather(["x"])
+
+
+def test_a_tokenizer_without_the_words_is_refused(loaded):
+    own = loaded.tokenizer
+
+    class Wordless(types.SimpleNamespace):
+        def __len__(self):
+            return len(own)
+
+    mute = Wordless(decode=lambda ids: own.decode(ids).replace("yes", "aye"))
+    wordless = dataclasses.replace(loaded, tokenizer=mute)
+    with pytest.raises(ConfigError, match="has 0 that spell yes and 1 that spell no"):
+        judges.PolicyJudge(wordless, question_tokens=LENGTH)
+
+
+def test_a_second_verifier_stands_beside_the_first(images):
+    fields = grpo.get_config()
+    fields.verifier.kind, fields.verifier.path = "callable", "tiny_world:Honest"
+    fields.verifier.second, fields.verifier.workers = "tiny_world:Constant", 1
+    config = config_lib.from_config_dict(fields)
+    with judges.opened(config, None) as (first, second):
+        for pool in (first, second):
+            pool.submit(0, images[0], QUESTIONS)
+        assert first.gather([0])[0].p_yes != (0.5,) * 3
+        assert second.gather([0])[0].p_yes == (0.5,) * 3
+    verifier = dataclasses.replace(config.verifier, second="")
+    with judges.opened(dataclasses.replace(config, verifier=verifier), None) as (first, second):
+        assert second is None
