@@ -1,10 +1,8 @@
 """From a configuration to what the commands run: model, data, options, jitted steps."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +16,7 @@ from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
 from alphagrpo_jax.rewards.pool import Pool, PoolOptions
-from alphagrpo_jax.rewards.scoring import Judge, ScoringOptions
+from alphagrpo_jax.rewards.scoring import ScoringOptions
 from alphagrpo_jax.rewards.verifiers.endpoints import checked_urls
 from alphagrpo_jax.rewards.worker import Factory
 from alphagrpo_jax.rollout import RolloutOptions
@@ -120,31 +118,6 @@ def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
     )
 
 
-@contextlib.contextmanager
-def judges(config: Config) -> Iterator[tuple[Judge, Judge | None]]:
-    """The verifier of the training, and the one that only evaluations ask, if any; both ready.
-
-    Raises:
-      ConfigError, FileNotFoundError: see `verifier_factories`.
-      PoolError: a verifier cannot be started.
-    """
-    with contextlib.ExitStack() as opened:
-        pools = [opened.enter_context(make_pool(config))]
-        if config.verifier.second:
-            pools.append(opened.enter_context(_second_pool(config)))
-        for pool in pools:
-            pool.wait_ready()
-        yield pools[0], pools[1] if config.verifier.second else None
-
-
-def _second_pool(config: Config) -> Pool:
-    """One process with the second verifier."""
-    own = config.verifier
-    kind = "callable" if own.kind == "callable" else "hf"
-    second = dataclasses.replace(own, kind=kind, path=own.second, endpoints=(), workers=1, audit="")
-    return make_pool(dataclasses.replace(config, verifier=second))
-
-
 def verifier_factories(config: Config) -> list[Factory]:
     """What each worker of the pool builds.
 
@@ -152,9 +125,14 @@ def verifier_factories(config: Config) -> list[Factory]:
     beside local workers, each with a worker of its own, and the pool balances.
 
     Raises:
-      ConfigError: an endpoint that is no base URL, or one twice.
+      ConfigError: an endpoint that is no base URL, or one twice; or the policy is the verifier.
     """
     verifier = config.verifier
+    if verifier.kind == "self":
+        raise ConfigError(
+            "verifier.kind=self: the policy judges its own images in training only; give a "
+            "verifier of another kind here"
+        )
     if verifier.endpoints:
         try:
             checked_urls(verifier.endpoints)

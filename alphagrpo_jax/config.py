@@ -103,7 +103,7 @@ CHOICES = {
     "task": (*TASKS, "mixed"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
-    "verifier.kind": ("hf", "openai", "callable"),
+    "verifier.kind": ("hf", "openai", "callable", "self"),
     "reward.aggregate": ("geometric", "mean", "pooled"),
     "reward.score": SCORES,
     "rollout.sampler": ("sde", "cps"),
@@ -332,6 +332,17 @@ def _check_reward(config: Config) -> None:
 def _check_verifier(config: Config) -> None:
     """What endpoints need, and what needs endpoints."""
     verifier = config.verifier
+    if verifier.kind == "self":
+        if verifier.endpoints or verifier.audit:
+            raise ConfigError(
+                "verifier.kind=self: the policy answers alone and keeps no log of attempts; leave "
+                "verifier.endpoints and verifier.audit empty"
+            )
+        if "holistic" in (config.reward.score, *config.reward.extra_scores):
+            raise ConfigError(
+                "verifier.kind=self: the policy gives no ratings, so reward.score and "
+                "reward.extra_scores must not be holistic"
+            )
     if verifier.kind == "openai" and not verifier.endpoints:
         raise ConfigError(
             "verifier.kind=openai needs verifier.endpoints, a list of base URLs such as "

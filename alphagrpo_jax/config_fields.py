@@ -25,7 +25,9 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Verifier:
-    kind: str  # "hf", "openai" (endpoints only), or "callable": path is then "module:function"
+    # "hf", "openai" (endpoints only), "callable": path is then "module:function", or "self": the
+    # policy judges its own images
+    kind: str
     path: str
     endpoints: tuple[str, ...]  # of chat servers, "http://HOST:PORT/v1"; () for none
     model: str  # the name that the endpoints serve; it must be the local workers' own model

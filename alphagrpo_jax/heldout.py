@@ -148,7 +148,7 @@ def evaluate_task(
     heldout = run.data[name].heldout
     rows = prompts.balanced(heldout.records, config.eval.prompts)
     records = [heldout.records[row] for row in rows]
-    weights = run.steps.weights(run.loaded.base, state.trainable)
+    weights = run.weights(state)
     root = jax.random.key(config.eval.seed)
 
     def drawer(drawing: jitted.Drawing, key: jax.Array, inputs):

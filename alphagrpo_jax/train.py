@@ -19,7 +19,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alphagrpo_jax import build, jitted, run_folder
+from alphagrpo_jax import build, jitted, judges, run_folder
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.config_fields import MeshShape
@@ -93,7 +93,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         board.write(step, row)
         bar.show(row, advance=int(step > 0))
 
-    with build.judges(config) as (pool, second):
+    with judges.opened(config, loaded) as (pool, second):
         run = Run(config, loaded, data, steps, pool, workdir, second)
         # -------------------------------------------------- evaluation alone
         untold = done == 0 and not distributed.primary_says(log.has(0))

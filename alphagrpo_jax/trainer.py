@@ -14,7 +14,9 @@ from alphagrpo_jax import build, jitted, prompts, tasks
 from alphagrpo_jax.advantage import Advantages, group_advantage
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.guards import TrainingError, check_validity
+from alphagrpo_jax.judges import PolicyJudge
 from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.refinement import Queue, choose_initial, rectify
 from alphagrpo_jax.rewards import formats, scoring
 from alphagrpo_jax.rewards.questions import Record
@@ -41,6 +43,13 @@ class Run(NamedTuple):
     def size(self) -> tuple[int, int]:
         """Height and width of images, pixels."""
         return self.config.model.height, self.config.model.width
+
+    def weights(self, state: TrainState) -> PolicyParams:
+        """What rollouts read; a policy that judges its own images judges by them too."""
+        found = self.steps.weights(self.loaded.base, state.trainable)
+        if isinstance(self.pool, PolicyJudge):
+            self.pool.follow(found)
+        return found
 
 
 @dataclasses.dataclass
@@ -175,7 +184,7 @@ def draw_initial(
     config = run.config
     each = config.srr.initial_images
     count = config.rollout.micro_batch // each
-    weights = run.steps.weights(run.loaded.base, state.trainable)
+    weights = run.weights(state)
     tokens, mask = prompts.tokenise(
         [record.prompt for record in records],
         run.loaded.tokenizer,
@@ -209,7 +218,7 @@ def draw_batch(run: Run, state: TrainState, step: int, batch: Batch) -> Drawn:
     start = jax.random.randint(window_key, (), lo, hi - config.rollout.window + 1)
     count = config.rollout.micro_batch // group  # prompts
     temperature = jnp.float32(config.rollout.temperature)
-    weights = run.steps.weights(run.loaded.base, state.trainable)
+    weights = run.weights(state)
     launched = []
     for first in range(0, len(batch.rows), count):
         part = slice(first, first + count)

@@ -28,6 +28,7 @@ STAGES = ("tasks", "prompts", "rollout", "rewards", "advantage", "refinement", "
 JOINTS = (
     "evaluation",
     "build",
+    "judges",
     "jitted",
     "guards",
     "trainer",

@@ -58,6 +58,8 @@ def test_values_arrive():
         ({"loss__entropy_fraction": 0.2, "train__old_logprob": "self"}, "needs train.old_logprob"),
         ({"rollout__sampler": "cps", "rollout__noise_level": 1.5}, "noise_level must be below 1"),
         ({"verifier__kind": "openai"}, r"needs verifier\.endpoints"),
+        ({"verifier__kind": "self", "reward__score": "holistic"}, "the policy gives no ratings"),
+        ({"verifier__kind": "self", "verifier__audit": "log"}, "keeps no log of attempts"),
         ({"reward__extra_scores": ("confidence",), "reward__extra_weights": (1.0,)}, "different"),
         ({"reward__extra_scores": ("warmth",), "reward__extra_weights": (1.0,)}, "different ones"),
         ({"reward__extra_scores": ("holistic",)}, r"extra_weights: got \(\), expected 1"),

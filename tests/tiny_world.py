@@ -61,6 +61,7 @@ def tokenizer() -> Tokenizer:
     )
     backend.train_from_iterator([*WORDS, "<think> </think>"], trainer)
     backend.add_special_tokens([PAD, *SPECIAL.values()])
+    backend.add_tokens([tokenizers.AddedToken(word, single_word=True) for word in ("yes", "no")])
     return Tokenizer(backend, {"tokenizer.json": backend.to_str().encode()}, "tests")
 
 

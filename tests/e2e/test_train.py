@@ -221,6 +221,23 @@ def test_several_updates_per_batch(run, world, rows):
         assert gap == pytest.approx(0.5 - each["eval/reward/mean"])
 
 
+def test_the_policy_as_its_own_verifier(run, world, rows):
+    alone = ("--config.verifier.kind=self", "--config.verifier.path=", "--config.train.steps=2")
+    bucket = "--config.rollout.prompt_tokens=40"  # the bucket of the questions too
+    code, errors = run(world / "self", *alone, bucket)
+    assert code == 0, errors
+    found = rows(world / "self")
+    assert found[0]["eval/reward/valid_fraction"] == 1.0
+    for row in found[1:]:
+        assert row["reward/valid_fraction"] == 1.0
+        assert 0.0 < row["reward/mean"] < 1.0
+        assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0
+        assert row["update/skipped"] == 0
+    lines = (world / "self" / "metrics.jsonl").read_text().splitlines()
+    counts = [json.loads(line)["time/compilations"] for line in lines[1:]]
+    assert len(set(counts)) == 1
+
+
 def test_eight_devices(run, world, rows):
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     code, errors = run(world / "eight", *mesh, "--config.train.steps=2", devices=8)
