@@ -5,7 +5,8 @@
     python -m alphagrpo_jax.shapes.pretrain --vae runs/vae2 --out runs/umm
 
 This sequence makes the model: the autoencoder, its decoder once more on noised latents, then the
-rest. Estimate for two idle cores, not measured: 70 minutes for the first two, 90 for the third.
+rest, which took 85 minutes on two cores shared with other work. The first two have not been run in
+this form: the shipped autoencoder is of an earlier revision, see the model's card.
 
 One model learns to draw (with and without a think text), to caption and answer, to edit, and to
 say what is wrong with an image and repair it. The objective is BAGEL's: cross-entropy on texts
