@@ -78,22 +78,24 @@ def one_step(world, name):
         (batch,) = trainer.take_batches(run, state, 1, trainer.start_place(config))
         drawn = trainer.draw_batch(run, state, 1, batch)
         old = learner.old_scores(run, state, drawn)
-        scored = trainer.advantage_of(config, drawn, trainer.score_batch(run, drawn, 1))
-        gradient = None
-        if not scored.text.all_zero:
-            whole = learner._UpdateBatch.of(run, drawn, old, scored)
-            gradient, _ = whole.gradient(run, state, jnp.float32(1.0))
-            gradient = jax.tree.map(np.asarray, gradient)
-        _, learned, (metrics,) = learner.update_policy(run, state, [drawn], [old], [scored], 1)
+        scores = trainer.score_batch(run, drawn, 1)
+        scored = trainer.advantage_of(config, drawn, scores)
+        # A random model's answers may all be wrong, its repairs all worse: given advantages then.
+        given = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
+        own = scored.text._replace(advantage=given, used=np.ones((2, 4), bool))
+        given = trainer.Scored(own, given, {})
+        whole = learner._UpdateBatch.of(run, drawn, old, given)
+        gradient, _ = whole.gradient(run, state, jnp.float32(1.0))
+        gradient = jax.tree.map(np.asarray, gradient)
+        _, learned, (metrics,) = learner.update_policy(run, state, [drawn], [old], [given], 1)
     return {
-        "name": name, "run": run, "batch": batch, "drawn": drawn, "scored": scored,
+        "name": name, "run": run, "batch": batch, "drawn": drawn, "scores": scores,
         "gradient": gradient, "learned": learned, "metrics": metrics,
     }  # fmt: skip
 
 
 def test_the_first_ratios_are_one(step):
-    if step["learned"]["update/skipped"]:
-        pytest.skip("no differences among the answers of a random model")
+    assert step["learned"]["update/skipped"] == 0
     ratios = [value for key, value in step["metrics"].items() if "ratio_max_dev" in key]
     assert ratios
     assert max(ratios) == 0.0
@@ -116,8 +118,6 @@ def test_members_of_a_group_share_what_is_given_and_nothing_else(step):
 
 def test_gradients_reach_exactly_the_adapters_that_took_part(step):
     """An answer is text alone: the image expert has no part in it."""
-    if step["gradient"] is None:
-        pytest.skip("no differences among the answers of a random model")
     for path, leaf in jax.tree_util.tree_flatten_with_path(step["gradient"])[0]:
         is_gen = "_moe_gen" in jax.tree_util.keystr(path)
         assert (np.abs(leaf).max() > 0) == (not is_gen or step["name"] != "ti2t"), path
@@ -127,14 +127,15 @@ def test_every_step_is_trained(step):
     plan = tasks.plan(tasks.TASKS[step["name"]].events)
     assert len(step["drawn"].texts) == len(plan.text_steps)
     assert len(step["drawn"].trajectories.images) == len(plan.image_steps)
-    if step["name"] == "second_look":
-        assert step["learned"]["update/skipped"] == 0
-        assert {"loss/text", "loss/image"} <= step["metrics"].keys()
+    kinds = {"loss/text"} | ({"loss/image"} if plan.image_steps else set())
+    assert kinds <= step["metrics"].keys()
+    assert step["scores"].valid.all()
 
 
 def test_the_worst_initial_image_is_repaired(step):
     if step["name"] != "srr":
-        pytest.skip("task srr alone has initial images")
+        assert step["batch"].initial is None
+        return
     run, batch = step["run"], step["batch"]
     samples = {key: run.pool.samples[key] for key in run.pool.samples if key[0] == "initial"}
     assert len(samples) == 12  # six prompts with two images each
