@@ -51,8 +51,8 @@ BAGEL = {
 }
 
 
-def tokenizer() -> Tokenizer:
-    """A byte-level tokenizer with the special tokens."""
+def tokenizer(words: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level tokenizer with the special tokens, and one token for each of `words`."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -61,13 +61,13 @@ def tokenizer() -> Tokenizer:
     )
     backend.train_from_iterator([*WORDS, "<think> </think>"], trainer)
     backend.add_special_tokens([PAD, *SPECIAL.values()])
-    backend.add_tokens([tokenizers.AddedToken(word, single_word=True) for word in ("yes", "no")])
+    backend.add_tokens([tokenizers.AddedToken(word, single_word=True) for word in words])
     return Tokenizer(backend, {"tokenizer.json": backend.to_str().encode()}, "tests")
 
 
-def model(seed: int = 0) -> Loaded:
+def model(seed: int = 0, words: Sequence[str] = ()) -> Loaded:
     """A tiny model whose weights are numpy's, since drawing them by JAX compiles for long."""
-    own = tokenizer()
+    own = tokenizer(words)
     contents = (LLM | {"vocab_size": len(own)}, VIT, VAE, BAGEL)
     config = BagelConfig.from_dicts(*contents, tokens=own.special)
     module = Bagel(config)
@@ -88,9 +88,9 @@ def model(seed: int = 0) -> Loaded:
     return Loaded(module, base, own, config, files, {})
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
+def write_model(folder: pathlib.Path, words: Sequence[str] = ()) -> pathlib.Path:
     """Writes the tiny model in the official layout."""
-    save_model(folder, model())
+    save_model(folder, model(words=words))
     return folder
 
 

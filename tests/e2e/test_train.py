@@ -222,9 +222,13 @@ def test_several_updates_per_batch(run, world, rows):
 
 
 def test_the_policy_as_its_own_verifier(run, world, rows):
-    alone = ("--config.verifier.kind=self", "--config.verifier.path=", "--config.train.steps=2")
-    bucket = "--config.rollout.prompt_tokens=40"  # the bucket of the questions too
-    code, errors = run(world / "self", *alone, bucket)
+    tiny_world.write_model(world / "speaks", words=("yes", "no"))
+    alone = (
+        "--config.model.path=speaks",
+        "--config.verifier.kind=self",
+        "--config.rollout.prompt_tokens=40",  # the bucket of the questions too
+    )
+    code, errors = run(world / "self", *alone, "--config.train.steps=2")
     assert code == 0, errors
     found = rows(world / "self")
     assert found[0]["eval/reward/valid_fraction"] == 1.0
