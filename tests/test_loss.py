@@ -370,6 +370,22 @@ def test_top_entropy_mask():
     np.testing.assert_array_equal(got, nothing)
 
 
+def test_a_kl_that_is_only_reported_never_touches_the_loss():
+    text, image, valid = arrays()
+    whole = totals(text, valid)
+    plain, _ = loss_lib.text_grpo(text._replace(ref_logp=None), valid, **whole)
+    far = jnp.full_like(text.ref_logp, jnp.inf)  # a KL that overflows
+    for reference in (text.ref_logp, far):
+        share, metrics = loss_lib.text_grpo(text._replace(ref_logp=reference), valid, **whole)
+        assert share == plain
+        assert metrics["text/kl"] > 0.0
+    alone, _ = loss_lib.image_grpo(image._replace(kl=None), valid, trajectories_total=3.0)
+    overflown = image._replace(kl=jnp.full_like(image.kl, jnp.inf))
+    share, metrics = loss_lib.image_grpo(overflown, valid, trajectories_total=3.0)
+    assert share == alone
+    assert metrics["image/kl"] == jnp.inf
+
+
 def test_refuses_what_does_not_fit():
     text, image, valid = arrays()
     whole = totals(text, valid)

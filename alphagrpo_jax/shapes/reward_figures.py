@@ -94,33 +94,53 @@ def pair_counts(
     return counts
 
 
-def share(counts: Mapping[str, tuple[float, int]], seed: int) -> dict[str, float | list[float]]:
-    """Share of pairs ranked rightly, with a bootstrap interval over prompts."""
-    table = np.array(list(counts.values()), np.float64).reshape(-1, 2)
-    if not len(table):
+def share(
+    counts: Mapping[str, tuple[float, int]],
+    seed: int,
+    *,
+    minus: Mapping[str, tuple[float, int]] | None = None,
+) -> dict[str, float | list[float]]:
+    """Share of pairs ranked rightly, with a bootstrap interval over prompts.
+
+    Args:
+      counts: from `pair_counts`.
+      seed: the same one draws the same prompts for every score.
+      minus: of another score on the same drawings: the share is then the difference.
+    """
+    if not counts:
         return {"pairs": 0}
-    rng = np.random.default_rng(seed)  # the same prompts are drawn for every score
-    drawn = table[rng.integers(0, len(table), (RESAMPLES, len(table)))].sum(axis=1)
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], INTERVAL)
+    taken = minus or dict.fromkeys(counts, (0.0, 0))
+    right = np.array([counts[prompt][0] - taken[prompt][0] for prompt in counts])
+    pairs = np.array([number for _, number in counts.values()])
+    drawn = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+    low, high = np.percentile(right[drawn].sum(axis=1) / pairs[drawn].sum(axis=1), INTERVAL)
     return {
-        "pairs": int(table[:, 1].sum()),
-        "prompts": len(table),
-        "share": float(table[:, 0].sum() / table[:, 1].sum()),
+        "pairs": int(pairs.sum()),
+        "prompts": len(pairs),
+        "share": float(right.sum() / pairs.sum()),
         "interval": [float(low), float(high)],
     }
 
 
 def ranking(records: Sequence[Mapping], exact: np.ndarray, judged: Judged, seed: int) -> dict:
-    """`share` of every score, over all prompts and by their kind."""
+    """`share` of every score, over all prompts and by their kind; and how much the confidences'
+    share is above that of each other score.
+    """
     kinds = np.array([records[row]["kind"] for row in judged.index])
     prompts = np.array([records[row]["prompt"] for row in judged.index], object)
     held = exact[judged.index]
     found: dict[str, dict] = {}
     for kind in ("all", *sorted(set(kinds))):
         own = (kinds == kind) | (kind == "all")
-        found[kind] = {
-            name: share(pair_counts(prompts[own], held[own], values[own]), seed)
+        counts = {
+            name: pair_counts(prompts[own], held[own], values[own])
             for name, values in judged.scores.items()
+        }
+        found[kind] = {name: share(each, seed) for name, each in counts.items()}
+        first = counts.pop(ASKED.score)
+        found[kind] |= {
+            f"{ASKED.score} - {name}": share(first, seed, minus=each)
+            for name, each in counts.items()
         }
     return found
 

@@ -53,6 +53,11 @@ def test_share_and_interval():
     assert high == 1.0  # and one c alone
     assert reward_figures.share({"a": (3.0, 4)}, seed=0)["interval"] == [0.75, 0.75]
     assert reward_figures.share({}, seed=0) == {"pairs": 0}
+    gain = reward_figures.share(
+        {"a": (2.0, 2), "b": (1.0, 1)}, 0, minus={"a": (1.0, 2), "b": (0.5, 1)}
+    )
+    assert gain["share"] == 0.5
+    assert gain["interval"] == [0.5, 0.5]  # half of every prompt's pairs, whichever are drawn
 
 
 @pytest.fixture
@@ -79,7 +84,11 @@ def test_drawings_that_are_not_judged_are_left_out(drawings):
     found = reward_figures.ranking(fields, np.array([1.0, 0.5, 0.0]), judged, seed=0)
     assert set(found) == {"all", "plain"}
     shares = {name: each["share"] for name, each in found["plain"].items()}
+    gains = {name: shares.pop(name) for name in list(shares) if " - " in name}
     assert shares == {"confidence": 1.0, "binary": 0.5, "holistic": 1.0, "dependent": 1.0}
+    assert gains == {
+        "confidence - binary": 0.5, "confidence - holistic": 0.0, "confidence - dependent": 0.0
+    }  # fmt: skip
     told = reward_figures.agreement(images, records, judged)
     asked = len(records[0].asked_semantic)
     assert told["all"]["questions"] == 2 * asked
