@@ -131,7 +131,7 @@ def _step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
     drawn = _draw(run, state, step)
     marks.append(time.monotonic())
     old = old_scores(run, state, drawn)
-    scores = score_batch(run, drawn, step)
+    scores = score_batch(run, drawn, None, step)
     marks.append(time.monotonic())
     advantages = advantage_of(run.config, drawn, scores)
     state, *_ = update_policy(run, state, [drawn], [old], [advantages], step)

@@ -207,7 +207,7 @@ def rollout_options(config: Config, loaded: Loaded, task: tasks.Task) -> Rollout
         window_range=own.window_range,
         noise_level=own.noise_level,
         sampler=own.sampler,
-        guidance=Guidance(**dataclasses.asdict(own.edit_guidance if task.edits else own.guidance)),
+        guidance=Guidance(**dataclasses.asdict(own.guidance)),
     )
     return RolloutOptions(
         plan=tasks.plan(task.events),
@@ -216,6 +216,7 @@ def rollout_options(config: Config, loaded: Loaded, task: tasks.Task) -> Rollout
         max_text_tokens=config.srr.text_tokens if task.refines else own.text_tokens,
         top_p=own.top_p,
         image=image,
+        edit_guidance=Guidance(**dataclasses.asdict(own.edit_guidance)),
         shared_noise=own.shared_noise,
         merge_lora=own.merge_lora,
     )
@@ -227,9 +228,7 @@ def eval_options(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutOpt
     The text guidance of images that are no edits is `eval.text_guidance`.
     """
     options = rollout_options(config, loaded, task)
-    guidance = options.image.guidance
-    if not task.edits:
-        guidance = dataclasses.replace(guidance, text_scale=config.eval.text_guidance)
+    guidance = dataclasses.replace(options.image.guidance, text_scale=config.eval.text_guidance)
     image = dataclasses.replace(
         options.image, num_points=config.eval.num_points, guidance=guidance, window=0
     )
@@ -255,6 +254,7 @@ def update_options(config: Config, loaded: Loaded, task: tasks.Task) -> update.U
         plan=options.plan,
         system_tokens=options.system_tokens,
         image=options.image,
+        edit_guidance=options.edit_guidance,
         temperature=config.rollout.temperature,
         micro_batch=config.train.micro_batch,
         context_gradient=config.train.context_gradient,

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from alphagrpo_jax.config_fields import Config, ConfigError
+from alphagrpo_jax.tasks import IMAGE, TASKS
 
 RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.")  # may differ when a run is resumed
 
@@ -97,10 +98,8 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-TASKS = ("rt2i", "t2i", "srr", "ti2i", "ti2t")
 SCORES = ("confidence", "binary", "holistic")
 CHOICES = {
-    "task": (*TASKS, "mixed"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "full", "dots"),
     "verifier.kind": ("hf", "openai", "callable", "self"),
@@ -191,6 +190,9 @@ RANGES = {
 
 
 def _check_choices(config: Config) -> None:
+    known = (*TASKS, "mixed")
+    if config.task not in known:
+        raise ConfigError(f"task: got {config.task!r}, expected one of {known}")
     flat = _flatten(dataclasses.asdict(config))
     for key, choices in CHOICES.items():
         if flat[key] not in choices:
@@ -255,10 +257,6 @@ def _check_sizes(config: Config) -> None:
         raise ConfigError("loss.entropy_fraction below 1 needs train.old_logprob=recompute")
     if config.loss.text == config.loss.image == "none":
         raise ConfigError("loss.text and loss.image are both 'none': nothing would be trained")
-    if "t2i" in config.tasks and config.loss.image == "none":
-        raise ConfigError("task t2i has no text to train; loss.image must not be 'none'")
-    if "ti2t" in config.tasks and config.loss.text == "none":
-        raise ConfigError("task ti2t has no image to train; loss.text must not be 'none'")
     _check_tasks(config)
 
 
@@ -268,22 +266,39 @@ def _check_tasks(config: Config) -> None:
     if config.task == "mixed":
         unknown = sorted(set(mixed.tasks) - set(TASKS))
         if unknown or not mixed.tasks or len(set(mixed.tasks)) < len(mixed.tasks):
-            raise ConfigError(f"mixed.tasks: got {mixed.tasks}, expected different ones of {TASKS}")
+            raise ConfigError(
+                f"mixed.tasks: got {mixed.tasks}, expected different ones of {tuple(TASKS)}"
+            )
         if len(mixed.weights) != len(mixed.tasks) or not all(w > 0 for w in mixed.weights):
             raise ConfigError(
                 f"mixed.weights: got {mixed.weights}, expected {len(mixed.tasks)} positive "
                 "numbers, one for each of mixed.tasks"
             )
-    for task, kind, key in (("ti2i", "edits", "edit"), ("ti2t", "answers", "answer")):
-        if task in config.tasks and "" in config.data.pair(kind):
+    for task in (TASKS[name] for name in config.tasks):
+        if "" in config.data.pair(task.data):
+            key = task.data.removesuffix("s")
             raise ConfigError(
-                f"task {task} needs data.{key}_train and data.{key}_heldout, files of records"
+                f"task {task.name} needs data.{key}_train and data.{key}_heldout, files of records"
             )
-    if "srr" not in config.tasks:
+        for kind, steps in (("text", task.text_kinds), ("image", task.events.count(IMAGE))):
+            other = {"text": "image", "image": "text"}[kind]
+            if not steps and vars(config.loss)[other] == "none":
+                raise ConfigError(
+                    f"task {task.name} has no {kind} to train; loss.{other} must not be 'none'"
+                )
+    refining = [name for name in config.tasks if TASKS[name].refines]
+    if config.verifier.kind == "self" and refining and srr.reflection_format == "verifier":
+        raise ConfigError(
+            "srr.reflection_format=verifier asks long questions, for which verifier.kind=self has "
+            "no room; use another verifier, or 'rule' or 'none'"
+        )
+    if len(refining) > 1:
+        raise ConfigError(f"mixed.tasks: got {refining}, but only one task may refine images")
+    if not refining:
         if config.advantage.baseline != "group":
             raise ConfigError(
                 f"advantage.baseline={config.advantage.baseline!r} compares with an initial "
-                "image, which only task srr has; use 'group'"
+                "image, which only refining tasks have; use 'group'"
             )
         return
     size = config.rollout.micro_batch

@@ -12,9 +12,17 @@ from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.shapes import checker
 
-# (numbers of N prompts, int64[N]; number of the first) -> (images uint8[N, H, W, 3] or None, what
-# each text step wrote)
-Draw = Callable[[np.ndarray, int], tuple[np.ndarray | None, list[list[str]]]]
+
+class Made(NamedTuple):
+    """What a micro-batch of N prompts gave."""
+
+    images: np.ndarray | None  # uint8[N, H, W, 3]
+    thinks: Sequence[list[str]]  # of each think step
+    answers: list[str]  # none if the task has none
+
+
+# (numbers of N prompts, int64[N]; number of the first) -> what was made
+Draw = Callable[[np.ndarray, int], Made]
 # An image and its record -> which facts hold, or None where the record describes none.
 FactCheck = Callable[[np.ndarray, Record], Mapping[str, bool] | None]
 
@@ -87,25 +95,27 @@ def evaluate_images(
       second: rates the same images in the same way, for the metrics alone.
     """
     ids = [(prefix, number) for number in range(len(records))]
-    images, texts = [], []
+    images, thinks = [], []
     for part, filled in _parts(len(records), micro_batch):
-        drawn, written = draw(filled, part.start)
-        drawn = drawn[: part.stop - part.start]
+        made = draw(filled, part.start)
+        drawn = made.images[: part.stop - part.start]
         for judge in (pool, second) if second else (pool,):
             scoring.submit(
                 judge, ids[part], drawn, records[part], scoring_options, first=part.start
             )
         images.append(drawn)
-        texts += [] if not written else written[0][: len(drawn)]
-    scores = scoring.gather(pool, ids, records, texts or None, scoring_options)
+        thinks.append([own[: len(drawn)] for own in made.thinks])
+    thinks = _joined(thinks)
+    scores = scoring.gather(pool, ids, records, thinks, scoring_options)
     pictures = np.concatenate(images)
     facts = [check(image, record) for image, record in zip(pictures, records, strict=True)]
     metrics = summarise(scores, facts, records)
     if second:
-        other = scoring.gather(second, ids, records, None, scoring_options)
+        other = scoring.gather(second, ids, records, (), scoring_options)
         metrics |= compare_verifiers(scores, other)
     exact = [None if held is None else all(held.values()) for held in facts]
-    captions = _captions(records, texts or [None] * len(records), scores, exact)
+    shown = [" | ".join(own) for own in zip(*thinks, strict=True)] or [None] * len(records)
+    captions = _captions(records, shown, scores, exact)
     return Evaluation(_named(prefix, metrics), pictures, captions, scores, records)
 
 
@@ -115,16 +125,16 @@ def evaluate_answers(
     """Writes one answer per question; `exact_all` is the share of right ones.
 
     Args:
-      draw: writes a micro-batch; the last text of each row is its answer.
+      draw: writes a micro-batch.
       records, micro_batch, prefix: as of `evaluate_images`.
     """
     thinks, answers = [], []
     for part, filled in _parts(len(records), micro_batch):
-        _, written = draw(filled, part.start)
+        made = draw(filled, part.start)
         count = part.stop - part.start
-        thinks += written[0][:count] if len(written) > 1 else []
-        answers += written[-1][:count]
-    scores = scoring.answer_scores(records, answers, thinks or None)
+        thinks.append([own[:count] for own in made.thinks])
+        answers += made.answers[:count]
+    scores = scoring.answer_scores(records, answers, _joined(thinks))
     facts = [{"answer": reward == 1.0} for reward in scores.reward]
     metrics = summarise(scores, facts, records)
     del metrics["reward_minus_exact"]  # the reward is the exact verdict
@@ -162,6 +172,11 @@ def _parts(count: int, micro_batch: int) -> Iterator[tuple[slice, np.ndarray]]:
     for first in range(0, count, micro_batch):
         part = slice(first, min(first + micro_batch, count))
         yield part, np.resize(np.arange(part.start, part.stop), micro_batch)
+
+
+def _joined(parts: Sequence[Sequence[list[str]]]) -> list[list[str]]:
+    """Texts of each step, of all micro-batches: [parts][K][n] -> [K][N]."""
+    return [[text for own in step for text in own] for step in zip(*parts, strict=True)]
 
 
 def _captions(

@@ -1,6 +1,8 @@
 """Evaluation of a run's policy on held-out prompts, task by task, with fixed keys."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +13,22 @@ from alphagrpo_jax.config import Config
 from alphagrpo_jax.evaluation import (
     CHECKERS,
     Evaluation,
+    Made,
     check_records,
     evaluate_answers,
     evaluate_images,
     refinement_metrics,
 )  # fmt: skip
 from alphagrpo_jax.guards import check_validity
+from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import report
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
-from alphagrpo_jax.trainer import Run, decode_steps, image_block
-from alphagrpo_jax.types import TextBlock, TrainState
+from alphagrpo_jax.trainer import Run, decode_steps, image_block, think_texts
+from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState
 
 REPORT_FILE = "report.html"  # of the newest evaluation
 
@@ -141,75 +145,112 @@ def evaluate_task(
 ) -> Evaluation:
     """Evaluates one task on its held-out prompts, with the same keys every time.
 
-    Task srr first draws an image per prompt without thinking (or takes the records' own), then
-    repairs it whatever its reward; `initial/...` are the metrics of the first images.
+    A refining task first draws an image per prompt without thinking (or takes the records' own),
+    then repairs it whatever its reward; `initial/...` are the metrics of the first images.
+
+    Raises:
+      StoppedError: see `evaluate_row`.
+      TrainingError: the verifiers failed too often on the first images.
     """
     config, task = run.config, tasks.TASKS[name]
-    heldout = run.data[name].heldout
-    rows = prompts.balanced(heldout.records, config.eval.prompts)
+    heldout, steps = run.data[name].heldout, run.steps.tasks[name]
+    rows = np.array(prompts.balanced(heldout.records, config.eval.prompts))
     records = [heldout.records[row] for row in rows]
-    weights = run.weights(state)
-    root = jax.random.key(config.eval.seed)
-
-    def drawer(drawing: jitted.Drawing, key: jax.Array, inputs):
-        def draw(part: np.ndarray, first: int) -> tuple[np.ndarray | None, list[list[str]]]:
-            if stop is not None and distributed.any_process(stop.requested):
-                raise StoppedError
-            given = drawing.prefill(weights, inputs(part))
-            scalars = (jnp.int32(first), jnp.int32(config.eval.num_points))
-            drawn, images = drawing.generate(
-                weights, given, key, *scalars, jnp.float32(temperature)
-            )
-            return distributed.to_host(images), decode_steps(run.loaded.tokenizer, drawn)
-
-        return draw
-
-    steps, size = run.steps.tasks[name], config.eval.micro_batch
-    scoring_options = build.scoring_options(config, task)
-    if task.reward == "answer":
-
-        def asked(part: np.ndarray) -> tuple:
-            images = heldout.images(np.array(rows)[part], run.size)
-            return heldout.inputs(np.array(rows)[part], image_block(run.loaded, images))
-
-        return evaluate_answers(
-            drawer(steps.eval, root, asked), records, micro_batch=size, prefix=prefix
-        )
-    common = {"micro_batch": size, "check": CHECKERS[config.eval.checker]}
+    draw = _Drawer(run, run.weights(state), temperature, stop)
+    root, size = jax.random.key(config.eval.seed), config.eval.micro_batch
     initial = first_images = None
-    if task.image == "record" or (task.refines and config.srr.source == "record"):
-        first_images = heldout.images(rows, run.size)
-    elif task.image == "drawn":
-        plain = _plain_inputs(run, records)
-        initial = evaluate_images(
-            drawer(run.steps.eval_initial, jax.random.fold_in(root, 1), plain),
-            run.pool,
-            records,
-            scoring_options=build.scoring_options(config, tasks.TASKS["t2i"]),
-            prefix=f"{prefix}/initial",
-            **common,
-        )
+    if task.refines:
+        initial = _initial_images(run, draw, records, heldout.images, rows, prefix)
         first_images = initial.images
+    elif task.image == "record":
+        first_images = heldout.images(rows, run.size)
 
-    def shown(part: np.ndarray) -> tuple:
+    def inputs(part: np.ndarray) -> tuple[TextBlock | ImageBlock, ...]:
         images = None if first_images is None else image_block(run.loaded, first_images[part])
-        return heldout.inputs(np.array(rows)[part], images)
+        return heldout.inputs(rows[part], images)
 
+    own = functools.partial(draw.draw, steps.eval, root, inputs, task)
+    if task.reward == "answer":
+        return evaluate_answers(own, records, micro_batch=size, prefix=prefix)
     found = evaluate_images(
-        drawer(steps.eval, root, shown),
+        own,
         run.pool,
         records,
-        scoring_options=scoring_options,
+        micro_batch=size,
+        scoring_options=build.scoring_options(config, task),
+        check=CHECKERS[config.eval.checker],
         prefix=prefix,
         second=run.second,
-        **common,
     )
-    if not task.refines:
+    if initial is None:
         return found
-    checked = (records, first_images, found.images, common["check"])
-    own = refinement_metrics(*checked) | ({} if initial is None else initial.metrics)
-    own = {key if key.startswith(prefix) else f"{prefix}/{key}": x for key, x in own.items()}
-    return found._replace(metrics=found.metrics | own)
+    checked = (records, first_images, found.images, CHECKERS[config.eval.checker])
+    refined = {f"{prefix}/{key}": x for key, x in refinement_metrics(*checked).items()}
+    return found._replace(metrics=found.metrics | initial.metrics | refined)
+
+
+class _Drawer(NamedTuple):
+    """Draws micro-batches of an evaluation."""
+
+    run: Run
+    weights: PolicyParams
+    temperature: float
+    stop: StopFlag | None
+
+    def draw(
+        self,
+        drawing: jitted.Drawing,
+        key: jax.Array,
+        inputs: Callable[[np.ndarray], tuple],
+        task: tasks.Task,
+        part: np.ndarray,
+        first: int,
+    ) -> Made:
+        """A task's steps for the prompts `part`, int64[N]; see `evaluation.Draw`."""
+        if self.stop is not None and distributed.any_process(self.stop.requested):
+            raise StoppedError
+        given = drawing.prefill(self.weights, inputs(part))
+        scalars = (jnp.int32(first), jnp.int32(self.run.config.eval.num_points))
+        drawn, images = drawing.generate(
+            self.weights, given, key, *scalars, jnp.float32(self.temperature)
+        )
+        texts = decode_steps(self.run.loaded.tokenizer, drawn)
+        answers = texts[-1] if task.reward == "answer" else []
+        return Made(distributed.to_host(images), think_texts(task, texts), answers)
+
+
+def _initial_images(
+    run: Run,
+    draw: _Drawer,
+    records: Sequence[Record],
+    own_images: Callable[..., np.ndarray],
+    rows: np.ndarray,
+    prefix: str,
+) -> Evaluation:
+    """The images that a refining task starts from, scored and checked."""
+    config, plain = run.config, tasks.TASKS["t2i"]
+    if config.srr.source == "record":
+        images = own_images(rows, run.size)
+
+        def make(part: np.ndarray, first: int) -> Made:
+            del first
+            return Made(images[part], (), [])
+
+    else:
+        key = jax.random.fold_in(jax.random.key(config.eval.seed), 1)
+        inputs = _plain_inputs(run, records)
+        make = functools.partial(draw.draw, run.steps.eval_initial, key, inputs, plain)
+    initial = evaluate_images(
+        make,
+        run.pool,
+        records,
+        micro_batch=config.eval.micro_batch,
+        scoring_options=build.scoring_options(config, plain),
+        check=CHECKERS[config.eval.checker],
+        prefix=f"{prefix}/initial",
+    )
+    check_validity(config, initial.scores, f"initial images of {prefix}")
+    return initial
 
 
 def _plain_inputs(run: Run, records: Sequence[Record]):

@@ -201,7 +201,7 @@ class _Judge:
         self.asked += 1
         ids, records = [("round", self.asked)], [self.record]
         scoring.submit(self.pool, ids, image[None], records, self.options, first=0)
-        scores = scoring.gather(self.pool, ids, records, None, self.options)
+        scores = scoring.gather(self.pool, ids, records, (), self.options)
         if not scores.valid[0]:
             raise ValueError(f"the verifier gave no answer: {', '.join(scores.failures)}")
         return float(scores.reward[0])

@@ -49,14 +49,14 @@ def update_policy(
     if all(zero):
         for each in drawn:
             check_sampled(each.trajectories, step)
-        return state, {"update/skipped": 1}, [{} for _ in drawn]
+        return state, {"update/skipped": 1}, [{"update/skipped": 1} for _ in drawn]
     used = np.array([0 if z else a.text.used.sum() for z, a in zip(zero, advantages, strict=True)])
     weights = used / used.sum()
     moving = [index for index, weight in enumerate(weights) if weight > 0]
     batches = {index: _UpdateBatch.of(run, drawn[index], old[index], advantages[index])
                for index in moving}  # fmt: skip
     whole: dict[str, float] = {}
-    parts: list[dict[str, float]] = [{} for _ in drawn]
+    parts: list[dict[str, float]] = [{"update/skipped": int(each)} for each in zero]
     for _ in range(run.config.train.updates_per_batch):
         gradient, total, found = None, 0.0, {}
         for index in moving:
@@ -78,7 +78,7 @@ def update_policy(
         for index, metrics in jax.device_get(found).items():
             values = {name: float(x) for name, x in metrics.items()}
             first = {name: parts[index][name] for name in FIRST_ONLY & parts[index].keys()}
-            parts[index] = values | first
+            parts[index] |= values | first
     is_self = int(run.config.train.old_logprob == "self")
     return state, whole | {"update/skipped": 0, "update/old_is_self": is_self}, parts
 

@@ -155,6 +155,7 @@ def load(
                 [_filled(template, record) for record in records],
                 tokenizer,
                 bucket=bucket + added_tokens(template, tokenizer),
+                added=added_tokens(template, tokenizer),
             )
         )
         for template in task.texts
@@ -166,14 +167,16 @@ def check_images(path: pathlib.Path, records: Sequence[Record]) -> None:
     """Tries to open every record's image.
 
     Raises:
-      ValueError: some are missing or unreadable; one message that lists them by record.
+      ValueError: some are missing or unreadable; one message that lists them by line.
     """
     problems = []
-    for number, record in enumerate(records, start=1):
+    with path.open("rb") as lines:
+        numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, record in zip(numbers, records, strict=True):
         try:
             given_image(path.parent, record, (1, 1))
         except (FileNotFoundError, ValueError) as error:
-            problems.append(f"  {path}, record {number}: {error}")
+            problems.append(f"  {path}:{number}: {error}")
     if problems:
         more = len(problems) - MAX_REPORTED
         tail = f"\n  ... and {more} more" if more > 0 else ""
@@ -204,9 +207,11 @@ def _filled(template: str, record: Record) -> str:
 
 
 def tokenise(
-    prompts: Sequence[str], tokenizer: Tokenizer, *, bucket: int
+    prompts: Sequence[str], tokenizer: Tokenizer, *, bucket: int, added: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32[N, T] tokens and their bool[N, T] mask, T = bucket.
+
+    `added` of the bucket's tokens are a template's, as the advice in an error has to know.
 
     Raises:
       ValueError: prompts that do not fit; the longest ones are listed.
@@ -220,7 +225,7 @@ def tokenise(
         raise ValueError(
             f"{len(long)} of {len(rows)} prompts are longer than the prompt bucket of {bucket} "
             f"tokens (delimiters included):\n{shown}\nset rollout.prompt_tokens to at least "
-            f"{long[0][0]}, or shorten them"
+            f"{long[0][0] - added}, or shorten them"
         )
     return tokenizer.batch(rows, bucket)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alphagrpo_jax import policy
+from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
@@ -49,6 +50,7 @@ class RolloutOptions:
     max_text_tokens: int
     top_p: float
     image: image.ImageOptions
+    edit_guidance: Guidance  # of images that are drawn behind another
     shared_noise: bool  # one initial noise per group
     merge_lora: bool  # fold the adapters into a copy of the weights first
 
@@ -317,7 +319,15 @@ def _draw(
     shape = (grid[0] * grid[1], width)
     initial = jax.vmap(lambda each: jax.random.normal(each, shape, jnp.float32))(initial_keys)
     contexts = guidance_contexts(pieces, step, rows.shape[0])
-    return image.draw(model, params, contexts, initial, noise_keys, start, options=options.image)
+    own = step_options(options.image, options.edit_guidance, step)
+    return image.draw(model, params, contexts, initial, noise_keys, start, options=own)
+
+
+def step_options(
+    options: image.ImageOptions, edit_guidance: Guidance, step: PlannedStep
+) -> image.ImageOptions:
+    """The options of one image step: behind another image, guidance is that of edits."""
+    return dataclasses.replace(options, guidance=edit_guidance) if step.edits else options
 
 
 def _row_keys(key: jax.Array, rows: jax.Array, event: int) -> jax.Array:

@@ -162,7 +162,7 @@ def score(options: argparse.Namespace) -> report.Report:
             readable.append((path.name, records[number]))
             urls.append(_shown(image))
         names, own = [name for name, _ in readable], [record for _, record in readable]
-        scores = scoring.gather(pool, names, own, None, how)
+        scores = scoring.gather(pool, names, own, (), how)
     rows += report.rows(names, urls, own, scores, how)
     return report.Report(
         title=f"{options.images}, judged by {options.verifier}",

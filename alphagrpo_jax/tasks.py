@@ -42,6 +42,7 @@ GIVEN_IMAGE, SEEN_IMAGE = "given_image", "seen_image"  # to be changed; to be un
 THINK, ANSWER, IMAGE = "think", "answer", "image"  # steps of the policy
 GENERATED = (THINK, ANSWER, IMAGE)
 BATCHED = (TEXT, GIVEN_IMAGE, SEEN_IMAGE)  # inputs that differ from prompt to prompt
+IMAGES = (GIVEN_IMAGE, SEEN_IMAGE, IMAGE)
 LEVELS = ("shared", "prompt", "trajectory")
 EVENT_LEVELS = dict.fromkeys(GENERATED, "trajectory") | {
     SYSTEM: "shared",
@@ -73,9 +74,9 @@ class Task:
         return self.events[-1] == IMAGE
 
     @property
-    def edits(self) -> bool:
-        """Whether an image is drawn behind another: guidance is then that of edits."""
-        return GIVEN_IMAGE in self.events or self.events.count(IMAGE) > 1
+    def text_kinds(self) -> tuple[str, ...]:
+        """THINK or ANSWER of each text step."""
+        return tuple(event for event in self.events if event in (THINK, ANSWER))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -139,6 +140,7 @@ class PlannedStep:
     cfg_text: tuple[int, ...]
     cfg_img: tuple[int, ...]
     node: int | None  # the node that holds its tokens afterwards; None if nothing follows
+    edits: bool  # whether its context holds an image: guidance is then that of edits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,5 +220,7 @@ def plan(events: tuple[str, ...]) -> Plan:
             cfg_text = gen
         if kind in GENERATED:
             index = sum((step.kind == IMAGE) == (kind == IMAGE) for step in steps)
-            steps.append(PlannedStep(kind, event, index, *before, None if last else gen[-1]))
+            edits = any(nodes[index].kind in IMAGES for index in before[0])
+            node = None if last else gen[-1]
+            steps.append(PlannedStep(kind, event, index, *before, node, edits))
     return Plan(tuple(events), tuple(nodes), tuple(steps))

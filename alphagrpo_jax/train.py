@@ -117,11 +117,11 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             drawn = [draw_batch(run, state, step, batch) for batch in batches]
             rolled = time.monotonic()
             old = [old_scores(run, state, each) for each in drawn]
-            scores = [score_batch(run, each, step) for each in drawn]
-            reflections = [score_reflections(run, each) for each in drawn]
+            verdicts = [score_reflections(run, each) for each in drawn]
+            scores = [score_batch(run, *each, step) for each in zip(drawn, verdicts, strict=True)]
             rewarded = time.monotonic()
             advantages = [
-                advantage_of(config, *each) for each in zip(drawn, scores, reflections, strict=True)
+                advantage_of(config, *each) for each in zip(drawn, scores, verdicts, strict=True)
             ]
             state, learned, parts = update_policy(run, state, drawn, old, advantages, step)
             updated = time.monotonic()

@@ -81,9 +81,14 @@ class Drawn(NamedTuple):
     text_metrics: dict[str, float]
 
     @property
-    def thinks(self) -> list[str] | None:
-        """The think texts; None if the task has none."""
-        return self.texts[0] if tasks.THINK in self.batch.task.events else None
+    def thinks(self) -> list[list[str]]:
+        """What each think step wrote."""
+        return think_texts(self.batch.task, self.texts)
+
+
+def think_texts(task: tasks.Task, texts: Sequence[list[str]]) -> list[list[str]]:
+    """Of what each text step wrote, the think steps'."""
+    return [own for own, kind in zip(texts, task.text_kinds, strict=True) if kind == tasks.THINK]
 
 
 class Scored(NamedTuple):
@@ -100,7 +105,7 @@ class Scored(NamedTuple):
 def start_place(config: Config) -> Place:
     """The place before the first step."""
     queue = None
-    if "srr" in config.tasks:
+    if any(tasks.TASKS[name].refines for name in config.tasks):
         capacity = config.srr.queue_prompts + config.train.prompts_per_step
         queue = Queue.empty(capacity, config.model.height, config.model.width)
     return Place(dict.fromkeys(config.tasks, 0), queue)
@@ -129,7 +134,7 @@ def take_batches(run: Run, state: TrainState, step: int, place: Place) -> list[B
     for number, task in enumerate(tasks_at(config, step)):
         if task.refines:
             while place.queue.count < count:
-                fill_queue(run, state, step, place)
+                fill_queue(run, state, step, place, task.name)
             initial = place.queue.take(count)
             batches.append(Batch(number, task, initial.row, initial.image, initial))
             continue
@@ -141,13 +146,14 @@ def take_batches(run: Run, state: TrainState, step: int, place: Place) -> list[B
     return batches
 
 
-def fill_queue(run: Run, state: TrainState, step: int, place: Place) -> None:
-    """Stage 1 of task srr: draws (or reads) initial images, scores them, and queues one of each.
+def fill_queue(run: Run, state: TrainState, step: int, place: Place, name: str) -> None:
+    """Stage 1 of a refining task: draws (or reads) initial images, scores and queues one of each.
 
     Prompts whose images all stay without a reward are left out.
     """
-    config, srr, data = run.config, run.config.srr, run.data["srr"].train
-    position = place.positions["srr"]
+    config, srr, data = run.config, run.config.srr, run.data[name].train
+    run.weights(state)  # the policy may be its own judge
+    position = place.positions[name]
     rows = prompts.order(position, srr.queue_prompts, size=len(data.records), seed=config.seed)
     records = [data.records[row] for row in rows]
     if srr.source == "record":
@@ -161,7 +167,7 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place) -> None:
     options = build.scoring_options(config, tasks.TASKS["t2i"])
     flat = images.reshape(-1, *images.shape[2:])
     scoring.submit(run.pool, ids, flat, repeated, options, first=0)
-    scores = scoring.gather(run.pool, ids, repeated, None, options)
+    scores = scoring.gather(run.pool, ids, repeated, (), options)
     check_validity(config, scores, f"step {step}, initial images")
     reward, valid = (x.reshape(prompts_, each) for x in (scores.reward, scores.valid))
     rng = np.random.default_rng([config.seed, CHOICE_STREAM, position])
@@ -170,11 +176,11 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place) -> None:
     at = np.flatnonzero(usable)
     if not at.size:
         raise TrainingError(
-            f"step {step}: none of the {len(ids)} initial images of task srr has a reward; mend "
+            f"step {step}: none of the {len(ids)} initial images of task {name} has a reward; mend "
             "the verifier, then run the same command again"
         )
     place.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]], lowest[at])
-    place.positions["srr"] += srr.queue_prompts
+    place.positions[name] += srr.queue_prompts
 
 
 def draw_initial(
@@ -289,9 +295,14 @@ def _submit_reflections(run: Run, drawn: Drawn) -> None:
 # ------------------------------------------------------------------------------- 3 reward
 
 
-def score_batch(run: Run, drawn: Drawn, step: int) -> scoring.Scores:
+def score_batch(run: Run, drawn: Drawn, reflection: np.ndarray | None, step: int) -> scoring.Scores:
     """Stage 3: the rewards of a batch.
 
+    Args:
+      run: the run.
+      drawn: the batch.
+      reflection: from `score_reflections`; a sample without a verdict is invalid.
+      step: number of the update.
     Raises:
       TrainingError: the verifiers failed too often.
     """
@@ -300,6 +311,8 @@ def score_batch(run: Run, drawn: Drawn, step: int) -> scoring.Scores:
         return scoring.answer_scores(drawn.records, drawn.texts[-1], drawn.thinks)
     options = build.scoring_options(run.config, task)
     scores = scoring.gather(run.pool, drawn.ids, drawn.records, drawn.thinks, options)
+    if reflection is not None:
+        scores = scoring.without(scores, np.isnan(reflection), "no verdict on the reflection")
     check_validity(run.config, scores, f"step {step}")
     return scores
 
@@ -335,7 +348,7 @@ def advantage_of(
       config: the run's.
       drawn: a batch.
       scores: its rewards.
-      reflection: from `score_reflections`.
+      reflection: from `score_reflections`; known for every valid sample.
     """
     shape = (config.train.prompts_per_step, config.train.group_size)
     task, initial = drawn.batch.task, drawn.batch.initial
@@ -343,7 +356,6 @@ def advantage_of(
     metrics: dict[str, float] = {}
     moves = True
     if reflection is not None:
-        valid = valid & ~np.isnan(reflection)
         metrics["reward/reflection"] = float(np.mean(reflection[valid])) if valid.any() else 0.0
     if initial is not None:
         mode = config.srr.rectification
@@ -359,12 +371,18 @@ def advantage_of(
         text = image = np.zeros_like(text)
 
     def advantages(total: np.ndarray) -> Advantages:
+        baseline, compared = "group", None
+        if initial is not None and moves and config.advantage.baseline != "group":
+            baseline = config.advantage.baseline
+            # The initial image has no text: it is given what its group's texts add on average.
+            added = np.where(valid, total - reward, 0.0).reshape(shape).sum(axis=1)
+            compared = initial.reward + added / np.maximum(valid.reshape(shape).sum(axis=1), 1)
         return group_advantage(
             total.reshape(shape),
             valid.reshape(shape),
             std=config.advantage.std,
-            baseline=config.advantage.baseline if initial is not None and moves else "group",
-            initial=None if initial is None else initial.reward,
+            baseline=baseline,
+            initial=compared,
         )
 
     own = advantages(text)

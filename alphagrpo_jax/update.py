@@ -15,9 +15,10 @@ import optax
 from flax import traverse_util
 
 from alphagrpo_jax import loss, policy
+from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
-from alphagrpo_jax.rollout import context, guidance_contexts, rebuild
+from alphagrpo_jax.rollout import context, guidance_contexts, rebuild, step_options
 from alphagrpo_jax.sampling import image
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
@@ -57,6 +58,7 @@ class UpdateOptions:
     plan: Plan
     system_tokens: tuple[int, ...]
     image: image.ImageOptions
+    edit_guidance: Guidance  # of images that are drawn behind another
     temperature: float
     micro_batch: int
     context_gradient: bool
@@ -192,7 +194,7 @@ def score(
             params,
             guidance_contexts(pieces, step, rows),
             trajectories.images[step.index],
-            options=options.image,
+            options=step_options(options.image, options.edit_guidance, step),
         )
         for step in plan.image_steps
     ]

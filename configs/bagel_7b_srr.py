@@ -18,6 +18,9 @@ def get_config() -> ConfigDict:
     config = bagel_7b_rt2i.get_config()
     config.task = "srr"
     config.rollout.num_points = 40
+    config.rollout.window = 5
+    config.rollout.window_range = (0, 15)
+    config.loss.text_loss_weight = 0.2
     config.srr.num_points = 40
     config.srr.text_tokens = 1024
     config.srr.queue_prompts = 56

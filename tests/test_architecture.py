@@ -16,6 +16,7 @@ LIBRARIES = (
     "ops",
     "flow",
     "config_fields",
+    "tasks",
     "config",
     "runtime",
     "models",
@@ -24,7 +25,7 @@ LIBRARIES = (
     "sampling",
     "shapes",
 )
-STAGES = ("tasks", "prompts", "rollout", "rewards", "advantage", "refinement", "loss", "update")
+STAGES = ("prompts", "rollout", "rewards", "advantage", "refinement", "loss", "update")
 JOINTS = (
     "evaluation",
     "build",
@@ -41,12 +42,9 @@ JOINTS = (
 ORDER = {unit: level for level, unit in enumerate((*LIBRARIES, *STAGES, *JOINTS))}
 # Stages meet in the commands through types.py; these are the exceptions.
 BETWEEN_STAGES = {
-    ("rollout", "tasks"),
-    ("update", "tasks"),
     ("update", "rollout"),  # the contexts that a rollout stored
     ("update", "loss"),
     ("prompts", "rewards"),  # the form of a record
-    ("prompts", "tasks"),  # whose inputs are made of it
 }
 # What stands above everything, as the commands do: they import it, nothing else does.
 COMMAND_FOLDERS = ("port",)

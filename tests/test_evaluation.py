@@ -106,7 +106,8 @@ def test_micro_batches_are_filled_up_and_cut():
     def draw(numbers, first):
         calls.append((numbers.tolist(), first))
         images = np.broadcast_to(numbers[:, None, None, None] * 51, (len(numbers), 1, 1, 3))
-        return images.astype(np.uint8), [[f"<think>{n}</think>" for n in numbers]]
+        thinks = [[f"<think>{n}</think>" for n in numbers]]
+        return evaluation.Made(images.astype(np.uint8), thinks, [])
 
     found = evaluation.evaluate_images(
         draw,
@@ -131,3 +132,35 @@ def test_micro_batches_are_filled_up_and_cut():
     assert found.captions[0] == {
         "prompt": rows[0].prompt, "think": "<think>0</think>", "reward": 0.0, "exact": False
     }  # fmt: skip
+
+
+def test_answers_are_judged_by_rule_and_cut_to_their_number():
+    fields = {"prompt": "Is it red?", "answer": "yes", "kind": "answer", "type": "count"}
+    rows = [parse_record(fields, form="answer")] * 3
+
+    def write(numbers, first):
+        return evaluation.Made(
+            None, [["<think> a </think>"] * len(numbers)], ["yes" if n else "no" for n in numbers]
+        )
+
+    found = evaluation.evaluate_answers(write, rows, micro_batch=2, prefix="eval")
+    assert found.images is None
+    assert found.metrics["eval/exact_all"] == pytest.approx(2 / 3)
+    assert found.metrics["eval/exact_all/answer/count"] == pytest.approx(2 / 3)
+    assert found.metrics["eval/reward/format"] == 1.0
+    assert "eval/reward_minus_exact" not in found.metrics
+    assert [caption["exact"] for caption in found.captions] == [False, True, True]
+
+
+def test_refinement_by_hand():
+    rows, values = records(), np.array([[0, 200], [200, 200], [200, 0], [100, 200]], np.uint8)
+    before, after = (np.broadcast_to(v[:, None, None, None], (4, 1, 1, 3)) for v in values.T)
+
+    def check(image, record):
+        return {"lit": bool(image.mean() > 50), "bright": bool(image.mean() > 150)}
+
+    found = evaluation.refinement_metrics(rows, before, after, check)
+    assert found == {
+        "refined/improved": 0.5, "refined/kept": 0.25, "refined/spoilt": 0.25, "refined/gain": 0.25
+    }  # fmt: skip
+    assert evaluation.refinement_metrics(rows, before, after, lambda *_: None) == {}

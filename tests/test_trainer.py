@@ -78,7 +78,7 @@ def one_step(world, name):
         (batch,) = trainer.take_batches(run, state, 1, trainer.start_place(config))
         drawn = trainer.draw_batch(run, state, 1, batch)
         old = learner.old_scores(run, state, drawn)
-        scores = trainer.score_batch(run, drawn, 1)
+        scores = trainer.score_batch(run, drawn, None, 1)
         scored = trainer.advantage_of(config, drawn, scores)
         # A random model's answers may all be wrong, its repairs all worse: given advantages then.
         given = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)

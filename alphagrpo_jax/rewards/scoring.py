@@ -83,7 +83,7 @@ class Scores:
     reward: np.ndarray  # float64[N], DVReward (or what the options say) in [0, 1]
     semantic: np.ndarray  # float64[N], of the first score
     quality: np.ndarray  # float64[N]
-    format: np.ndarray  # float64[N], 0 or 1
+    format: np.ndarray  # float64[N], 0 or 1, or a mean over think steps
     valid: np.ndarray  # bool[N]
     failures: dict[str, int]  # why samples are invalid, and how many
     parts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # score: float64[N]
@@ -142,7 +142,7 @@ def gather(
     pool: Judge,
     sample_ids: Sequence[Hashable],
     records: Sequence[Record],
-    texts: Sequence[str] | None,
+    thinks: Sequence[Sequence[str]],
     options: ScoringOptions,
 ) -> Scores:
     """Waits for the samples' answers and combines them; a missing answer makes a sample invalid.
@@ -150,7 +150,7 @@ def gather(
     Args:
       pool: where the samples were submitted.
       sample_ids, records: as submitted.
-      texts: think texts, for the format reward; None if the task has none.
+      thinks: what each think step wrote, for the format reward; none if the task has none.
       options: how to combine.
     """
     own = distributed.own_rows(len(sample_ids))
@@ -175,7 +175,7 @@ def gather(
         reward=table[:, 0],
         semantic=table[:, 1],
         quality=table[:, 2],
-        format=_forms(texts, len(table)),
+        format=_forms(thinks, len(table)),
         valid=valid,
         failures=dict(failures),
         parts=dict(zip(options.scores, parts.T, strict=True)),
@@ -187,14 +187,14 @@ def gather(
 
 
 def answer_scores(
-    records: Sequence[Record], answers: Sequence[str], texts: Sequence[str] | None
+    records: Sequence[Record], answers: Sequence[str], thinks: Sequence[Sequence[str]]
 ) -> Scores:
     """Rewards of answers: 1 where an answer is right, else 0, by rule and without a verifier.
 
     Args:
       records: with the right answers.
       answers: what was answered.
-      texts: think texts, for the format reward; None if the task has none.
+      thinks: what each think step wrote, for the format reward; none if the task has none.
     """
     pairs = zip(answers, records, strict=True)
     nothing = np.full(len(records), np.nan)
@@ -202,7 +202,7 @@ def answer_scores(
         reward=np.array([answer_reward(text, record.answers) for text, record in pairs]),
         semantic=nothing,
         quality=nothing,
-        format=_forms(texts, len(records)),
+        format=_forms(thinks, len(records)),
         valid=np.ones(len(records), bool),
         failures={},
     )
@@ -234,8 +234,23 @@ def totals(
     return text, reward if options.isolate else text
 
 
-def _forms(texts: Sequence[str] | None, count: int) -> np.ndarray:
-    return np.array([format_reward(text) for text in texts or []] or [0.0] * count)
+def without(scores: Scores, failed: np.ndarray, reason: str) -> Scores:
+    """The scores with further samples invalid, bool[N], for one reason."""
+    new = failed & scores.valid
+    if not new.any():
+        return scores
+    blank = {
+        name: np.where(new, np.nan, vars(scores)[name])
+        for name in ("reward", "semantic", "quality")
+    }
+    failures = dict(scores.failures) | {reason: int(new.sum())}
+    return dataclasses.replace(scores, **blank, valid=scores.valid & ~new, failures=failures)
+
+
+def _forms(thinks: Sequence[Sequence[str]], count: int) -> np.ndarray:
+    """The format reward, mean over the think steps; 0 where there are none."""
+    steps = [[format_reward(text) for text in own] for own in thinks]
+    return np.mean(steps, axis=0) if steps else np.zeros(count)
 
 
 def _judge(

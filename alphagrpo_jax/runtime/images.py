@@ -96,7 +96,7 @@ def _read(source: str | Path | io.BytesIO, name: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(source)
             image.load()
-            image = ImageOps.exif_transpose(image)
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no image file at {name}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -105,7 +105,6 @@ def _read(source: str | Path | io.BytesIO, name: str) -> Image.Image:
         raise ValueError(
             f"{name} is not a readable image ({error}); give a PNG or JPEG file"
         ) from error
-    return to_rgb(image)
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -116,12 +115,19 @@ def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB image; transparency is laid on white."""
-    if image.mode.startswith("I"):  # 16 bits and more: Pillow's own conversion cuts them off
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """An RGB image; transparency is laid on white.
+
+    Raises:
+      ValueError: floating-point values, whose range is not known.
+    """
+    if image.mode == "F":
+        raise ValueError("got floating-point pixels, expected 8 or 16 bits per channel")
+    if image.mode.startswith("I"):  # Pillow's own conversion cuts off what exceeds 8 bits
+        values = np.asarray(image)
+        if image.mode.startswith("I;16") or values.max() > 255:
+            values = values >> 8
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))

@@ -21,6 +21,8 @@ from alphagrpo_jax.runtime import images
 from alphagrpo_jax.shapes import examples, prompts, questions, scenes, specs
 
 SEED = 0
+# A move leaves every fact as it was, and facts are what records ask about.
+OPERATIONS = ("color", "shape", "background", "remove", "add")
 SIZES = {"train": 480, "heldout": 200}
 YES_NO_SHARE = 2 / 3  # of questions, as in pretraining
 
@@ -39,12 +41,14 @@ def whole(scene: scenes.Scene) -> specs.Spec:
 
 
 def edit(rng: np.random.Generator, split: str) -> dict:
-    """The record of one edit."""
+    """The record of one edit; kinds are equally likely, and what is asked for is not yet there."""
+    operation = specs.pick(rng, OPERATIONS)
     while True:
         scene = split_scene(rng, split)
         if any(group.count > 1 for group in specs.describe(scene).groups):
             continue
-        operation = specs.pick(rng, examples.operations(scene))
+        if operation not in examples.operations(scene):
+            continue
         instruction, target = examples.change(rng, scene, operation)
         if specs.describe(target).split == split:
             break

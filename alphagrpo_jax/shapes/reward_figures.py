@@ -57,7 +57,7 @@ def judge(pool: scoring.Judge, images: np.ndarray, records: Sequence[Record]) ->
     for number in tqdm.trange(len(images), desc="judging"):
         part = slice(number, number + 1)
         scoring.submit(pool, [number], images[part], records[part], ASKED, first=0)
-    found = scoring.gather(pool, range(len(images)), records, None, ASKED)
+    found = scoring.gather(pool, range(len(images)), records, (), ASKED)
     index = np.flatnonzero(found.valid)
     p_yes = [found.p_yes[row] for row in index]
     scores = {name: values[index] for name, values in found.parts.items()}

@@ -48,7 +48,7 @@ def made(*outcomes, prompts=None, extra=(), **known):
     records = [parse_record(tiny_world.record(prompt)) for prompt in prompts]
     options = scoring.ScoringOptions("geometric", "confidence", 0.0, extra=extra)
     ids = range(len(outcomes))
-    scores = scoring.gather(Given(*outcomes), ids, records, None, options)
+    scores = scoring.gather(Given(*outcomes), ids, records, (), options)
     names = [f"{number}.png" for number in ids]
     rows = report.rows(names, [URL] * len(names), records, scores, options, **known)
     return report.Report("drawings", report.describe(options), tuple(rows), ("stray.png",), ("7",))

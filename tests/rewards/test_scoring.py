@@ -43,7 +43,7 @@ def test_rewards_of_a_batch():
     scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, options, first=0)
     assert pool.submitted[1] == ("b", 2, record.asked, [])
     texts = ["<think> x </think>", "<think> y </think>", "no form"]
-    found = scoring.gather(pool, ["a", "b", "c"], [record] * 3, texts, options)
+    found = scoring.gather(pool, ["a", "b", "c"], [record] * 3, [texts], options)
     assert found.reward[0] == pytest.approx(math.sqrt(0.7 * 0.4))
     assert np.isnan(found.reward[1])
     text, image = scoring.totals(found, options)
@@ -71,7 +71,7 @@ def test_rewards_of_a_batch():
 def test_without_texts_there_is_no_format_reward():
     record = parse_record(tiny_world.record("a circle"))
     options = scoring.ScoringOptions("mean", "binary", 0.0)
-    found = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], None, options)
+    found = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], (), options)
     assert found.reward[0] == 0.75
     assert scoring.totals(found, options)[0][0] == 0.75
 
@@ -79,7 +79,7 @@ def test_without_texts_there_is_no_format_reward():
 def test_all_invalid_has_no_mean():
     record = parse_record(tiny_world.record("a circle"))
     options = scoring.ScoringOptions("geometric", "confidence", 0.0)
-    metrics = scoring.gather(Answers({0: FAILED}), [0], [record], None, options).metrics()
+    metrics = scoring.gather(Answers({0: FAILED}), [0], [record], (), options).metrics()
     assert math.isnan(metrics["reward/mean"])
     assert metrics["reward/valid_fraction"] == 0.0
 
@@ -108,7 +108,7 @@ def test_dependencies_count_if_asked_for():
     pool = Answers({0: scored(0.3, 0.9, 0.6, 0.8)})
     for dependencies, semantic, quality in ((False, 0.6, 0.8), (True, 0.3, 0.0)):
         options = scoring.ScoringOptions("mean", "confidence", 0.0, dependencies=dependencies)
-        found = scoring.gather(pool, [0], [record], None, options)
+        found = scoring.gather(pool, [0], [record], (), options)
         assert found.semantic[0] == pytest.approx(semantic)
         assert found.quality[0] == pytest.approx(quality)
         assert found.reward[0] == pytest.approx((semantic + quality) / 2)
@@ -142,7 +142,7 @@ def test_answers_are_rewarded_by_rule():
     fields = {"prompt": "Is it red?", "answer": ["yes", "it is"]}
     records = [parse_record(fields, form="answer")] * 4
     answers = ["Yes.", "no", " it is ", "yes and no"]
-    found = scoring.answer_scores(records, answers, ["<think> a </think>"] * 3 + ["b"])
+    found = scoring.answer_scores(records, answers, [["<think> a </think>"] * 3 + ["b"]])
     assert found.reward.tolist() == [1.0, 0.0, 1.0, 0.0]
     assert found.format.tolist() == [1.0, 1.0, 1.0, 0.0]
     assert found.valid.all()
@@ -162,7 +162,7 @@ def test_holistic_scores_ask_for_ratings_only():
     scoring.submit(pool, [0, 1, 2], images, [record] * 3, options, first=0)
     match = "How well does the image match the prompt: a {circle}?"
     assert pool.submitted[0] == (0, 0, [], [match, "How well is the image drawn?"])
-    found = scoring.gather(pool, [0, 1, 2], [record] * 3, None, options)
+    found = scoring.gather(pool, [0, 1, 2], [record] * 3, (), options)
     assert found.reward[:2].tolist() == [pytest.approx(math.sqrt(40.0) / 10), 0.0]
     assert (found.semantic[0], found.quality[0]) == (0.8, 0.5)
     assert found.valid.tolist() == [True, True, False]
@@ -177,7 +177,7 @@ def test_the_least_of_several_ratings_counts():
         "geometric", "holistic", 0.0, rate_semantic=("a?", "b?"), rate_quality=("c?", "d?", "e?")
     )
     pool = Answers({0: rated(9.0, 4.0, 10.0, 9.0, 8.0)})
-    found = scoring.gather(pool, [0], [record], None, options)
+    found = scoring.gather(pool, [0], [record], (), options)
     assert found.reward[0] == pytest.approx(math.sqrt(4.0 * 8.0) / 10)
 
 
@@ -191,7 +191,7 @@ def test_several_scores_are_averaged_by_weight():
     scoring.submit(pool, [0], images, [record], options, first=0)
     assert pool.submitted[0][2] == record.asked
     assert len(pool.submitted[0][3]) == 2
-    found = scoring.gather(pool, [0, 1], [record] * 2, None, options)
+    found = scoring.gather(pool, [0, 1], [record] * 2, (), options)
     parts = {"confidence": 0.6, "binary": 0.75, "holistic": 0.6}
     assert {name: values[0] for name, values in found.parts.items()} == pytest.approx(parts)
     assert found.reward[0] == pytest.approx((0.6 + 0.5 * 0.75 + 2.5 * 0.6) / 4.0)
@@ -221,5 +221,5 @@ def test_binary_tags_count_right_answers():
     record = parse_record(tiny_world.record("a circle"))
     options = scoring.ScoringOptions("mean", "binary", 0.0)
     pool = Answers({0: scored(0.9, 0.2, 0.6), 1: scored(0.51, 0.6, 0.1)})
-    found = scoring.gather(pool, [0, 1], [record] * 2, None, options)
+    found = scoring.gather(pool, [0, 1], [record] * 2, (), options)
     assert found.tags == {"Existence": 0.75, "Texture": 0.5}
