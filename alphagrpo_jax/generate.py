@@ -7,7 +7,8 @@
 
 Prints what the model writes. Drawing writes one PNG, a grid if there are several images. With
 `--refine N` the model looks at its image N times, says what is wrong and draws it anew: every
-round's image is written beside OUT (OUT's name with _0, _1, ...), the one kept to OUT. `--keep`:
+round's image is written beside OUT (OUT's name with _0, _1, ...), the one kept to OUT. Small images
+are written enlarged. `--keep`:
 
   last   the last round's, without a verifier
   best   the one that the verifier rates highest, over all rounds
@@ -52,7 +53,16 @@ def changed(config: Config, options: argparse.Namespace) -> Config:
 
 
 def open_policy(options: argparse.Namespace) -> trained.Trained:
-    """The policy that the flags name."""
+    """The policy that the flags name, with its verifier."""
+    policy = _open_policy(options)
+    if options.verifier is None:
+        return policy
+    local = {"kind": "hf", "path": options.verifier, "endpoints": ()}
+    verifier = dataclasses.replace(policy.config.verifier, **local)
+    return policy._replace(config=dataclasses.replace(policy.config, verifier=verifier))
+
+
+def _open_policy(options: argparse.Namespace) -> trained.Trained:
     if options.checkpoint:
         policy = trained.from_run(options.checkpoint, model_path=options.model)
         return policy._replace(config=changed(policy.config, options))
@@ -88,20 +98,23 @@ def questions_for(options: argparse.Namespace) -> Record:
 
 def run(options: argparse.Namespace) -> None:
     """Does what the flags ask for; writes the images and prints the texts."""
+    # What is cheap to refuse comes before the model is loaded.
+    image = None if options.image is None else images_lib.open_rgb(options.image)
+    judged = options.refine and options.keep != "last"
+    record = questions_for(options) if judged else None
+    if options.out is not None:
+        pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     policy = open_policy(options)
     if options.ask is not None:
-        think, answer = inference.ask(policy, _open(options.image), options.ask, seed=options.seed)
+        think, answer = inference.ask(policy, image, options.ask, seed=options.seed)
         print(f"thinks: {think}\n{answer}")
         return
     out = pathlib.Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if options.edit is not None:
-        drawn = inference.edit(
-            policy, _open(options.image), options.edit, count=options.n, seed=options.seed
-        )
-    elif options.refine:
-        _refine(policy, options, out)
+    if options.refine:
+        _refine(policy, options, image, record, out)
         return
+    if options.edit is not None:
+        drawn = inference.edit(policy, image, options.edit, count=options.n, seed=options.seed)
     else:
         drawn = inference.draw(
             policy, options.prompt, think=options.think, count=options.n, seed=options.seed
@@ -112,8 +125,13 @@ def run(options: argparse.Namespace) -> None:
     print(out)
 
 
-def _refine(policy: trained.Trained, options: argparse.Namespace, out: pathlib.Path) -> None:
-    record = None if options.keep == "last" else questions_for(options)
+def _refine(
+    policy: trained.Trained,
+    options: argparse.Namespace,
+    image: Image.Image | None,
+    record: Record | None,
+    out: pathlib.Path,
+) -> None:
     rounds = inference.refine(
         policy,
         options.prompt,
@@ -121,7 +139,7 @@ def _refine(policy: trained.Trained, options: argparse.Namespace, out: pathlib.P
         keep=options.keep,
         think=options.think,
         record=record,
-        image=None if options.image is None else _open(options.image),
+        image=image,
         seed=options.seed,
     )
     for number, each in enumerate(rounds.rounds):
@@ -130,14 +148,20 @@ def _refine(policy: trained.Trained, options: argparse.Namespace, out: pathlib.P
         score = "" if each.reward is None else f" (verifier: {each.reward:.3f})"
         print(f"round {number}{score}: {each.text}\n  {path}")
     picture(rounds.rounds[rounds.kept].image[None]).save(out)
-    used = (
-        "without a verifier" if record is None else f"by the verifier {policy.config.verifier.path}"
-    )
+    used = f"by the verifier {_judge(policy.config)}" if record else "without a verifier"
     print(f"kept round {rounds.kept} ({options.keep}, {used}): {out}")
 
 
-def _open(path: str) -> Image.Image:
-    return images_lib.open_rgb(path)
+def _judge(config: Config) -> str:
+    """Which verifier rates the rounds."""
+    remote = f"{config.verifier.model} at {', '.join(config.verifier.endpoints)}"
+    if config.verifier.kind == "openai":
+        return remote
+    return (
+        f"{config.verifier.path} and {remote}"
+        if config.verifier.endpoints
+        else config.verifier.path
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -158,6 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--refine", type=int, default=0, help="how often the image is looked at and repaired")
     add("--keep", choices=inference.KEEPS, default="last", help="which round's image")
     add("--record", help="a file of records with questions about the prompt, for --keep")
+    add("--verifier", help="a folder or package:NAME, for --keep, instead of the configuration's")
     add("--seed", type=int, default=0)
     add("--checkpoint", help="a run's folder: its newest checkpoint draws")
     add("--config", default=trained.DEFAULT_CONFIG, help="without --checkpoint; a Python file")
@@ -195,6 +220,19 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--refine repairs one image; leave --n out")
     if options.keep != "last" and not options.refine:
         parser.error(f"--keep {options.keep} needs --refine")
+    without = {
+        "--think with --edit or --ask, which always think": options.think and asked != ["prompt"],
+        "--n with --ask": options.n > 1 and asked == ["ask"],
+        "--record or --verifier without --keep best or gated": (
+            (options.record or options.verifier) and options.keep == "last"
+        ),
+    }
+    for flags, given in without.items():
+        if given:
+            parser.error(f"without effect: {flags}; leave it out")
+    known = Image.registered_extensions()
+    if options.out is not None and pathlib.Path(options.out).suffix.lower() not in known:
+        parser.error(f"--out {options.out}: expected the name of an image file, such as x.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

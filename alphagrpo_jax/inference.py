@@ -195,7 +195,11 @@ class _Judge:
         self.record, self.asked = record, 0
         self.options = build.scoring_options(config, tasks.TASKS["t2i"])
         self.pool = build.make_pool(config)
-        self.pool.wait_ready()
+        try:
+            self.pool.wait_ready()
+        except BaseException:
+            self.pool.close()
+            raise
 
     def __call__(self, image: np.ndarray) -> float:
         self.asked += 1

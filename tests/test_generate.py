@@ -9,7 +9,7 @@ import pytest
 import tiny_world
 from PIL import Image
 
-from alphagrpo_jax import build, export, generate, trained, update
+from alphagrpo_jax import build, export, generate, inference, trained, update
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.models.bagel_weights import load_model
 from alphagrpo_jax.run_folder import CONFIG_FILE, payload
@@ -60,8 +60,8 @@ def test_exported_weights_draw_the_same(run_folder: pathlib.Path, tmp_path: path
     ]
     assert sum(changed) == len(jax.tree.leaves(policy.params.lora)) // 2  # one kernel per pair
     merged = policy._replace(loaded=reloaded, params=update.policy.PolicyParams(reloaded.base))
-    first = generate.draw(policy, "a red circle", think=True, count=2, seed=1)
-    second = generate.draw(merged, "a red circle", think=True, count=2, seed=1)
+    first = inference.draw(policy, "a red circle", think=True, count=2, seed=1)
+    second = inference.draw(merged, "a red circle", think=True, count=2, seed=1)
     assert first.texts == second.texts
     np.testing.assert_allclose(first.images.astype(int), second.images.astype(int), atol=1)
     assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 1
@@ -83,9 +83,9 @@ def test_generate_writes_a_grid_and_prints_the_texts(
 
 def test_one_image_is_the_first_of_many(run_folder: pathlib.Path):
     policy = trained.from_run(run_folder)
-    one = generate.draw(policy, "a red circle", think=False, count=1, seed=7)
-    many = generate.draw(policy, "a red circle", think=False, count=3, seed=7)
-    other = generate.draw(policy, "a red circle", think=False, count=1, seed=8)
+    one = inference.draw(policy, "a red circle", think=False, count=1, seed=7)
+    many = inference.draw(policy, "a red circle", think=False, count=3, seed=7)
+    other = inference.draw(policy, "a red circle", think=False, count=1, seed=8)
     assert one.texts == []
     np.testing.assert_allclose(one.images[0].astype(int), many.images[0].astype(int), atol=1)
     assert np.any(one.images != other.images)
@@ -106,6 +106,86 @@ def test_a_folder_without_a_checkpoint_is_explained(
         assert json.loads((folder / CONFIG_FILE).read_text())["task"] == "rt2i"
     flags = ["--prompt", "x", "--out", str(tmp_path / "x.png"), "--checkpoint", str(folder)]
     assert generate.main(flags) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> pathlib.Path:
+    """An image to look at, with transparency and of a size of its own."""
+    path = tmp_path_factory.mktemp("pictures") / "given.png"
+    values = np.random.default_rng(0).integers(0, 256, (40, 40, 4), np.uint8)
+    Image.fromarray(values, "RGBA").save(path)
+    return path
+
+
+def test_an_image_is_edited_and_asked_about(run_folder, picture, tmp_path, capsys):
+    out = tmp_path / "edited.png"
+    given = ["--checkpoint", str(run_folder), "--image", str(picture)]
+    assert generate.main([*given, "--edit", "a red circle", "--out", str(out)]) == 0
+    assert Image.open(out).size == (96, 96)
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert generate.main([*given, "--ask", "a red circle"]) == 0
+    assert capsys.readouterr().out.startswith("thinks: ")
+
+
+@pytest.mark.parametrize("keep", inference.KEEPS)
+def test_an_image_is_refined(keep, run_folder, picture, tmp_path, capsys):
+    out, records = tmp_path / "x.png", tmp_path / "records.jsonl"
+    records.write_text(json.dumps(tiny_world.record("a red circle")) + "\n")
+    flags = ["--checkpoint", str(run_folder), "--prompt", "a red circle", "--out", str(out)]
+    extra = [] if keep == "last" else ["--record", str(records)]
+    given = ["--image", str(picture)] if keep == "gated" else []
+    assert generate.main([*flags, "--refine", "2", "--keep", keep, *extra, *given]) == 0
+    names = sorted(path.name for path in tmp_path.glob("x*.png"))
+    assert names == ["x.png", "x_0.png", "x_1.png", "x_2.png"]
+    printed = capsys.readouterr().out
+    kept = int(printed.splitlines()[-1].split("kept round ")[1][0])
+    assert out.read_bytes() == (tmp_path / f"x_{kept}.png").read_bytes()
+    if keep == "last":
+        assert kept == 2
+        assert "without a verifier" in printed
+        assert "(verifier:" not in printed
+    else:
+        rewards = [float(part.split(")")[0]) for part in printed.split("(verifier: ")[1:]]
+        assert len(rewards) == 3
+        assert rewards[kept] == max(rewards)
+        assert "by the verifier tiny_world:Honest" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "a dog", "--refine", "1", "--keep", "best"], "needs questions about the"),
+        (["--image", "nowhere.png", "--ask", "what?"], "no image file at nowhere.png"),
+        (["--image", "setup.py", "--edit", "x"], "is not a readable image"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(generate, "open_policy", lambda options: pytest.fail("loaded"))
+    out = [] if "--ask" in flags else ["--out", str(tmp_path / "x.png")]
+    assert generate.main([*flags, *out]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", "x.png"], "give one of --prompt, --edit and --ask"),
+        (["--prompt", "x"], "--out is needed"),
+        (["--edit", "x", "--out", "x.png"], "--edit needs --image"),
+        (["--prompt", "x", "--image", "y.png", "--out", "x.png"], "needs --refine"),
+        (["--prompt", "x", "--out", "x.png", "--keep", "best"], "--keep best needs --refine"),
+        (["--prompt", "x", "--out", "x.png", "--refine", "1", "--n", "2"], "leave --n out"),
+        (["--prompt", "x", "--out", "x.txt"], "expected the name of an image file"),
+        (["--image", "y.png", "--ask", "x", "--n", "2"], "without effect: --n with --ask"),
+    ],
+)
+def test_contradicting_flags_end_with_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        generate.main(flags)
+    assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 

@@ -7,7 +7,10 @@ from PIL import Image
 from alphagrpo_jax.runtime.images import (
     ImageSizes,
     conditioning,
+    data_url,
+    fitted,
     fitted_size,
+    from_data_url,
     grid,
     open_rgb,
     to_float,
@@ -72,3 +75,81 @@ def test_a_file_that_is_no_image(tmp_path):
         open_rgb(path)
     with pytest.raises(FileNotFoundError):
         open_rgb(tmp_path / "y.png")
+
+
+def saved(folder, image: Image.Image, name: str = "x.png", **options) -> str:
+    path = folder / name
+    image.save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("image", "value"),
+    [
+        (Image.new("L", (2, 1), 200), [200, 200, 200]),
+        (Image.new("LA", (2, 1), (200, 255)), [200, 200, 200]),
+        (Image.new("LA", (2, 1), (200, 0)), [255, 255, 255]),
+        (Image.new("1", (2, 1), 1), [255, 255, 255]),
+        (Image.new("P", (2, 1), 0), [0, 0, 0]),
+        (Image.fromarray(np.full((1, 2), 200 << 8, np.uint16)), [200, 200, 200]),
+        (Image.fromarray(np.full((1, 2), 200, np.int32)), [200, 200, 200]),
+    ],
+    ids=["grey", "grey and alpha", "transparent", "bits", "palette", "16 bits", "32 bits"],
+)
+def test_any_kind_of_pixels_becomes_rgb(image, value):
+    found = np.asarray(to_rgb(image))
+    assert found.shape == (1, 2, 3)
+    assert found[0, 0].tolist() == value
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        to_rgb(Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+
+
+def test_a_rotated_photograph_is_shown_upright(tmp_path):
+    image = Image.new("RGB", (4, 2), (255, 0, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    path = saved(tmp_path, image, "x.jpg", exif=exif)
+    assert open_rgb(path).size == (2, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 2)])
+def test_odd_sizes_are_fitted_whole(size):
+    assert fitted(Image.new("RGB", size, (0, 0, 255)), 48, 32).size == (48, 32)
+
+
+def test_the_whole_image_is_kept_on_white():
+    found = np.asarray(fitted(Image.new("RGB", (10, 40), (0, 0, 255)), 40, 40))
+    assert found[20, 20].tolist() == [0, 0, 255]
+    assert found[20, 0].tolist() == [255, 255, 255]
+
+
+def test_a_file_cut_short_and_a_huge_one_are_explained(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = saved(tmp_path, Image.fromarray(noise))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"cut\.png is not a readable image"):
+        open_rgb(tmp_path / "cut.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="is too large"):
+        open_rgb(path)
+
+
+def test_data_urls_there_and_back():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    np.testing.assert_array_equal(np.asarray(from_data_url(data_url(image))), image)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("data:image/png;base64,%%%", "no data: URL in base64"),
+        ("data:text/plain;base64,aGk=", "expected data:image/"),
+        ("data:image/png;base64,aGk=", "is not a readable image"),
+    ],
+)
+def test_bad_data_urls(url, message):
+    with pytest.raises(ValueError, match=message):
+        from_data_url(url)
