@@ -70,19 +70,17 @@ def jit_steps(
         drawing_weights, scale=lora_scale(config), merge_lora=config.rollout.merge_lora
     )
     params = jax.eval_shape(weights, loaded.base, state.trainable)
+    setting = _Setting(config, loaded, params, state.key, mesh)
     named = {name: tasks.TASKS[name] for name in config.tasks}
     initial = eval_initial = None
     if any(_needs_initial(config, task) for task in named.values()):
-        own = initial_options(config, loaded)
-        initial = _drawing(loaded, own)
-        eval_initial = _drawing(loaded, eval_options(config, loaded, tasks.TASKS["t2i"]))
+        plain = tasks.TASKS["t2i"]
+        initial, *_ = _drawing(setting, plain, initial_options(config, loaded))
+        eval_initial, *_ = _drawing(setting, plain, eval_options(config, loaded, plain))
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return Steps(
         weights=jax.jit(weights) if config.rollout.merge_lora else weights,
-        tasks={
-            name: _task_steps(config, loaded, task, state, params, mesh)
-            for name, task in named.items()
-        },
+        tasks={name: _task_steps(setting, task, state) for name, task in named.items()},
         initial=initial,
         eval_initial=eval_initial,
         accumulate=jax.jit(update.accumulate, donate_argnums=0),
@@ -99,43 +97,50 @@ def _needs_initial(config: Config, task: tasks.Task) -> bool:
     return task.image == "drawn" and config.srr.source == "drawn"
 
 
-def _drawing(loaded: Loaded, options: RolloutOptions) -> Drawing:
-    return Drawing(
-        jax.jit(functools.partial(prefill, loaded.model, options=options)),
-        jax.jit(functools.partial(generate, loaded.model, options=options)),
+class _Setting(NamedTuple):
+    """What all functions of a run are jitted for."""
+
+    config: Config
+    loaded: Loaded
+    params: PolicyParams  # shapes of what rollouts read
+    key: jax.Array
+    mesh: Mesh
+
+
+def _drawing(
+    setting: _Setting, task: tasks.Task, options: RolloutOptions
+) -> tuple[Drawing, Any, Any]:
+    """The jitted halves of a task's rollout, rows over the mesh, and the shapes of what they give."""
+    filling = functools.partial(prefill, setting.loaded.model, options=options)
+    generating = functools.partial(generate, setting.loaded.model, options=options)
+    given = jax.eval_shape(filling, setting.params, _input_shapes(setting, task))
+    kinds = (jnp.int32, jnp.int32, jnp.float32)
+    scalars = (setting.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
+    drawn = jax.eval_shape(generating, setting.params, given, *scalars)
+    drawing = Drawing(
+        *(
+            jax.jit(half, out_shardings=_row_shardings(out, options.plan, setting.mesh))
+            for half, out in ((filling, given), (generating, drawn))
+        )
     )
+    return drawing, given, drawn
 
 
-def _task_steps(
-    config: Config,
-    loaded: Loaded,
-    task: tasks.Task,
-    state: TrainState,
-    params: PolicyParams,
-    mesh: Mesh,
-) -> TaskSteps:
-    """The jitted functions of one task; `params` are the shapes of what rollouts read."""
+def _task_steps(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskSteps:
+    """The jitted functions of one task."""
+    config, loaded, mesh = setting.config, setting.loaded, setting.mesh
     options = rollout_options(config, loaded, task)
     for_eval = eval_options(config, loaded, task)
     for_update, model = update_options(config, loaded, task), loaded.model
-    filling = functools.partial(prefill, model, options=options)
-    generating = functools.partial(generate, model, options=options)
-    given = jax.eval_shape(filling, params, _input_shapes(config, loaded, task))
-    kinds = (jnp.int32, jnp.int32, jnp.float32)
-    scalars = (state.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
-    drawn = jax.eval_shape(generating, params, given, *scalars)
-    generate_step = jax.jit(generating, out_shardings=_row_shardings(drawn, options.plan, mesh))
+    own, _, drawn = _drawing(setting, task, options)
     same = dataclasses.replace(options.image, window=0) == for_eval.image and (
         options.top_p == for_eval.top_p and not options.shared_noise
     )
-    eval_drawing = _drawing(loaded, for_eval)
+    eval_drawing, *_ = _drawing(setting, task, for_eval)
     kept = jax.tree.map(lambda x: x.sharding, state.trainable)
     return TaskSteps(
-        train=Drawing(
-            jax.jit(filling, out_shardings=_row_shardings(given, options.plan, mesh)),
-            generate_step,
-        ),
-        eval=eval_drawing._replace(generate=generate_step) if same else eval_drawing,
+        train=own,
+        eval=eval_drawing._replace(generate=own.generate) if same else eval_drawing,
         join=jax.jit(
             functools.partial(join_rows, shared=options.plan.shared),
             out_shardings=_row_shardings(drawn[0], options.plan, mesh),
@@ -152,10 +157,9 @@ def _task_steps(
     )
 
 
-def _input_shapes(
-    config: Config, loaded: Loaded, task: tasks.Task
-) -> tuple[TextBlock | ImageBlock, ...]:
-    """Shapes of the inputs of one training micro-batch."""
+def _input_shapes(setting: _Setting, task: tasks.Task) -> tuple[TextBlock | ImageBlock, ...]:
+    """Shapes of the inputs of one training micro-batch; of other sizes, the shardings are alike."""
+    config, loaded = setting.config, setting.loaded
     count = config.rollout.micro_batch // config.train.group_size
     templates = iter(task.texts)
     height, width = config.model.height, config.model.width

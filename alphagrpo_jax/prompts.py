@@ -69,7 +69,7 @@ class PromptSet(NamedTuple):
     records: tuple[Record, ...]
     texts: tuple[TextBlock, ...]  # one per text input of the task, numpy, N rows
     folder: pathlib.Path  # that the records' image files are in
-    digest: str  # sha256 of the file
+    digest: str  # sha256 of the file, and of the images where the task needs them
 
     def inputs(
         self, rows: Sequence[int] | np.ndarray, images: ImageBlock | None = None
@@ -95,8 +95,9 @@ class PromptSet(NamedTuple):
         return np.stack([given_image(self.folder, self.records[row], size) for row in rows])
 
 
-def given_image(folder: pathlib.Path, record: Record, size: tuple[int, int]) -> np.ndarray:
-    """A record's image, fitted into `size` (height, width) on white: uint8[height, width, 3].
+def given_image(folder: pathlib.Path, record: Record, size: tuple[int, int] | None) -> np.ndarray:
+    """A record's image, uint8[height, width, 3]: fitted into `size` (height, width) on white, or
+    of its own size.
 
     Raises:
       FileNotFoundError: the file is missing.
@@ -108,6 +109,8 @@ def given_image(folder: pathlib.Path, record: Record, size: tuple[int, int]) -> 
         image = images_lib.from_data_url(record.image)
     else:
         image = images_lib.open_rgb(folder / record.image)
+    if size is None:
+        return np.asarray(image)
     height, width = size
     return np.asarray(images_lib.fitted(image, width, height))
 
@@ -148,7 +151,7 @@ def load(
         rows = builder.as_data_source(split=SPLIT)
     records = tuple(parse_record(json.loads(row["record"]), form=form) for row in rows)
     if own_images:
-        check_images(path, records)
+        digest = check_images(path, records, digest)
     texts = tuple(
         TextBlock(
             *tokenise(
@@ -163,18 +166,19 @@ def load(
     return PromptSet(task, records, texts, path.parent, digest)
 
 
-def check_images(path: pathlib.Path, records: Sequence[Record]) -> None:
-    """Tries to open every record's image.
+def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> str:
+    """Tries to open every record's image; returns a digest of the file's own and of all images.
 
     Raises:
       ValueError: some are missing or unreadable; one message that lists them by line.
     """
-    problems = []
+    problems, total = [], hashlib.sha256(digest.encode())
     with path.open("rb") as lines:
         numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
     for number, record in zip(numbers, records, strict=True):
         try:
-            given_image(path.parent, record, (1, 1))
+            image = given_image(path.parent, record, None)
+            total.update(f"{image.shape}".encode() + image.tobytes())
         except (FileNotFoundError, ValueError) as error:
             problems.append(f"  {path}:{number}: {error}")
     if problems:
@@ -185,6 +189,7 @@ def check_images(path: pathlib.Path, records: Sequence[Record]) -> None:
             + "\n".join(problems[:MAX_REPORTED])
             + tail
         )
+    return total.hexdigest()
 
 
 def added_tokens(template: str, tokenizer: Tokenizer) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 from alphagrpo_jax import tasks, trained
 from alphagrpo_jax.inference import perform
 from alphagrpo_jax.refinement import outcomes
+from alphagrpo_jax.runtime import checkpoint
 from alphagrpo_jax.runtime.images import from_data_url
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.shapes import checker, image_records, measure
@@ -100,14 +101,30 @@ def table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 def measured(
     path: pathlib.Path, policy: Trained, records: list, first: np.ndarray, edits: list
 ) -> dict:
-    """What is in `path`, or is measured and written there."""
+    """What is in `path`, or is measured and written there.
+
+    Raises:
+      ValueError: the file is about other weights or other prompts.
+    """
+    about = {"weights": weights_digest(policy), "prompts": len(records), "edits": len(edits)}
     if path.exists():
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        got = found.get("about")
+        if got != about:
+            raise ValueError(f"{path} is about {got}, expected {about}; delete it to measure again")
+        return found
     judged = judge(policy, records, first, edits)
     judged["first"] = np.round(share_right(first, records), 6).tolist()
     judged["kind"] = [record["kind"] for record in records]
-    replace_text(path, json.dumps(judged) + "\n")
+    replace_text(path, json.dumps({"about": about} | judged) + "\n")
     return judged
+
+
+def weights_digest(policy: Trained) -> str:
+    """sha256 over a policy's weights and adapters."""
+    params = policy.params
+    adapters = {} if params.lora is None else {"lora": params.lora}
+    return checkpoint.digest({"base": params.base} | adapters, {"scale": params.lora_scale})
 
 
 def study(options: argparse.Namespace) -> str:
@@ -119,18 +136,15 @@ def study(options: argparse.Namespace) -> str:
     options.out.mkdir(parents=True, exist_ok=True)
     first = first_images(base, records)
     rows: dict[str, list[dict]] = {}
-    counts: dict[str, int] = {}
     for name, folder in [(UNTRAINED, None), *options.run]:
-        number = counts[name] = counts.get(name, -1) + 1
         policy = base if folder is None else trained.from_run(folder)._replace(config=config)
-        path = options.out / f"refine_{name}_{number}.json"
-        found = measured(path, policy, records, first, edits)
+        label = name if folder is None else f"{name}_{folder.resolve().name}"
+        found = measured(options.out / f"refine_{label}.json", policy, records, first, edits)
         for kind in ("", "plain", "implied"):
             at = [i for i, own in enumerate(found["kind"]) if kind in ("", own)]
             part = {key: [found[key][i] for i in at] for key in ("first", "refined")}
-            label = f"{name}{kind and f', {kind}'}"
             own = figures(part["first"], part | {"edit": found["edit"]})
-            rows.setdefault(label, []).append(own)
+            rows.setdefault(f"{name}{kind and f', {kind}'}", []).append(own)
     return table(rows)
 
 

@@ -1,7 +1,5 @@
 """The study of refinement: its sums by hand, and that nothing is measured twice."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -33,6 +31,7 @@ def test_a_policy_that_changes_nothing(monkeypatch, tmp_path):
         return Performed(images, [])
 
     monkeypatch.setattr(refine_study, "perform", idle)
+    monkeypatch.setattr(refine_study, "weights_digest", lambda policy: "own")
     records, edits = measure.heldout_records(1, 1), image_records.records("edit", "heldout", 8)
     first = refine_study.first_images(None, records)
     path = tmp_path / "x.json"
@@ -40,8 +39,10 @@ def test_a_policy_that_changes_nothing(monkeypatch, tmp_path):
     assert found["refined"] == found["first"]
     assert refine_study.figures(found["first"], found)["kept"] == 1.0
     assert max(found["first"]) < 1.0  # an empty picture fulfils no prompt
-    path.write_text(json.dumps({"kept": True}))
-    assert refine_study.measured(path, None, records, first, edits) == {"kept": True}
+    again = refine_study.measured(path, None, records, None, edits)  # nothing is drawn
+    assert again["refined"] == found["refined"]
+    with pytest.raises(ValueError, match=r"x\.json is about .* delete it to measure again"):
+        refine_study.measured(path, None, records, first, edits[:4])
 
 
 @pytest.mark.parametrize("text", ["srr", "=x", "srr=", "untrained=x"])
