@@ -110,7 +110,7 @@ class _Setting(NamedTuple):
 def _drawing(
     setting: _Setting, task: tasks.Task, options: RolloutOptions
 ) -> tuple[Drawing, Any, Any]:
-    """The jitted halves of a task's rollout, rows over the mesh, and the shapes of what they give."""
+    """The jitted halves of a rollout, rows over the mesh, and the shapes of what they give."""
     filling = functools.partial(prefill, setting.loaded.model, options=options)
     generating = functools.partial(generate, setting.loaded.model, options=options)
     given = jax.eval_shape(filling, setting.params, _input_shapes(setting, task))
