@@ -60,8 +60,9 @@ def step(request, world):
 
 
 def one_step(world, name):
-    config = config_lib.from_config_dict(tiny_world.config(world))
-    config = dataclasses.replace(config, task=name)
+    fields = tiny_world.config(world)
+    fields.task = name
+    config = config_lib.from_config_dict(fields)
     mesh = build.make_mesh(config)
     with jax.set_mesh(mesh):
         loaded = build.load_policy(config, mesh)
@@ -147,6 +148,26 @@ def test_the_worst_initial_image_is_repaired(step):
         )).reward for image in own]  # fmt: skip
         assert batch.initial.reward[place] == pytest.approx(min(found))
         np.testing.assert_array_equal(batch.images[place], own[int(np.argmin(found))])
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [("initial", [0.05, -0.05, -0.05, -0.05]), ("anchor", [0.05, -0.05, -0.05, -0.05])],
+)
+def test_initial_and_repairs_are_compared_on_one_scale(baseline, expected):
+    """What the texts' form adds to every repair does not count as an improvement."""
+    config = tiny_world.config(pathlib.Path("unused"))
+    config.task, config.advantage.baseline, config.advantage.std = "srr", baseline, "none"
+    config.srr.rectification, config.train.prompts_per_step = "none", 1
+    config.rollout.micro_batch = config.train.micro_batch = 4
+    parsed = config_lib.from_config_dict(config)
+    numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
+    initial = Queue(np.array(1), *numbers, np.array([0.55]), np.array([0.1]))
+    batch = trainer.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
+    drawn = trainer.Drawn(batch, None, [], [], [["<think> a </think>"] * 4], {})
+    found = trainer.advantage_of(parsed, drawn, scores_of([0.6, 0.5, 0.5, 0.5]))
+    np.testing.assert_allclose(found.text.advantage[0], expected, atol=1e-6)
+    np.testing.assert_allclose(found.image[0], expected, atol=1e-6)
 
 
 def scores_of(rewards):
