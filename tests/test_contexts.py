@@ -215,7 +215,9 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
             np.testing.assert_array_equal(found.rope, ctx.rope)
             level = jnp.full(4, 0.7)
             pair = [look(params, kv_cache.merge(each), probe, level) for each in (found, ctx)]
-            np.testing.assert_allclose(*pair, atol=2e-5)
+            # A generated image is cut to whole levels, where another compilation may flip a pixel.
+            atol = 1e-3 if IMAGE in events[: step.event] else 2e-5
+            np.testing.assert_allclose(*pair, atol=atol)
 
 
 def floats(pixels):

@@ -79,8 +79,11 @@ def test_repeats_only_on_request():
     assert len({record["prompt"] for record in many}) < 400
 
 
+FILES = ("train.jsonl", "validation.jsonl", "heldout.jsonl", "heldout_riddles.jsonl")
+
+
 def test_shipped_files():
-    files = {path.name: read_jsonl(str(path)) for path in DATA.iterdir()}
+    files = {name: read_jsonl(DATA / name) for name in FILES}
     assert {name: len(found) for name, found in files.items()} == {
         "train.jsonl": 1600,
         "validation.jsonl": 200,
@@ -110,5 +113,6 @@ def test_shipped_files():
 def test_shipped_files_are_what_the_command_writes(tmp_path, capsys):
     prompts.main(["--out", str(tmp_path)])
     assert "train.jsonl: 1600 records" in capsys.readouterr().out
-    for path in DATA.iterdir():
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
