@@ -71,15 +71,30 @@ def evaluate_row(
     """
     config, found = run.config, {}
     ways = {"eval": config.eval.temperature} | ({"eval_greedy": 0.0} if greedy else {})
+    first = {
+        name: initial_images(run, state, name, stop=stop)
+        for name in config.tasks
+        if tasks.TASKS[name].refines
+    }
     for prefix, temperature in ways.items():
         for name in config.tasks:
-            own = evaluate_task(run, state, name, temperature=temperature, prefix=prefix, stop=stop)
+            own = evaluate_task(
+                run,
+                state,
+                name,
+                temperature=temperature,
+                prefix=prefix,
+                initial=first.get(name),
+                stop=stop,
+            )
             kind = "evaluation" if prefix == "eval" else "greedy evaluation"
             check_validity(config, own.scores, f"{kind} of {name} at step {step}")
             found[prefix, name] = own
     row = {}
     for prefix in ways:
         metrics = {name: found[prefix, name].metrics for name in config.tasks}
+        if prefix == "eval":
+            metrics |= {name: metrics[name] | own.metrics for name, own in first.items()}
         if config.task == "mixed":
             row |= {
                 f"{name}/{key}": value
@@ -141,26 +156,27 @@ def evaluate_task(
     *,
     temperature: float,
     prefix: str,
+    initial: Evaluation | None = None,
     stop: StopFlag | None = None,
 ) -> Evaluation:
     """Evaluates one task on its held-out prompts, with the same keys every time.
 
-    A refining task first draws an image per prompt without thinking (or takes the records' own),
-    then repairs it whatever its reward; `initial/...` are the metrics of the first images.
-
+    Args:
+      run, state, name: the policy and the task.
+      temperature: of texts.
+      prefix: of the metrics' names.
+      initial: what a refining task repairs, whatever its reward; from `initial_images`.
+      stop: see `evaluate_row`.
     Raises:
       StoppedError: see `evaluate_row`.
-      TrainingError: the verifiers failed too often on the first images.
     """
     config, task = run.config, tasks.TASKS[name]
     heldout, steps = run.data[name].heldout, run.steps.tasks[name]
-    rows = np.array(prompts.balanced(heldout.records, config.eval.prompts))
-    records = [heldout.records[row] for row in rows]
+    rows, records = _chosen(run, name)
     draw = _Drawer(run, run.weights(state), temperature, stop)
     root, size = jax.random.key(config.eval.seed), config.eval.micro_batch
-    initial = first_images = None
-    if task.refines:
-        initial = _initial_images(run, draw, records, heldout.images, rows, prefix)
+    first_images = None
+    if initial is not None:
         first_images = initial.images
     elif task.image == "record":
         first_images = heldout.images(rows, run.size)
@@ -186,7 +202,7 @@ def evaluate_task(
         return found
     checked = (records, first_images, found.images, CHECKERS[config.eval.checker])
     refined = {f"{prefix}/{key}": x for key, x in refinement_metrics(*checked).items()}
-    return found._replace(metrics=found.metrics | initial.metrics | refined)
+    return found._replace(metrics=found.metrics | refined)
 
 
 class _Drawer(NamedTuple):
@@ -219,18 +235,23 @@ class _Drawer(NamedTuple):
         return Made(distributed.to_host(images), think_texts(task, texts), answers)
 
 
-def _initial_images(
-    run: Run,
-    draw: _Drawer,
-    records: Sequence[Record],
-    own_images: Callable[..., np.ndarray],
-    rows: np.ndarray,
-    prefix: str,
+def initial_images(
+    run: Run, state: TrainState, name: str, *, stop: StopFlag | None = None
 ) -> Evaluation:
-    """The images that a refining task starts from, scored and checked."""
+    """The images that a refining task starts from, scored and checked as `eval/initial/...`.
+
+    One per held-out prompt: drawn without thinking, or the records' own; no text takes part, so
+    that they are the same for every temperature.
+
+    Raises:
+      StoppedError: see `evaluate_row`.
+      TrainingError: the verifiers failed too often.
+    """
     config, plain = run.config, tasks.TASKS["t2i"]
+    rows, records = _chosen(run, name)
+    weights = run.weights(state)  # a policy that judges itself needs them in any case
     if config.srr.source == "record":
-        images = own_images(rows, run.size)
+        images = run.data[name].heldout.images(rows, run.size)
 
         def make(part: np.ndarray, first: int) -> Made:
             del first
@@ -238,6 +259,7 @@ def _initial_images(
 
     else:
         key = jax.random.fold_in(jax.random.key(config.eval.seed), 1)
+        draw = _Drawer(run, weights, 0.0, stop)
         inputs = _plain_inputs(run, records)
         make = functools.partial(draw.draw, run.steps.eval_initial, key, inputs, plain)
     initial = evaluate_images(
@@ -247,10 +269,17 @@ def _initial_images(
         micro_batch=config.eval.micro_batch,
         scoring_options=build.scoring_options(config, plain),
         check=CHECKERS[config.eval.checker],
-        prefix=f"{prefix}/initial",
+        prefix="eval/initial",
     )
-    check_validity(config, initial.scores, f"initial images of {prefix}")
+    check_validity(config, initial.scores, f"initial images of {name}")
     return initial
+
+
+def _chosen(run: Run, name: str) -> tuple[np.ndarray, list[Record]]:
+    """Which held-out prompts of a task are evaluated, int64[N], and their records."""
+    heldout = run.data[name].heldout
+    rows = np.array(prompts.balanced(heldout.records, run.config.eval.prompts))
+    return rows, [heldout.records[row] for row in rows]
 
 
 def _plain_inputs(run: Run, records: Sequence[Record]):

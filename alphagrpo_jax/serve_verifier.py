@@ -88,10 +88,11 @@ class Service:
         except ClientDisconnect:
             self._metrics.failures.labels("disconnected").inc()
             reply = Response(status_code=400)
-        except Exception:
+        except Exception:  # logged with its traceback and counted; the client is told where to look
             _LOG.exception("request %s", request_id)
             self._metrics.failures.labels("internal").inc()
-            reply = _error_reply(RequestError("internal error", status=500, kind="internal"))
+            where = f"internal error; the server's log has it under request {request_id}"
+            reply = _error_reply(RequestError(where, status=500, kind="internal"))
         reply.headers["X-Request-Id"] = request_id
         self._metrics.seconds.observe(time.monotonic() - started)
         return reply

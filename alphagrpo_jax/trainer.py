@@ -23,7 +23,7 @@ from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TrainState
+from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample, TrainState
 
 TASK_STREAM, CHOICE_STREAM = 1, 2  # host-side random numbers, beside the data order's
 
@@ -243,8 +243,9 @@ def draw_batch(run: Run, state: TrainState, step: int, batch: Batch) -> Drawn:
             scoring.submit(run.pool, ids[part], shown, records[part], options, first=first)
     parts = [trajectories for trajectories, _ in launched]
     whole = parts[0] if len(parts) == 1 else steps.join(parts)
-    texts = decode_steps(run.loaded.tokenizer, whole)
-    drawn = Drawn(batch, whole, records, ids, texts, _text_metrics(whole))
+    samples = distributed.to_host(whole.texts)
+    texts = [decode_texts(run.loaded.tokenizer, each.tokens, each.mask) for each in samples]
+    drawn = Drawn(batch, whole, records, ids, texts, _text_metrics(samples))
     if batch.task.refines and config.srr.reflection_format == "verifier":
         _submit_reflections(run, drawn)
     return drawn
@@ -272,14 +273,13 @@ def decode_texts(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> 
     return [tokenizer.decode(row[held][1:-1]) for row, held in zip(tokens, mask, strict=True)]
 
 
-def _text_metrics(trajectories: Rollout) -> dict[str, float]:
-    """Of the first text step."""
-    if not trajectories.texts:
+def _text_metrics(samples: Sequence[TextSample]) -> dict[str, float]:
+    """Of the first text step; samples are numpy."""
+    if not samples:
         return {}
-    sample = distributed.to_host(trajectories.texts[0])
     return {
-        "text/length": float(sample.scored.sum(axis=1).mean()),
-        "text/truncated_fraction": float(sample.truncated.mean()),
+        "text/length": float(samples[0].scored.sum(axis=1).mean()),
+        "text/truncated_fraction": float(samples[0].truncated.mean()),
     }
 
 

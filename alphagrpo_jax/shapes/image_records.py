@@ -72,18 +72,21 @@ def edit(rng: np.random.Generator, split: str) -> dict:
     }
 
 
+def ask(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, str, str]:
+    """A question about a scene, its answer, and its type: of `questions.SEMANTIC`, or "open"."""
+    if rng.random() >= YES_NO_SHARE:
+        return *questions.open_question(scene, rng), "open"
+    type_ = specs.pick(rng, questions.SEMANTIC)
+    query = questions.sample_query(scene, type_, rng)
+    wording = int(rng.integers(len(questions.WORDINGS[query.form])))
+    answer = "yes" if questions.truth(query, scene) else "no"
+    return questions.text(query, wording), answer, type_
+
+
 def question(rng: np.random.Generator, split: str) -> dict:
     """The record of one question with its answer."""
     scene = split_scene(rng, split)
-    if rng.random() < YES_NO_SHARE:
-        type_ = specs.pick(rng, questions.SEMANTIC)
-        query = questions.sample_query(scene, type_, rng)
-        wording = int(rng.integers(len(questions.WORDINGS[query.form])))
-        text = questions.text(query, wording)
-        answer = "yes" if questions.truth(query, scene) else "no"
-    else:
-        type_ = "open"
-        text, answer = questions.open_question(scene, rng)
+    text, answer, type_ = ask(scene, rng)
     return {
         "prompt": text,
         "image": images.data_url(scenes.render(scene)),

@@ -34,7 +34,6 @@ from alphagrpo_jax.shapes import (
 from alphagrpo_jax.trained import Trained
 
 SEED = 31
-YES_NO_SHARE = 2 / 3  # of questions, as in pretraining
 
 
 # ---------------------------------------------------------------- looking at pictures
@@ -126,26 +125,17 @@ def captioning(policy_: Trained, count: int) -> dict[str, float]:
     return _means(found)
 
 
-def question(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, str, str]:
-    """A question about a scene, its answer, and "yes_no" or "open"."""
-    if rng.random() >= YES_NO_SHARE:
-        return *questions.open_question(scene, rng), "open"
-    query = questions.sample_query(scene, specs.pick(rng, questions.SEMANTIC), rng)
-    wording = int(rng.integers(len(questions.WORDINGS[query.form])))
-    answer = "yes" if questions.truth(query, scene) else "no"
-    return questions.text(query, wording), answer, "yes_no"
-
-
 def answering(policy_: Trained, count: int) -> dict[str, float]:
     """Share of `count` questions answered with the right words, at once and after thinking."""
     rng = np.random.default_rng((SEED, 1))
     drawn = [image_records.split_scene(rng, "heldout") for _ in range(count)]
-    asked, answers, forms = zip(*(question(scene, rng) for scene in drawn), strict=True)
+    asked, answers, types = zip(*(image_records.ask(scene, rng) for scene in drawn), strict=True)
     images, found = examples.images(drawn), collections.defaultdict(list)
     ways = {"answer": CAPTION, "answer/thinking": tasks.TASKS["ti2t"]}
     for way, task in ways.items():
         said = tell(policy_, images, asked, task)
-        for text, answer, form in zip(said, answers, forms, strict=True):
+        for text, answer, type_ in zip(said, answers, types, strict=True):
+            form = "open" if type_ == "open" else "yes_no"
             for name in (way, f"{way}/{form}"):
                 found[name].append(text == answer)
     return _means(found)

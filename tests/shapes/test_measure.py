@@ -52,15 +52,15 @@ def test_captions_are_those_of_pretraining(rng):
 
 
 def test_questions_have_the_scenes_answers(rng):
-    forms = set()
+    types = set()
     for _ in range(60):
         scene = image_records.split_scene(rng, "heldout")
         assert specs.describe(scene).split == "heldout"
-        text, answer, form = measure_skills.question(scene, rng)
-        forms.add(form)
-        if form == "yes_no":
+        text, answer, type_ = image_records.ask(scene, rng)
+        types.add(type_)
+        if type_ != "open":
             assert (answer == "yes") == questions.truth(verifier_eval.meanings()[text], scene)
-    assert forms == {"yes_no", "open"}
+    assert types == {*questions.SEMANTIC, "open"}
 
 
 def test_edits_change_the_scene(rng):
