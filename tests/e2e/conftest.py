@@ -21,9 +21,15 @@ def world(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    """Where the command's process finds the repository and the tests' tiny world."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Where the command's process finds the repository, the tests' tiny world, and what an earlier
+    process of the same tests has compiled.
+    """
+    return os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 @pytest.fixture(scope="module")
