@@ -1,48 +1,137 @@
 """The study of refinement: its sums by hand, and that nothing is measured twice."""
 
+import json
+
 import numpy as np
 import pytest
 
 from alphagrpo_jax.inference import Performed
-from alphagrpo_jax.shapes import image_records, measure, refine_study, scenes
+from alphagrpo_jax.shapes import image_records, measure, refine_study, scenes, study
+
+EMPTY = scenes.render(scenes.Scene((), "white"))
 
 
-def test_figures_by_hand():
-    found = refine_study.figures(
-        [0.5, 1.0, 0.25, 1.0], {"refined": [1.0, 1.0, 0.5, 0.75], "edit": [1.0, 0.5]}
+def records_of(*kinds):
+    return [
+        {"kind": kind, "type": "count", "combination": f"c{at}", "riddles": [f"r{at}"]}
+        for at, kind in enumerate(kinds)
+    ]
+
+
+def judged(**changes):
+    plain = {name: [1.0, 0.5, 0.5, 1.0] for name in refine_study.JUDGED}
+    return plain | {"edit": [1.0, 0.5]} | changes
+
+
+def test_measures_by_hand():
+    found = refine_study.measures(
+        judged(
+            first=[0.5, 1.0, 0.25, 1.0],
+            refined=[1.0, 1.0, 0.5, 0.75],
+            own_first=[0.0, 1.0, 1.0, 1.0],
+            own_refined=[0.5, 0.0, 1.0, 1.0],
+        )
     )
-    assert found == {
-        "first": 0.5, "refined": 0.5, "gain": 0.0,
-        "improved": 0.5, "kept": 0.25, "spoilt": 0.25, "edit": 0.5,
+    expected = {
+        "first": [0, 1, 0, 1], "refined": [1, 1, 0, 0], "gain": [1, 0, 0, -1],
+        "improved": [1, 0, 1, 0], "kept": [0, 1, 0, 0], "spoilt": [0, 0, 0, 1],
+        "own_first": [0, 1, 1, 1], "own_refined": [0, 0, 1, 1], "own_gain": [0, -1, 0, 0],
+        "own_improved": [1, 0, 0, 0], "own_spoilt": [0, 1, 0, 0], "edit": [1, 0],
     }  # fmt: skip
+    assert {name: values.tolist() for name, values in found.items()} == expected
+    assert tuple(found) == refine_study.COLUMNS
 
 
-def test_the_table_shows_single_runs_beside_their_mean():
-    row = dict.fromkeys(refine_study.COLUMNS, 0.25)
-    shown = refine_study.table({"untrained": [row], "srr": [row, row | {"edit": 0.75}]})
-    assert "| untrained | 0.250 |" in shown
-    assert "0.500 (0.250, 0.750) |" in shown
+def test_kinds_weigh_alike_and_gains_are_paired():
+    records = records_of("plain", "plain", "plain", "implied")
+    edits = [{"facts": {"total": 1}}, {"facts": {"total": 2}}]
+    runs = {
+        "untrained": [refine_study.measures(judged())],
+        "new": [
+            refine_study.measures(judged(refined=[1.0, 0.5, 0.5, 0.5])),
+            refine_study.measures(judged(refined=[1.0, 1.0, 0.5, 0.5], edit=[1.0, 1.0])),
+        ],
+    }
+    found = refine_study.summary(runs, records, edits)
+    assert found["prompts"] == {"plain/count": 3, "implied": 1}
+    policy = found["policies"]["new"]
+    assert policy["plain"]["refined"] == [0.3333, 0.6667]
+    assert policy["implied"]["refined"] == [0.0, 0.0]
+    assert policy["all"]["refined"] == [0.1667, 0.3333]
+    assert "edit" not in policy["plain"]
+    gain = found["gains"]["new - untrained"]
+    assert gain["plain"]["refined"]["gain"] == 0.1667  # (0 + 1/3) / 2
+    assert gain["implied"]["refined"] == {"gain": -1.0, "interval_95": [-1.0, -1.0]}
+    assert gain["all"]["edit"] == {"gain": 0.25, "interval_95": [0.0, 1.0]}
+    shown = refine_study.table(found)
+    assert "| new, all | 0.667 (0.667, 0.667) | 0.250 (0.167, 0.333) |" in shown
+    assert "| new - untrained, implied | -1.000 (-1.000 to -1.000) |" in shown
 
 
-def test_a_policy_that_changes_nothing(monkeypatch, tmp_path):
+def test_runs_of_two_names_are_paired_in_order():
+    records = records_of("plain", "implied")
+    one, two = (refine_study.measures(judged(refined=[x, x], own_refined=[x, x], first=[0.5, 0.5],
+                own_first=[0.5, 0.5], edit=[x])) for x in (1.0, 0.5))  # fmt: skip
+    edits = [{"facts": {}}]
+    same = refine_study.gains([one, two], [one, two], records, edits)
+    crossed = refine_study.gains([one, two], [two, one], records, edits)
+    for kind, name in (("all", "refined"), ("plain", "improved"), ("all", "edit")):
+        assert same[kind][name].interval == [0.0, 0.0]
+        assert crossed[kind][name].interval == [-1.0, 1.0]
+        assert crossed[kind][name].value == 0.0
+    mean = refine_study.gains([one], [two, one], records, edits)  # numbers differ
+    assert mean["all"]["refined"].value == 0.5
+
+
+def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys):
+    """A policy that changes nothing, and draws emptiness."""
+    calls = []
+
     def idle(policy_, task, asked, images=None, **_):
-        if images is None:
-            images = np.stack([scenes.render(scenes.Scene((), "white"))] * len(asked))
-        return Performed(images, [])
+        calls.append(task.name)
+        return Performed(np.stack([EMPTY] * len(asked)) if images is None else images, [])
 
     monkeypatch.setattr(refine_study, "perform", idle)
     monkeypatch.setattr(refine_study, "weights_digest", lambda policy: "own")
-    records, edits = measure.heldout_records(1, 1), image_records.records("edit", "heldout", 8)
-    first = refine_study.first_images(None, records)
-    path = tmp_path / "x.json"
-    found = refine_study.measured(path, None, records, first, edits)
-    assert found["refined"] == found["first"]
-    assert refine_study.figures(found["first"], found)["kept"] == 1.0
-    assert max(found["first"]) < 1.0  # an empty picture fulfils no prompt
-    again = refine_study.measured(path, None, records, None, edits)  # nothing is drawn
-    assert again["refined"] == found["refined"]
-    with pytest.raises(ValueError, match=r"x\.json is about .* delete it to measure again"):
-        refine_study.measured(path, None, records, first, edits[:4])
+    monkeypatch.setattr(refine_study.trained, "from_config", lambda config: None)
+    monkeypatch.setattr(refine_study.trained, "from_run", lambda folder: Performed(None, []))
+    monkeypatch.setattr(Performed, "_replace", lambda self, **_: None)
+    run = tmp_path / "run"
+    run.mkdir()
+    command = ["--out", str(tmp_path), "--run", f"srr={run}", "--per_type", "1", "--implied", "1"]
+    command += ["--edits", "8"]
+    assert refine_study.main(command) == 1
+    assert "is not finished" in capsys.readouterr().err
+    (run / "DONE").touch()
+    assert refine_study.main(command) == 0
+    assert calls == ["t2i", "srr", "ti2i", "srr", "t2i", "srr", "ti2i"]
+    shown, found = (
+        capsys.readouterr().out,
+        json.loads((tmp_path / "summary_refine.json").read_text()),
+    )
+    assert "| srr, all |" in shown
+    assert found["policies"]["srr"]["all"]["kept"] == [1.0]
+    assert found["policies"]["srr"]["all"]["own_first"] == [0.0]  # emptiness fulfils no prompt
+    assert found["gains"]["srr - untrained"]["all"]["spoilt"]["interval_95"] == [0.0, 0.0]
+    assert refine_study.main(command) == 0
+    assert calls[7:] == ["t2i"]  # the images to repair
+    assert capsys.readouterr().out == shown
+    assert refine_study.main([*command[:-1], "4"]) == 1
+    assert "refine_untrained.json is about other edits" in capsys.readouterr().err
+    (tmp_path / "refine_untrained.json").write_text("{}")
+    assert refine_study.main(command) == 1
+    assert "holds no judgements of this study" in capsys.readouterr().err
+
+
+def test_the_default_numbers_are_those_of_a_study():
+    assert refine_study.PER_PLAIN_TYPE >= study.PER_PLAIN_TYPE == 300
+    assert refine_study.IMPLIED >= study.IMPLIED == 800
+    records = measure.heldout_records(2, 3)
+    groups = [refine_study.group(record) for record in records]
+    assert groups.count("implied") == 3
+    assert groups.count("plain/relation") == 2
+    assert all(study.cluster(record) for record in records)
+    assert all(record["facts"] for record in image_records.records("edit", "heldout", 2))
 
 
 @pytest.mark.parametrize("text", ["srr", "=x", "srr=", "untrained=x"])
