@@ -108,10 +108,20 @@ def _read(source: str | Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The whole image within `width` x `height` pixels (bicubic), white where it does not reach."""
+    """The whole image within `width` x `height` pixels (bicubic), white where it does not reach.
+
+    However thin it is, it keeps a line of pixels.
+    """
     if image.size == (width, height):
         return image
-    return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=(255, 255, 255))
+    if image.width * height > image.height * width:
+        size = (width, max(1, round(image.height / image.width * width)))
+    else:
+        size = (max(1, round(image.width / image.height * height)), height)
+    white = Image.new("RGB", (width, height), (255, 255, 255))
+    place = (round((width - size[0]) / 2), round((height - size[1]) / 2))
+    white.paste(image.resize(size, Image.Resampling.BICUBIC), place)
+    return white
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

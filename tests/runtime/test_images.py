@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from alphagrpo_jax.runtime.images import (
     ImageSizes,
@@ -115,9 +115,23 @@ def test_a_rotated_photograph_is_shown_upright(tmp_path):
     assert open_rgb(path).size == (2, 4)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 2)])
-def test_odd_sizes_are_fitted_whole(size):
-    assert fitted(Image.new("RGB", size, (0, 0, 255)), 48, 32).size == (48, 32)
+@pytest.mark.parametrize(
+    ("size", "coloured"),
+    [((1, 1), 32 * 32), ((1, 500), 32), ((3000, 2), 48), ((100_000, 1), 48), ((96, 64), 48 * 32)],
+)
+def test_odd_sizes_are_fitted_whole(size, coloured):
+    found = np.asarray(fitted(Image.new("RGB", size, (0, 0, 255)), 48, 32))
+    assert found.shape == (32, 48, 3)
+    assert (found == (0, 0, 255)).all(axis=-1).sum() == coloured
+    assert (found == 255).all(axis=-1).sum() == 48 * 32 - coloured  # no other colour
+
+
+@pytest.mark.parametrize("size", [(47, 31), (7, 40), (90, 33), (31, 90), (49, 32), (24, 16)])
+def test_fitting_is_pillows_padding(size):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(noise)
+    expected = ImageOps.pad(image, (48, 32), Image.Resampling.BICUBIC, color=(255, 255, 255))
+    np.testing.assert_array_equal(np.asarray(fitted(image, 48, 32)), np.asarray(expected))
 
 
 def test_the_whole_image_is_kept_on_white():
