@@ -7,13 +7,14 @@ official code.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from alphagrpo_jax import trained
 from alphagrpo_jax.models import lora
-from alphagrpo_jax.models.bagel_weights import save_model
+from alphagrpo_jax.models.bagel_weights import memory_dtypes, save_model
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 
 
@@ -32,7 +33,8 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
       run: the run's folder.
       out: a new or empty folder.
       model_path: see `trained.from_run`.
-      dtype: of all tensors; None: as in the pretrained folder.
+      dtype: of all tensors; None: each tensor's in memory, so that nothing is rounded (the
+        pretrained folder's may be coarser than what was trained).
     Raises:
       FileExistsError: `out` holds something.
     """
@@ -40,7 +42,9 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; give another --out")
     policy = trained.from_run(run, model_path=model_path)
-    save_model(folder, policy.loaded, base=merged(policy), dtype=dtype)
+    base = merged(policy)
+    loaded = dataclasses.replace(policy.loaded, dtypes=policy.loaded.dtypes | memory_dtypes(base))
+    save_model(folder, loaded, base=base, dtype=dtype)
     return policy.step
 
 
@@ -51,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--model", help="the pretrained folder, if it has moved since the run")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: as in the pretrained folder"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: as in memory, float32 unless model.dtype says otherwise; bfloat16 rounds",
     )
     options = parser.parse_args(arguments)
     try:

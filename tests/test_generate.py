@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_world
@@ -11,7 +12,7 @@ from PIL import Image
 
 from alphagrpo_jax import build, export, generate, inference, trained, update
 from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.models.bagel_weights import load_model
+from alphagrpo_jax.models.bagel_weights import load_model, save_model
 from alphagrpo_jax.run_folder import CONFIG_FILE, payload
 from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.trainer import start_place
@@ -20,7 +21,18 @@ from alphagrpo_jax.trainer import start_place
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> pathlib.Path:
     """A run's folder after three updates that did not happen: its adapters are random."""
-    root = tiny_world.write_all(tmp_path_factory.mktemp("world"))
+    return write_run(tiny_world.write_all(tmp_path_factory.mktemp("world")))
+
+
+@pytest.fixture(scope="module")
+def run_from_half(tmp_path_factory) -> pathlib.Path:
+    """The same over a pretrained model whose files are bfloat16, as the shipped one's."""
+    root = tiny_world.write_all(tmp_path_factory.mktemp("half"))
+    save_model(root / "model", tiny_world.model(), dtype="bfloat16")
+    return write_run(root)
+
+
+def write_run(root: pathlib.Path) -> pathlib.Path:
     config = config_lib.from_config_dict(tiny_world.config(root))
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     loaded = build.load_policy(config, mesh)
@@ -45,8 +57,9 @@ def test_a_run_is_restored(run_folder: pathlib.Path):
         assert 0.1 < float(np.std(leaf)) < 0.3
 
 
-def test_exported_weights_draw_the_same(run_folder: pathlib.Path, tmp_path: pathlib.Path):
-    out = tmp_path / "model"
+@pytest.mark.parametrize("run", ["run_folder", "run_from_half"])
+def test_exported_weights_draw_the_same(run: str, request, tmp_path: pathlib.Path):
+    run_folder, out = request.getfixturevalue(run), tmp_path / "model"
     assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 0
     policy = trained.from_run(run_folder)
     reloaded = load_model(out)
@@ -65,6 +78,18 @@ def test_exported_weights_draw_the_same(run_folder: pathlib.Path, tmp_path: path
     assert first.texts == second.texts
     np.testing.assert_allclose(first.images.astype(int), second.images.astype(int), atol=1)
     assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 1
+
+
+def test_export_rounds_only_when_told_to(run_folder: pathlib.Path, tmp_path: pathlib.Path):
+    flags = ["--checkpoint", str(run_folder), "--out", str(tmp_path / "half")]
+    assert export.main([*flags, "--dtype", "bfloat16"]) == 0
+    rounded = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32),
+        export.merged(trained.from_run(run_folder)),
+    )
+    again = load_model(tmp_path / "half")
+    jax.tree.map(np.testing.assert_array_equal, again.base, rounded)
+    assert set(again.dtypes.values()) == {"bfloat16"}
 
 
 def test_generate_writes_a_grid_and_prints_the_texts(

@@ -134,6 +134,12 @@ def save_model(
     )
 
 
+def memory_dtypes(base: dict) -> dict[str, str]:
+    """Every tensor's dtype in memory, by its name in the files."""
+    flat = traverse_util.flatten_dict(base)
+    return {entry.name: flat[entry.path].dtype.name for entry in entries(base)}
+
+
 def read_weights(
     folder: Path, model: Bagel, place: Place | None = None
 ) -> tuple[dict, dict[str, str]]:
