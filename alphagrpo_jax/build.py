@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -99,8 +100,13 @@ def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[
     return found
 
 
-def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
-    """Starts the verifier workers (in the background)."""
+def make_pool(config: Config) -> Pool:
+    """Starts the verifier workers (in the background).
+
+    Raises:
+      ConfigError: see `verifier_factories`.
+      OSError: the audit log cannot be opened.
+    """
     verifier = config.verifier
     factories = verifier_factories(config)
     return Pool(
@@ -113,9 +119,18 @@ def make_pool(config: Config, *, audit_path: str | None = None) -> Pool:
             total_seconds=verifier.total_seconds,
             start_seconds=verifier.start_seconds,
             max_attempts=verifier.max_attempts,
-            audit_path=audit_path or verifier.audit or None,
+            cache_size=verifier.cache_size,
+            audit_path=audit_path(verifier.audit),
         ),
     )
+
+
+def audit_path(name: str) -> str | None:
+    """The audit log of this process; of several, each has one of its own, NAME.NUMBER.jsonl."""
+    if not name or jax.process_count() == 1:
+        return name or None
+    path = pathlib.PurePath(name)
+    return str(path.with_name(f"{path.stem}.{jax.process_index()}{path.suffix}"))
 
 
 def verifier_factories(config: Config) -> list[Factory]:
@@ -294,3 +309,11 @@ def initial_state(
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer of a configuration."""
     return update.make_optimizer(**dataclasses.asdict(config.optimizer))
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """The optimizer's learning rate by the number of applied updates."""
+    own = config.optimizer
+    return update.make_schedule(
+        own.learning_rate, warmup_steps=own.warmup_steps, decay_steps=own.decay_steps
+    )

@@ -12,10 +12,13 @@ from typing import Any
 
 import ml_collections
 
-from alphagrpo_jax.config_fields import Config, ConfigError
+from alphagrpo_jax.config_fields import Config, ConfigError, check_key_name
 from alphagrpo_jax.tasks import IMAGE, TASKS
 
-RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.")  # may differ when a run is resumed
+# What may differ when a run is resumed.
+RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "verifier.audit")
+# Fields that came after the first runs, and the values by which those runs went.
+LATER = {"verifier.cache_size": 0}
 
 
 def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -34,6 +37,19 @@ def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> C
     return parsed
 
 
+def from_saved(saved: Mapping[str, Any]) -> Config:
+    """The configuration that a run wrote into its folder, also one without the newest fields.
+
+    Raises:
+      ConfigError: see `from_config_dict`.
+    """
+    completed = dict(saved)
+    for key, value in LATER.items():
+        section, name = key.split(".")
+        completed[section] = {name: value} | completed[section]
+    return from_config_dict(completed)
+
+
 def to_json(config: Config) -> str:
     """The resolved configuration as text."""
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
@@ -48,7 +64,7 @@ def check_resumable(config: Config, saved: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: a field outside `RESUMABLE` differs; all such fields are listed.
     """
-    now, then = _flatten(json.loads(to_json(config))), _flatten(saved)
+    now, then = _flatten(json.loads(to_json(config))), LATER | _flatten(saved)
     different = [
         f"{key}: the run has {then.get(key)!r}, this start {now.get(key)!r}"
         for key in sorted(now.keys() | then.keys())
@@ -139,6 +155,7 @@ RANGES = {
     "verifier.total_seconds": (1e-3, 1e6),
     "verifier.start_seconds": (1e-3, 1e6),
     "verifier.max_attempts": (1, 1000),
+    "verifier.cache_size": (0, 1 << 40),
     "reward.format_weight": (0.0, 100.0),
     "reward.max_invalid_fraction": (0.0, 1.0),
     "rollout.prompt_tokens": (3, 1 << 20),
@@ -347,6 +364,7 @@ def _check_reward(config: Config) -> None:
 def _check_verifier(config: Config) -> None:
     """What endpoints need, and what needs endpoints."""
     verifier = config.verifier
+    check_key_name(verifier.api_key_env)
     if verifier.kind == "self":
         if verifier.endpoints or verifier.audit:
             raise ConfigError(
@@ -363,10 +381,13 @@ def _check_verifier(config: Config) -> None:
             "verifier.kind=openai needs verifier.endpoints, a list of base URLs such as "
             "('http://127.0.0.1:8000/v1',); launch/verifiers.sh starts a server"
         )
-    if not verifier.endpoints:
+    if not verifier.endpoints and not verifier.second.startswith("openai:"):
         return
     if not verifier.model:
-        raise ConfigError("verifier.endpoints need verifier.model, the name that they serve")
+        raise ConfigError(
+            "endpoints (verifier.endpoints, verifier.second) need verifier.model, the name that "
+            "they serve"
+        )
     if verifier.question_seconds > verifier.attempt_seconds:
         raise ConfigError(
             f"verifier.question_seconds={verifier.question_seconds} is more than "

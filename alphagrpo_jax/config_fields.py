@@ -1,10 +1,27 @@
 """Every field of a configuration, as frozen dataclasses; configs/grpo.py has values for all."""
 
 import dataclasses
+import re
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and the fix."""
+
+
+def check_key_name(name: str) -> None:
+    """Refuses what cannot be the name of an environment variable that holds a key.
+
+    It may be the key itself, given in the wrong place, so no message shows it.
+
+    Raises:
+      ConfigError: `name` is neither "" nor capital letters, digits and underscores.
+    """
+    if name and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name, re.ASCII):
+        raise ConfigError(
+            "api_key_env: got no name of an environment variable (it is not shown, for it may be a "
+            "key), expected capital letters, digits and underscores, e.g. MY_KEY; export the key "
+            "under that name"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +62,10 @@ class Verifier:
     total_seconds: float  # after its submission, no further attempt at an image starts
     start_seconds: float  # for starting a worker
     max_attempts: int
-    second: str  # another verifier's path, which rates held-out images beside it; "" for none
+    cache_size: int  # answers that are remembered by image and question; 0: none
+    # Another verifier, which rates held-out images beside it: its path, or "openai:URL[,URL...]"
+    # for endpoints that serve `model`; "" for none.
+    second: str
     audit: str  # a file that gets a line for every attempt at an image, "" for none
 
 

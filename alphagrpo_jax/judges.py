@@ -57,8 +57,13 @@ def opened(config: Config, loaded: Loaded) -> Iterator[tuple[Judge, Judge | None
 def _second_pool(config: Config) -> Pool:
     """One process with the second verifier."""
     own = config.verifier
-    kind = "callable" if own.kind == "callable" else "hf"
-    second = dataclasses.replace(own, kind=kind, path=own.second, endpoints=(), workers=1, audit="")
+    named, _, urls = own.second.partition(":")
+    if named == "openai":
+        where = {"kind": "openai", "path": "", "endpoints": tuple(urls.split(","))}
+    else:
+        kind = "callable" if own.kind == "callable" else "hf"
+        where = {"kind": kind, "path": own.second, "endpoints": ()}
+    second = dataclasses.replace(own, **where, workers=1, audit="")
     return build.make_pool(dataclasses.replace(config, verifier=second))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from alphagrpo_jax import build, policy, update
-from alphagrpo_jax.config import Config, from_config_dict
+from alphagrpo_jax.config import Config, from_config_dict, from_saved
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.run_folder import CONFIG_FILE, payload
 from alphagrpo_jax.runtime import checkpoint, sharding
@@ -46,6 +46,20 @@ def from_config(config: Config) -> Trained:
     return Trained(config, loaded, policy.PolicyParams(loaded.base), 0)
 
 
+def run_config(folder: str | pathlib.Path) -> Config:
+    """The configuration of a run that has checkpoints.
+
+    Raises:
+      FileNotFoundError: the folder is not a run's, or has no checkpoint yet.
+    """
+    path = pathlib.Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run's folder: it has no {CONFIG_FILE}")
+    if not (path.parent / checkpoint.FOLDER).is_dir():
+        raise FileNotFoundError(f"the run in {folder} has no checkpoints yet")
+    return from_saved(json.loads(path.read_text()))
+
+
 def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Trained:
     """The policy of a run's newest checkpoint, on one device.
 
@@ -56,13 +70,7 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Tr
       FileNotFoundError: the folder is not a run's, or has no checkpoint yet.
       CheckpointError: the checkpoint cannot be read.
     """
-    folder = pathlib.Path(folder)
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run's folder: it has no {CONFIG_FILE}")
-    if not (folder / checkpoint.FOLDER).is_dir():
-        raise FileNotFoundError(f"the run in {folder} has no checkpoints yet")
-    config = from_config_dict(json.loads(path.read_text()))
+    config = run_config(folder)
     if model_path is not None:
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, path=model_path)

@@ -47,6 +47,7 @@ def verifier() -> ConfigDict:
     config.total_seconds = 600.0
     config.start_seconds = 300.0
     config.max_attempts = 4
+    config.cache_size = 0
     config.second = ""
     config.audit = ""
     return config

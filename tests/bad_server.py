@@ -57,6 +57,10 @@ class BadServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def start(self) -> None:
         """Starts the process, at a second time on the port of the first."""
         command = [sys.executable, __file__, "--port", str(self.port), "--log", str(self._log)]
@@ -282,6 +286,24 @@ def _echo_answer(handler: _Handler, reply: dict) -> None:
     handler.send_json(reply)
 
 
+def _escaped(text: str) -> str:
+    return "".join(f"\\u{ord(letter):04x}" for letter in text)
+
+
+def _echo_escaped(handler: _Handler, reply: dict) -> None:
+    """As `_echo_answer`, every letter as JSON may also write it."""
+    said = handler.headers.get("Authorization", "").removeprefix("Bearer ")
+    rows = [{"token": "KEY", "logprob": 0.0}]
+    reply["choices"][0]["logprobs"] = {"content": [rows[0] | {"top_logprobs": rows}]}
+    handler.send_body(json.dumps(reply).replace("KEY", _escaped(said)).encode())
+
+
+def _echo_torn(handler: _Handler, reply: dict) -> None:
+    """As `_echo`, so written, in a body that is cut."""
+    said = handler.headers.get("Authorization", "").removeprefix("Bearer ")
+    handler.send_body(b'{"error": "not allowed: %s' % _escaped(said).encode(), status=500)
+
+
 def _truncated(handler: _Handler, reply: dict) -> None:
     body = json.dumps(reply).encode()
     handler.send_body(body[: len(body) // 2])
@@ -312,6 +334,8 @@ FAULTS = {
     "401": lambda handler, reply: handler.send_json({"detail": "who are you"}, status=401),
     "echo": _echo,
     "echo answer": _echo_answer,
+    "echo escaped": _echo_escaped,
+    "echo torn": _echo_torn,
     "truncated": _truncated,
     "cut": _cut,
     "not json": lambda handler, reply: handler.send_body(b"I am fine, thanks"),

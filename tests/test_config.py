@@ -87,6 +87,8 @@ def test_values_arrive():
             },
             r"question_seconds=99\.0 is more than",
         ),
+        ({"verifier__second": "openai:http://a/v1"}, r"need verifier\.model"),
+        ({"verifier__cache_size": -1}, r"verifier\.cache_size: got -1"),
         ({"data": 3}, "expected a section"),
     ],
 )
@@ -100,6 +102,28 @@ def test_missing_keys_are_refused():
     del config.train.steps
     with pytest.raises(ConfigError, match=r"config\.train: missing keys \['steps'\]"):
         config_lib.from_config_dict(config)
+
+
+KEYS = ("sk-0123456789abcdef", "sk_live_0123456789", "0123456789ABCDEF", "MY KEY", "MY-KEY")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_in_the_place_of_its_name_is_refused_and_not_shown(key):
+    with pytest.raises(ConfigError, match="got no name of an environment variable") as caught:
+        config_lib.from_config_dict(changed(verifier__api_key_env=key))
+    assert key not in str(caught.value)
+    assert config_lib.from_config_dict(changed(verifier__api_key_env="_MY_KEY_2"))
+
+
+def test_runs_without_the_newest_fields_are_read_and_continued():
+    config = config_lib.from_config_dict(grpo.get_config())
+    saved = json.loads(config_lib.to_json(config))
+    del saved["verifier"]["cache_size"]
+    assert config_lib.from_saved(saved) == config
+    config_lib.check_resumable(config, saved)
+    remembers = config_lib.from_config_dict(changed(verifier__cache_size=9))
+    with pytest.raises(ConfigError, match=r"verifier\.cache_size: the run has 0, this start 9"):
+        config_lib.check_resumable(remembers, saved)
 
 
 def test_only_some_fields_may_differ_on_resume():

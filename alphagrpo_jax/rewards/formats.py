@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from alphagrpo_jax.rewards.verifiers.control import quoted
+
 # The first words of a concrete wish in the shapes world's reflections.
 WISHES = ("make", "turn", "remove", "move", "add", "change", "keep")
 
@@ -28,20 +30,23 @@ def reflection_rule(text: str) -> float:
     return float(wishes.index(True) >= 1)  # something was said before the first wish
 
 
-# What a verifier is asked about a reflection, beside the image that it speaks of.
+# What a verifier is asked about a reflection, beside the image that it speaks of. The policy that is
+# trained wrote it, so it stands there as a JSON string that it cannot end: whatever would sway the
+# verifier from outside the quotes would be learnt.
 REFLECTION_QUESTIONS = (
-    "A user asked for this picture: `{prompt}`. A reviewer wrote: `{text}`. Does the reviewer's "
+    "A user asked for this picture: {prompt}. A reviewer wrote: {text}. Does the reviewer's "
     "text stay with the user's request, without asking for anything else?",
-    "A user asked for this picture: `{prompt}`. A reviewer wrote: `{text}`. Does the reviewer name "
+    "A user asked for this picture: {prompt}. A reviewer wrote: {text}. Does the reviewer name "
     "what is wrong in this picture?",
-    "A user asked for this picture: `{prompt}`. A reviewer wrote: `{text}`. Does the reviewer end "
+    "A user asked for this picture: {prompt}. A reviewer wrote: {text}. Does the reviewer end "
     "with concrete instructions for changing this picture?",
 )
 
 
 def reflection_questions(prompt: str, text: str) -> list[str]:
-    """`REFLECTION_QUESTIONS` about one reflection."""
-    return [question.format(prompt=prompt, text=text) for question in REFLECTION_QUESTIONS]
+    """`REFLECTION_QUESTIONS` about one reflection, both texts quoted (see `control.quoted`)."""
+    texts = {"prompt": quoted(prompt), "text": quoted(text)}
+    return [question.format(**texts) for question in REFLECTION_QUESTIONS]
 
 
 def answer_reward(text: str, answers: Sequence[str]) -> float:

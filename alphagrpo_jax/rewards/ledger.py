@@ -6,12 +6,12 @@ Not thread-safe: the pool calls everything here with its lock held. Times are `t
 import collections
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Hashable
-from typing import TextIO
 
 import numpy as np
+
+from alphagrpo_jax.rewards.audit import AuditLog
 
 COUNTERS = (
     "submitted",  # = answered + invalid + those still under way
@@ -76,7 +76,8 @@ class Job:
 class Ledger:
     """Samples waiting, under way and finished; remembered answers; counters; audit log."""
 
-    def __init__(self, *, cache_size: int, audit: TextIO | None) -> None:
+    def __init__(self, *, cache_size: int, audit: AuditLog | None) -> None:
+        self.unaudited: str | None = None  # why the audit log does not account for everything
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.under_way: set[Hashable] = set()  # waiting or being tried
         self.results: dict[Hashable, Scored] = {}
@@ -94,7 +95,9 @@ class Ledger:
         # An image is asked all its questions or none: the answers of one batch belong together.
         if all(key in self._cache for key in keys):
             self.counters["cached"] += 1
-            self._finish(job, tuple(self._cache[key] for key in keys), None)
+            numbers = tuple(self._cache[key] for key in keys)
+            self._account(job, None, numbers=numbers, failure=None)
+            self._finish(job, numbers, None)
         else:
             self._queue.append(job)
 
@@ -135,6 +138,14 @@ class Ledger:
         """Finishes a sample as invalid, with the failure it carries."""
         self._finish(job, None, None)
 
+    def abandon(self, job: Job, reason: str) -> None:
+        """Finishes a sample as invalid in whatever state an unexpected error left it."""
+        if job in self._queue:
+            self._queue.remove(job)
+        if job.sample_id in self.under_way:
+            job.failure = reason
+            self.reject(job)
+
     def reject_waiting(self, reason: str) -> None:
         """Finishes all waiting samples as invalid."""
         for job in self._queue:
@@ -167,7 +178,6 @@ class Ledger:
         """Closes the audit log."""
         if self._audit is not None:
             self._audit.close()
-            self._audit = None
 
     def _finish(self, job: Job, numbers: tuple[float, ...] | None, worker: int | None) -> None:
         valid = numbers is not None
@@ -201,6 +211,17 @@ class Ledger:
         job.attempts += 1
         self.counters["attempts"] += 1
         self.counters["busy_seconds"] += seconds
+        self._account(job, worker, numbers=numbers, failure=failure)
+
+    def _account(
+        self,
+        job: Job,
+        worker: int | None,
+        *,
+        numbers: tuple[float, ...] | None,
+        failure: str | None,
+    ) -> None:
+        """Writes a row of the audit log; `worker` is None where the answers were remembered."""
         if self._audit is None:
             return
         row = {
@@ -211,14 +232,20 @@ class Ledger:
             "attempt": job.attempts,
             "p_yes": numbers and numbers[: job.cut],
             "failure": failure,
+            "cached": worker is None,
         }
         if job.rated:
             row |= {
                 "rated": job.questions[job.cut :],
                 "ratings": numbers and numbers[job.cut :],
             }
-        self._audit.write(json.dumps(row) + "\n")
-        self._audit.flush()
+        try:
+            self._audit.write(row)
+        except OSError as error:
+            self.unaudited = (
+                f"the audit log cannot be written: {self._audit.path}: {error}; make room there, or "
+                "choose another file or none (verifier.audit), then run the same command again"
+            )
 
 
 def image_key(image: np.ndarray) -> str:

@@ -11,7 +11,6 @@ others.
 import dataclasses
 import logging
 import math
-import pathlib
 import pickle
 import random
 import threading
@@ -22,6 +21,7 @@ import numpy as np
 
 from alphagrpo_jax.rewards import ledger as ledger_lib
 from alphagrpo_jax.rewards import worker as worker_lib
+from alphagrpo_jax.rewards.audit import AuditLog
 from alphagrpo_jax.rewards.ledger import Scored
 
 LONGEST_PAUSE = 50.0  # of a worker that fails again and again, in units of backoff_seconds
@@ -47,7 +47,7 @@ class PoolOptions:
     max_restarts: int = 5  # of one worker without an answer in between; then it is given up
     backoff_seconds: float = 0.2  # before the first retry; doubles, with jitter of +-50%
     cache_size: int = 0  # answers that are remembered, least recently used go first
-    audit_path: str | None = None  # JSON Lines of every attempt and its outcome
+    audit_path: str | None = None  # JSON Lines of every attempt and every remembered answer
 
     def __post_init__(self) -> None:
         for field in ("workers", "threads", "capacity", "max_attempts"):
@@ -84,7 +84,7 @@ class Pool:
         self._options = options or PoolOptions()
         factories = _factories(factory, self._options.workers)
         path = self._options.audit_path
-        audit = None if path is None else pathlib.Path(path).open("a", encoding="utf-8")  # noqa: SIM115
+        audit = None if path is None else AuditLog(path)
         self._changed = threading.Condition()  # guards the ledger and the next three
         self._ledger = ledger_lib.Ledger(cache_size=self._options.cache_size, audit=audit)
         self._ready: set[int] = set()  # workers that have been started once
@@ -137,7 +137,7 @@ class Pool:
             all of both kinds have an answer.
         Raises:
           ValueError: wrong image or questions, or the id is in use.
-          PoolError: the pool is closed.
+          PoolError: the pool is closed, or the audit log cannot be written.
         """
         image = _checked_image(sample_id, image)
         if isinstance(questions, str) or isinstance(rated, str) or not (questions or rated):
@@ -171,7 +171,8 @@ class Pool:
 
         Raises:
           ValueError: an id that was not submitted, or was gathered before.
-          PoolError: the pool was closed before all had an outcome.
+          PoolError: the pool was closed before all had an outcome, or the audit log cannot be
+            written: no number leaves the pool unaccounted for.
         """
         sample_ids = list(dict.fromkeys(sample_ids))
         with self._changed:
@@ -186,6 +187,7 @@ class Pool:
                 self._check_open()
                 if not ledger.expire():
                     self._changed.wait(ledger.seconds_to_next_event())
+            self._check_audit()
             return {sample_id: ledger.results.pop(sample_id) for sample_id in sample_ids}
 
     def counters(self) -> dict[str, float]:
@@ -279,6 +281,15 @@ class Pool:
 
     def _attempt(self, index: int, job: ledger_lib.Job) -> bool:
         """Tries a sample once and settles what becomes of it; whether it was answered."""
+        try:
+            return self._ask(index, job)
+        except Exception as error:  # nobody else would settle the sample: `gather` would hang
+            with self._changed:
+                self._ledger.abandon(job, f"unexpected {type(error).__name__}: {error}")
+                self._changed.notify_all()
+            raise
+
+    def _ask(self, index: int, job: ledger_lib.Job) -> bool:
         started = time.monotonic()
         try:
             answers = self._workers[index].ask(
@@ -353,6 +364,11 @@ class Pool:
     def _check_open(self) -> None:
         if self._closing:
             raise PoolError("the verifier pool is closed; make a new one")
+        self._check_audit()
+
+    def _check_audit(self) -> None:
+        if self._ledger.unaudited is not None:
+            raise PoolError(self._ledger.unaudited)
 
     def _all_lost(self) -> bool:
         return len(self._lost) == len(self._workers)

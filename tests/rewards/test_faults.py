@@ -18,6 +18,7 @@ from alphagrpo_jax.rewards.pool import Pool, PoolOptions
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 KEY = "sk-pool-0123456789abcdef"
+ESCAPED = bad_server._escaped(KEY)[:12]  # its first two letters
 RNG = np.random.default_rng(0)
 
 
@@ -277,7 +278,7 @@ def test_the_pool_kills_a_worker_whose_own_deadlines_fail(folder, server):
     check_accounts(read_audit(folder, "endless"), [server], images, [outcome])
 
 
-@pytest.mark.parametrize("fault", ["echo", "echo answer"])
+@pytest.mark.parametrize("fault", ["echo", "echo answer", "echo escaped", "echo torn"])
 def test_a_key_appears_nowhere(fault, server, folder, monkeypatch, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("FAULTS_KEY", KEY)
@@ -291,7 +292,7 @@ def test_a_key_appears_nowhere(fault, server, folder, monkeypatch, caplog, capfd
     assert "[key]" in outcome.failure
     shown += [caplog.text, *capfd.readouterr()]
     shown += [path.read_text() for path in folder.iterdir() if path.is_file()]
-    assert not any(KEY in text for text in shown)
+    assert not any(KEY in text or ESCAPED in text for text in shown)
 
 
 def test_a_missing_key_is_reported_by_its_name(server, folder):

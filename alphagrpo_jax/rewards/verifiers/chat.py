@@ -10,7 +10,6 @@ import asyncio
 import email.utils
 import json
 import logging
-import os
 import threading
 import time
 import uuid
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 import httpx2
 import tenacity
 
-from alphagrpo_jax.rewards.verifiers import replies
+from alphagrpo_jax.rewards.verifiers import keys, replies
 from alphagrpo_jax.rewards.verifiers.endpoints import Endpoint, Endpoints
 from alphagrpo_jax.rewards.verifiers.replies import Completion
 
@@ -30,7 +29,6 @@ BUSY = (429, 503)  # the server works, but not now
 PASSING = (408, 409, 425, 429)  # of the 4xx: the same request may succeed later
 WRONG_REQUEST = (400, 405, 413, 415, 422)  # no server would take it
 MAX_RETRY_AFTER = 86400.0  # seconds; a server that asks for more is not believed
-MIN_KEY_LENGTH = 5  # shorter ones could not be cut out of texts without harm
 
 # It would log a server's own words at INFO, before a key in them can be cut out.
 logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -93,7 +91,7 @@ class ChatClient:
         self._endpoints = Endpoints(endpoints, rest_seconds=backoff_seconds)
         self._timeout, self._max_attempts, self._backoff = timeout, max_attempts, backoff_seconds
         self._outage_attempts = max(max_attempts, outage_attempts or 0)
-        self._key = _read_key(api_key_env)
+        self._key = keys.read_key(api_key_env)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="chat")
         self._thread.start()
@@ -151,9 +149,13 @@ class ChatClient:
         total = self._timeout * self._max_attempts if total_seconds is None else total_seconds
         return self._run(self._complete(body, total))
 
-    def models(self) -> dict[str, list[str] | ChatError]:
-        """What each endpoint says it serves (GET /models), or why it says nothing, by URL."""
-        return self._run(self._models())
+    def models(self, seconds: float | None = None) -> dict[str, list[str] | ChatError]:
+        """What each endpoint says it serves (GET /models), or why it says nothing, by URL.
+
+        Args:
+          seconds: to wait for them, if less than the timeout of a request.
+        """
+        return self._run(self._models(min(self._timeout, seconds or self._timeout)))
 
     def health(self) -> dict[str, bool]:
         """Which endpoints are not left out because of a failure, by URL."""
@@ -243,13 +245,14 @@ class ChatClient:
         endpoint.in_flight += 1
         endpoint.served += 1
         try:
+            sent = json.dumps(body).encode()
             content, headers = await self._exchange(
-                endpoint.url, "POST", "/chat/completions", json.dumps(body).encode(), request_id
+                endpoint.url, "POST", "/chat/completions", self._timeout, sent, request_id
             )
         finally:
             endpoint.in_flight -= 1
         try:
-            found = replies.read_completion(
+            return replies.read_completion(
                 content,
                 headers,
                 request_id=request_id,
@@ -259,12 +262,12 @@ class ChatClient:
             )
         except replies.ReplyError as error:
             raise self._error(endpoint.url, str(error), kind="reply", retryable=True) from None
-        return found._replace(text=self._redacted(found.text))
 
-    async def _models(self) -> dict[str, list[str] | ChatError]:
+    async def _models(self, seconds: float) -> dict[str, list[str] | ChatError]:
         async def ask(url: str) -> list[str] | ChatError:
             try:
-                return replies.read_models((await self._exchange(url, "GET", "/models"))[0])
+                body, _ = await self._exchange(url, "GET", "/models", seconds)
+                return replies.read_models(body)
             except replies.ReplyError as error:
                 return self._error(url, str(error), kind="reply", retryable=True)
             except ChatError as error:
@@ -274,9 +277,15 @@ class ChatClient:
         return dict(zip(urls, await asyncio.gather(*map(ask, urls)), strict=True))
 
     async def _exchange(
-        self, url: str, method: str, path: str, content: bytes = b"", request_id: str = ""
+        self,
+        url: str,
+        method: str,
+        path: str,
+        seconds: float,
+        content: bytes = b"",
+        request_id: str = "",
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Body and headers of a successful reply.
+        """Body, without the key, and headers of a successful reply that comes within `seconds`.
 
         Raises:
           ChatError: as its kinds say.
@@ -286,7 +295,7 @@ class ChatClient:
             headers["Content-Type"] = "application/json"
         try:
             async with (
-                asyncio.timeout(self._timeout),
+                asyncio.timeout(seconds),
                 self._http.stream(method, url + path, content=content, headers=headers) as reply,
             ):
                 received = bytearray()
@@ -295,15 +304,13 @@ class ChatClient:
                     if len(received) > MAX_REPLY_BYTES:
                         raise self._error(url, "a reply without end", kind="reply", retryable=True)
         except TimeoutError:
-            message = f"no reply within {self._timeout:.3g} s"
+            message = f"no reply within {seconds:.3g} s"
             raise self._error(url, message, kind="timeout", retryable=True) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
             # Its text may hold what the server sent, so it is not chained either.
             message = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise self._error(url, message, kind="connection", retryable=True) from None
-        body = bytes(received)
-        if self._key:
-            body = body.replace(self._key.encode(), b"[key]")
+        body = keys.hidden_in_reply(bytes(received), self._key)
         if not 200 <= reply.status_code < 300:
             raise self._status_error(url, reply, body)
         return body, reply.headers
@@ -332,35 +339,10 @@ class ChatClient:
             raise
 
     def _error(self, url: str, message: str, **fields: Any) -> ChatError:
-        text = self._redacted(message)
+        text = keys.hidden(message, self._key)
         if len(text) > MAX_ERROR_CHARACTERS:
             text = text[:MAX_ERROR_CHARACTERS] + "..."
         return ChatError(f"{url}: {text}", **fields)
-
-    def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
-
-
-def _read_key(name: str) -> str:
-    """The key in an environment variable, "" for no variable.
-
-    Raises:
-      ValueError: it is not set, or cannot be a key; the message does not show it.
-    """
-    if not name:
-        return ""
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise ValueError(
-            f"the environment variable {name}, which api_key_env names, is not set; export it, or "
-            "set api_key_env to '' for servers without a key"
-        )
-    if len(key) < MIN_KEY_LENGTH or not all("!" <= letter <= "~" for letter in key):
-        raise ValueError(
-            f"the environment variable {name} holds no key: expected at least {MIN_KEY_LENGTH} "
-            "printable ASCII characters without blanks"
-        )
-    return key
 
 
 def _seconds(value: str | None) -> float | None:

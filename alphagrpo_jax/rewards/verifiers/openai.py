@@ -3,7 +3,8 @@
 One question per request, at temperature 0; P(yes) comes from the log-probs of the reply's first
 token. The question travels as data in the user's turn, the instruction in the system's, and the
 reply's text is read only where `text_fallback` allows it: nothing that a question or a picture says
-changes how an answer is read. What can be checked of a reply is listed in `replies`.
+changes how an answer is read. A question that holds a control token is not sent (see `control`).
+What can be checked of a reply is listed in `replies`.
 """
 
 import base64
@@ -19,6 +20,7 @@ from PIL import Image
 
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.chat import ChatClient, ChatError
+from alphagrpo_jax.rewards.verifiers.control import control_tokens
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.replies import Candidate, Completion
 from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS, RATINGS, bare
@@ -152,6 +154,9 @@ class OpenAIVerifier:
                 return fail(f"not asked within {self._answer_seconds:.3g} s")
             try:
                 asked = messages(url, question, instruction)
+            except ValueError as error:
+                return fail(str(error))
+            try:
                 return read(self._client.complete(asked, total_seconds=left, **options))
             except ChatError as error:
                 return fail(str(error))
@@ -163,7 +168,8 @@ class OpenAIVerifier:
         end = time.monotonic() + seconds
         while True:
             failures = []
-            for url, found in self._client.models().items():
+            left = max(end - time.monotonic(), POLL_SECONDS)  # one look at least
+            for url, found in self._client.models(left).items():
                 if isinstance(found, ChatError):
                     failures.append(found)
                 elif self._client.model not in found:
@@ -200,7 +206,15 @@ def data_url(image: np.ndarray) -> str:
 
 
 def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
-    """The instruction as the system's turn; image and question, unchanged, as the user's."""
+    """The instruction as the system's turn; image and question, unchanged, as the user's.
+
+    Raises:
+      ValueError: the question holds a control token, which a server would read as one.
+    """
+    if found := control_tokens(question):
+        raise ValueError(
+            f"got the control tokens {found} in the question {question!r}; a question is plain text"
+        )
     content = [
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": question},
