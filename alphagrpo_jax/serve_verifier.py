@@ -3,7 +3,7 @@
     python -m alphagrpo_jax.serve_verifier --model package:verifier --port 8000
 
 Routes: POST /v1/chat/completions (one question about one image, given as a data URL; greedy; with
-log-probs of as many candidates as asked for), GET /v1/models, /health and /metrics (Prometheus).
+log-probs of up to --max-logprobs candidates), GET /v1/models, /health and /metrics (Prometheus).
 Questions about the same image that arrive together share one forward pass.
 """
 
@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import os
 import pathlib
 import signal
 import socket
@@ -30,6 +29,7 @@ from starlette.routing import Route
 
 from alphagrpo_jax.rewards.verifiers import serving
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.keys import read_key
 from alphagrpo_jax.rewards.verifiers.serving import Batcher, RequestError
 from alphagrpo_jax.runtime.paths import resolve
 
@@ -64,9 +64,12 @@ class Metrics:
 class Service:
     """The routes over one verifier."""
 
-    def __init__(self, verifier: HFVerifier, batcher: Batcher, *, name: str, key: str) -> None:
+    def __init__(
+        self, verifier: HFVerifier, batcher: Batcher, *, name: str, key: str, max_logprobs: int
+    ) -> None:
         """For the arguments see `make_app`."""
         self._verifier, self._batcher, self._name, self._key = verifier, batcher, name, key
+        self._max_logprobs = max_logprobs
         self._metrics = Metrics(batcher)
 
     async def chat(self, request: Request) -> Response:
@@ -76,7 +79,9 @@ class Service:
         request_id = serving.request_id_of(request.headers.get("x-request-id"))
         try:
             self._check_key(request)
-            asked, question = await asyncio.to_thread(serving.read_request, await _body_of(request))
+            asked, question = await asyncio.to_thread(
+                serving.read_request, await _body_of(request), max_logprobs=self._max_logprobs
+            )
             self._check_model(asked.model)
             ids, logprobs = await self._batcher.ask(question)
             reply: Response = JSONResponse(
@@ -107,8 +112,14 @@ class Service:
         return JSONResponse({"object": "list", "data": [row]})
 
     async def health(self, _: Request) -> Response:
-        """GET /health."""
-        return JSONResponse({"status": "ok", "model": self._name, "queue": len(self._batcher)})
+        """GET /health: 200, or 503 while the model is stuck."""
+        stuck = self._batcher.stuck
+        content = {
+            "status": "stuck" if stuck else "ok",
+            "model": self._name,
+            "queue": len(self._batcher),
+        }
+        return JSONResponse(content, status_code=503 if stuck else 200)
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics."""
@@ -127,7 +138,14 @@ class Service:
 
 
 def make_app(
-    verifier: HFVerifier, *, name: str, key: str, max_batch: int, max_queue: int, seconds: float
+    verifier: HFVerifier,
+    *,
+    name: str,
+    key: str,
+    max_batch: int,
+    max_queue: int,
+    seconds: float,
+    max_logprobs: int,
 ) -> Starlette:
     """The web application.
 
@@ -136,9 +154,10 @@ def make_app(
       name: of the model, as clients call it.
       key: that clients must send as a bearer token; "" for none.
       max_batch, max_queue, seconds: see `serving.Batcher`.
+      max_logprobs: most candidates of a token that a request may ask for.
     """
     batcher = Batcher(verifier, max_batch=max_batch, max_queue=max_queue, seconds=seconds)
-    service = Service(verifier, batcher, name=name, key=key)
+    service = Service(verifier, batcher, name=name, key=key, max_logprobs=max_logprobs)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -191,15 +210,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads of the model; default: PyTorch's choice")
     add("--max-batch", type=int, default=64, help="questions per pass; 1: the same bits always")
     add("--max-queue", type=int, default=1024, help="questions that may wait before 503 is said")
-    add("--max-wait", type=float, default=60.0, help="seconds that a question may wait")
+    add("--max-wait", type=float, default=60.0, help="seconds that a question may wait, and a pass "
+        "take until /health says 503")  # fmt: skip
+    add("--max-logprobs", type=int, default=20, help="most candidates of a token")
     add("--api-key-env", default="", help="environment variable with the key clients must send")
     options = parser.parse_args(arguments)
-    if min(options.max_batch, options.max_queue, options.threads or 1) < 1:
-        parser.error("--max-batch, --max-queue and --threads must be at least 1")
+    counts = (options.max_batch, options.max_queue, options.max_logprobs, options.threads or 1)
+    if min(counts) < 1:
+        parser.error("--max-batch, --max-queue, --max-logprobs and --threads must be at least 1")
     if not 0 <= options.port < 65536 or not options.max_wait > 0:
         parser.error("--port must be between 0 and 65535, --max-wait positive")
-    if options.api_key_env and not os.environ.get(options.api_key_env):
-        parser.error(f"--api-key-env: the environment variable {options.api_key_env} is not set")
+    try:
+        read_key(options.api_key_env)
+    except ValueError as error:
+        parser.error(f"--api-key-env: {error}")
     return options
 
 
@@ -240,10 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app = make_app(
         verifier,
         name=name,
-        key=os.environ.get(options.api_key_env, "").strip() if options.api_key_env else "",
+        key=read_key(options.api_key_env),
         max_batch=options.max_batch,
         max_queue=options.max_queue,
         seconds=options.max_wait,
+        max_logprobs=options.max_logprobs,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn ends in order, then raises the signal again: that must not be a second end.

@@ -46,7 +46,8 @@ def start(*arguments, **variables):
 
 @pytest.fixture(scope="module")
 def url():
-    process, url = start("--api-key-env", "SERVE_KEY", SERVE_KEY=KEY)
+    flags = ("--api-key-env", "SERVE_KEY", "--max-logprobs", "100000")
+    process, url = start(*flags, SERVE_KEY=KEY)
     os.environ["SERVE_KEY"] = KEY
     yield url
     del os.environ["SERVE_KEY"]
@@ -129,7 +130,7 @@ def test_a_longer_reply_is_the_greedy_text(url, direct, images):
 
 
 def test_log_probs_are_a_distribution(url, direct):
-    reply = ask(url, {"logprobs": True, "top_logprobs": 1 << 20}).json()
+    reply = ask(url, {"logprobs": True, "top_logprobs": 100000}).json()
     (token,) = reply["choices"][0]["logprobs"]["content"]
     rows = token["top_logprobs"]
     assert len(rows) == direct.model.config.get_text_config().vocab_size
@@ -176,6 +177,7 @@ TEXT = {"type": "text", "text": "Is it?"}
         ({"n": 2}, "n: Input should be 1"),
         ({"stream": True}, "stream: Input should be False"),
         ({"top_logprobs": 5}, "top_logprobs needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 100001}, "got 100001, at most 100000 are given here"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
     ],
 )
@@ -187,7 +189,8 @@ def test_bad_requests_are_explained(url, body, words):
 
 def test_control_tokens_in_a_question_are_refused(url):
     url_of_image = openai.data_url(np.zeros((8, 8, 3), np.uint8))
-    asked = openai.messages(url_of_image, "Is it <image> yes?", AUDIT_INSTRUCTION)
+    asked = openai.messages(url_of_image, "Is it IMAGE yes?", AUDIT_INSTRUCTION)
+    asked[1]["content"][1]["text"] = "Is it <image> yes?"  # another client would send it
     reply = ask(url, {"messages": asked})
     assert reply.status_code == 400
     assert "control tokens ['<image>']" in reply.json()["error"]["message"]
@@ -263,12 +266,25 @@ def test_a_port_in_use_and_a_missing_model_are_explained(capsys):
     assert "error: 'nowhere' names" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--max-batch", "0"], ["--port", "70000"], ["--api-key-env=NO"]])
-def test_wrong_usage_is_refused(flags, capsys):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max-batch", "0"],
+        ["--max-logprobs", "0"],
+        ["--port", "70000"],
+        ["--api-key-env=NO_SUCH_KEY"],
+        ["--api-key-env=BLANK_KEY"],
+        ["--api-key-env=sk-0123456789"],
+    ],
+)
+def test_wrong_usage_is_refused(flags, capsys, monkeypatch):
+    monkeypatch.setenv("BLANK_KEY", "  ")  # would leave the server open to all
     with pytest.raises(SystemExit) as caught:
         serve_verifier.main(["--model", "package:verifier", *flags])
     assert caught.value.code == 2
-    assert flags[0].partition("=")[0] in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert flags[0].partition("=")[0] in errors
+    assert "sk-0" not in errors
 
 
 class Blocked:
@@ -318,6 +334,28 @@ def test_batches_hold_one_image_and_a_bad_question_fails_alone():
         assert float(logprobs[0, 0]) == pytest.approx(expected, abs=1e-6)
     assert exploded.status == 500
     assert "out of memory" in str(exploded)
+
+
+def test_health_says_when_a_pass_does_not_end():
+    async def scenario():
+        model = Blocked()
+        batcher = serving.Batcher(model, max_batch=1, max_queue=9, seconds=0.05)
+        service = serve_verifier.Service(model, batcher, name="blocked", key="", max_logprobs=20)
+        running = asyncio.create_task(batcher.run())
+        seen = [await service.health(None)]
+        asked = asyncio.create_task(batcher.ask(question("one")))
+        while not batcher.stuck:
+            await asyncio.sleep(0.01)
+        seen.append(await service.health(None))
+        model.go.set()
+        await asked
+        seen.append(await service.health(None))
+        running.cancel()
+        return seen
+
+    found = asyncio.run(scenario())
+    assert [reply.status_code for reply in found] == [200, 503, 200]
+    assert json.loads(found[1].body)["status"] == "stuck"
 
 
 def test_a_full_queue_and_a_long_wait_are_refused():

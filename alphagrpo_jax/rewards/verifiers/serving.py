@@ -78,9 +78,12 @@ class Question:
         return self.max_tokens == 1
 
 
-def read_request(body: bytes) -> tuple[ChatRequest, Question]:
+def read_request(body: bytes, *, max_logprobs: int) -> tuple[ChatRequest, Question]:
     """The request and its question.
 
+    Args:
+      body: JSON.
+      max_logprobs: most candidates of a token that may be asked for.
     Raises:
       RequestError: it is not a request that can be answered here; the message says why.
     """
@@ -96,6 +99,11 @@ def read_request(body: bytes) -> tuple[ChatRequest, Question]:
         )
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true")
+    if request.top_logprobs > max_logprobs:
+        raise RequestError(
+            f"top_logprobs: got {request.top_logprobs}, at most {max_logprobs} are given here "
+            "(--max-logprobs)"
+        )
     *systems, user = request.messages
     if user.role != "user" or any(message.role != "system" for message in systems):
         raise RequestError("messages: expected at most one of role system, then one of role user")
@@ -169,7 +177,8 @@ class Batcher:
           verifier: its model answers.
           max_batch: most questions per pass; 1 gives the same bits whatever arrives together.
           max_queue: questions that may wait; further ones are refused.
-          seconds: that a question may wait; later nobody would listen.
+          seconds: that a question may wait, since later nobody would listen, and that a pass may
+            take until the model counts as stuck.
         """
         self._verifier = verifier
         self._max_batch, self._max_queue, self._seconds = max_batch, max_queue, seconds
@@ -178,10 +187,16 @@ class Batcher:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "model")
         self.questions = 0  # that the model answered
         self.busy_seconds = 0.0
+        self._started: float | None = None  # of the pass under way
 
     def __len__(self) -> int:
         """Questions that wait."""
         return len(self._queue)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the model has been busy with one pass for longer than a question may wait."""
+        return self._started is not None and time.monotonic() - self._started > self._seconds
 
     async def ask(self, question: Question) -> tuple[list[int], torch.Tensor]:
         """Ids of the reply's tokens and their log-probs float32[T, V].
@@ -207,10 +222,11 @@ class Batcher:
             batch = self._take()
             if not batch:
                 continue
-            started = time.monotonic()
+            self._started = time.monotonic()
             questions = [waiting.question for waiting in batch]
             found = await loop.run_in_executor(self._thread, self._forward, questions)
-            self.busy_seconds += time.monotonic() - started
+            self.busy_seconds += time.monotonic() - self._started
+            self._started = None
             for waiting, outcome in zip(batch, found, strict=True):
                 if waiting.outcome.done():
                     continue  # its client is gone
