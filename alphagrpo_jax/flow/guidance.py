@@ -54,11 +54,6 @@ class Guidance:
         return self.uses_text & (sigma > lo) & (sigma <= hi)
 
 
-OFF = Guidance(text_scale=1.0, image_scale=1.0)
-T2I = Guidance()  # text to image, with or without thinking
-EDIT = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")  # editing, refinement
-
-
 def combine(
     v: jax.Array, v_text: jax.Array | None, v_image: jax.Array | None, guidance: Guidance
 ) -> jax.Array:

@@ -82,11 +82,6 @@ def _map_rows(ctx: Context, function: Callable[[jax.Array, int], jax.Array]) -> 
     return Context(segments, function(ctx.rope, 0))
 
 
-def repeat(ctx: Context, count: int) -> Context:
-    """Every row `count` times in a row: a, a, b, b."""
-    return _map_rows(ctx, lambda x, axis: jnp.repeat(x, count, axis=axis))
-
-
 def broadcast(ctx: Context, batch: int) -> Context:
     """A context of one row for `batch` rows.
 

@@ -76,8 +76,3 @@ def scaled(lora: dict, scale: float) -> dict:
     return traverse_util.unflatten_dict(
         {path: leaf * scale if path[-1] == "b" else leaf for path, leaf in flat.items()}
     )
-
-
-def count(lora: dict) -> int:
-    """Number of adapter parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(lora))

@@ -1,25 +1,8 @@
-"""Means and attention masks under padding."""
+"""Attention masks under padding."""
 
 import chex
 import jax
 import jax.numpy as jnp
-
-
-def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
-    """Mean of `x` where `mask` holds; 0 where nothing is valid.
-
-    Values outside the mask may be anything, NaN included, and get a zero gradient.
-
-    Args:
-      x: float[...].
-      mask: bool, the shape of `x`.
-      axis: axis to average over; None for all.
-    Returns:
-      float[...] without `axis`.
-    """
-    chex.assert_equal_shape([x, mask])
-    total = jnp.sum(jnp.where(mask, x, 0.0), axis=axis)
-    return total / jnp.maximum(jnp.sum(mask, axis=axis), 1).astype(x.dtype)
 
 
 def causal_mask(valid: jax.Array) -> jax.Array:

@@ -159,17 +159,6 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return (unit * np.float32(255)).astype(np.uint8)
 
 
-def conditioning(
-    image: Image.Image, vae_sizes: ImageSizes, vit_sizes: ImageSizes
-) -> tuple[np.ndarray, np.ndarray]:
-    """A user's image as the two encoders see it, in [-1, 1]; see `both_sizes`.
-
-    Returns:
-      float32[H, W, 3] for the VAE and float32[h, w, 3] for the ViT.
-    """
-    return tuple(to_float(each) for each in both_sizes(image, vae_sizes, vit_sizes))
-
-
 def both_sizes(
     image: Image.Image, vae_sizes: ImageSizes, vit_sizes: ImageSizes
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -168,22 +168,3 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def batch_ways(mesh: Mesh) -> int:
     """Into how many parts the batch is cut."""
     return math.prod(mesh.shape[name] for name in AXIS_RULES["batch"])
-
-
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation lies on the mesh; identity where no mesh is set or it
-    has one device.
-
-    Args:
-      x: any array.
-      axes: one logical axis name or None per dimension.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    spec = partition_spec(axes)
-    fitted = [
-        entry if size % _ways(entry, mesh) == 0 else None
-        for entry, size in zip(spec, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))

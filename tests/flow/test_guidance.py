@@ -7,7 +7,9 @@ import pytest
 
 from alphagrpo_jax.flow import guidance as guidance_lib
 from alphagrpo_jax.flow import schedule
-from alphagrpo_jax.flow.guidance import EDIT, T2I, Guidance, combine
+from alphagrpo_jax.flow.guidance import Guidance, combine
+
+EDIT = Guidance(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
 
 
 def reference(v, v_text, v_image, guidance):
@@ -63,7 +65,7 @@ def test_combine_by_hand():
 
 def test_scales_of_one_need_no_branches():
     v, v_text, _ = branches()
-    np.testing.assert_array_equal(combine(v, None, None, guidance_lib.OFF), v)
+    np.testing.assert_array_equal(combine(v, None, None, Guidance(text_scale=1.0)), v)
     # without text guidance the image scale is ignored too
     np.testing.assert_array_equal(combine(v, None, None, Guidance(text_scale=1, image_scale=3)), v)
     assert not Guidance(text_scale=1.0, image_scale=3.0).uses_image
@@ -81,25 +83,24 @@ def test_a_sample_does_not_depend_on_its_neighbours(renorm):
 
 
 def test_interval_is_open_below_and_closed_above():
-    assert not T2I.active(0.4)
-    assert not T2I.active(np.float32(0.4))
-    assert T2I.active(0.41)
-    assert T2I.active(1.0)
+    assert not Guidance().active(0.4)
+    assert not Guidance().active(np.float32(0.4))
+    assert Guidance().active(0.41)
+    assert Guidance().active(1.0)
     assert not Guidance(interval=(0.4, 0.9)).active(0.91)
     assert Guidance(interval=(0.4, 0.9)).active(0.9)
     assert not Guidance(text_scale=1.0).active(0.5)
     points = schedule.sigmas(12)  # the tenth point is 0.4 exactly
-    static = [T2I.active(sigma) for sigma in points]
+    static = [Guidance().active(sigma) for sigma in points]
     assert static == [True] * 9 + [False] * 3
-    np.testing.assert_array_equal(jax.jit(T2I.active_mask)(points), static)
+    np.testing.assert_array_equal(jax.jit(Guidance().active_mask)(points), static)
 
 
 def test_defaults():
-    assert (T2I.text_scale, T2I.image_scale, T2I.interval) == (4.0, 1.0, (0.4, 1.0))
-    assert (T2I.renorm, T2I.renorm_min) == ("global", 0.0)
-    assert (EDIT.text_scale, EDIT.image_scale, EDIT.interval) == (4.0, 2.0, (0.0, 1.0))
-    assert (EDIT.renorm, EDIT.renorm_min) == ("text_channel", 0.0)
-    assert len({T2I, EDIT, Guidance()}) == 2  # hashable, and T2I is the default
+    default = Guidance()
+    assert (default.text_scale, default.image_scale, default.interval) == (4.0, 1.0, (0.4, 1.0))
+    assert (default.renorm, default.renorm_min) == ("global", 0.0)
+    assert len({default, EDIT, Guidance()}) == 2  # hashable
 
 
 @pytest.mark.parametrize("renorm", guidance_lib.RENORMS)
@@ -152,4 +153,4 @@ def test_refuses_wrong_settings_and_shapes():
         Guidance(interval=(1.0, 0.4))
     v = jnp.ones((1, 2, 3))
     with pytest.raises(AssertionError):
-        combine(v, jnp.ones((1, 2, 4)), None, T2I)
+        combine(v, jnp.ones((1, 2, 4)), None, Guidance())

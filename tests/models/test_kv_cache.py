@@ -41,7 +41,7 @@ def test_merge_keeps_order_and_validity():
 
 def test_rows():
     ctx = context()
-    twice = kv_cache.repeat(ctx, 2)
+    twice = kv_cache.take(ctx, jnp.array([0, 0, 1, 1]))
     assert twice.rope.tolist() == [2, 2, 3, 3]
     np.testing.assert_array_equal(twice.segments[1].k[:, 3], ctx.segments[1].k[:, 1])
     second = kv_cache.take(ctx, jnp.array([1]))

@@ -1,20 +1,10 @@
-"""Means and masks under padding, and the scores of a text."""
+"""Masks under padding, and the scores of a text."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax.ops.masked import causal_mask, masked_mean
+from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.scores import score_text
-
-
-def test_masked_mean_ignores_what_is_masked_even_nan():
-    x = jnp.array([[1.0, 3.0, jnp.nan], [5.0, jnp.nan, jnp.nan]])
-    mask = jnp.array([[True, True, False], [False, False, False]])
-    assert float(masked_mean(x, mask)) == 2.0
-    np.testing.assert_array_equal(masked_mean(x, mask, axis=1), [2.0, 0.0])
-    gradient = jax.grad(lambda x: masked_mean(x, mask))(x)
-    np.testing.assert_array_equal(gradient, [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
 
 
 def test_causal_mask_hides_padding():

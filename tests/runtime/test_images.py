@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 from alphagrpo_jax.runtime.images import (
     ImageSizes,
-    conditioning,
+    both_sizes,
     data_url,
     fitted,
     fitted_size,
@@ -53,12 +53,12 @@ def test_transparency_is_laid_on_white():
     assert np.asarray(to_rgb(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
-def test_conditioning_images():
+def test_the_sizes_of_both_encoders():
     image = Image.new("RGB", (100, 60), (255, 255, 255))
-    vae, vit = conditioning(image, ImageSizes(48, 16, 16), ImageSizes(32, 8, 8))
+    vae, vit = both_sizes(image, ImageSizes(48, 16, 16), ImageSizes(32, 8, 8))
     assert vae.shape == (32, 48, 3)
     assert vit.shape == (24, 32, 3)
-    assert vae.min() == vit.min() == 1.0
+    assert vae.min() == vit.min() == 255
 
 
 def test_grid_of_images():

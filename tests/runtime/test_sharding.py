@@ -54,8 +54,3 @@ def test_every_parameter_of_the_model_has_a_row(mesh):
     for tree in (base, adapters):
         count = len(jax.tree.leaves(sharding.param_shardings(tree, mesh)))
         assert count == len(jax.tree.leaves(tree))
-
-
-def test_constrain_does_nothing_without_a_mesh():
-    x = jax.numpy.ones((2, 3))
-    assert sharding.constrain(x, "batch", "embed") is x

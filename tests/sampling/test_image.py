@@ -11,7 +11,7 @@ import tiny_world
 
 from alphagrpo_jax import policy
 from alphagrpo_jax.flow import schedule, sde
-from alphagrpo_jax.flow.guidance import OFF, Guidance
+from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import GuidanceContexts
 from alphagrpo_jax.sampling import image
@@ -108,7 +108,9 @@ def test_a_start_beyond_the_end_is_the_deterministic_walk(setting, draw, velocit
     np.testing.assert_allclose(sample.latents, latents, atol=1e-4)
 
 
-@pytest.mark.parametrize(("sampler", "guidance"), [("sde", GUIDED), ("cps", OFF)])
+@pytest.mark.parametrize(
+    ("sampler", "guidance"), [("sde", GUIDED), ("cps", Guidance(text_scale=1.0))]
+)
 def test_scores_are_the_samplers_own_log_probs(tiny, setting, draw, sampler, guidance):
     params, contexts, initial, keys = setting
     options = dataclasses.replace(
