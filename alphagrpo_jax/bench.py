@@ -21,6 +21,7 @@ import numpy as np
 
 from alphagrpo_jax import build, trained
 from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.guards import TrainingError
 from alphagrpo_jax.jitted import jit_steps
 from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards import scoring
@@ -67,8 +68,8 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
       folder: for the prompt cache.
       steps: repetitions of each measurement; medians are reported.
     Raises:
-      ConfigError, ValueError, FileNotFoundError, PoolError: as in training; ConfigError also for a
-        task whose steps are not all alike.
+      ConfigError, ValueError, FileNotFoundError, PoolError, TrainingError: as in training;
+        ConfigError also for a task whose steps are not all alike.
     """
     if config.task not in TASKS:
         raise ConfigError(f"task: got {config.task!r}, bench measures one of {TASKS}")
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    except (OSError, ValueError, PoolError) as error:
+    except (OSError, ValueError, PoolError, TrainingError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     print(table(figures, config))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from alphagrpo_jax import build, policy, update
-from alphagrpo_jax.config import Config, from_config_dict, from_saved
+from alphagrpo_jax.config import Config, ConfigError, from_config_dict, from_saved
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.run_folder import CONFIG_FILE, payload
 from alphagrpo_jax.runtime import checkpoint, sharding
@@ -32,12 +32,18 @@ def read_config(path: str | pathlib.Path = DEFAULT_CONFIG) -> Config:
 
     Raises:
       FileNotFoundError: no such file.
-      ConfigError: see `config.from_config_dict`.
+      ConfigError: the file is no Python or has no `get_config`; see `config.from_config_dict`.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file at {path}; give one with --config")
-    return from_config_dict(runpy.run_path(str(path))["get_config"]())
+    try:
+        found = runpy.run_path(str(path))
+    except (SyntaxError, ImportError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be run ({error}); see configs/grpo.py") from error
+    if not callable(found.get("get_config")):
+        raise ConfigError(f"{path} has no function get_config; see configs/grpo.py")
+    return from_config_dict(found["get_config"]())
 
 
 def from_config(config: Config) -> Trained:

@@ -8,6 +8,7 @@ import tiny_world
 
 from alphagrpo_jax import bench
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.guards import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,25 @@ def test_figures(world: pathlib.Path):
     assert 0 <= figures["share/verifier_hidden"] <= 1
     shown = bench.table(json.loads(json.dumps(figures)), config)
     assert "step of 8 trajectories" in shown
+
+
+def test_an_error_of_the_training_is_explained(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise TrainingError("step 1: 100% of the samples have no reward")
+
+    monkeypatch.setattr(bench, "measure", fail)
+    assert bench.main(["--steps", "1"]) == 1
+    assert capsys.readouterr().err == "bench: step 1: 100% of the samples have no reward\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("x = 1\n", "has no function get_config"), ("def (", "cannot be run (invalid syntax")],
+)
+def test_a_file_that_is_no_configuration_is_explained(text, message, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(text)
+    assert bench.main(["--config", str(tmp_path / "config.py")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_configuration_is_explained(capsys):

@@ -57,6 +57,25 @@ def test_a_folder_that_is_no_fixture(tmp_path: pathlib.Path, capsys: pytest.Capt
         check(FOLDER, ["c99"])
 
 
+@pytest.mark.parametrize(
+    ("file", "keep", "message"),
+    [
+        ("expected.npz", 0.5, "expected.npz cannot be read (File is not a zip file); it may be"),
+        ("expected.npz", 0.0, "expected.npz cannot be read"),
+        ("expected.json", 0.5, "expected.json is not valid JSON"),
+    ],
+)
+def test_a_damaged_fixture(file: str, keep: float, message: str, tmp_path: pathlib.Path, capsys):
+    for name in ("expected.json", "expected.npz"):
+        content = (FOLDER / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: int(len(content) * (keep if name == file else 1))])
+    assert check_port.main(["--fixture", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+    (tmp_path / "expected.json").write_text('{"arrays": {}}')
+    assert check_port.main(["--fixture", str(tmp_path)]) == 1
+    assert "expected.json lacks ['texts', 'grad_norm_names']" in capsys.readouterr().err
+
+
 def test_roles():
     fixture = load_fixture(FOLDER)
     assert sum(len(names) for names in fixture.outputs().values()) == OUTPUTS

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ VAE_FILE, BAGEL_FILE = "vae_config.json", "bagel_config.json"
 # What the official application uses with a folder that has no bagel_config.json; a file that
 # exists but lacks a field falls back on the official configuration class (the field defaults).
 OFFICIAL_APPLICATION = {"max_latent_size": 64}
+NESTED = ("llm", "vit", "vae", "tokens")  # fields of BagelConfig that no file names so
 VAE_TRANSFORM = ImageSizes(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageSizes(max_size=980, min_size=224, stride=14)
 
@@ -160,25 +162,24 @@ class BagelConfig:
         Raises:
           ConfigError: a missing field or contradicting values.
         """
-        rules = dict(OFFICIAL_APPLICATION if bagel is None else bagel)
-        for name, default in (("vae_transform", VAE_TRANSFORM), ("vit_transform", VIT_TRANSFORM)):
-            given = rules.get(name, {})
-            rules[name] = ImageSizes(
-                max_size=given.get("max", default.max_size),
-                min_size=given.get("min", default.min_size),
-                stride=given.get("stride", default.stride),
+        rules = _given(BAGEL_FILE, OFFICIAL_APPLICATION if bagel is None else bagel)
+        transforms = {
+            name: _transform(rules.pop(name, {}), default, f"{BAGEL_FILE}: {name}")
+            for name, default in (
+                ("vae_transform", VAE_TRANSFORM),
+                ("vit_transform", VIT_TRANSFORM),
             )
-        vae_fields = dict(vae or {})
-        if "ch_mult" in vae_fields:
-            vae_fields["ch_mult"] = tuple(vae_fields["ch_mult"])
-        given = {name: value for name, value in llm.items() if value is not None}
-        llm_fields = {"num_key_value_heads": given.get("num_attention_heads")} | given
+        }
+        known = _known(cls, {name: x for name, x in rules.items() if name not in NESTED})
+        llm_fields = _given(LLM_FILE, llm)
+        heads = {"num_key_value_heads": llm_fields.get("num_attention_heads")}
         return cls(
-            llm=_build(LLMConfig, LLM_FILE, llm_fields),
+            llm=_build(LLMConfig, LLM_FILE, heads | llm_fields),
             vit=_build(ViTConfig, VIT_FILE, vit),
-            vae=_build(VAEConfig, VAE_FILE, vae_fields),
+            vae=_build(VAEConfig, VAE_FILE, {} if vae is None else vae),
             tokens=tokens,
-            **_known(cls, rules),
+            **_checked(cls, BAGEL_FILE, known),
+            **transforms,
         )
 
     def to_dicts(self) -> dict[str, dict[str, Any]]:
@@ -187,11 +188,10 @@ class BagelConfig:
             file: dataclasses.asdict(part)
             for file, part in ((LLM_FILE, self.llm), (VIT_FILE, self.vit), (VAE_FILE, self.vae))
         }
-        nested = {"llm", "vit", "vae", "tokens"}
         rules = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in nested
+            if field.name not in NESTED
         }
         for name in ("vae_transform", "vit_transform"):
             sizes = rules[name]
@@ -236,12 +236,47 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from error
 
 
+def _given(where: str, fields: Any) -> dict[str, Any]:
+    """The fields of a JSON object that have a value; null counts as missing."""
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{where}: got {fields!r:.80}, expected a JSON object with named fields")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _transform(fields: Any, default: ImageSizes, where: str) -> ImageSizes:
+    """The size rule of an image transform: max, min and stride."""
+    given = _given(where, fields)
+    named = {"max_size": given.get("max"), "min_size": given.get("min")}
+    named = _given(where, named | {"stride": given.get("stride")})
+    return dataclasses.replace(default, **_checked(ImageSizes, where, named))
+
+
+def _checked(cls: type, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with the types that a class declares; whole numbers are sizes, hence positive."""
+    checked, hints = {}, typing.get_type_hints(cls)
+    for name, value in fields.items():
+        kind, several = hints[name], typing.get_origin(hints[name]) is tuple
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        each = value if several and isinstance(value, list | tuple) else [value]
+        wanted = typing.get_args(kind)[0] if several else kind
+        fits = all(type(x) is wanted and (wanted is not int or x > 0) for x in each)
+        if not fits or (several and each is not value):
+            meant = "a positive whole number" if wanted is int else f"a {wanted.__name__}"
+            raise ConfigError(
+                f"{where}: {name} is {value!r}, expected {'a list of such: ' * several}{meant}"
+            )
+        checked[name] = tuple(each) if several else value
+    return checked
+
+
 def _known(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in fields.items() if name in names}
 
 
 def _build(cls: type, file: str, fields: Mapping[str, Any]) -> Any:
+    fields = _given(file, fields)
     required = [
         field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
     ]
@@ -250,7 +285,7 @@ def _build(cls: type, file: str, fields: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"{file} lacks {missing}; expected at least {required}, got {sorted(fields)}"
         )
-    return cls(**_known(cls, fields))
+    return cls(**_checked(cls, file, _known(cls, fields)))
 
 
 def _divides(file: str, name: str, divisor: int, whole: int) -> None:

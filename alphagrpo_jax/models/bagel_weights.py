@@ -286,9 +286,10 @@ def _difference(
 
 
 def _check_vocabulary(folder: Path, config: BagelConfig, tokenizer: Tokenizer) -> None:
-    ids = dataclasses.asdict(tokenizer.special)
-    if max(ids.values()) >= config.llm.vocab_size:
+    # A model may have more embeddings than its tokenizer has ids, never fewer.
+    if tokenizer.largest_id >= config.llm.vocab_size:
         raise WeightsError(
-            f"{folder}: the tokenizer's special tokens {ids} exceed the model's vocabulary of "
-            f"{config.llm.vocab_size} ({LLM_FILE}); use the tokenizer of the same model"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens with ids up to "
+            f"{tokenizer.largest_id}, but vocab_size of {LLM_FILE} is {config.llm.vocab_size}, "
+            f"expected at least {tokenizer.largest_id + 1}; use the tokenizer of the same model"
         )

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def load_fixture(folder: str | Path) -> Fixture:
 
     Raises:
       FileNotFoundError: no expected.json or expected.npz.
-      FixtureError: the two do not belong together.
+      FixtureError: one of the two is damaged, or they do not belong together.
     """
     folder = Path(folder)
     missing = [name for name in (EXPECTED_JSON, EXPECTED_NPZ) if not (folder / name).exists()]
@@ -120,22 +122,36 @@ def load_fixture(folder: str | Path) -> Fixture:
             f"{folder} lacks {missing}; expected a folder of recorded outputs with "
             f"{EXPECTED_JSON}, {EXPECTED_NPZ} and a BAGEL folder's files; check --fixture"
         )
-    index = json.loads((folder / EXPECTED_JSON).read_text(encoding="utf-8"))
-    with np.load(folder / EXPECTED_NPZ) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    index = _read_index(folder / EXPECTED_JSON)
+    try:
+        with np.load(folder / EXPECTED_NPZ) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise FixtureError(
+            f"{folder / EXPECTED_NPZ} cannot be read ({error}); it may be truncated: fetch the "
+            "folder again"
+        ) from error
     if arrays.keys() != index["arrays"].keys():
         odd = sorted(arrays.keys() ^ index["arrays"].keys())
         raise FixtureError(
             f"{folder}: {EXPECTED_JSON} and {EXPECTED_NPZ} name different arrays, e.g. {odd[:5]}; "
             "fetch the folder again"
         )
-    return Fixture(
-        folder,
-        arrays,
-        {name: entry["desc"] for name, entry in index["arrays"].items()},
-        index["texts"],
-        index["grad_norm_names"],
-    )
+    descriptions = {name: entry["desc"] for name, entry in index["arrays"].items()}
+    return Fixture(folder, arrays, descriptions, index["texts"], index["grad_norm_names"])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """What expected.json says of the arrays."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FixtureError(f"{path} is not valid JSON ({error}); fetch the folder again") from error
+    expected = ("arrays", "texts", "grad_norm_names")
+    missing = [name for name in expected if not (isinstance(index, dict) and name in index)]
+    if missing:
+        raise FixtureError(f"{path} lacks {missing}, expected {expected}; fetch the folder again")
+    return index
 
 
 def compare(got: np.ndarray | None, expected: np.ndarray) -> tuple[bool, float]:

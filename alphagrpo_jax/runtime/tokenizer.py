@@ -95,6 +95,11 @@ class Tokenizer:
     def __len__(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a text can have; ids need not be without gaps."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without `<|im_start|>` and `<|im_end|>`."""
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -83,6 +83,24 @@ def test_dicts_there_and_back():
         ("vit_config.json", {"num_hidden_layers": 1}, "expected at least 2"),
         ("vae_config.json", {"downsample": 8}, "downsample is 8"),
         ("vae_config.json", {"ch": 33}, "multiples of 32"),
+        (
+            "llm_config.json",
+            {"hidden_size": "64"},
+            "hidden_size is '64', expected a positive whole",
+        ),
+        ("llm_config.json", {"rope_theta": [1]}, r"rope_theta is \[1\], expected a float"),
+        ("vit_config.json", {"patch_size": 0}, "patch_size is 0, expected a positive whole"),
+        ("vit_config.json", {"hidden_act": 3}, "hidden_act is 3, expected a str"),
+        ("vae_config.json", {"ch_mult": 4}, "ch_mult is 4, expected a list of such: a positive"),
+        ("vae_config.json", {"ch_mult": [1, "2"]}, r"ch_mult is \[1, '2'\], expected a list"),
+        ("bagel_config.json", {"interpolate_pos": 1}, "interpolate_pos is 1, expected a bool"),
+        ("bagel_config.json", {"max_latent_size": True}, "max_latent_size is True, expected a"),
+        (
+            "bagel_config.json",
+            {"vit_transform": [378]},
+            r"vit_transform: got \[378\], expected a JSON",
+        ),
+        ("bagel_config.json", {"vae_transform": {"max": "9"}}, "vae_transform: max_size is '9'"),
     ],
 )
 def test_contradictions(folder: pathlib.Path, file: str, fields: dict, message: str):
@@ -95,6 +113,12 @@ def test_unreadable_files(folder: pathlib.Path):
     (folder / "bagel_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"bagel_config\.json is not valid JSON"):
         BagelConfig.from_folder(folder, TOKENS)
+    for name in JSON:
+        shutil.copy(FOLDER / "bagel_config.json", folder)
+        (folder / name).write_text("[1]")
+        with pytest.raises(ConfigError, match=rf"{name}: got \[1\], expected a JSON object"):
+            BagelConfig.from_folder(folder, TOKENS)
+        shutil.copy(FOLDER / name, folder)
     (folder / "llm_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"llm_config\.json does not exist"):
         BagelConfig.from_folder(folder, TOKENS)

@@ -1,5 +1,6 @@
 """Folders read and written: same names, shapes, dtypes and bytes; every misfit in one message."""
 
+import json
 import pathlib
 import shutil
 
@@ -130,6 +131,27 @@ def test_a_tokenizer_of_another_model(folder: pathlib.Path):
     (folder / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|end|>"))
     with pytest.raises(TokenizerError, match=r"lacks the special tokens \['<\|im_end\|>'\]"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("more", [-1, 7])
+def test_a_model_may_have_more_embeddings_than_tokens_but_not_fewer(
+    folder: pathlib.Path, more: int
+):
+    """Also where a token that is no special one lies beyond the last embedding."""
+    path = folder / "llm_config.json"
+    fields = json.loads(path.read_text())
+    fields["vocab_size"] += more
+    path.write_text(json.dumps(fields))
+    # Without this the last id, 404, is a special one.
+    text = (folder / "tokenizer.json").read_text().replace("<|vision_end|>", "<|last|>")
+    (folder / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|vision_end|>"))
+    with pytest.raises(WeightsError) as error:
+        load_model(folder)
+    fits = "ids up to 404, but vocab_size of llm_config.json is 404, expected at least 405"
+    assert (fits in str(error.value)) == (more < 0)
+    assert ("lm_head.weight has shape [405, 64], expected [412, 64]" in str(error.value)) == (
+        more > 0
+    )
 
 
 def test_leaves_can_be_placed_one_by_one(loaded: Loaded):
