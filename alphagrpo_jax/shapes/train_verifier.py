@@ -164,10 +164,16 @@ class Trainer:
     """Model, read-outs, optimizers and position of a run; saved and restored as one file."""
 
     def __init__(
-        self, out: Path, seed: int, steps: dict[str, int], joint_lr: float = PEAK_LR["joint"]
+        self,
+        out: Path,
+        seed: int,
+        steps: dict[str, int],
+        joint_lr: float = PEAK_LR["joint"],
+        start: Path | None = None,
     ):
         torch.manual_seed(seed)
-        self.out, self.seed, self.steps = out, seed, steps
+        self.out, self.seed, self.steps, self.begins_at = out, seed, steps, start
+        self.options = {"seed": seed, "joint_lr": joint_lr, "start": str(start)}
         self.peak = PEAK_LR | {"joint": joint_lr}
         self.model, self.processor = verifier_model.build(verifier_data.vocabulary())
         self.probes = packed.Probes(verifier_model.WIDTH, sum(verifier_data.PATCH_OUTPUTS))
@@ -188,7 +194,7 @@ class Trainer:
             "probes": self.probes.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "position": (self.stage, self.step),
-            "seed": self.seed,
+            "options": self.options,
             "steps": self.steps,
             "seconds": self.seconds,
         }
@@ -203,7 +209,8 @@ class Trainer:
         """Continues from the folder's checkpoint, if there is one.
 
         Raises:
-          ValueError: the checkpoint is of another seed or other step counts.
+          ValueError: the checkpoint is of a run with other options; steps of a stage that has not
+            begun may differ.
         """
         path = self.out / "checkpoint.pt"
         if not path.exists():
@@ -211,13 +218,9 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         stage, _ = state["position"]
         begun = STAGES[: STAGES.index(stage) + 1]
-        theirs = {"seed": state["seed"], **{s: state["steps"][s] for s in begun}}
-        ours = {"seed": self.seed, **{s: self.steps[s] for s in begun}}
-        if theirs != ours:
-            raise ValueError(
-                f"{path} is of a run with {theirs}, this one has {ours}; "
-                "repeat the command of that run or choose another --out"
-            )
+        theirs = state.get("options", {}) | {f"{s}_steps": state["steps"][s] for s in begun}
+        ours = self.options | {f"{s}_steps": self.steps[s] for s in begun}
+        resumable.check_options(theirs, ours, self.out)
         self.model.load_state_dict(state["model"])
         self.probes.load_state_dict(state["probes"])
         self.stage, self.step = state["position"]
@@ -243,13 +246,15 @@ class Trainer:
             asked = [verifier_data.questions_about(e, rng, QUESTIONS) for e in batch]
         return self.encoder.batch(batch, asked)
 
-    def start(self, folder: Path) -> None:
-        """Goes on from the end of another run, with the joint stage alone.
+    def begin(self) -> None:
+        """Goes on from the end of the run in `start`, if there is one, with the joint stage alone.
 
         Raises:
           FileNotFoundError: the folder has no checkpoint.
         """
-        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        if self.begins_at is None:
+            return
+        state = torch.load(self.begins_at / "checkpoint.pt", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.probes.load_state_dict(state["probes"])
         self.stage = "joint"
@@ -325,8 +330,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--joint-steps", type=int, default=1500)
+    parser.add_argument("--vision-steps", type=int, default=1500)
+    parser.add_argument("--joint-steps", type=int, default=5000)
     parser.add_argument("--joint-lr", type=float, default=PEAK_LR["joint"])
     parser.add_argument("--start", type=Path, help="folder of a run to go on from, questions only")
     parser.add_argument("--threads", type=int, default=2)
@@ -334,11 +339,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     steps = {"vision": options.vision_steps, "joint": options.joint_steps}
-    trainer = Trainer(options.out, options.seed, steps, options.joint_lr)
-    if trainer.restore():
-        tqdm.write(f"resuming {trainer.stage} at step {trainer.step}")
-    elif options.start is not None:
-        trainer.start(options.start)
+    trainer = Trainer(options.out, options.seed, steps, options.joint_lr, options.start)
+    try:
+        if trainer.restore():
+            tqdm.write(f"resuming {trainer.stage} at step {trainer.step}")
+        else:
+            trainer.begin()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     code = train(trainer, stopped=lambda: stop.requested)
     spent = f"{trainer.seconds:.0f} seconds of training"
     if code == resumable.STOPPED:

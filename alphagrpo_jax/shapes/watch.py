@@ -3,8 +3,9 @@
     python -m alphagrpo_jax.shapes.watch -- COMMAND...
 
 Memory is the summed PSS (a page that n processes share counts 1/n in each) of the command and all
-its descendants, read once a second from Linux's /proc. Ends with one line of JSON on stdout and the
-command's exit code (128 + n if signal n ended it).
+its descendants, read from Linux's /proc every two seconds (more often would take noticeable time
+from what is measured): a peak shorter than that may be missed. Ends with one line of JSON on stdout
+and the command's exit code (128 + n if signal n ended it).
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-PERIOD = 1.0  # seconds between two readings
+PERIOD = 2.0  # seconds between two readings
 PROC = pathlib.Path("/proc")
 NOT_FOUND = 127  # exit code, as the shell's
 

@@ -1,4 +1,5 @@
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -276,10 +277,22 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_checkpoint_of_another_run_is_refused(tmp_path):
-    script.Trainer(tmp_path, 0, {"vision": 1, "joint": 1}).save()
-    with pytest.raises(ValueError, match="choose another --out"):
-        script.Trainer(tmp_path, 1, {"vision": 1, "joint": 1}).restore()
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1}, "seed: the run has 0, this start 1"),
+        ({"joint_lr": 1e-3}, "joint_lr: the run has 0.003, this start 0.001"),
+        ({"start": pathlib.Path("x")}, "start: the run has 'None', this start 'x'"),
+        ({"steps": {"vision": 2, "joint": 1}}, "vision_steps: the run has 1, this start 2"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(other, message, tmp_path):
+    own = {"out": tmp_path, "seed": 0, "steps": {"vision": 1, "joint": 1}}
+    script.Trainer(**own).save()
+    with pytest.raises(ValueError, match=message):
+        script.Trainer(**own | other).restore()
+    later = {"steps": {"vision": 1, "joint": 9}}  # that stage has not begun
+    assert script.Trainer(**own | later).restore()
 
 
 def test_questions_about_odd_scenes_have_no_shapes_or_four():
