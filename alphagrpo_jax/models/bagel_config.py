@@ -17,6 +17,7 @@ VAE_FILE, BAGEL_FILE = "vae_config.json", "bagel_config.json"
 # What the official application uses with a folder that has no bagel_config.json; a file that
 # exists but lacks a field falls back on the official configuration class (the field defaults).
 OFFICIAL_APPLICATION = {"max_latent_size": 64}
+MAY_BE_ZERO = ("num_res_blocks",)
 NESTED = ("llm", "vit", "vae", "tokens")  # fields of BagelConfig that no file names so
 VAE_TRANSFORM = ImageSizes(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageSizes(max_size=980, min_size=224, stride=14)
@@ -252,7 +253,7 @@ def _transform(fields: Any, default: ImageSizes, where: str) -> ImageSizes:
 
 
 def _checked(cls: type, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with the types that a class declares; whole numbers are sizes, hence positive."""
+    """Fields with the types that a class declares; sizes, all whole numbers, are positive."""
     checked, hints = {}, typing.get_type_hints(cls)
     for name, value in fields.items():
         kind, several = hints[name], typing.get_origin(hints[name]) is tuple
@@ -260,7 +261,8 @@ def _checked(cls: type, where: str, fields: Mapping[str, Any]) -> dict[str, Any]
             value = float(value)
         each = value if several and isinstance(value, list | tuple) else [value]
         wanted = typing.get_args(kind)[0] if several else kind
-        fits = all(type(x) is wanted and (wanted is not int or x > 0) for x in each)
+        least = 0 if name in MAY_BE_ZERO else 1
+        fits = all(type(x) is wanted and (wanted is not int or x >= least) for x in each)
         if not fits or (several and each is not value):
             meant = "a positive whole number" if wanted is int else f"a {wanted.__name__}"
             raise ConfigError(
