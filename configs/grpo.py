@@ -167,13 +167,13 @@ def get_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 1.0
-    config.optimizer.warmup_steps = 5
-    config.optimizer.decay_steps = 200
+    config.optimizer.warmup_steps = 5  # linear from 0: the first update has rate 0
+    config.optimizer.decay_steps = 200  # 0 from there on; set it with train.steps
 
     config.eval = ConfigDict()
     config.eval.every = 50
     config.eval.prompts = 400
-    config.eval.micro_batch = 48  # as rollout.micro_batch: one compilation for both
+    config.eval.micro_batch = 48
     config.eval.temperature = 1.0
     config.eval.top_p = 1.0
     config.eval.num_points = 12

@@ -1,13 +1,16 @@
 """setup.py, constraints.txt, the launch scripts and the README agree with the repository."""
 
+import argparse
 import ast
 import importlib
 import importlib.metadata
 import json
+import operator
 import os
 import pathlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import types
@@ -95,6 +98,31 @@ def test_scripts_parse_and_run(script: pathlib.Path):
         assert os.access(script, os.X_OK), f"{script.name} is not executable"
 
 
+PYTHON_STAND_IN = """#!/bin/bash
+# As `python -m venv FOLDER`, and as the pip in it.
+if [ "$2" = venv ]; then
+  mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && : > "$3/bin/activate"
+else
+  echo "${@: -1}" >> installed.log
+fi
+"""
+
+
+def test_setup_installs_anew_when_the_extras_change(tmp_path: pathlib.Path):
+    for name in ("setup.py", "constraints.txt", "python"):
+        (tmp_path / name).write_text(PYTHON_STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+    for extras in ("", "", ".[tests,cuda]", "", ".[tests,cuda]", ".[tests]"):
+        subprocess.run(
+            ["bash", "-euc", f'. "{ROOT}/launch/setup.sh"'],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": "./python", "VENV": "venv", "EXTRAS": extras},
+            check=True,
+        )
+    installed = (tmp_path / "installed.log").read_text().splitlines()
+    assert installed == [".[tests]", ".[tests,cuda]", ".[tests]"]
+
+
 def test_readme_commands_exist():
     commands = re.findall(r"python -m (alphagrpo_jax[\w.]*)", README)
     assert commands
@@ -106,6 +134,62 @@ def test_readme_commands_exist():
         assert os.access(ROOT / script, os.X_OK), f"README names {script}"
     for config in set(re.findall(r"configs/\w+\.py", README)):
         assert (ROOT / config).exists(), f"README names {config}"
+
+
+def commands_in(text: str) -> list[tuple[str, list[str]]]:
+    """The modules and arguments of all `python -m alphagrpo_jax.NAME ...` in a Markdown text."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = []
+    for line in (*lines, *spans):
+        for command in re.split(r"(?=python -m )| -- | \| ", line):
+            match = re.match(r"python -m (alphagrpo_jax[\w.]*)(.*)", command, re.DOTALL)
+            if match:
+                words = shlex.split(re.sub(r"[\[\]]", " ", match[2]), comments=True)
+                found.append((match[1], words))
+    return found
+
+
+def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser of a command, which is asked to parse and does no more than that."""
+
+    class AskedError(Exception):
+        pass
+
+    def stop(parser, *_, **__):
+        raise AskedError(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        module = importlib.import_module(name)
+        with pytest.raises(AskedError) as asked:
+            module.main()
+    return asked.value.args[0]
+
+
+CARDS = sorted((PACKAGE / "shapes" / "assets").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS], ids=lambda path: path.parent.name)
+def test_commands_have_the_flags_that_they_are_shown_with(path: pathlib.Path, monkeypatch):
+    commands = commands_in(path.read_text())
+    assert commands
+    config = grpo.get_config()
+    for name, words in commands:
+        shown = " ".join((name, *words))
+        given = {word.split("=")[0] for word in words if word.startswith("--")}
+        if name == "alphagrpo_jax.train":
+            for flag in given - {"--config", "--workdir", "--config.FIELD"}:
+                field = operator.attrgetter(flag.removeprefix("--config."))
+                assert field(config) is not None, f"{shown}: no {flag}"
+            continue
+        parser = parser_of(name, monkeypatch)
+        known = {option for action in parser._actions for option in action.option_strings}
+        assert given <= known, f"{shown}: no flags {sorted(given - known)}"
+        required = [set(a.option_strings) for a in parser._actions if a.required]
+        missing = [sorted(options) for options in required if options and not options & given]
+        assert "--help" in given or not missing, f"{shown}: lacks {missing}"
 
 
 def test_readme_links_exist():

@@ -1,7 +1,8 @@
 """Pretraining examples of the shapes world: drawing, captions, answers, edits and repairs.
 
-Requests are of the train split only, and pictures to look at or to arrive at have combinations of
-the train split too. An implied request's riddles are read as `requests.resolve` reads them, and
+Requests are of the train split only, and so are the combinations in pictures to describe, to ask
+about and to edit, before and after; pictures drawn for a request, or spoilt to be repaired, may
+happen to show any. An implied request's riddles are read as `requests.resolve` reads them, and
 the picture always agrees with the think text, right or wrong.
 """
 
