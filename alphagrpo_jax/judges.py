@@ -27,6 +27,7 @@ from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.scoring import Judge
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, bare
 from alphagrpo_jax.rollout import image_block
+from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 
 IMAGES = 8  # that are looked at at a time
@@ -65,6 +66,27 @@ def _second_pool(config: Config) -> Pool:
         where = {"kind": kind, "path": own.second, "endpoints": ()}
     second = dataclasses.replace(own, **where, workers=1, audit="")
     return build.make_pool(dataclasses.replace(config, verifier=second))
+
+
+class PoolCounts:
+    """What the training's pool did since the last look, as metrics: everything that went wrong too.
+
+    Under `time/`, since faults differ from run to run while rewards do not.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        """Counts from now on; of a judge without a pool there is nothing to count."""
+        self._pool = judge if isinstance(judge, Pool) else None
+        self._before = self._pool.counters() if self._pool else {}
+
+    def metrics(self) -> dict[str, float]:
+        """`time/pool/NAME` for every counter (see `Pool.counters`), summed over all processes."""
+        if self._pool is None:
+            return {}
+        now = self._pool.counters()
+        gained = distributed.total(np.array([now[name] - self._before[name] for name in now]))
+        self._before = now
+        return {f"time/pool/{name}": float(value) for name, value in zip(now, gained, strict=True)}
 
 
 class PolicyJudge:

@@ -119,6 +119,7 @@ def configured(options: argparse.Namespace) -> Config:
         "device": options.device,
         "dtype": options.dtype,
         "max_attempts": options.attempts,
+        "cache_size": options.cache_size,
         "total_seconds": QUEUE_SECONDS,
     }
     fields["reward"] |= {
@@ -265,6 +266,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="of a local verifier")
     add("--dtype", default="float32", help="of its weights: float32, bfloat16 or auto")
     add("--attempts", type=int, default=4, help="at an image, until it has no score")
+    add("--cache-size", type=int, default=0, help="answers that are remembered, for folders "
+        "in which images come more than once")  # fmt: skip
     add("--score", choices=SCORES, default="confidence")
     add("--aggregate", choices=dvreward.AGGREGATES, default="geometric")
     add("--dependencies", action="store_true", help="a question counts only if those that it "

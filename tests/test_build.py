@@ -1,5 +1,6 @@
 """What `build` makes of a configuration without loading a model: the verifier workers."""
 
+import jax
 import pytest
 
 from alphagrpo_jax import build
@@ -30,6 +31,25 @@ def test_endpoints_stand_beside_local_workers():
     assert [kind for kind, _ in factories] == ["hf", "hf", "openai", "openai"]
     assert [options["endpoints"] for _, options in factories[2:]] == [(url,) for url in URLS]
     assert not any(options["must_serve"] for _, options in factories[2:])
+
+
+def test_the_pool_is_made_as_configured(tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(build, "Pool", lambda factories, options: made.update(options=options))
+    build.make_pool(config_of(cache_size=7, audit=str(tmp_path / "log.jsonl"), max_attempts=3))
+    assert made["options"].cache_size == 7
+    assert made["options"].audit_path == str(tmp_path / "log.jsonl")
+    assert made["options"].max_attempts == 3
+    build.make_pool(config_of())
+    assert (made["options"].cache_size, made["options"].audit_path) == (0, None)
+
+
+def test_each_of_several_processes_has_an_audit_log_of_its_own(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert build.audit_path("logs/audit.jsonl") == "logs/audit.1.jsonl"
+    assert build.audit_path("audit") == "audit.1"
+    assert build.audit_path("") is None
 
 
 def test_without_endpoints_all_workers_are_local():

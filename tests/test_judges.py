@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import bad_server
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_world
+from bad_server import BadServer
 
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax import judges, policy
@@ -128,6 +130,22 @@ def test_a_tokenizer_without_the_words_is_refused(loaded):
         judges.PolicyJudge(wordless, question_tokens=LENGTH)
 
 
+def test_a_second_verifier_may_be_an_endpoint(images, tmp_path):
+    fields = grpo.get_config()
+    fields.verifier.kind, fields.verifier.path = "callable", "tiny_world:Honest"
+    fields.verifier.model, fields.verifier.workers = bad_server.MODEL, 1
+    with BadServer(tmp_path) as server:
+        fields.verifier.second = f"openai:{server.url}"
+        with judges.opened(config_lib.from_config_dict(fields), None) as (_, second):
+            second.submit(0, images[0], QUESTIONS)
+            told = second.gather([0])[0].p_yes
+    assert told == pytest.approx([bad_server.truth(images[0], each) for each in QUESTIONS])
+
+
+def test_a_policy_that_judges_has_no_pool_to_count(judge):
+    assert judges.PoolCounts(judge).metrics() == {}
+
+
 def test_a_second_verifier_stands_beside_the_first(images):
     fields = grpo.get_config()
     fields.verifier.kind, fields.verifier.path = "callable", "tiny_world:Honest"
@@ -138,6 +156,16 @@ def test_a_second_verifier_stands_beside_the_first(images):
             pool.submit(0, images[0], QUESTIONS)
         assert first.gather([0])[0].p_yes != (0.5,) * 3
         assert second.gather([0])[0].p_yes == (0.5,) * 3
+        counts = judges.PoolCounts(first)  # from here on
+        first.submit(1, images[1], QUESTIONS)
+        first.gather([1])
+        once, nothing = counts.metrics(), counts.metrics()
+        assert {name for name in once if not name.startswith("time/pool/")} == set()
+        assert once["time/pool/questions"] == len(QUESTIONS)
+        assert once["time/pool/answered"] == once["time/pool/attempts"] == 1
+        assert once["time/pool/busy_seconds"] > 0
+        assert once.keys() == nothing.keys() >= {"time/pool/retries", "time/pool/lost_workers"}
+        assert set(nothing.values()) == {0.0}
     verifier = dataclasses.replace(config.verifier, second="")
     with judges.opened(dataclasses.replace(config, verifier=verifier), None) as (first, second):
         assert second is None

@@ -152,12 +152,22 @@ def test_a_place_that_cannot_be_written_is_found_before_asking(folder, capsys):
         ("--score", "warmth"),
         ("--verifier", "openai:http://127.0.0.1:1/v1"),
         ("--workers", "0"),
+        ("--cache-size", "-1"),
+        ("--api-key-env", "sk-0123456789"),
     ],
 )
-def test_wrong_usage(folder, wrong):
+def test_wrong_usage(folder, wrong, capsys):
     arguments = [*flags(folder, "report.html"), *wrong]
     try:
         code = score.main(arguments)
     except SystemExit as end:
         code = end.code
     assert code == 2
+    assert "sk-0" not in capsys.readouterr().err
+
+
+def test_answers_are_remembered_if_asked_for(folder):
+    def size(*more):
+        return score.configured(score.parse([*flags(folder, "a.csv"), *more])).verifier.cache_size
+
+    assert (size(), size("--cache-size", "99")) == (0, 99)

@@ -30,8 +30,8 @@ def reflection_rule(text: str) -> float:
     return float(wishes.index(True) >= 1)  # something was said before the first wish
 
 
-# What a verifier is asked about a reflection, beside the image that it speaks of. The policy that is
-# trained wrote it, so it stands there as a JSON string that it cannot end: whatever would sway the
+# What a verifier is asked about a reflection, beside the image that it speaks of. The policy in
+# training wrote it, so it stands there as a JSON string that it cannot end: whatever would sway the
 # verifier from outside the quotes would be learnt.
 REFLECTION_QUESTIONS = (
     "A user asked for this picture: {prompt}. A reviewer wrote: {text}. Does the reviewer's "

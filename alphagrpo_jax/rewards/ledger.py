@@ -243,8 +243,8 @@ class Ledger:
             self._audit.write(row)
         except OSError as error:
             self.unaudited = (
-                f"the audit log cannot be written: {self._audit.path}: {error}; make room there, or "
-                "choose another file or none (verifier.audit), then run the same command again"
+                f"the audit log cannot be written: {self._audit.path}: {error}; make room there, "
+                "or choose another file or none (verifier.audit), and run the command again"
             )
 
 

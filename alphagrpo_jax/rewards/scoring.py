@@ -244,7 +244,14 @@ def without(scores: Scores, failed: np.ndarray, reason: str) -> Scores:
         for name in ("reward", "semantic", "quality")
     }
     failures = dict(scores.failures) | {reason: int(new.sum())}
-    return dataclasses.replace(scores, **blank, valid=scores.valid & ~new, failures=failures)
+    reasons = scores.reasons or (None,) * len(new)
+    return dataclasses.replace(
+        scores,
+        **blank,
+        valid=scores.valid & ~new,
+        failures=failures,
+        reasons=tuple(reason if n else old for n, old in zip(new, reasons, strict=True)),
+    )
 
 
 def _forms(thinks: Sequence[Sequence[str]], count: int) -> np.ndarray:

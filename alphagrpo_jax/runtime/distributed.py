@@ -77,6 +77,13 @@ def merge_rows(values: np.ndarray, count: int) -> np.ndarray:
     return np.moveaxis(stacked, 0, 1).reshape(-1, *values.shape[1:])[:count]
 
 
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum of float64[N] over the processes, on every process."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+
+
 def primary_says(flag: bool) -> bool:  # noqa: FBT001
     """The flag of the process that writes logs, on every process."""
     if jax.process_count() == 1:

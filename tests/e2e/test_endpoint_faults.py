@@ -1,5 +1,6 @@
 """Training with a verifier behind an endpoint that misbehaves: it goes on, or says why it stops."""
 
+import ast
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import bad_server
+import numpy as np
 import pytest
 import tiny_world
 from bad_server import BadServer
@@ -76,6 +78,27 @@ def check_audit(audit, server):
     assert numbers > 0
 
 
+def check_rewards(audit, rows):
+    """Every mean reward of a row is that of the log's numbers, each sample counted once."""
+    rewards = {}  # by where the samples are from
+    sizes = {}
+    for row in audit:
+        sample = ast.literal_eval(row["sample"])
+        if row["p_yes"] is not None:
+            yes = np.array(row["p_yes"])  # two questions of meaning, one of quality
+            own = rewards.setdefault(sample[:-1], [])
+            own.append(np.sqrt(yes[:2].mean() * yes[2]))
+            sizes.setdefault(sample[:-1], []).append(sample[-1])
+    for row in rows[1:]:
+        assert sorted(sizes[row["step"], 0]) == list(range(8))
+        assert row["reward/mean"] == pytest.approx(np.mean(rewards[row["step"], 0]), abs=1e-12)
+    for prefix in ("eval", "eval_greedy"):
+        told = [row[f"{prefix}/reward/mean"] for row in rows if f"{prefix}/reward/mean" in row]
+        found = np.reshape(rewards[(prefix,)], (len(told), -1)).mean(axis=1)
+        assert sizes[(prefix,)]
+        assert told == pytest.approx(found, abs=1e-12)
+
+
 def check_no_key(world, workdir, printed):
     files = [path for path in (*workdir.rglob("*"), *world.glob("*.jsonl")) if path.is_file()]
     assert len(files) > 3
@@ -94,6 +117,7 @@ def test_a_flaky_endpoint_costs_no_sample(world, server):
     faults = {row["fault"] for row in server.log()}
     assert faults == {None, *FAULTS}
     check_audit(audit, server)
+    check_rewards(audit, rows)
     check_no_key(world, workdir, printed)
 
 

@@ -1,5 +1,6 @@
 """From answers to rewards of a batch, by hand; what is not known stays unknown."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -74,6 +75,19 @@ def test_without_texts_there_is_no_format_reward():
     found = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], (), options)
     assert found.reward[0] == 0.75
     assert scoring.totals(found, options)[0][0] == 0.75
+
+
+def test_samples_without_a_verdict_are_invalid_and_say_why():
+    records = [parse_record(tiny_world.record("a circle"))] * 3
+    options = scoring.ScoringOptions("mean", "binary", 0.0)
+    outcomes = Answers({0: scored(0.9, 0.2, 0.6), 1: FAILED, 2: scored(0.9, 0.2, 0.6)})
+    before = scoring.gather(outcomes, range(3), records, (), options)
+    found = scoring.without(before, np.array([True, True, False]), "no verdict")
+    assert found.valid.tolist() == [False, False, True]
+    assert found.reasons == ("no verdict", before.reasons[1], None)
+    assert found.failures == {before.reasons[1]: 1, "no verdict": 1}
+    untold = dataclasses.replace(before, reasons=())  # as rewards by rule have it
+    assert scoring.without(untold, np.array([True, False, False]), "x").reasons == ("x", None, None)
 
 
 def test_all_invalid_has_no_mean():

@@ -62,3 +62,10 @@ def test_one_process_has_everything():
     assert distributed.merge_rows(values, 3) is values
     assert distributed.primary_says(True) is True
     assert distributed.any_process(False) is False
+    assert distributed.total(values) is values
+
+
+def test_totals_are_sums_over_the_processes(processes, monkeypatch):
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, 2 * x, x]))
+    for found in processes(3, lambda: distributed.total(np.array([1.0, 5.0]))):
+        assert found.tolist() == [4.0, 20.0]
