@@ -5,10 +5,11 @@
     python -m alphagrpo_jax.generate --image x.png --edit "make the circle blue" --out y.png
     python -m alphagrpo_jax.generate --image x.png --ask "What colour is the circle?"
 
-Prints what the model writes. Drawing writes one PNG, a grid if there are several images. With
-`--refine N` the model looks at its image N times, says what is wrong and draws it anew: every
-round's image is written beside OUT (OUT's name with _0, _1, ...), the one kept to OUT. Small images
-are written enlarged. `--keep`:
+Prints what the model writes. Drawing writes one image file, a grid if there are several images.
+With `--refine N` the model looks at its image N times, says what is wrong and draws it anew: every
+round's image is written beside OUT (OUT's name with _0, _1, ...) as soon as it is drawn, the one
+kept to OUT; reflections, rewards and what is kept to OUT's name with _rounds.json. Small images are
+written enlarged. `--keep`:
 
   last   the last round's, without a verifier
   best   the one that the verifier rates highest, over all rounds
@@ -16,7 +17,9 @@ are written enlarged. `--keep`:
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import sys
@@ -25,15 +28,17 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import inference, trained
+from alphagrpo_jax import build, inference, trained
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards.pool import PoolError
 from alphagrpo_jax.rewards.questions import Record, parse_record, read_jsonl
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
+from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.shapes import grammar
 
 SHOWN_SIDE = 96  # pixels; smaller images are enlarged for the eye
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images that are written
 
 
 def picture(images: np.ndarray) -> Image.Image:
@@ -46,31 +51,52 @@ def picture(images: np.ndarray) -> Image.Image:
 
 
 def changed(config: Config, options: argparse.Namespace) -> Config:
-    """The configuration with the evaluation's sampling as the flags say."""
+    """A configuration with the sampling, the model and the verifier that the flags name.
+
+    Raises:
+      ConfigError: image guidance where the text guidance is off.
+    """
     names = ("temperature", "top_p", "num_points", "text_guidance")
     values = {name: vars(options)[name] for name in names if vars(options)[name] is not None}
-    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **values))
+    scales = {"text_scale": options.text_guidance, "image_scale": options.image_guidance}
+    scales = {name: scale for name, scale in scales.items() if scale is not None}
+    edits = dataclasses.replace(config.rollout.edit_guidance, **scales)
+    if options.image_guidance is not None and edits.text_scale <= 1:
+        raise ConfigError(
+            f"without effect: --image_guidance {options.image_guidance}, as the text guidance of "
+            f"edits is {edits.text_scale}, which is off; give --text_guidance above 1 as well"
+        )
+    verifier = config.verifier
+    if options.verifier is not None:
+        local = {"kind": "hf", "path": options.verifier, "endpoints": ()}
+        verifier = dataclasses.replace(verifier, **local)
+    model = config.model
+    if options.model is not None:
+        model = dataclasses.replace(model, path=options.model)
+    return dataclasses.replace(
+        config,
+        model=model,
+        eval=dataclasses.replace(config.eval, **values),
+        rollout=dataclasses.replace(config.rollout, edit_guidance=edits),
+        verifier=verifier,
+    )
 
 
-def open_policy(options: argparse.Namespace) -> trained.Trained:
-    """The policy that the flags name, with its verifier."""
-    policy = _open_policy(options)
-    if options.verifier is None:
-        return policy
-    local = {"kind": "hf", "path": options.verifier, "endpoints": ()}
-    verifier = dataclasses.replace(policy.config.verifier, **local)
-    return policy._replace(config=dataclasses.replace(policy.config, verifier=verifier))
-
-
-def _open_policy(options: argparse.Namespace) -> trained.Trained:
+def read_config(options: argparse.Namespace) -> Config:
+    """The configuration that the flags name, as they change it."""
     if options.checkpoint:
-        policy = trained.from_run(options.checkpoint, model_path=options.model)
-        return policy._replace(config=changed(policy.config, options))
-    config = changed(trained.read_config(options.config), options)
-    if options.model:
-        model = dataclasses.replace(config.model, path=options.model)
-        config = dataclasses.replace(config, model=model)
-    return trained.from_config(config)
+        config = trained.run_config(options.checkpoint)
+    else:
+        config = trained.read_config(options.config)
+    return changed(config, options)
+
+
+def open_policy(options: argparse.Namespace, config: Config) -> trained.Trained:
+    """The policy that the flags name; what it draws with is in `config`."""
+    if not options.checkpoint:
+        return trained.from_config(config)
+    policy = trained.from_run(options.checkpoint, model_path=options.model)
+    return policy._replace(config=config)
 
 
 def questions_for(options: argparse.Namespace) -> Record:
@@ -102,9 +128,12 @@ def run(options: argparse.Namespace) -> None:
     image = None if options.image is None else images_lib.open_rgb(options.image)
     judged = options.refine and options.keep != "last"
     record = questions_for(options) if judged else None
+    config = read_config(options)
+    if judged:
+        build.verifier_factories(config)
     if options.out is not None:
         pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    policy = open_policy(options)
+    policy = open_policy(options, config)
     if options.ask is not None:
         think, answer = inference.ask(policy, image, options.ask, seed=options.seed)
         print(f"thinks: {think}\n{answer}")
@@ -142,14 +171,33 @@ def _refine(
         image=image,
         seed=options.seed,
     )
-    for number, each in enumerate(rounds.rounds):
-        path = out.with_stem(f"{out.stem}_{number}")
-        picture(each.image[None]).save(path)
-        score = "" if each.reward is None else f" (verifier: {each.reward:.3f})"
-        print(f"round {number}{score}: {each.text}\n  {path}")
-    picture(rounds.rounds[rounds.kept].image[None]).save(out)
-    used = f"by the verifier {_judge(policy.config)}" if record else "without a verifier"
-    print(f"kept round {rounds.kept} ({options.keep}, {used}): {out}")
+    verifier = _judge(policy.config) if record else None
+    log = {"prompt": options.prompt, "keep": options.keep, "verifier": verifier, "rounds": []}
+    kept, beside = None, out.with_name(f"{out.stem}_rounds.json")
+    try:
+        with contextlib.closing(rounds):
+            for number, each in enumerate(rounds):
+                path = out.with_stem(f"{out.stem}_{number}")
+                picture(each.image[None]).save(path)
+                if each.kept:
+                    kept = number
+                    picture(each.image[None]).save(out)
+                entry = {"image": path.name, "text": each.text, "reward": each.reward}
+                log["rounds"].append(entry)
+                log["kept"] = kept
+                replace_text(beside, json.dumps(log, indent=2, ensure_ascii=False) + "\n")
+                score = "" if each.reward is None else f" (verifier: {each.reward:.3f})"
+                print(f"round {number}{score}: {each.text}\n  {path}")
+    except (ValueError, PoolError) as error:
+        if not log["rounds"]:
+            raise
+        result = "none is kept" if kept is None else f"{out} is round {kept}"
+        raise ValueError(
+            f"after round {len(log['rounds']) - 1}: {error}; all rounds so far are written beside "
+            f"{out}, with {beside.name}; {result}"
+        ) from error
+    used = f"by the verifier {verifier}" if record else "without a verifier"
+    print(f"kept round {kept} ({options.keep}, {used}): {out}; reflections: {beside}")
 
 
 def _judge(config: Config) -> str:
@@ -176,7 +224,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--image", help="an image file to edit, ask about, or repair")
     add("--edit", help="what to change in --image")
     add("--ask", help="a question about --image")
-    add("--out", help="the PNG to write")
+    add("--out", help=f"the image to write: a name with {', '.join(FORMATS)}")
     add("--think", action="store_true", help="write a think text before each image")
     add("--n", type=int, default=1, help="how many images")
     add("--refine", type=int, default=0, help="how often the image is looked at and repaired")
@@ -190,7 +238,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, help="of texts; 0 is greedy")
     add("--top_p", type=float, help="of texts")
     add("--num_points", type=int, help="of the schedule: one more than steps")
-    add("--text_guidance", type=float, help="scale; at most 1 is off")
+    add("--text_guidance", type=float, help="scale, of edits and repairs too; at most 1 is off")
+    add("--image_guidance", type=float, help="scale of edits and repairs; needs text guidance")
     options = parser.parse_args(arguments)
     top_p = 1.0 if options.top_p is None else options.top_p
     if options.n < 1 or (options.num_points or 2) < 2 or not 0 < top_p <= 1 or options.refine < 0:
@@ -220,9 +269,16 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--refine repairs one image; leave --n out")
     if options.keep != "last" and not options.refine:
         parser.error(f"--keep {options.keep} needs --refine")
+    drawing = ("out", "num_points", "text_guidance", "image_guidance")
+    drawing = any(vars(options)[name] is not None for name in drawing) or options.n > 1
+    given = options.refine and options.image is not None
     without = {
         "--think with --edit or --ask, which always think": options.think and asked != ["prompt"],
-        "--n with --ask": options.n > 1 and asked == ["ask"],
+        "--think with --refine and --image: the first image is given": options.think and given,
+        "--n, --out, --num_points or guidance with --ask": drawing and asked == ["ask"],
+        "--image_guidance without --edit or --refine": (
+            options.image_guidance is not None and asked == ["prompt"] and not options.refine
+        ),
         "--record or --verifier without --keep best or gated": (
             (options.record or options.verifier) and options.keep == "last"
         ),
@@ -230,9 +286,8 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     for flags, given in without.items():
         if given:
             parser.error(f"without effect: {flags}; leave it out")
-    known = Image.registered_extensions()
-    if options.out is not None and pathlib.Path(options.out).suffix.lower() not in known:
-        parser.error(f"--out {options.out}: expected the name of an image file, such as x.png")
+    if options.out is not None and pathlib.Path(options.out).suffix.lower() not in FORMATS:
+        parser.error(f"--out {options.out}: expected a name that ends with one of {FORMATS}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """What a policy can be used for: drawing, editing, answering, and refining its own images."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from PIL import Image
 from alphagrpo_jax import build, tasks
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.rewards.pool import PoolError
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rollout import RolloutOptions, rollout
 from alphagrpo_jax.runtime import distributed
@@ -45,14 +46,8 @@ class Round(NamedTuple):
 
     image: np.ndarray  # uint8[H, W, 3]
     text: str  # reflection; of round 0 the think text, if any
-    reward: float | None  # DVReward; None where no verifier was asked
-
-
-class Refined(NamedTuple):
-    """All rounds, the first image being round 0, and which one is kept."""
-
-    rounds: list[Round]
-    kept: int
+    reward: float | None = None  # DVReward; None where no verifier was asked, or none answered
+    kept: bool = False  # whether it is the one to keep, of the rounds so far
 
 
 def draw(policy: Trained, prompt: str, *, think: bool, count: int, seed: int) -> Drawn:
@@ -92,8 +87,11 @@ def refine(
     record: Record | None,
     image: Image.Image | None,
     seed: int,
-) -> Refined:
+) -> Iterator[Round]:
     """Draws an image, then `rounds` times looks at it, says what is wrong and draws it anew.
+
+    Gives every round as soon as it is done, the first image being round 0. The last one that is
+    marked as kept is the result.
 
     Args:
       policy: who draws.
@@ -107,7 +105,9 @@ def refine(
       image: the first image; None: it is drawn.
       seed: of the noise.
     Raises:
-      ValueError: unknown `keep`, no record where one is needed, or the verifier gave no answer.
+      ValueError: unknown `keep`, no record where one is needed, or the verifier gave no answer;
+        then the round that it was asked about comes first, without a reward.
+      PoolError: the same, where there is no verifier left.
     """
     if keep not in KEEPS:
         raise ValueError(f"got keep={keep!r}, expected one of {KEEPS}")
@@ -115,22 +115,27 @@ def refine(
         raise ValueError(f"keep={keep!r} needs a verifier and a record with questions for it")
     judge = None if keep == "last" else _Judge(policy, record)
     try:
-        found = [_first(policy, prompt, image, think=think, seed=seed)]
-        if judge:
-            found = [found[0]._replace(reward=judge(found[0].image))]
-        current = kept = 0
-        for number in range(1, rounds + 1):
-            shown = Image.fromarray(found[current].image)
-            drawn = _run(policy, "srr", prompt, shown, count=1, seed=seed + number)
-            reward = judge(drawn.images[0]) if judge else None
-            found.append(Round(drawn.images[0], drawn.texts[0], reward))
-            better = judge is not None and reward > found[kept].reward
-            kept = number if keep == "last" or better else kept
-            current = kept if keep == "gated" else number
+        current = best = None
+        for number in range(rounds + 1):
+            if current is None:
+                new = _first(policy, prompt, image, think=think, seed=seed)
+            else:
+                shown = Image.fromarray(current.image)
+                drawn = _run(policy, "srr", prompt, shown, count=1, seed=seed + number)
+                new = Round(drawn.images[0], drawn.texts[0])
+            if judge:
+                try:
+                    new = new._replace(reward=judge(new.image))
+                except (ValueError, PoolError):
+                    yield new
+                    raise
+            new = new._replace(kept=judge is None or best is None or new.reward > best.reward)
+            best = new if new.kept else best
+            current = best if keep == "gated" else new
+            yield new
     finally:
         if judge:
             judge.close()
-    return Refined(found, kept)
 
 
 def _first(
@@ -138,9 +143,9 @@ def _first(
 ) -> Round:
     if image is not None:
         pixels, _ = _sizes(policy.loaded, image)
-        return Round(pixels, "(given)", None)
+        return Round(pixels, "(given)")
     drawn = draw(policy, prompt, think=think, count=1, seed=seed)
-    return Round(drawn.images[0], drawn.texts[0] if think else "", None)
+    return Round(drawn.images[0], drawn.texts[0] if think else "")
 
 
 def perform(

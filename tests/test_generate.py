@@ -165,16 +165,92 @@ def test_an_image_is_refined(keep, run_folder, picture, tmp_path, capsys):
     assert names == ["x.png", "x_0.png", "x_1.png", "x_2.png"]
     printed = capsys.readouterr().out
     kept = int(printed.splitlines()[-1].split("kept round ")[1][0])
+    log = json.loads((tmp_path / "x_rounds.json").read_text())
+    assert [each["image"] for each in log["rounds"]] == names[1:]
+    assert all(each["text"] in printed for each in log["rounds"])
+    assert all(each["text"] for each in log["rounds"][1:])
+    assert (log["kept"], log["keep"]) == (kept, keep)
     assert out.read_bytes() == (tmp_path / f"x_{kept}.png").read_bytes()
     if keep == "last":
         assert kept == 2
         assert "without a verifier" in printed
         assert "(verifier:" not in printed
+        assert [each["reward"] for each in log["rounds"]] == [None] * 3
     else:
         rewards = [float(part.split(")")[0]) for part in printed.split("(verifier: ")[1:]]
         assert len(rewards) == 3
         assert rewards[kept] == max(rewards)
+        assert rewards == [round(each["reward"], 3) for each in log["rounds"]]
         assert "by the verifier tiny_world:Honest" in printed
+
+
+def test_rounds_before_a_verifier_that_fails_are_kept(run_folder, tmp_path, capsys, monkeypatch):
+    class Fails:
+        asked = 0
+
+        def __init__(self, policy, record):
+            pass
+
+        def __call__(self, image):
+            Fails.asked += 1
+            if Fails.asked == 3:
+                raise ValueError("the verifier gave no answer: timeout")
+            return 0.5
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(inference, "_Judge", Fails)
+    monkeypatch.setattr(generate, "questions_for", lambda options: "its questions")
+    out = tmp_path / "x.png"
+    flags = ["--checkpoint", str(run_folder), "--prompt", "a red circle", "--out", str(out)]
+    assert generate.main([*flags, "--refine", "3", "--keep", "best"]) == 1
+    message = capsys.readouterr().err
+    assert "after round 2: the verifier gave no answer: timeout" in message
+    assert "x.png is round 0" in message
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["x.png", "x_0.png", "x_1.png", "x_2.png", "x_rounds.json"]
+    assert out.read_bytes() == (tmp_path / "x_0.png").read_bytes()
+    log = json.loads((tmp_path / "x_rounds.json").read_text())
+    assert [each["reward"] for each in log["rounds"]] == [0.5, 0.5, None]
+    assert log["kept"] == 0
+
+
+def test_guidance_changes_edits(run_folder, picture, tmp_path, capsys):
+    given = ["--checkpoint", str(run_folder), "--image", str(picture), "--edit", "a red circle"]
+    written = {}
+    for text, image in (("1.5", "1"), ("8", "1"), ("1.5", "8")):
+        out = tmp_path / f"{text}_{image}.png"
+        scales = ["--text_guidance", text, "--image_guidance", image]
+        assert generate.main([*given, "--out", str(out), *scales]) == 0
+        written[out.read_bytes()] = out
+    assert len(written) == 3
+    off = ["--text_guidance", "1", "--image_guidance", "2"]
+    assert generate.main([*given, "--out", str(tmp_path / "x.png"), *off]) == 2
+    assert "give --text_guidance above 1 as well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", ["best", "gated"])
+@pytest.mark.parametrize("where", ["flag", "run"])
+def test_a_missing_verifier_is_one_message_before_the_model_is_loaded(
+    keep, where, run_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(generate, "open_policy", lambda *_: pytest.fail("loaded"))
+    flags = ["--prompt", "a red circle", "--out", str(tmp_path / "x.png"), "--refine", "1"]
+    if where == "flag":
+        flags += ["--checkpoint", str(run_folder), "--verifier", "nowhere/verifier"]
+    else:
+        folder = tmp_path / "run"
+        (folder / checkpoint.FOLDER).mkdir(parents=True)
+        config = json.loads((run_folder / CONFIG_FILE).read_text())
+        config["verifier"] |= {"kind": "hf", "path": "nowhere/verifier"}
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+        flags += ["--checkpoint", str(folder)]
+    assert generate.main([*flags, "--keep", keep]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("generate: 'nowhere/verifier' names ")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +264,7 @@ def test_an_image_is_refined(keep, run_folder, picture, tmp_path, capsys):
 def test_bad_input_is_refused_before_the_model_is_loaded(
     flags, message, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(generate, "open_policy", lambda options: pytest.fail("loaded"))
+    monkeypatch.setattr(generate, "open_policy", lambda *_: pytest.fail("loaded"))
     out = [] if "--ask" in flags else ["--out", str(tmp_path / "x.png")]
     assert generate.main([*flags, *out]) == 1
     assert message in capsys.readouterr().err
@@ -203,8 +279,16 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
         (["--prompt", "x", "--image", "y.png", "--out", "x.png"], "needs --refine"),
         (["--prompt", "x", "--out", "x.png", "--keep", "best"], "--keep best needs --refine"),
         (["--prompt", "x", "--out", "x.png", "--refine", "1", "--n", "2"], "leave --n out"),
-        (["--prompt", "x", "--out", "x.txt"], "expected the name of an image file"),
-        (["--image", "y.png", "--ask", "x", "--n", "2"], "without effect: --n with --ask"),
+        (["--prompt", "x", "--out", "x.txt"], "expected a name that ends with one of"),
+        (["--prompt", "x", "--out", "x.psd"], "expected a name that ends with one of"),
+        (["--image", "y.png", "--ask", "x", "--n", "2"], "guidance with --ask"),
+        (["--image", "y.png", "--ask", "x", "--out", "x.png"], "guidance with --ask"),
+        (["--image", "y.png", "--ask", "x", "--text_guidance", "2"], "guidance with --ask"),
+        (["--prompt", "x", "--out", "x.png", "--image_guidance", "2"], "without --edit or"),
+        (
+            ["--prompt", "x", "--out", "x.png", "--refine", "1", "--think", "--image", "y.png"],
+            "the first image is given",
+        ),
     ],
 )
 def test_contradicting_flags_end_with_code_2(flags, message, capsys):
@@ -212,6 +296,13 @@ def test_contradicting_flags_end_with_code_2(flags, message, capsys):
         generate.main(flags)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", generate.FORMATS)
+def test_every_format_that_is_allowed_can_be_written(ending, tmp_path):
+    path = tmp_path / f"x{ending}"
+    generate.picture(np.full((2, 8, 8, 3), 90, np.uint8)).save(path)
+    assert Image.open(path).size == (2 * 96 + 6, 96 + 4)
 
 
 def test_wrong_usage_ends_with_code_2(capsys):

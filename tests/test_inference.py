@@ -43,6 +43,8 @@ class Verdicts:
         self.rewards, self.closed = list(rewards), False
 
     def __call__(self, image):
+        if self.rewards[0] is None:
+            raise ValueError("no answer")
         return self.rewards.pop(0)
 
     def close(self):
@@ -61,7 +63,7 @@ def rounds(monkeypatch):
         judge = Verdicts(*rewards)
         monkeypatch.setattr(inference, "_run", step)
         monkeypatch.setattr(inference, "_Judge", lambda policy, record: judge)
-        first = inference.Round(np.full((2, 2, 3), 100, np.uint8), "", None)
+        first = inference.Round(np.full((2, 2, 3), 100, np.uint8), "")
         monkeypatch.setattr(inference, "_first", lambda *_, **__: first)
         record = None if keep == "last" else parse_record(tiny_world.record("x"))
         found = refine(
@@ -72,32 +74,55 @@ def rounds(monkeypatch):
     return run
 
 
+def values(found):
+    return [int(each.image[0, 0, 0]) for each in found]
+
+
 def test_last_goes_on_and_asks_no_one(rounds):
     found, judge = rounds("last")
-    assert found.kept == 3
-    assert [int(each.image[0, 0, 0]) for each in found.rounds] == [100, 110, 120, 130]
-    assert [each.reward for each in found.rounds] == [None] * 4
-    assert [each.text for each in found.rounds[1:]] == ["seed 6", "seed 7", "seed 8"]
+    found = list(found)
+    assert all(each.kept for each in found)  # so far
+    assert values(found) == [100, 110, 120, 130]
+    assert [each.reward for each in found] == [None] * 4
+    assert [each.text for each in found[1:]] == ["seed 6", "seed 7", "seed 8"]
     assert not judge.closed
 
 
 def test_best_goes_on_and_keeps_the_first_of_the_best(rounds):
     found, judge = rounds("best", 0.3, 0.8, 0.8, 0.1)
-    assert found.kept == 1
-    assert [int(each.image[0, 0, 0]) for each in found.rounds] == [100, 110, 120, 130]
+    found = list(found)
+    assert [each.kept for each in found] == [True, True, False, False]
+    assert values(found) == [100, 110, 120, 130]
     assert judge.closed
 
 
 def test_gated_goes_back_to_the_best_so_far(rounds):
     found, _ = rounds("gated", 0.3, 0.2, 0.5, 0.5)
-    assert found.kept == 2
+    found = list(found)
+    assert [each.kept for each in found] == [True, False, True, False]
     # The first round was worse: the second starts from the first image again, as did the first.
-    assert [int(each.image[0, 0, 0]) for each in found.rounds] == [100, 110, 110, 120]
+    assert values(found) == [100, 110, 110, 120]
+
+
+def test_rounds_come_one_by_one_and_a_judge_that_fails_costs_none(rounds):
+    found, judge = rounds("best", 0.3, 0.2, None)
+    assert next(found).reward == 0.3
+    assert len(judge.rewards) == 2  # the next round is not yet begun
+    assert next(found).reward == 0.2
+    unrated = next(found)
+    assert values([unrated]) == [120]
+    assert unrated.reward is None
+    assert not unrated.kept
+    with pytest.raises(ValueError, match="no answer"):
+        next(found)
+    assert judge.closed
 
 
 def test_keeping_by_a_verifier_needs_questions(policy):
     with pytest.raises(ValueError, match="keep='best' needs a verifier and a record"):
-        refine(policy, "x", rounds=1, keep="best", think=False, record=None, image=None, seed=0)
+        next(
+            refine(policy, "x", rounds=1, keep="best", think=False, record=None, image=None, seed=0)
+        )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (64, 48), (33, 70)])
