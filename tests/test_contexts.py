@@ -20,6 +20,7 @@ from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.port.fixture import load_fixture
 from alphagrpo_jax.port.model import Port
+from alphagrpo_jax.port.text_cases import greedy
 from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SEEN_IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample
 
@@ -47,9 +48,9 @@ def given_image(port) -> ImageBlock:
     return ImageBlock(*pair)
 
 
-def contexts_of(port, task: tasks.Task, inputs, texts):
-    """Guidance contexts of the last image step, of given inputs and think texts."""
-    plan = tasks.plan(task.events)
+def contexts_of(port, events, inputs, texts, system="c6.system"):
+    """The pieces of given inputs and think texts, and the plan that says where they stand."""
+    plan = tasks.plan(events)
     samples = tuple(
         TextSample(ids[None], jnp.ones((1, len(ids)), bool), None, None, None) for ids in texts
     )
@@ -59,7 +60,7 @@ def contexts_of(port, task: tasks.Task, inputs, texts):
         port.params,
         given,
         plan=plan,
-        system_tokens=tuple(port.ids_of("c6.system").tolist()),
+        system_tokens=tuple(port.ids_of(system).tolist()),
         grid=port.latent_grid(),
     )
     return pieces, plan
@@ -70,32 +71,79 @@ def block(ids) -> TextBlock:
 
 
 def test_thinking_before_drawing_is_c6(port):
-    task, think = tasks.TASKS["rt2i"], port.ids_of("c6.think")
-    pieces, plan = contexts_of(port, task, (block(port.ids_of("c6.prompt")),), [think])
+    events, think = tasks.TASKS["rt2i"].events, port.ids_of("c6.think")
+    pieces, plan = contexts_of(port, events, (block(port.ids_of("c6.prompt")),), [think])
     found = rollout.guidance_contexts(pieces, plan.image_steps[0], 1)
     for sigma, name in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(found, port.array("c6.x_t")[None], sigma, THOUGHT)
         expected = port.array(f"c6.v_{name}_text4_img1p5_global")
         np.testing.assert_allclose(v[0], expected, atol=1e-4, rtol=1e-4)
-    scores = policy.text_log_probs(
+    found = log_probs(port, pieces, plan.text_steps[0], think)
+    expected = port.array("c6.think_logprobs_T1.0")
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def log_probs(port, pieces, step, ids):
+    """Of a text in the context of a text step, float32[T - 1]."""
+    return policy.text_log_probs(
         port.model,
         port.params,
-        rollout.context(pieces, plan.text_steps[0].gen, 1),
-        jnp.asarray(think)[None],
-        jnp.ones((1, len(think)), bool),
+        rollout.context(pieces, step.gen, 1),
+        jnp.asarray(ids)[None],
+        jnp.ones((1, len(ids)), bool),
         temperature=1.0,
-    )
-    expected = port.array("c6.think_logprobs_T1.0")
-    np.testing.assert_allclose(scores.log_prob[0], expected, atol=1e-4, rtol=1e-4)
+    ).log_prob[0]
+
+
+@pytest.mark.parametrize("name", ["ti2i", "srr"])
+def test_writing_about_an_image_is_c7(port, name):
+    """A reflection, and the think text of an edit."""
+    inputs = (given_image(port), block(port.ids_of("c7.instruction")))
+    answer = port.ids_of("c7.answer")
+    pieces, plan = contexts_of(port, tasks.TASKS[name].events, inputs, [answer])
+    found = log_probs(port, pieces, plan.text_steps[0], answer)
+    expected = port.array("c7.answer_logprobs_T1.0")
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_to_be_understood_is_c7(port):
+    """The recorded text stands right behind the image, without a system prompt."""
+    ids = port.ids_of("c7.und_prompt")
+    pieces, plan = contexts_of(port, (SEEN_IMAGE, ANSWER), (given_image(port),), [])
+    found = log_probs(port, pieces, plan.text_steps[0], ids)
+    rows = jax.nn.log_softmax(port.array("c7.und_logits"))[:-1]
+    expected = np.take_along_axis(rows, ids[1:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_answering_is_the_official_pipelines_c13(port):
+    """Its greedy think text, recorded as what it decodes to."""
+    inputs = (given_image(port), block(port.ids_of("c7.und_prompt")))
+    events = tasks.TASKS["ti2t"].events
+    pieces, plan = contexts_of(port, events, inputs, [port.ids("")], "c13.system_und")
+    context = rollout.context(pieces, plan.text_steps[0].gen, 1)
+    tokens, _ = greedy(port, context, 12, port.tokenizer.special.im_end)
+    text = port.tokenizer.decode(tokens).split("<|im_start|>")[1]
+    assert text == port.fixture.texts["c13.und_think_output"]
+
+
+def test_the_fixed_texts_are_the_official_ones(port):
+    assert port.fixture.texts["c6.system"] == tasks.THINK_SYSTEM_PROMPT
+    assert port.fixture.texts["c13.system_und"] == tasks.ANSWER_SYSTEM_PROMPT
+    assert tasks.TASKS["srr"].texts == (tasks.REFLECTION_REQUEST,)
+    for name, prompt in (
+        ("rt2i", "c6.system"), ("srr", "c6.system"), ("ti2i", "c6.system"),
+        ("ti2t", "c13.system_und"),
+    ):  # fmt: skip
+        assert tasks.TASKS[name].system_prompt == port.fixture.texts[prompt]
 
 
 @pytest.mark.parametrize("name", ["ti2i", "srr"])
 def test_editing_is_c7(port, name):
     """Without a think text, which c7 has not: the image step right behind the instruction."""
     events = tuple(event for event in tasks.TASKS[name].events if event != THINK)
-    task = dataclasses.replace(tasks.TASKS[name], events=events)
     inputs = (given_image(port), block(port.ids_of("c7.instruction")))
-    pieces, plan = contexts_of(port, task, inputs, [])
+    pieces, plan = contexts_of(port, events, inputs, [])
     found = rollout.guidance_contexts(pieces, plan.image_steps[0], 1)
     for sigma, level in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(found, port.array("c7.x_t")[None], sigma, EDIT)
@@ -112,7 +160,7 @@ def test_first_velocity_of_the_official_pipeline_is_c13(port, run, name):
     inputs = (given_image(port), *inputs) if name == "ti2i" else inputs
     ids = port.array(f"c13.{run}.think_ids")
     text = port.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[1]
-    pieces, plan = contexts_of(port, tasks.TASKS[name], inputs, [port.ids(text)])
+    pieces, plan = contexts_of(port, tasks.TASKS[name].events, inputs, [port.ids(text)])
     found = rollout.guidance_contexts(pieces, plan.image_steps[0], 1)
     options = port.fixture.options(f"c13.{run}.image_uint8")
     guidance = dataclasses.replace(
@@ -183,7 +231,9 @@ def inputs_of(loaded, config, events):
 def test_contexts_are_those_computed_from_nothing(setting, name):
     loaded, config = setting
     events = LISTS[name]
-    task = tasks.Task("own", events, system_prompt="think")
+    texts = ("{prompt}",) * events.count(TEXT)
+    image = "record" if {GIVEN_IMAGE, SEEN_IMAGE} & set(events) else ""
+    task = tasks.Task("own", events, system_prompt="think", texts=texts, image=image)
     options = build.rollout_options(config, loaded, task)
     params, inputs = PolicyParams(loaded.base), inputs_of(loaded, config, events)
     run = jax.jit(functools.partial(rollout.rollout, loaded.model, options=options))
