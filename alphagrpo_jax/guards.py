@@ -23,12 +23,27 @@ def check_end(config: Config, log: MetricsLog, done: int) -> None:
     Raises:
       ConfigError: `train.steps` is too small.
     """
-    ended = any(row["step"] == done and "eval_greedy/reward/mean" in row for row in log.rows)
+    ended = log.owes(done) or any(
+        row["step"] == done and "eval_greedy/reward/mean" in row for row in log.rows
+    )
     if 0 < config.train.steps <= done and not (config.train.steps == done and ended):
         raise ConfigError(
             f"train.steps: got {config.train.steps}, but {done} steps are done; set it above "
             f"{done} (0 evaluates the newest checkpoint)"
         )
+
+
+def early_decay(config: Config) -> str:
+    """What to tell somebody whose learning rate ends before the run does; empty if it does not."""
+    decay = config.optimizer.decay_steps
+    updates = config.train.steps * config.train.updates_per_batch
+    if not 0 < decay < updates:
+        return ""
+    return (
+        f"notice: the learning rate is 0 from applied update {decay} on "
+        f"(optimizer.decay_steps={decay}), but the run takes up to {updates}: the rest of them "
+        "learn nothing. Start again with a larger optimizer.decay_steps (0: a constant rate)"
+    )
 
 
 def check_validity(config: Config, scores: scoring.Scores, where: str) -> None:

@@ -15,6 +15,7 @@ from alphagrpo_jax.build import (
     eval_options,
     initial_options,
     lora_scale,
+    make_schedule,
     rollout_options,
     update_options,
 )  # fmt: skip
@@ -56,6 +57,7 @@ class Steps(NamedTuple):
     accumulate: Callable
     add: Callable  # gradients of two batches
     apply: Callable
+    rate: Callable  # optimizer state -> learning rate of the next optimizer step
 
 
 def jit_steps(
@@ -90,6 +92,7 @@ def jit_steps(
             out_shardings=(state_shardings, None),
             donate_argnums=0,
         ),
+        rate=jax.jit(functools.partial(update.next_rate, schedule=make_schedule(config))),
     )
 
 

@@ -1,8 +1,11 @@
 """What a run's folder says about the run: its configuration, place, and whether it is done."""
 
+import contextlib
+import copy
 import json
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +14,11 @@ import numpy as np
 from alphagrpo_jax import build
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import Config
+from alphagrpo_jax.guards import TrainingError
 from alphagrpo_jax.refinement import Queue
+from alphagrpo_jax.rewards.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
-from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows, replace_text
 from alphagrpo_jax.trainer import Place
 from alphagrpo_jax.types import TrainState
 
@@ -78,6 +83,70 @@ def restore(
     return TrainState(key=key, **arrays), saved["step"], Place(saved["positions"], queue)
 
 
+class Kept:
+    """The newest point that a run can go on from, for an error that ends it between checkpoints."""
+
+    def __init__(self) -> None:
+        self._held: tuple[TrainState, int, Place, dict[str, Any] | None] | None = None
+
+    def hold(
+        self, state: TrainState, done: int, place: Place, row: Mapping[str, Any] | None = None
+    ) -> None:
+        """Takes a point, in place of the one before.
+
+        Args:
+          state: not copied; see `drop`.
+          done: steps done.
+          place: behind these steps; copied.
+          row: of the last of them, if it waits for its evaluation.
+        """
+        self._held = (state, done, copy.deepcopy(place), None if row is None else dict(row))
+
+    def drop(self) -> None:
+        """Lets the point go, before its state's memory is given to an update."""
+        self._held = None
+
+    def save(
+        self,
+        saves: checkpoint.Checkpoints,
+        data: Mapping[str, build.Data],
+        record: Callable[[int, Mapping[str, Any]], None],
+    ) -> None:
+        """Writes the row that waits, marked so, and the checkpoint, where there is anything new."""
+        if self._held is None or self._held[1] in (0, saves.latest()):
+            return
+        state, done, place, row = self._held
+        if row is not None:
+            record(done, row | {PENDING: 1})
+        saves.save(done, *content(state, done, place, data))
+
+
+@contextlib.contextmanager
+def saved_on_error(
+    saves: checkpoint.Checkpoints,
+    data: Mapping[str, build.Data],
+    record: Callable[[int, Mapping[str, Any]], None],
+) -> Iterator[Kept]:
+    """Where a run's updates happen: an error in there costs none that is done.
+
+    Args:
+      saves: the run's checkpoints.
+      data: see `content`.
+      record: writes a row of the metrics.
+    """
+    kept = Kept()
+    try:
+        yield kept
+    except (TrainingError, PoolError) as error:
+        # Of several processes, all raise the same TrainingError, but a PoolError is one's own.
+        if isinstance(error, TrainingError) or jax.process_count() == 1:
+            try:
+                kept.save(saves, data, record)
+            except (checkpoint.CheckpointError, OSError) as second:
+                print(f"the steps since the last checkpoint are lost: {second}", file=sys.stderr)
+        raise
+
+
 def check_folder(config: Config, workdir: pathlib.Path) -> None:
     """Refuses a folder that holds a run of another configuration.
 
@@ -85,13 +154,14 @@ def check_folder(config: Config, workdir: pathlib.Path) -> None:
       ConfigError: fields that may not change differ.
     """
     path = workdir / CONFIG_FILE
-    if path.exists():
+    if path.exists() and holds_run(workdir):
         config_lib.check_resumable(config, json.loads(path.read_text()))
 
 
-def exists(workdir: pathlib.Path) -> bool:
-    """Whether the folder holds a run."""
-    return (workdir / CONFIG_FILE).exists()
+def holds_run(workdir: pathlib.Path) -> bool:
+    """Whether anything of a run is in the folder, so that it can only be continued."""
+    saved = (workdir / checkpoint.FOLDER).glob("[0-9]*")
+    return bool(read_rows(workdir / METRICS)) or any(saved)
 
 
 def is_finished(workdir: pathlib.Path) -> bool:

@@ -12,7 +12,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from alphagrpo_jax import build, jitted, judges, run_folder
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.config_fields import MeshShape
-from alphagrpo_jax.guards import TrainingError, check_end
+from alphagrpo_jax.guards import TrainingError, check_end, early_decay
 from alphagrpo_jax.heldout import check_heldout, evaluate_row
 from alphagrpo_jax.learner import merge_metrics, old_scores, update_policy
 from alphagrpo_jax.rewards.pool import PoolError
@@ -31,6 +31,7 @@ from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.trainer import (
+    Place,
     Run,
     advantage_of,
     draw_batch,
@@ -39,6 +40,7 @@ from alphagrpo_jax.trainer import (
     start_place,
     take_batches,
 )  # fmt: skip
+from alphagrpo_jax.types import TrainState
 
 DONE, STOPPED, FAILED, WRONG_USAGE = 0, 75, 1, 2
 EVALUATION_FILE = "evaluation.json"
@@ -60,6 +62,8 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     config = dataclasses.replace(config, mesh=MeshShape(*mesh.devices.shape))
     checkpoint.check_writable(workdir, state_bytes=0)
     run_folder.check_folder(config, workdir)
+    if notice := early_decay(config):
+        say(notice)
     loaded = build.load_policy(config, mesh)
     data = build.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
     check_heldout(config, data)
@@ -76,9 +80,6 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         say(f"{workdir} is finished: {done} steps are done")
         return DONE
     check_end(config, log, done)
-    evaluates_only = config.train.steps == 0
-    if not (evaluates_only and run_folder.exists(workdir)):
-        run_folder.mark_running(workdir, config)
     board = metrics_lib.Board(
         workdir, enabled=config.log.tensorboard and distributed.is_primary(), step=done
     )
@@ -89,29 +90,23 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     )
 
     def record(step: int, row: Mapping[str, Any]) -> None:
-        log.write(step, row)
+        (log.complete if log.owes(step) else log.write)(step, row)
         board.write(step, row)
-        bar.show(row, advance=int(step > 0))
+        bar.show(row, advance=int(step > done))
 
-    with judges.opened(config, loaded) as (pool, second):
+    with (
+        judges.opened(config, loaded) as (pool, second),
+        run_folder.saved_on_error(saves, data, record) as kept,
+    ):
+        if config.train.steps > 0 or not run_folder.holds_run(workdir):
+            run_folder.mark_running(workdir, config)
         run = Run(config, loaded, data, steps, pool, workdir, second)
-        # -------------------------------------------------- evaluation alone
-        untold = done == 0 and not distributed.primary_says(log.has(0))
-        if evaluates_only and not untold:
-            row = evaluate_row(run, state, done, greedy=True, samples="evaluation")
-            report_evaluation(workdir, {"step": done} | row)
-        elif untold:
-            try:
-                row = evaluate_row(run, state, 0, greedy=True, stop=stop)
-                record(0, row)
-                if evaluates_only:
-                    report_evaluation(workdir, {"step": 0} | row)
-            except StoppedError:
-                say("stopped before the first evaluation was done; it is done again")
+        settled = evaluate_first(run, state, done, place, log, record, stop)
+        counts = judges.PoolCounts(pool)
         # ---------------------------------------------------------- the loop
         while done < config.train.steps and not distributed.any_process(stop.requested):
             step, started = done + 1, time.monotonic()
-            last = step == config.train.steps
+            kept.hold(state, done, place)
             batches = take_batches(run, state, step, place)
             given = time.monotonic()
             drawn = [draw_batch(run, state, step, batch) for batch in batches]
@@ -123,6 +118,8 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             advantages = [
                 advantage_of(config, *each) for each in zip(drawn, scores, verdicts, strict=True)
             ]
+            rate = float(steps.rate(state.opt_state))
+            kept.drop()
             state, learned, parts = update_policy(run, state, drawn, old, advantages, step)
             updated = time.monotonic()
             parts = [
@@ -133,23 +130,27 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             ]
             names = [batch.task.name for batch in batches]
             row = merge_metrics(config, names, parts) | learned
-            if last or (config.eval.every and step % config.eval.every == 0):
-                row |= evaluate_row(run, state, step, greedy=last)
             row |= {
+                "update/learning_rate": rate,
                 "time/initial_images": given - started,
                 "time/rollout": rolled - given,
                 "time/reward_wait": rewarded - rolled,
                 "time/update": updated - rewarded,
+            }
+            if is_regular(config, config.eval.every, step):
+                kept.hold(state, step, place, row)
+                row |= evaluate_row(run, state, step, greedy=step == config.train.steps)
+            row |= {
                 "time/eval": time.monotonic() - updated,
                 "time/compilations": compiles.count,
-            }
+            } | counts.metrics()
             # ------------------------------------------------------- log, save
-            done = step
-            regular = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+            regular = is_regular(config, config.checkpoint.every, step)
             if regular:
-                content = run_folder.content(state, done, place, data)
+                content = run_folder.content(state, step, place, data)
                 row["state/digest"] = checkpoint.digest(*content)
             record(step, row)
+            done = step
             if regular:
                 saves.save(done, *content)
         # ---------------------------------------------------------------- end
@@ -158,14 +159,54 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     saves.close()
     board.close()
     bar.close()
-    if evaluates_only:
-        return DONE if log.has(0) else STOPPED
-    if done < config.train.steps:
+    if config.train.steps == 0:
+        return DONE if settled else STOPPED
+    if done < config.train.steps or not settled:
         say(f"stopped after step {done}; the same command continues")
         return STOPPED
     run_folder.mark_finished(workdir, done)
     say(f"{workdir}: {done} steps are done")
     return DONE
+
+
+def evaluate_first(
+    run: Run,
+    state: TrainState,
+    done: int,
+    place: Place,
+    log: metrics_lib.MetricsLog,
+    record: Callable[[int, Mapping[str, Any]], None],
+    stop: StopFlag,
+) -> bool:
+    """What comes before the loop: an evaluation alone, or the one that the last row still owes.
+
+    Returns:
+      False if a stop was asked for before it was done.
+    """
+    config, alone = run.config, run.config.train.steps == 0
+    untold = done == 0 and not distributed.primary_says(log.has(0))
+    if alone and not untold:
+        row = evaluate_row(run, state, done, greedy=True, samples="evaluation")
+        report_evaluation(run.workdir, {"step": done} | row)
+        return True
+    if not untold and not distributed.primary_says(log.owes(done)):
+        return True
+    try:
+        row = evaluate_row(run, state, done, greedy=done in (0, config.train.steps), stop=stop)
+    except StoppedError:
+        say(f"stopped before the evaluation of step {done} was done; it is done again")
+        return False
+    if done and is_regular(config, config.checkpoint.every, done):
+        row["state/digest"] = checkpoint.digest(*run_folder.content(state, done, place, run.data))
+    record(done, row)
+    if alone:
+        report_evaluation(run.workdir, {"step": 0} | row)
+    return True
+
+
+def is_regular(config: Config, every: int, step: int) -> bool:
+    """Whether something that is done `every` so many steps (0: at the end alone) is due."""
+    return step == config.train.steps or (every > 0 and step % every == 0)
 
 
 def report_evaluation(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:

@@ -186,7 +186,7 @@ def test_rebuilt_contexts_are_the_stored_ones(setting):
             np.testing.assert_allclose(*pair, atol=2e-5)
 
 
-def test_kl_to_the_reference_is_zero_for_untrained_adapters(setting):
+def test_kl_to_the_reference_grows_with_the_adapters(setting):
     loss = dataclasses.replace(setting.options.loss, text_beta=0.1, image_beta=0.1)
     options = dataclasses.replace(setting.options, loss=loss)
     reference = jax.jit(
@@ -248,14 +248,17 @@ def test_the_optimizer_by_hand():
     trainable = {"q_proj": {"a": jnp.zeros(1)}, "q_proj_moe_gen": {"a": jnp.zeros(1)}}
     opt_state = optimizer.init(trainable)
     gradient = jax.tree.map(lambda x: jnp.full_like(x, 7.0), trainable)
-    steps = []
+    schedule = update.make_schedule(0.1, warmup_steps=2, decay_steps=6)
+    steps, told = [], []
     for _ in range(7):
+        told.append(float(update.next_rate(opt_state, schedule=schedule)))
         moved, opt_state = optimizer.update(gradient, opt_state, trainable)
         steps.append((float(moved["q_proj"]["a"][0]), float(moved["q_proj_moe_gen"]["a"][0])))
     # Adam's step is -rate for a constant gradient: up over two steps, down to zero over four.
     rates = [0.0, 0.05, 0.1, 0.075, 0.05, 0.025, 0.0]
     expected = [(-rate, -rate / 2) for rate in rates]
     np.testing.assert_allclose(steps, expected, atol=1e-6)
+    np.testing.assert_allclose(told, rates, atol=1e-7)
 
 
 def test_only_the_most_uncertain_tokens_are_trained(setting):

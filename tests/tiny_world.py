@@ -1,8 +1,10 @@
 """A tiny random model, prompts and verifier for tests of the trainer; nothing here is trained."""
 
+import contextlib
 import json
 import os
 import pathlib
+import time
 from collections.abc import Sequence
 
 import jax
@@ -140,10 +142,13 @@ class Honest:
 
 
 class DiesOnce(Honest):
-    """As `Honest`, but its process ends in the middle of a run, once per folder."""
+    """As `Honest`, but a folder's first process is slow, and one ends in the middle of a run."""
 
     def __init__(self):
-        self.answered = 0
+        self.answered, self.seconds = 0, 0.0
+        with contextlib.suppress(FileExistsError):
+            pathlib.Path("verifier_is_slow").touch(exist_ok=False)
+            self.seconds = 0.02
 
     def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
         self.answered += 1
@@ -151,7 +156,25 @@ class DiesOnce(Honest):
         if self.answered == 12 and not marker.exists():
             marker.write_text("")
             os._exit(1)
+        time.sleep(self.seconds)
         return super().answer(image, questions)
+
+
+class Tires(Honest):
+    """As `Honest`, but gives no numbers after as many images as the file `tires_after` says."""
+
+    def __init__(self):
+        self.answered = 0
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        self.answered += 1
+        limit = pathlib.Path("tires_after")
+        if limit.exists() and self.answered > int(limit.read_text()):
+            return [Answer(None, "no answer") for _ in questions]
+        return super().answer(image, questions)
+
+
+TIRES = ("--config.verifier.path=tiny_world:Tires", "--config.verifier.max_attempts=1")
 
 
 class SometimesMute(Honest):

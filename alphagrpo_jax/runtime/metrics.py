@@ -16,6 +16,7 @@ from PIL import Image
 from alphagrpo_jax.runtime import images as images_lib
 
 METRICS = "metrics.jsonl"
+PENDING = "eval/pending"  # in a row whose evaluation failed and is still to be done
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -43,6 +44,23 @@ class MetricsLog:
         """Whether the row of a step is there."""
         return any(row["step"] == step for row in self.rows)
 
+    def owes(self, step: int) -> bool:
+        """Whether the evaluation of a step's row is still to be done."""
+        return any(row["step"] == step and PENDING in row for row in self.rows)
+
+    def complete(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Adds to the last row what it owes.
+
+        Raises:
+          ValueError: the last row is another one, or owes nothing.
+        """
+        if not self.owes(step) or self.rows[-1]["step"] != step:
+            raise ValueError(f"step {step} owes no evaluation, or rows of later steps exist")
+        kept = {key: value for key, value in self.rows[-1].items() if key != PENDING}
+        self.rows[-1] = _row(step, kept | dict(values))
+        if self._writes:
+            replace_text(self._path, "".join(_line(row) for row in self.rows))
+
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Appends a row; values that are not finite become null.
 
@@ -51,7 +69,7 @@ class MetricsLog:
         """
         if self.rows and self.rows[-1]["step"] >= step:
             raise ValueError(f"metrics of step {step} after those of {self.rows[-1]['step']}")
-        row = {"step": step} | {key: _plain(value) for key, value in sorted(values.items())}
+        row = _row(step, values)
         self.rows.append(row)
         if self._writes:
             with self._path.open("a", encoding="utf-8") as file:
@@ -167,8 +185,14 @@ class CompileCounter:
             self.seconds += duration
 
 
+def _row(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row, the step first."""
+    rest = {key: _plain(value) for key, value in sorted(values.items()) if key != "step"}
+    return {"step": step} | rest
+
+
 def _plain(value: Any) -> float | int | str | None:
-    if isinstance(value, str | int):
+    if value is None or isinstance(value, str | int):
         return value
     number = float(value)
     return number if math.isfinite(number) else None

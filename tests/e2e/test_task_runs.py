@@ -5,6 +5,7 @@ import json
 import signal
 
 import pytest
+import tiny_world
 
 SRR = ("--config.task=srr",)
 MIXED = (
@@ -15,6 +16,7 @@ MIXED = (
     "--config.train.steps=3",
 )
 KINDS = {"srr": SRR, "mixed": MIXED}
+FAILS_AFTER = {"srr": 32, "mixed": 52}  # images, in the second step
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -94,6 +96,20 @@ def test_resumed_in_the_middle_of_the_queue_equals_uninterrupted(
     if way == "stopped":
         assert process.returncode == 75, errors
     code, errors = run(other, *arguments)
+    assert code == 0, errors
+    assert rows(other) == rows(workdir)
+
+
+def test_an_error_leaves_the_queue_as_it_was_before_the_step(whole, run, world, rows):
+    workdir, arguments = whole
+    other, limit = workdir.with_name(f"{workdir.name}_failed"), world / "tires_after"
+    limit.write_text(str(FAILS_AFTER[workdir.name]))
+    code, errors = run(other, *arguments, *tiny_world.TIRES)
+    limit.unlink()
+    assert code == 1, errors
+    assert "step 2" in errors
+    assert [path.name for path in (other / "checkpoints").iterdir()] == ["1"]
+    code, errors = run(other, *arguments, *tiny_world.TIRES)
     assert code == 0, errors
     assert rows(other) == rows(workdir)
 

@@ -12,6 +12,7 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax.models.bagel_weights import save_model
+from alphagrpo_jax.rewards import ledger
 
 TESTS = pathlib.Path(__file__).parent.parent
 ROOT = TESTS.parent
@@ -67,6 +68,7 @@ def test_first_ratios_are_one_and_rewards_are_those_of_the_verifier(whole, rows)
         assert row["image/ratio_max_dev"] == 0.0
         assert row["logp/rollout_update_max_abs_diff"] < 1e-4
         assert row["reward/valid_fraction"] == 1.0
+        assert row["update/learning_rate"] == pytest.approx(1e-2)
         assert 0.0 < row["reward/mean"] < 1.0
         assert row["reward/total"] == pytest.approx(row["reward/mean"] + row["reward/format"])
 
@@ -117,12 +119,59 @@ def test_stopped_before_the_first_evaluation_is_done(start, run, world, whole, r
     assert rows(workdir) == rows(whole)
 
 
-def test_a_verifier_that_dies_costs_nothing(run, world, whole, rows):
-    dies = "--config.verifier.path=tiny_world:DiesOnce"
-    code, errors = run(world / "dies", dies)
+def test_two_workers_one_slow_and_one_dying_give_the_updates_of_one(run, world, whole, rows):
+    """Who answers, when and in what order changes no bit: the digests of the states are equal."""
+    uneven = (
+        "--config.verifier.path=tiny_world:DiesOnce",
+        "--config.verifier.workers=2",
+        "--config.verifier.audit=dies.jsonl",
+    )
+    code, errors = run(world / "dies", *uneven)
     assert code == 0, errors
     assert (world / "verifier_died").exists()
+    audit = [json.loads(line) for line in (world / "dies.jsonl").read_text().splitlines()]
+    assert {row["worker"] for row in audit if row["p_yes"]} == {0, 1}
     assert rows(world / "dies") == rows(whole)
+    lines = (world / "dies" / "metrics.jsonl").read_text().splitlines()[1:]
+    counted = [
+        {name: json.loads(line)[f"time/pool/{name}"] for name in ledger.COUNTERS} for line in lines
+    ]
+    assert all(row["submitted"] == row["answered"] >= 8 for row in counted)
+    assert sum(row["deaths"] for row in counted) == sum(row["retries"] for row in counted) == 1
+    untroubled = (whole / "metrics.jsonl").read_text().splitlines()[1:]
+    assert all(json.loads(line)["time/pool/retries"] == 0 for line in untroubled)
+
+
+def test_a_verifier_that_fails_for_good_costs_nothing_that_is_done(run, world, whole, rows):
+    """It fails in the second step, in the evaluation after it, and in that at the end."""
+    workdir, limit = world / "tired", world / "tires_after"
+    # Images: 6 in the first evaluation and the last, 3 in the other one, 8 in every update.
+    for images, saved, owes in ((6 + 8 + 2, 1, False), (8 + 1, 2, True), (3 + 8 + 8 + 1, 4, True)):
+        limit.write_text(str(images))
+        code, errors = run(workdir, *tiny_world.TIRES)
+        assert code == 1, errors
+        assert "have no reward" in errors
+        assert str(saved) in {path.name for path in (workdir / "checkpoints").iterdir()}
+        found = rows(workdir)
+        assert [row["step"] for row in found] == list(range(saved + 1))
+        assert ("eval/pending" in found[-1]) == owes
+        assert not (workdir / "DONE").exists()
+    limit.unlink()
+    code, errors = run(workdir, *tiny_world.TIRES)
+    assert code == 0, errors
+    assert rows(workdir) == rows(whole)
+    assert (workdir / "DONE").exists()
+
+
+def test_a_start_that_failed_binds_nobody(run, world, whole, rows):
+    workdir, short = world / "mistyped", "--config.train.steps=0"
+    code, errors = run(workdir, short, "--config.verifier.path=tiny_world:Honets")
+    assert code == 1
+    assert "Honets" in errors
+    code, errors = run(workdir, short)
+    assert code == 0, errors
+    assert rows(workdir) == rows(whole)[:1]
+    assert json.loads((workdir / "config.json").read_text())["verifier"]["path"].endswith("Honest")
 
 
 def test_samples_without_an_answer_are_left_out(run, world, rows):
@@ -198,9 +247,13 @@ SEVERAL_UPDATES = (
 
 
 def test_plain_images_and_full_weights(run, world, rows):
-    code, errors = run(world / "plain", *PLAIN_IMAGES, "--config.train.steps=2")
+    short = ("--config.train.steps=2", "--config.optimizer.decay_steps=1")
+    code, errors = run(world / "plain", *PLAIN_IMAGES, *short)
     assert code == 0, errors
+    assert "the learning rate is 0 from applied update 1 on" in errors
     first, second = rows(world / "plain")[1:]
+    rates = [row["update/learning_rate"] for row in (first, second)]
+    assert rates == pytest.approx([1e-2, 0.0])
     assert "text/ratio_max_dev" not in first
     assert first["update/old_is_self"] == 1
     assert first["image/kl"] < 1e-9  # rounding: the reference is compiled on its own

@@ -1,0 +1,23 @@
+"""When a run warns."""
+
+import pathlib
+
+import pytest
+import tiny_world
+
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.guards import early_decay
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay", "each", "warns"),
+    [(4, 0, 1, False), (4, 4, 1, False), (5, 4, 1, True), (4, 4, 2, True), (0, 4, 1, False)],
+)
+def test_a_rate_that_ends_before_the_run_is_told(steps, decay, each, warns):
+    fields = tiny_world.config(pathlib.Path())
+    fields.train.steps, fields.optimizer.decay_steps = steps, decay
+    fields.train.updates_per_batch = each
+    notice = early_decay(config_lib.from_config_dict(fields))
+    assert bool(notice) == warns
+    if warns:
+        assert f"0 from applied update {decay} on" in notice
