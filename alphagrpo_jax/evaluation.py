@@ -49,13 +49,16 @@ def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None
 CHECKERS: dict[str, FactCheck] = {"shapes": shapes_facts, "": lambda image, record: None}
 
 
-def check_records(prompts: PromptSet, check: FactCheck, size: tuple[int, int]) -> None:
+def check_records(
+    prompts: PromptSet, check: FactCheck, size: tuple[int, int], *, source: str
+) -> None:
     """Tries the exact checker on a blank image for every prompt, before anything is drawn.
 
     Args:
       prompts: the held-out set.
       check: the exact checker.
       size: height and width of the images to come, pixels.
+      source: what to call the set in an error.
     Raises:
       ValueError: facts of another form, or an image size that the checker does not read.
     """
@@ -65,7 +68,7 @@ def check_records(prompts: PromptSet, check: FactCheck, size: tuple[int, int]) -
             check(blank, record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"data.heldout, record {number} ({record.prompt!r}): the exact checker cannot read "
+                f"{source}, record {number} ({record.prompt!r}): the exact checker cannot read "
                 f'its "facts" in images of {size[0]}x{size[1]} pixels: {error!r}; leave "facts" '
                 "out, or set eval.checker='' to evaluate by reward alone"
             ) from error

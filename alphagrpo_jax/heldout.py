@@ -31,6 +31,12 @@ from alphagrpo_jax.trainer import Run, decode_steps, image_block, think_texts
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState
 
 REPORT_FILE = "report.html"  # of the newest evaluation
+# By `tasks.Task.data`.
+HELDOUT_FIELDS = {
+    "prompts": "data.heldout",
+    "edits": "data.edit_heldout",
+    "answers": "data.answer_heldout",
+}
 
 
 def check_heldout(config: Config, data: Mapping[str, build.Data]) -> None:
@@ -41,8 +47,11 @@ def check_heldout(config: Config, data: Mapping[str, build.Data]) -> None:
     """
     size = (config.model.height, config.model.width)
     for both in data.values():
-        if both.heldout.task.reward == "image":
-            check_records(both.heldout, CHECKERS[config.eval.checker], size)
+        task = both.heldout.task
+        if task.reward == "image":
+            _, path = config.data.pair(task.data)
+            source = f"{HELDOUT_FIELDS[task.data]}={path}"
+            check_records(both.heldout, CHECKERS[config.eval.checker], size, source=source)
 
 
 def evaluate_row(

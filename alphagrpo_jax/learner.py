@@ -10,6 +10,7 @@ import numpy as np
 from alphagrpo_jax import jitted
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.guards import TrainingError, check_sampled
+from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.trainer import Drawn, Run, Scored
 from alphagrpo_jax.types import StepScores, TrainState, UpdateBatch
 from alphagrpo_jax.update import Totals
@@ -39,32 +40,42 @@ def update_policy(
 ) -> tuple[TrainState, dict[str, float], list[dict[str, float]]]:
     """Stages 5 and 6: the optimizer steps of one update; the state as it was if nothing differs.
 
+    The loss is the mean over the update's trajectories: batches of one task count as one large
+    batch, tasks by their trajectories. A batch that is to be left out counts nowhere; one whose
+    advantages happen to be all zero counts like any other.
+
     Returns:
       The new state, the metrics of the whole update, and those of each batch.
     Raises:
       TrainingError: a loss or gradient that is not finite, before it has changed anything; or
         nothing differs and what was drawn is not finite.
     """
-    zero = [each.text.all_zero and not each.image.any() for each in advantages]
-    if all(zero):
+    if all(each.text.all_zero and not each.image.any() for each in advantages):
         for each in drawn:
             check_sampled(each.trajectories, step)
         return state, {"update/skipped": 1}, [{"update/skipped": 1} for _ in drawn]
-    used = np.array([0 if z else a.text.used.sum() for z, a in zip(zero, advantages, strict=True)])
-    weights = used / used.sum()
-    moving = [index for index, weight in enumerate(weights) if weight > 0]
-    batches = {index: _UpdateBatch.of(run, drawn[index], old[index], advantages[index])
-               for index in moving}  # fmt: skip
+    used = [0 if each.left_out else int(each.text.used.sum()) for each in advantages]
+    members: dict[str, list[int]] = {}  # by task
+    for index, each in enumerate(drawn):
+        if used[index]:
+            members.setdefault(each.batch.task.name, []).append(index)
+    groups = {
+        name: _TaskBatches.of(
+            run, [_UpdateBatch.of(run, drawn[i], old[i], advantages[i]) for i in own]
+        )
+        for name, own in members.items()
+    }
+    weights = {name: sum(used[i] for i in own) / sum(used) for name, own in members.items()}
     whole: dict[str, float] = {}
-    parts: list[dict[str, float]] = [{"update/skipped": int(each)} for each in zero]
+    parts: list[dict[str, float]] = [{"update/skipped": int(not each)} for each in used]
     for _ in range(run.config.train.updates_per_batch):
         gradient, total, found = None, 0.0, {}
-        for index in moving:
-            weight = jnp.float32(weights[index])
-            own, metrics = batches[index].gradient(run, state, weight)
+        for name, group in groups.items():
+            weight = jnp.float32(weights[name])
+            own, metrics = group.gradient(run, state, weight)
             gradient = own if gradient is None else run.steps.add(gradient, own)
             total += weight * metrics["loss/total"]
-            found[index] = metrics
+            found[name] = metrics
         state, applied = run.steps.apply(state, gradient, {"loss/total": total})
         values = {name: float(x) for name, x in jax.device_get(applied).items()}
         if not values.pop("update/finite"):
@@ -75,10 +86,11 @@ def update_policy(
                 "weights or rewards"
             )
         whole = values
-        for index, metrics in jax.device_get(found).items():
-            values = {name: float(x) for name, x in metrics.items()}
-            first = {name: parts[index][name] for name in FIRST_ONLY & parts[index].keys()}
-            parts[index] |= values | first
+        for name, metrics in jax.device_get(found).items():
+            values = {key: float(x) for key, x in metrics.items()}
+            for index in members[name]:
+                first = {key: parts[index][key] for key in FIRST_ONLY & parts[index].keys()}
+                parts[index] |= values | first
     is_self = int(run.config.train.old_logprob == "self")
     return state, whole | {"update/skipped": 0, "update/old_is_self": is_self}, parts
 
@@ -90,7 +102,7 @@ class _UpdateBatch(NamedTuple):
     batch: UpdateBatch
     old: list[StepScores] | None
     reference: list[StepScores] | None
-    totals: Totals
+    entropy: tuple[jax.Array, ...] | None
 
     @classmethod
     def of(
@@ -105,22 +117,65 @@ class _UpdateBatch(NamedTuple):
             reference = [steps.reference(*own, part) for part in _parts(config)]
         if config.loss.entropy_fraction < 1 and drawn.trajectories.texts:
             entropy = steps.entropy(old)
-        return cls(steps, batch, old, reference, steps.count(batch, entropy))
+        return cls(steps, batch, old, reference, entropy)
+
+
+class _TaskBatches(NamedTuple):
+    """All batches of one task in an update, and the denominators of their common means."""
+
+    batches: list[_UpdateBatch]
+    totals: Totals
+
+    @classmethod
+    def of(cls, run: Run, batches: list[_UpdateBatch]) -> "_TaskBatches":
+        counted = [each.steps.count(each.batch, each.entropy) for each in batches]
+        if len(batches) == 1:
+            return cls(batches, counted[0])
+        # On the host: jitted, it would compile for every number of batches.
+        tokens, trajectories, thresholds = (
+            np.stack(values) for values in zip(*distributed.to_host(counted), strict=True)
+        )
+        joint = Totals(tokens.sum(axis=0), trajectories.sum(axis=0), thresholds.max(axis=0))
+        if batches[0].entropy is not None:
+            joint = _most_uncertain(batches, joint, run.config.loss.entropy_fraction)
+        placed = (
+            jax.device_put(x, like.sharding) for x, like in zip(joint, counted[0], strict=True)
+        )
+        return cls(batches, Totals(*placed))
 
     def gradient(self, run: Run, state: TrainState, weight: jax.Array) -> tuple:
-        """Gradient and metrics, summed over micro-batches."""
+        """Gradient and metrics, summed over the micro-batches of all batches."""
         summed = None
-        for index, part in enumerate(_parts(run.config)):
-            new, pullback = self.steps.forward(
-                state.trainable, run.loaded.base, self.batch.rollout, part
-            )
-            before = self.old[index] if self.old else None
-            ref = self.reference[index] if self.reference else None
-            own = self.steps.backward(
-                pullback, new, before, ref, self.batch, part, self.totals, weight
-            )
-            summed = own if summed is None else run.steps.accumulate(summed, own)
+        for each in self.batches:
+            for index, part in enumerate(_parts(run.config)):
+                new, pullback = each.steps.forward(
+                    state.trainable, run.loaded.base, each.batch.rollout, part
+                )
+                before = each.old[index] if each.old else None
+                ref = each.reference[index] if each.reference else None
+                own = each.steps.backward(
+                    pullback, new, before, ref, each.batch, part, self.totals, weight
+                )
+                summed = own if summed is None else run.steps.accumulate(summed, own)
         return summed
+
+
+def _most_uncertain(batches: Sequence[_UpdateBatch], joint: Totals, fraction: float) -> Totals:
+    """`update.count`'s tokens and thresholds over several batches of one task."""
+    tokens, thresholds = joint.tokens.copy(), joint.entropy_threshold.copy()
+    for k in range(len(tokens)):
+        held = []
+        for each in batches:
+            arrays = (each.entropy[k], each.batch.rollout.texts[k].scored, each.batch.valid)
+            entropy, scored, valid = distributed.to_host(arrays)
+            held.append(entropy[scored & valid[:, None]])
+        known = np.concatenate(held)
+        known = known[~np.isnan(known)]
+        if not known.size:
+            continue
+        chosen = known[known >= np.quantile(known, 1.0 - fraction)]
+        tokens[k], thresholds[k] = chosen.size, chosen.min()
+    return Totals(tokens, joint.trajectories, thresholds)
 
 
 def _parts(config: Config) -> list[jax.Array]:

@@ -42,7 +42,9 @@ GIVEN_IMAGE, SEEN_IMAGE = "given_image", "seen_image"  # to be changed; to be un
 THINK, ANSWER, IMAGE = "think", "answer", "image"  # steps of the policy
 GENERATED = (THINK, ANSWER, IMAGE)
 BATCHED = (TEXT, GIVEN_IMAGE, SEEN_IMAGE)  # inputs that differ from prompt to prompt
-IMAGES = (GIVEN_IMAGE, SEEN_IMAGE, IMAGE)
+GIVEN = (GIVEN_IMAGE, SEEN_IMAGE)
+IMAGES = (*GIVEN, IMAGE)
+SOURCES = (("",), ("record", "drawn"))  # `Task.image` without and with a given image
 LEVELS = ("shared", "prompt", "trajectory")
 EVENT_LEVELS = dict.fromkeys(GENERATED, "trajectory") | {
     SYSTEM: "shared",
@@ -67,6 +69,30 @@ class Task:
     reward: str = "image"  # DVReward of the last image, or "answer": the last text is right
     format_reward: bool = False  # whether the think text's form is part of the reward
     refines: bool = False  # rewards are compared with that of the image given
+
+    def __post_init__(self) -> None:
+        """Refuses what the events contradict; the list itself is `plan`'s to check.
+
+        Raises:
+          ValueError: another number of texts than of text inputs; more than one given image; or a
+            source of given images that is unknown, missing, or has no image to fill.
+        """
+        texts, given = self.events.count(TEXT), sum(event in GIVEN for event in self.events)
+        if len(self.texts) != texts:
+            raise ValueError(
+                f"task {self.name!r} has {len(self.texts)} texts for {texts} events {TEXT!r}; give "
+                "one template for each"
+            )
+        if given > 1:
+            raise ValueError(
+                f"task {self.name!r} is given {given} images; a record has one, so at most one "
+                f"event may be among {GIVEN}"
+            )
+        if self.image not in SOURCES[given]:
+            raise ValueError(
+                f"task {self.name!r} has image={self.image!r} and {given} events among {GIVEN}; "
+                f"expected one of {SOURCES[given]}"
+            )
 
     @property
     def draws(self) -> bool:

@@ -97,6 +97,7 @@ class Scored(NamedTuple):
     text: Advantages
     image: np.ndarray  # float32[P, G]
     metrics: dict[str, float]
+    left_out: bool = False  # nothing improved: the batch is no part of the update
 
 
 # ------------------------------------------------------------------------------ 1 prompts
@@ -274,12 +275,14 @@ def decode_texts(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> 
 
 
 def _text_metrics(samples: Sequence[TextSample]) -> dict[str, float]:
-    """Of the first text step; samples are numpy."""
+    """Means over the texts of all text steps; samples are numpy."""
     if not samples:
         return {}
+    lengths = np.concatenate([sample.scored.sum(axis=1) for sample in samples])
+    truncated = np.concatenate([sample.truncated for sample in samples])
     return {
-        "text/length": float(samples[0].scored.sum(axis=1).mean()),
-        "text/truncated_fraction": float(samples[0].truncated.mean()),
+        "text/length": float(lengths.mean()),
+        "text/truncated_fraction": float(truncated.mean()),
     }
 
 
@@ -367,7 +370,7 @@ def advantage_of(
     options = build.scoring_options(config, task)
     text, image = scoring.totals(scores, options, reward=reward, reflection=reflection)
     metrics["reward/total"] = float(np.mean(text[valid])) if valid.any() else float("nan")
-    if not moves:  # nothing improved: the batch is skipped
+    if not moves:
         text = image = np.zeros_like(text)
 
     def advantages(total: np.ndarray) -> Advantages:
@@ -387,7 +390,7 @@ def advantage_of(
 
     own = advantages(text)
     other = own.advantage if image is text else advantages(image).advantage
-    return Scored(own, other, metrics | own.metrics)
+    return Scored(own, other, metrics | own.metrics, left_out=not moves)
 
 
 def _refinement_metrics(

@@ -1,12 +1,15 @@
 """Evaluation sums, by hand."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import evaluation
+from alphagrpo_jax import build, evaluation
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.rewards.ledger import Scored
 from alphagrpo_jax.rewards.questions import parse_record
@@ -62,9 +65,17 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
     prompts = PromptSet(
         TASKS["rt2i"], tuple(map(parse_record, (good, bad))), (), pathlib.Path(), ""
     )
-    evaluation.check_records(prompts, evaluation.CHECKERS[""], (48, 48))
-    with pytest.raises(ValueError, match=r"record 2 .'a blue square'.*eval.checker=''"):
-        evaluation.check_records(prompts, evaluation.CHECKERS["shapes"], (48, 48))
+    config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
+    check_heldout(config, {"rt2i": build.Data(None, prompts)})  # without a checker
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, checker="shapes"))
+    for name, source in (
+        ("rt2i", "data.heldout=unused/held"),
+        ("ti2i", "data.edit_heldout=unused"),
+    ):
+        own = prompts._replace(task=TASKS[name])
+        message = f"{source}.*record 2 .'a blue square'.*eval.checker=''"
+        with pytest.raises(ValueError, match=message):
+            check_heldout(config, {name: build.Data(None, own)})
 
 
 def test_without_facts_there_are_only_rewards():

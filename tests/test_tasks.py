@@ -3,7 +3,7 @@
 import pytest
 
 from alphagrpo_jax import tasks
-from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SYSTEM, TEXT, THINK
+from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SEEN_IMAGE, SYSTEM, TEXT, THINK
 
 
 def contexts(events, step=-1):
@@ -60,6 +60,23 @@ def test_the_last_event_leaves_no_node():
 def test_bad_lists_are_refused(events):
     with pytest.raises(ValueError, match=r"expected the last one|known"):
         tasks.plan(events)
+
+
+@pytest.mark.parametrize(
+    ("events", "fields", "message"),
+    [
+        ((TEXT, IMAGE, TEXT, IMAGE), {}, "has 1 texts for 2 events 'text'"),
+        ((IMAGE,), {}, "has 1 texts for 0 events"),
+        ((TEXT, IMAGE), {"texts": ("a", "b")}, "has 2 texts for 1 events"),
+        ((GIVEN_IMAGE, SEEN_IMAGE, TEXT, ANSWER), {"image": "record"}, "is given 2 images"),
+        ((GIVEN_IMAGE, TEXT, IMAGE), {}, r"image='' and 1 events .* expected one of \('record',"),
+        ((SEEN_IMAGE, TEXT, ANSWER), {"image": "own"}, "image='own' and 1 events"),
+        ((TEXT, IMAGE), {"image": "record"}, "image='record' and 0 events"),
+    ],
+)
+def test_a_task_that_contradicts_its_events_is_refused(events, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.Task("own", events, **fields)
 
 
 def test_fixed_prompts_are_those_of_the_pretrained_weights():

@@ -38,7 +38,7 @@ SEED = 31
 
 # ---------------------------------------------------------------- looking at pictures
 
-CAPTION = tasks.Task("caption", (tasks.SEEN_IMAGE, tasks.TEXT, tasks.ANSWER))
+CAPTION = tasks.Task("caption", (tasks.SEEN_IMAGE, tasks.TEXT, tasks.ANSWER), image="record")
 
 
 def tell(policy_: Trained, images: np.ndarray, asked: Sequence[str], task: tasks.Task) -> list[str]:

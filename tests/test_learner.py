@@ -1,0 +1,122 @@
+"""Updates of several batches, numerically: two batches of one task are one of twice the size."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_world
+
+from alphagrpo_jax import build, jitted, learner, tasks, trainer
+from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.advantage import Advantages
+
+ADVANTAGES = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
+USED = np.array([[True] * 4, [True, True, False, True]])
+
+
+class Silent:
+    """A pool that takes images and is never asked."""
+
+    def submit(self, sample_id, image, questions, rated=()):
+        pass
+
+
+class World:
+    """A run whose optimizer step only shows its gradient."""
+
+    def __init__(self, root, prompts):
+        fields = tiny_world.config(root)
+        fields.train.prompts_per_step, fields.loss.level = prompts, "token"
+        fields.loss.entropy_fraction, fields.loss.text_beta = 0.5, 0.1
+        self.config = config_lib.from_config_dict(fields)
+        mesh = build.make_mesh(self.config)
+        loaded = build.load_policy(self.config, mesh)
+        data = build.load_data(self.config, loaded, root / "cache")
+        optimizer = build.make_optimizer(self.config)
+        state = build.initial_state(self.config, loaded.base, optimizer, mesh)
+        moved = jax.tree.map(
+            lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
+            state.trainable,
+        )
+        self.state = state.replace(trainable=moved)
+        steps = jitted.jit_steps(self.config, loaded, state, optimizer, mesh)
+        steps = steps._replace(apply=self.apply)
+        self.run = trainer.Run(self.config, loaded, data, steps, Silent(), root)
+
+    def apply(self, state, gradient, metrics):
+        self.gradient = jax.tree.map(np.asarray, gradient)
+        return state, metrics | {"update/finite": 1.0, "update/grad_norm": 0.0}
+
+    def update(self, drawn, advantages):
+        old = [learner.old_scores(self.run, self.state, each) for each in drawn]
+        _, whole, parts = learner.update_policy(self.run, self.state, drawn, old, advantages, 1)
+        return self.gradient, whole, parts
+
+
+def scored(advantage, used, **options):
+    advantage = np.where(used, advantage, 0.0).astype(np.float32)
+    return trainer.Scored(Advantages(advantage, used, {}), advantage, {}, **options)
+
+
+def batch(number, rows):
+    return trainer.Batch(number, tasks.TASKS["rt2i"], np.array(rows), None, None)
+
+
+def cut(drawn):
+    """The same with shorter texts, so that tokens and trajectories weigh differently."""
+    texts = tuple(
+        each.replace(mask=each.mask.at[:, 3:].set(False), scored=each.scored.at[:, 2:].set(False))
+        for each in drawn.trajectories.texts
+    )
+    return drawn._replace(trajectories=drawn.trajectories.replace(texts=texts))
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """Runs of one and of two prompts per batch, and what was drawn for both."""
+    root = tiny_world.write_all(tmp_path_factory.mktemp("world"))
+    single, double = World(root, 1), World(root, 2)
+    first, second = (
+        trainer.draw_batch(single.run, single.state, 1, batch(number, [number]))
+        for number in (0, 1)
+    )
+    second = cut(second)
+    both = single.run.steps.tasks["rt2i"].join([first.trajectories, second.trajectories])
+    joined = trainer.Drawn(batch(0, [0, 1]), both, [], [], [], {})
+    return single, double, (first, second), joined
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_two_batches_of_a_task_are_one_of_twice_the_size(worlds, zero):
+    """Also if the second one's rewards are all alike: its trajectories are valid."""
+    single, double, drawn, joined = worlds
+    advantage = ADVANTAGES * np.array([[1.0], [0.0 if zero else 1.0]], np.float32)
+    each = [scored(advantage[i : i + 1], USED[i : i + 1]) for i in (0, 1)]
+    found, whole, parts = single.update(drawn, each)
+    expected, once, (metrics,) = double.update([joined], [scored(advantage, USED)])
+    for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
+        other = dict(jax.tree_util.tree_flatten_with_path(expected)[0])[path]
+        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5 * np.abs(other).max())
+    assert whole["loss/total"] == pytest.approx(once["loss/total"], rel=1e-5)
+    merged = learner.merge_metrics(single.config, ["rt2i"] * 2, parts)
+    for name in ("loss/text", "loss/image", "text/entropy", "text/kl", "update/skipped"):
+        assert merged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-7), name
+
+
+def test_a_batch_that_is_left_out_counts_nowhere(worlds):
+    single, _, drawn, _ = worlds
+    first = scored(ADVANTAGES[:1], USED[:1])
+    nothing = scored(np.zeros((1, 4), np.float32), USED[:1], left_out=True)
+    found, whole, parts = single.update(drawn, [first, nothing])
+    expected, once, _ = single.update(drawn[:1], [first])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert whole["loss/total"] == once["loss/total"]
+    assert parts[1] == {"update/skipped": 1}
+    assert parts[0]["update/skipped"] == 0
+
+
+def test_batches_without_any_advantage_skip_the_update(worlds):
+    single, _, drawn, _ = worlds
+    nothing = scored(np.zeros((1, 4), np.float32), USED[:1])
+    _, whole, parts = single.update(drawn, [nothing, nothing])
+    assert whole == {"update/skipped": 1}
+    assert parts == [{"update/skipped": 1}] * 2
