@@ -5,7 +5,12 @@
 Hardware: two CPU cores; time, memory and results stand in the README with their commands.
 Stage 1 draws four images per prompt without thinking; the one that the verifier likes least is
 repaired. A refinement that is no better than its initial image is not reinforced
-(`srr.rectification`). Where it departs from the paper's numbers, `configs/grpo.py` says why.
+(`srr.rectification`).
+
+`loss.text_loss_weight` stays at the default's 1, so that a reflection weighs as much as all trained
+steps of its image; the paper's recipe for refinement has 1 / W (`configs/bagel_7b_srr.py`). In this
+small world what is learned comes through the text: without a text loss the default gains nothing.
+Where else it departs from the paper's numbers, `configs/grpo.py` says why.
 """
 
 from ml_collections import ConfigDict
