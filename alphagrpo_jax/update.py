@@ -30,8 +30,6 @@ from alphagrpo_jax.types import (
     row_count,
 )  # fmt: skip
 
-GEN_EXPERT = r"_moe_gen/|(^|/)(vae2llm|llm2vae|time_embedder)/"  # paths of the image side
-
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
@@ -115,59 +113,6 @@ def init_trainable(
             f"e.g. {sorted(flat)[:3]}"
         )
     return traverse_util.unflatten_dict(chosen, sep="/")
-
-
-def make_optimizer(
-    *,
-    learning_rate: float,
-    gen_scale: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-    warmup_steps: int,
-    decay_steps: int,
-) -> optax.GradientTransformation:
-    """AdamW after clipping the global gradient norm, with the rates of `make_schedule`.
-
-    `gen_scale` multiplies the steps of the image expert's parameters.
-    """
-    schedule = make_schedule(learning_rate, warmup_steps=warmup_steps, decay_steps=decay_steps)
-    parts = [
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-    ]
-    if gen_scale != 1.0:
-        parts.append(optax.masked(optax.scale(gen_scale), _is_gen))
-    return optax.chain(*parts)
-
-
-def make_schedule(learning_rate: float, *, warmup_steps: int, decay_steps: int) -> optax.Schedule:
-    """The rate by the number of applied updates: up linearly from zero over `warmup_steps`, so that
-    the first has rate zero, and, if `decay_steps` > 0, down linearly to zero at `decay_steps`.
-    """
-    schedule: optax.Schedule = optax.constant_schedule(learning_rate)
-    if decay_steps:
-        schedule = optax.linear_schedule(learning_rate, 0.0, max(decay_steps - warmup_steps, 1))
-    if warmup_steps:
-        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-        schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
-    return schedule
-
-
-def next_rate(opt_state: Any, *, schedule: optax.Schedule) -> jax.Array:
-    """The learning rate of the next applied update, float32[], by the state of `make_optimizer`."""
-    count = optax.tree.get(opt_state, "ScaleByScheduleState").count
-    return jnp.asarray(schedule(count), jnp.float32)
-
-
-def _is_gen(tree: Any) -> Any:
-    def one(path: tuple, _: jax.Array) -> bool:
-        name = "/".join(str(entry.key) for entry in path)
-        return re.search(GEN_EXPERT, name) is not None
-
-    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def score(
@@ -280,9 +225,9 @@ def backward(
       reference: of this part, if the loss has a KL term.
       batch: of the whole update.
       part: int32[].
-      totals: from `count` of the same batch.
-      weight: float32[], the batch's share of the update's valid trajectories: 1 unless the update
-        holds batches of several tasks. Scales the gradient, not the metrics.
+      totals: from `count`, over all batches of this task in the update.
+      weight: float32[], the task's share of the update's trajectories: 1 unless the update holds
+        several tasks. Scales the gradient, not the metrics.
       options: static.
     """
     parts = batch.advantage.shape[0] // options.micro_batch
