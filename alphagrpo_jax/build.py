@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from alphagrpo_jax import prompts, tasks, update
+from alphagrpo_jax import optimizers, prompts, tasks, update
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
@@ -308,12 +308,12 @@ def initial_state(
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer of a configuration."""
-    return update.make_optimizer(**dataclasses.asdict(config.optimizer))
+    return optimizers.make_optimizer(**dataclasses.asdict(config.optimizer))
 
 
 def make_schedule(config: Config) -> optax.Schedule:
     """The optimizer's learning rate by the number of applied updates."""
     own = config.optimizer
-    return update.make_schedule(
+    return optimizers.make_schedule(
         own.learning_rate, warmup_steps=own.warmup_steps, decay_steps=own.decay_steps
     )

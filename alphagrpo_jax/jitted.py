@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from alphagrpo_jax import prompts, tasks, update
+from alphagrpo_jax import optimizers, prompts, tasks, update
 from alphagrpo_jax.build import (
     eval_options,
     initial_options,
@@ -92,7 +92,7 @@ def jit_steps(
             out_shardings=(state_shardings, None),
             donate_argnums=0,
         ),
-        rate=jax.jit(functools.partial(update.next_rate, schedule=make_schedule(config))),
+        rate=jax.jit(functools.partial(optimizers.next_rate, schedule=make_schedule(config))),
     )
 
 

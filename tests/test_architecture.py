@@ -22,6 +22,7 @@ LIBRARIES = (
     "models",
     "policy",
     "types",
+    "optimizers",
     "sampling",
     "shapes",
 )

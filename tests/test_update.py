@@ -239,28 +239,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     np.testing.assert_allclose(after.trainable["a"], 0.9 - 1e-5, rtol=1e-6)
 
 
-def test_the_optimizer_by_hand():
-    settings = {
-        "learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 0.0, "weight_decay": 0.0,
-        "clip_norm": 1.0, "warmup_steps": 2, "decay_steps": 6, "gen_scale": 0.5,
-    }  # fmt: skip
-    optimizer = update.make_optimizer(**settings)
-    trainable = {"q_proj": {"a": jnp.zeros(1)}, "q_proj_moe_gen": {"a": jnp.zeros(1)}}
-    opt_state = optimizer.init(trainable)
-    gradient = jax.tree.map(lambda x: jnp.full_like(x, 7.0), trainable)
-    schedule = update.make_schedule(0.1, warmup_steps=2, decay_steps=6)
-    steps, told = [], []
-    for _ in range(7):
-        told.append(float(update.next_rate(opt_state, schedule=schedule)))
-        moved, opt_state = optimizer.update(gradient, opt_state, trainable)
-        steps.append((float(moved["q_proj"]["a"][0]), float(moved["q_proj_moe_gen"]["a"][0])))
-    # Adam's step is -rate for a constant gradient: up over two steps, down to zero over four.
-    rates = [0.0, 0.05, 0.1, 0.075, 0.05, 0.025, 0.0]
-    expected = [(-rate, -rate / 2) for rate in rates]
-    np.testing.assert_allclose(steps, expected, atol=1e-6)
-    np.testing.assert_allclose(told, rates, atol=1e-7)
-
-
 def test_only_the_most_uncertain_tokens_are_trained(setting):
     loss = dataclasses.replace(setting.options.loss, entropy_fraction=0.5)
     options = dataclasses.replace(setting.options, loss=loss)
