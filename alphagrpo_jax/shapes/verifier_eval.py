@@ -3,6 +3,7 @@
     python -m alphagrpo_jax.shapes.verifier_eval --model alphagrpo_jax/shapes/assets/verifier
     python -m alphagrpo_jax.shapes.measure --drawings runs/drawings.npz
     python -m alphagrpo_jax.shapes.verifier_eval --model ... --drawings runs/drawings.npz
+    python -m alphagrpo_jax.shapes.verifier_eval --model ... --speed
 
 Held out: combinations of shapes that no training image has. Balanced accuracy is the mean of the
 shares of right answers among questions whose answer is yes and among those whose answer is no. On
@@ -12,6 +13,10 @@ that always says yes scores 1 there; only the imperfect images tell.
 Drawings are asked their prompts' own semantic questions. `agreement` is per question, against the
 exact checker, on the drawings that it can read in full (`parsed`). `all_yes` is per drawing, on all
 of them: whether P(yes) > 0.5 throughout, against the checker's "every fact holds".
+
+`--speed` times the same held-out images and lists of questions three ways, and nothing else: one
+forward pass per question, one for all of an image's questions, and a pool of worker processes with
+a thread each. Its 2 threads or 2 workers want 2 cores that nothing else uses.
 """
 
 import argparse
@@ -25,8 +30,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from alphagrpo_jax.rewards.pool import Pool, PoolError, PoolOptions
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes, verifier_data
 from alphagrpo_jax.shapes.image_records import split_scene
@@ -35,10 +40,11 @@ from alphagrpo_jax.shapes.specs import BACKGROUNDS, COLORS, NUMBERS, RELATIONS, 
 from alphagrpo_jax.shapes.verifier_data import Asked, Example
 
 QUESTIONS = 12  # per image at most
-TIMED = 50  # images whose questions are timed
+TIMED = 200  # images whose questions are timed
 BINS = 10  # of the calibration error
 IMPERFECT = tuple(kind for kind in corrupt.KINDS if kind != "clean")
 Row = tuple[str, bool, float]  # question type, truth, P(yes)
+Sample = tuple[np.ndarray, tuple[str, ...]]  # uint8[H, W, 3], questions
 
 
 def heldout_example(rng: np.random.Generator, *, clean: bool) -> Example:
@@ -102,25 +108,97 @@ def calibration_error(rows: Sequence[Row], bins: int = BINS) -> float:
     return float(sum(gaps))
 
 
-def throughput(verifier: HFVerifier, seed: int, images: int = TIMED) -> float:
-    """Questions per second of this process: different images and lists, each asked once.
+def timed_lists(seed: int, images: int) -> list[Sample]:
+    """Held-out images and their questions; no list occurs twice, as verifiers keep their texts."""
+    rng, lists = np.random.default_rng(seed), {}
+    while len(lists) < images:
+        example = heldout_example(rng, clean=True)
+        lists[tuple(text for text, *_ in asked_about(example, rng))] = example.image
+    return [(image, texts) for texts, image in lists.items()]
+
+
+def time_verifier(verifier: HFVerifier, samples: Sequence[Sample]) -> tuple[float, list[float]]:
+    """Seconds for all samples but the first, which warms up, and P(yes) of all their questions."""
+    verifier.answer(*samples[0])
+    start = time.perf_counter()
+    answers = [verifier.answer(*sample) for sample in samples[1:]]
+    seconds = time.perf_counter() - start
+    return seconds, [_given(answer.p_yes) for each in answers for answer in each]
+
+
+def time_pool(folder: Path, workers: int, samples: Sequence[Sample]) -> tuple[float, list[float]]:
+    """The same of a pool, which the first sample warms up in every worker, more or less.
+
+    Raises:
+      PoolError: no worker starts.
+    """
+    with Pool(("hf", {"path": str(folder), "num_threads": 1}), PoolOptions(workers)) as pool:
+        pool.wait_ready()
+        for number in range(2 * workers):
+            pool.submit(("warm", number), *samples[0])
+        pool.gather([("warm", number) for number in range(2 * workers)])
+        numbers = range(1, len(samples))
+        start = time.perf_counter()
+        for number in numbers:
+            pool.submit(number, *samples[number])
+        found = pool.gather(numbers)
+        seconds = time.perf_counter() - start
+    return seconds, [_given(p) for number in numbers for p in found[number].p_yes or [None]]
+
+
+def _given(p_yes: float | None) -> float:
+    """Raises ValueError for an answer that failed: the times would not be comparable."""
+    if p_yes is None:
+        raise ValueError("a question got no answer; measure accuracy first")
+    return p_yes
+
+
+def speed(folder: Path, samples: Sequence[Sample], threads: int) -> dict[str, dict[str, float]]:
+    """Questions per second three ways: the same images, questions and number of cores.
 
     Args:
-      verifier: what is measured.
-      seed: of images and questions; another one for every call, as verifiers may keep what they
-        have seen.
-      images: how many are timed, after one that is not.
+      folder: of the verifier.
+      samples: the first of them warms up.
+      threads: of the one process, and workers of the pool.
+    Returns:
+      By way: `questions_per_second`, `ms_per_image`, and `apart`, the largest difference of a
+      P(yes) from the first way's.
+    Raises:
+      ValueError: a question got no answer.
     """
-    rng, lists = np.random.default_rng(seed), {}
-    while len(lists) <= images:
-        example = heldout_example(rng, clean=True)
-        lists[tuple(text for text, *_ in asked_about(example, rng))] = example
-    (first, example), *rest = lists.items()
-    verifier.answer(example.image, first)
-    start = time.perf_counter()
-    for texts, example in rest:
-        verifier.answer(example.image, texts)
-    return sum(len(texts) for texts, _ in rest) / (time.perf_counter() - start)
+    single = HFVerifier(folder, num_threads=threads, shared_prefix=False, max_batch=1)
+    shared = HFVerifier(folder, num_threads=threads)
+    timed = {
+        f"one pass per question ({threads} threads)": time_verifier(single, samples),
+        f"one image's questions {shared.passes.way} ({threads} threads)": time_verifier(
+            shared, samples
+        ),
+        f"pool of {threads} workers (1 thread each)": time_pool(folder, threads, samples),
+    }
+    reference = np.array(next(iter(timed.values()))[1])
+    return {
+        name: {
+            "questions_per_second": len(p_yes) / seconds,
+            "ms_per_image": 1000 * seconds / (len(samples) - 1),
+            "apart": float(np.abs(np.array(p_yes) - reference).max()),
+        }
+        for name, (seconds, p_yes) in timed.items()
+    }
+
+
+def speed_table(found: Mapping[str, Mapping[str, float]], samples: Sequence[Sample]) -> str:
+    """The figures of `speed` as lines to read."""
+    asked = sum(len(texts) for _, texts in samples[1:])
+    lines = [
+        f"{len(samples) - 1} held-out images, {asked} questions",
+        f"{'':<46}{'questions/s':>12}{'ms/image':>10}{'largest difference of P(yes)':>30}",
+    ]
+    lines += [
+        f"{name:<46}{row['questions_per_second']:>12.1f}{row['ms_per_image']:>10.1f}"
+        f"{row['apart']:>30.1e}"
+        for name, row in found.items()
+    ]
+    return "\n".join(lines)
 
 
 @functools.cache
@@ -228,34 +306,36 @@ def measure(options: argparse.Namespace) -> dict:
     drawings = None if options.drawings is None else read_drawings(options.drawings)
     verifier = HFVerifier(options.model, num_threads=options.threads)
     figures = evaluate(verifier, options.images, options.seed)
-    behind = verifier.shared_prefix
-    speed: dict[str, float] = {"threads": torch.get_num_threads()}
-    if behind:
-        speed["shared prefix"] = throughput(verifier, options.seed)
-    verifier.shared_prefix = False
-    speed["whole prompts"] = throughput(verifier, options.seed + 1)
-    verifier.shared_prefix = behind
-    figures["questions_per_second"] = speed
     if drawings is not None:
         figures["drawings"] = agreement(verifier, *drawings)
     return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the figures as JSON to standard output; returns the exit code."""
+    """Writes the figures as JSON, or the speeds as a table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="verifier folder")
-    parser.add_argument("--images", type=int, default=1000, help="clean, and as many imperfect")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--drawings", type=Path, help=".npz file that measure --drawings wrote")
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="verifier folder")
+    add("--images", type=int, default=1000, help="clean, and as many imperfect")
+    add("--seed", type=int, default=1)
+    add("--threads", type=int, default=2)
+    add("--drawings", type=Path, help=".npz file that measure --drawings wrote")
+    add(
+        "--speed", nargs="?", type=int, const=TIMED, metavar="IMAGES", help="only time IMAGES (200)"
+    )
     options = parser.parse_args(arguments)
+    if options.speed is not None and (options.speed < 1 or options.threads < 1):
+        parser.error("--speed and --threads must be at least 1")
     try:
-        figures = measure(options)
-    except (OSError, ValueError, VerifierLoadError) as error:
+        if options.speed is not None:
+            samples = timed_lists(options.seed, options.speed + 1)
+            text = speed_table(speed(options.model, samples, options.threads), samples)
+        else:
+            text = json.dumps(measure(options), indent=1)
+    except (OSError, ValueError, VerifierLoadError, PoolError) as error:
         sys.stderr.write(f"verifier_eval: {error}\n")
         return 1
-    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    sys.stdout.write(text + "\n")
     return 0
 
 

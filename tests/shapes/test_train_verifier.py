@@ -192,13 +192,11 @@ def test_questions_of_the_evaluation_are_different_ones():
             assert len(texts) == len(set(texts)) == verifier_eval.QUESTIONS
 
 
-def test_throughput_asks_every_list_once():
-    reader = Reader(always=0.5)
-    assert verifier_eval.throughput(reader, seed=0, images=20) > 0
-    assert len(reader.lists) == len(set(reader.lists)) == 21
-    other = Reader(always=0.5)
-    verifier_eval.throughput(other, seed=1, images=20)
-    assert not set(other.lists) & set(reader.lists)
+def test_timed_lists_are_different_ones():
+    lists = verifier_eval.timed_lists(seed=0, images=20)
+    assert len({texts for _, texts in lists}) == len(lists) == 20
+    again = verifier_eval.timed_lists(seed=1, images=20)
+    assert not {texts for _, texts in lists} & {texts for _, texts in again}
 
 
 def test_meanings_of_questions():

@@ -34,17 +34,6 @@ def test_answers_clean_and_imperfect_heldout_images(verifier):
         assert verifier_eval.calibration_error(rows) <= 0.08  # 0.05 on the full set
 
 
-def test_shared_prefix_is_used_and_changes_nothing(verifier):
-    assert verifier.shared_prefix
-    example = verifier_eval.heldout_example(np.random.default_rng(0), clean=True)
-    texts = ["Is there a red circle?", "Are there exactly two shapes?"]
-    shared = [answer.p_yes for answer in verifier.answer(example.image, texts)]
-    verifier.shared_prefix = False
-    whole = [answer.p_yes for answer in verifier.answer(example.image, texts)]
-    verifier.shared_prefix = True
-    np.testing.assert_allclose(shared, whole, atol=1e-5)
-
-
 def test_rates_a_match_above_a_mismatch(verifier):
     example = verifier_eval.heldout_example(np.random.default_rng(1), clean=True)
     thing = example.scene.things[0]
@@ -55,3 +44,21 @@ def test_rates_a_match_above_a_mismatch(verifier):
         example.image, [ask.format(thing.color, thing.shape), ask.format(absent, thing.shape)]
     )
     assert good.value > bad.value
+
+
+def test_three_ways_are_timed_on_the_same_questions():
+    samples = verifier_eval.timed_lists(seed=1, images=3)
+    found = verifier_eval.speed(FOLDER, samples, threads=2)
+    assert [name.split(" (")[0] for name in found] == [
+        "one pass per question",
+        "one image's questions packed",
+        "pool of 2 workers",
+    ]
+    for row in found.values():  # 12 questions per image
+        assert row["questions_per_second"] * row["ms_per_image"] == pytest.approx(12_000)
+    apart = [row["apart"] for row in found.values()]
+    assert apart[0] == 0 < apart[1] <= 1e-5  # another computation with the same result
+    assert 0 < apart[2] <= 1e-5
+    title, _, *rows = verifier_eval.speed_table(found, samples).splitlines()
+    assert title == "2 held-out images, 24 questions"
+    assert len(rows) == 3

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from alphagrpo_jax.rewards.verifiers import hf
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
-from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 
 pytestmark = pytest.mark.torch
 
@@ -50,25 +50,13 @@ def test_bare_strips_blanks_punctuation_and_case():
 
 def test_token_sets_hold_every_spelling():
     decoder = Decoder(["Yes", " yes", "yes.", "yesterday", "No", "\n no", "not", "now", "yes"])
-    assert hf.token_sets(decoder, ("yes", "no")) == [[0, 1, 2, 8], [4, 5]]
+    assert hf.token_sets(hf.bare_tokens(decoder), ("yes", "no")) == [[0, 1, 2, 8], [4, 5]]
 
 
 def test_candidates_keep_only_the_likeliest():
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
     torch.testing.assert_close(hf.candidates(logits, 2), torch.tensor([[0.4, 0.3, 0.0, 0.0]]))
     torch.testing.assert_close(hf.candidates(logits, None), torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
-
-
-def test_shared_prefix_is_the_same_as_separate_prompts(verifier, image):
-    assert verifier.shared_prefix
-    shared = verifier.first_token_logits(image, QUESTIONS, AUDIT_INSTRUCTION)
-    verifier.shared_prefix = False
-    together = verifier.first_token_logits(image, QUESTIONS, AUDIT_INSTRUCTION)
-    alone = torch.cat(
-        [verifier.first_token_logits(image, [q], AUDIT_INSTRUCTION) for q in QUESTIONS]
-    )
-    torch.testing.assert_close(shared, together, atol=1e-5, rtol=0)
-    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=0)
 
 
 def test_p_yes_is_the_share_of_yes_among_yes_and_no(verifier, image):
@@ -206,6 +194,55 @@ def test_missing_tensors_are_never_drawn_at_random(llava_folder, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != name}, path, metadata={"format": "pt"})
     with pytest.raises(VerifierLoadError, match="lacks 1 tensors of its model"):
         HFVerifier(folder)
+
+
+@pytest.fixture
+def split_ten(llava_folder, tmp_path) -> HFVerifier:
+    """A verifier whose tokenizer spells 10 as "1", "0", and which likes to say both."""
+    folder = shutil.copytree(llava_folder, tmp_path / "split")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ten"] = vocabulary.pop("10")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    verifier = HFVerifier(folder, num_threads=1)
+    liked = torch.zeros(verifier.model.lm_head.out_features)
+    liked[verifier.tokenizer.convert_tokens_to_ids(["0", "1", "7"])] = 8.0
+    verifier.model.lm_head.register_forward_hook(lambda *args: 0.3 * args[-1] + liked)
+    return verifier
+
+
+@pytest.mark.parametrize("way", ["packed", "shared", "separate"])
+def test_ten_as_two_tokens_is_rated_by_what_follows_the_one(split_ten, image, way):
+    verifier = split_ten
+    verifier.passes.way = way
+    assert verifier.ratings[10] == []
+    texts = [verifier.tokenizer.decode([i]).strip("# ") for i in range(len(verifier.tokenizer))]
+    spelt = [[i for i, text in enumerate(texts) if text == str(n)] for n in range(10)]
+    digits = [i for i, text in enumerate(texts) if text[:1].isdigit()]
+    one = verifier.tokenizer.convert_tokens_to_ids("1")
+    found = verifier.rate(image, QUESTIONS)
+    for question, rating in zip(QUESTIONS, found, strict=True):
+        inputs = verifier.passes.inputs(image, [verifier.passes.prompt(question, RATE_INSTRUCTION)])
+        longer = inputs | {
+            "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[one]])], 1),
+            "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.int64),
+        }
+        with torch.inference_mode():
+            first = verifier.model(**inputs).logits[0, -1].double().softmax(-1)
+            second = verifier.model(**longer).logits[0, -1].double().softmax(-1)
+        mass = [float(first[ids].sum()) for ids in spelt]
+        unsplit = sum(n * share for n, share in enumerate(mass)) / sum(mass)
+        mass.append(mass[1] * float(second[spelt[0]].sum()))
+        mass[1] *= 1 - float(second[digits].sum())
+        expected = sum(n * share for n, share in enumerate(mass)) / sum(mass)
+        assert rating.value == pytest.approx(expected, abs=1e-5)
+        assert abs(rating.value - unsplit) > 0.1  # the split counts here
+
+
+def test_ratings_need_the_digits(verifier, image):
+    verifier.ratings[7] = []
+    with pytest.raises(ValueError, match=r"no single token for \['7'\]"):
+        verifier.rate(image, QUESTIONS)
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])

@@ -1,0 +1,148 @@
+"""The three ways through the model give the same logits, and the choice between them is told."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from alphagrpo_jax.rewards.verifiers import passes
+from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, load
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.passes import Passes
+from alphagrpo_jax.runtime.paths import resolve
+
+pytestmark = pytest.mark.torch
+
+QUESTIONS = ("Is there a red circle in the image?", "Is it flat?", "Is there a blue square?")
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def ways(llava_folder) -> Passes:
+    return HFVerifier(llava_folder, num_threads=1).passes
+
+
+def ask(passes_: Passes, way: str, image: np.ndarray, *args) -> torch.Tensor:
+    passes_.way = way
+    return passes_.logits(image, *args)
+
+
+@pytest.mark.parametrize("instruction", [AUDIT_INSTRUCTION, "Look.", ""])
+@pytest.mark.parametrize("replies", [None, (30, 31, 30)])
+def test_all_ways_are_the_same_as_single_questions(ways, image, instruction, replies):
+    assert ways.way == "packed"
+    alone = torch.cat(
+        [
+            ask(ways, "separate", image, [q], instruction, replies and replies[i : i + 1])
+            for i, q in enumerate(QUESTIONS)
+        ]
+    )
+    for way in passes.WAYS:
+        got = ask(ways, way, image, QUESTIONS, instruction, replies)
+        torch.testing.assert_close(got, alone, atol=1e-5, rtol=0)
+    assert (alone[0] - alone[1]).abs().max() > 0.01
+
+
+def test_other_image_sizes_keep_their_own_beginnings(ways, image):
+    larger = np.random.default_rng(1).integers(0, 256, (64, 80, 3)).astype(np.uint8)
+    for shown in (image, larger, image):
+        packed = ask(ways, "packed", shown, QUESTIONS, AUDIT_INSTRUCTION)
+        separate = ask(ways, "separate", shown, QUESTIONS, AUDIT_INSTRUCTION)
+        torch.testing.assert_close(packed, separate, atol=1e-5, rtol=0)
+
+
+def test_what_was_asked_before_changes_no_bit(llava_folder, ways, image):
+    other = 255 - image
+    for shown in (other, image, other):
+        ask(ways, "packed", shown, QUESTIONS[:2], AUDIT_INSTRUCTION)
+        ask(ways, "packed", shown, QUESTIONS[1:], "Look.")
+    after = ask(ways, "packed", image, QUESTIONS, AUDIT_INSTRUCTION)
+    fresh = HFVerifier(llava_folder).passes.logits(image, QUESTIONS, AUDIT_INSTRUCTION)
+    assert torch.equal(after, fresh)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_shipped_verifier_is_packed_in_every_precision(dtype, image, caplog):
+    verifier = HFVerifier(resolve("package:verifier"), dtype=dtype)
+    assert verifier.passes.way == "packed"
+    assert not caplog.records
+    shares = {}
+    for way in passes.WAYS:
+        verifier.passes.way = way
+        shares[way] = [answer.p_yes for answer in verifier.answer(image, QUESTIONS)]
+    tolerance = passes.TOLERANCE[verifier.model.dtype]
+    for way in passes.WAYS:
+        np.testing.assert_allclose(shares[way], shares["separate"], atol=tolerance)
+
+
+def test_positions_that_follow_the_image_are_never_packed(llava_folder, caplog):
+    model, processor = load(llava_folder, "cpu", "float32")
+    model.model.get_rope_index = lambda *_: None
+    with caplog.at_level(logging.WARNING):
+        assert Passes(model, processor, shared_prefix=True).way == "shared"
+    assert "slower way 'shared'" in caplog.text
+    assert "rows and columns" in caplog.text
+
+
+def test_attention_with_a_window_is_never_packed(llava_folder, tmp_path):
+    folder = shutil.copytree(llava_folder, tmp_path / "window")
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    text |= {"sliding_window": 1000, "use_sliding_window": True}
+    text["layer_types"] = ["sliding_attention"] * text["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert HFVerifier(folder).passes.way == "shared"
+
+
+def test_a_model_without_a_cache_is_asked_separately_and_says_so(llava_folder, image, caplog):
+    model, processor = load(llava_folder, "cpu", "float32")
+    forward = type(model).forward
+
+    def without_cache(**inputs):
+        found = forward(model, **(inputs | {"past_key_values": None, "use_cache": False}))
+        found.past_key_values = None
+        return found
+
+    model.forward = without_cache
+    with caplog.at_level(logging.WARNING):
+        chosen = Passes(model, processor, shared_prefix=True)
+    assert chosen.way == "separate"
+    assert caplog.text.count("takes the slower way 'separate'") == 1
+    asked = image, QUESTIONS, AUDIT_INSTRUCTION
+    del model.forward
+    normal = Passes(model, processor, shared_prefix=False).logits(*asked)
+    model.forward = without_cache
+    torch.testing.assert_close(chosen.logits(*asked), normal, atol=1e-5, rtol=0)
+
+
+def test_image_tokens_that_follow_the_content_are_not_packed(llava_folder, monkeypatch, caplog):
+    model, processor = load(llava_folder, "cpu", "float32")
+    original = type(processor).__call__
+
+    def by_content(self, images=None, text=None, **options):
+        if images is not None and np.any(images[0][0]):
+            text = [each.replace("<|user|>", "<|user|> a") for each in text]
+        return original(self, images=images, text=text, **options)
+
+    monkeypatch.setattr(type(processor), "__call__", by_content)
+    assert Passes(model, processor, shared_prefix=True).way == "shared"
+    assert "follow its content" in caplog.text
+
+
+def test_pixels_come_from_the_whole_processor_where_the_image_alone_gives_others(
+    llava_folder, image, monkeypatch
+):
+    model, processor = load(llava_folder, "cpu", "float32")
+    asked = image, QUESTIONS, AUDIT_INSTRUCTION
+    expected = Passes(model, processor, shared_prefix=False).logits(*asked)
+    monkeypatch.setattr(Passes, "_pixels", lambda *_: {"pixel_values": torch.zeros(1, 3, 48, 48)})
+    chosen = Passes(model, processor, shared_prefix=True)
+    assert chosen.way == "packed"
+    torch.testing.assert_close(chosen.logits(*asked), expected, atol=1e-5, rtol=0)
