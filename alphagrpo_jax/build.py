@@ -22,7 +22,7 @@ from alphagrpo_jax.rewards.verifiers.endpoints import checked_urls
 from alphagrpo_jax.rewards.worker import Factory
 from alphagrpo_jax.rollout import RolloutOptions
 from alphagrpo_jax.runtime import sharding
-from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.sampling.image import ImageOptions
 from alphagrpo_jax.types import TrainState
 
@@ -159,7 +159,7 @@ def verifier_factories(config: Config) -> list[Factory]:
         local: Factory = ("callable", {"target": verifier.path})
     else:
         options = {
-            "path": str(resolve(verifier.path)),
+            "path": str(model_folder(verifier.path)),
             "device": verifier.device,
             "dtype": verifier.dtype,
             "num_threads": verifier.threads,

@@ -45,7 +45,7 @@ class Verifier:
     # "hf", "openai" (endpoints only), "callable": path is then "module:function", or "self": the
     # policy judges its own images
     kind: str
-    path: str
+    path: str  # a model folder, ORG/NAME of the Hugging Face hub, or package:NAME
     endpoints: tuple[str, ...]  # of chat servers, "http://HOST:PORT/v1"; () for none
     model: str  # the name that the endpoints serve; it must be the local workers' own model
     api_key_env: str  # environment variable that holds the endpoints' key; "": none

@@ -31,7 +31,7 @@ from alphagrpo_jax.rewards.verifiers import serving
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.keys import read_key
 from alphagrpo_jax.rewards.verifiers.serving import Batcher, RequestError
-from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.paths import model_folder
 
 _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 * 2**20
@@ -201,7 +201,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, help="a Hugging Face model folder, or package:NAME")
+    add("--model", required=True, help="a Hugging Face model folder, ORG/NAME of the "
+        "hub, or package:NAME")  # fmt: skip
     add("--port", type=int, default=8000, help="0: any free one")
     add("--host", default="127.0.0.1", help="0.0.0.0: all of this machine's addresses")
     add("--name", help="of the model, as clients call it; default: the last part of --model")
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bound = bind(options.host, options.port)
         verifier = HFVerifier(
-            resolve(options.model),
+            model_folder(options.model),
             device=options.device,
             dtype=options.dtype,
             num_threads=options.threads,

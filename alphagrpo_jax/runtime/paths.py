@@ -1,9 +1,15 @@
-"""Where shipped assets lie: `package:NAME` names one, anything else is a path."""
+"""Where shipped assets and models lie: `package:NAME` names an asset, other names are paths.
 
+A verifier may also be a model of the Hugging Face hub.
+"""
+
+import re
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent.parent / "shapes" / "assets"
 PREFIX = "package:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
+NEVER_LOADED = ("*.gguf", "*.onnx", "*.pth", "original/*")  # other forms of the same weights
 
 
 def resolve(path: str | Path) -> Path:
@@ -23,3 +29,29 @@ def resolve(path: str | Path) -> Path:
         f"{text!r} names {target}, which does not exist; give an existing path or one of the "
         f"shipped assets {[PREFIX + name for name in shipped if not name.startswith('_')]}"
     )
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of a Hugging Face model; one of the hub is fetched unless it is there already.
+
+    Call it once, before processes start that load the model: they are given the folder.
+
+    Args:
+      path: as `resolve` takes it, or ORG/NAME of the hub. What exists as a path is never fetched.
+    Raises:
+      FileNotFoundError: there is no such path or asset, and no such model can be fetched.
+    """
+    text = str(path)
+    if not HUB_ID.fullmatch(text) or Path(text).exists():
+        return resolve(path)
+    import huggingface_hub  # here: what has a path needs no hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(text, ignore_patterns=[*NEVER_LOADED]))
+    except (OSError, ValueError) as error:  # all that the hub's client raises
+        raise FileNotFoundError(
+            f"{text!r} is no folder here, and the Hugging Face hub gives no model of that name "
+            f"({type(error).__name__}: {error})\nFix: correct the path or the name; without "
+            "network fetch the model elsewhere (hf download) and give its folder; a gated one "
+            "needs hf auth login"
+        ) from error

@@ -53,7 +53,7 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
     if not (folder / "config.json").is_file():
         raise VerifierLoadError(
             f"verifier folder {str(folder)!r} has no config.json; expected a local Hugging Face "
-            "model folder; set verifier.path to one (or to package:verifier)"
+            "model folder; set verifier.path to one, to ORG/NAME of the hub or to package:verifier"
         )
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
