@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_world
+from PIL import Image
 
-from alphagrpo_jax import build, jitted, learner, tasks, trainer
+from alphagrpo_jax import build, jitted, learner, tasks, trainer, update
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.refinement import Queue
 from alphagrpo_jax.rewards.ledger import Scored as Answered
+from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
+from alphagrpo_jax.types import TextSample, TrainState
 
 SECOND_LOOK = tasks.Task(
     "second_look",
@@ -86,13 +89,30 @@ def one_step(world, name):
         own = scored.text._replace(advantage=given, used=np.ones((2, 4), bool))
         given = trainer.Scored(own, given, {})
         whole = learner._UpdateBatch.of(run, drawn, old, given)
-        gradient, _ = whole.gradient(run, state, jnp.float32(1.0))
+        together = learner._TaskBatches.of(run, [whole])
+        gradient, _ = together.gradient(run, state, jnp.float32(1.0))
         gradient = jax.tree.map(np.asarray, gradient)
+        by_score = cotangents(config, loaded, together)
         _, learned, (metrics,) = learner.update_policy(run, state, [drawn], [old], [given], 1)
     return {
         "name": name, "run": run, "batch": batch, "drawn": drawn, "scores": scores,
-        "gradient": gradient, "learned": learned, "metrics": metrics,
+        "gradient": gradient, "by_score": by_score, "learned": learned, "metrics": metrics,
     }  # fmt: skip
+
+
+def cotangents(config, loaded, together):
+    """The loss's derivatives by the scores of the first micro-batch, and its scored tokens."""
+    (whole,) = together.batches
+    task = tasks.TASKS[config.task]
+    options = build.update_options(config, loaded, task)
+    parts = config.trajectories // config.train.micro_batch
+    micro = update.take_part(whole.batch, jnp.int32(0), parts, shared=options.plan.shared)
+    found = jax.grad(
+        lambda new: update.micro_loss(
+            new, whole.old[0], None, micro, together.totals, options=options
+        )[0]
+    )(whole.old[0])
+    return jax.tree.map(np.asarray, (found, micro.rollout.texts))
 
 
 def test_the_first_ratios_are_one(step):
@@ -128,9 +148,33 @@ def test_every_step_is_trained(step):
     plan = tasks.plan(tasks.TASKS[step["name"]].events)
     assert len(step["drawn"].texts) == len(plan.text_steps)
     assert len(step["drawn"].trajectories.images) == len(plan.image_steps)
-    kinds = {"loss/text"} | ({"loss/image"} if plan.image_steps else set())
-    assert kinds <= step["metrics"].keys()
+    found, samples = step["by_score"]
+    assert len(found.text_log_prob) == len(plan.text_steps)
+    for own, sample in zip(found.text_log_prob, samples, strict=True):
+        assert (own != 0.0)[sample.scored].all()
+        assert not own[~sample.scored].any()
+    assert len(found.image_log_prob) == len(plan.image_steps)
+    for own in found.image_log_prob:
+        assert (own != 0.0).all()
     assert step["scores"].valid.all()
+
+
+def test_every_text_counts_in_the_metrics(step):
+    samples = step["drawn"].trajectories.texts
+    lengths = [np.asarray(sample.scored).sum(axis=1).mean() for sample in samples]
+    cut = [np.asarray(sample.truncated).mean() for sample in samples]
+    found = step["drawn"].text_metrics
+    assert found["text/length"] == pytest.approx(np.mean(lengths))
+    assert found["text/truncated_fraction"] == pytest.approx(np.mean(cut))
+
+
+def test_a_cut_answer_counts_though_no_think_text_was_cut():
+    def sample(truncated):
+        scored = np.ones((4, 3), bool)
+        return TextSample(None, None, scored, None, np.array(truncated))
+
+    found = trainer._text_metrics([sample([False] * 4), sample([True, True, False, False])])
+    assert found == {"text/length": 3.0, "text/truncated_fraction": 0.25}
 
 
 def test_the_worst_initial_image_is_repaired(step):
@@ -148,6 +192,104 @@ def test_the_worst_initial_image_is_repaired(step):
         )).reward for image in own]  # fmt: skip
         assert batch.initial.reward[place] == pytest.approx(min(found))
         np.testing.assert_array_equal(batch.images[place], own[int(np.argmin(found))])
+
+
+class NoModel:
+    """Steps of a run that draws nothing."""
+
+    def weights(self, base, trainable):
+        return None
+
+
+def test_own_initial_images_are_those_of_the_files(world):
+    fields = tiny_world.config(world)
+    fields.task, fields.srr.source = "srr", "record"
+    fields.data.train = fields.data.heldout = str(world / "edits.jsonl")
+    config = config_lib.from_config_dict(fields)
+    loaded = tiny_world.model()
+    data = build.load_data(config, loaded, world / "cache")
+    run = trainer.Run(config, loaded, data, NoModel(), Judge(), world)
+    state = TrainState(None, None, jax.random.key(0))
+    place, seen = trainer.start_place(config), set()
+    for step in (1, 2, 3):
+        (batch,) = trainer.take_batches(run, state, step, place)
+        for index, row in enumerate(batch.rows):
+            seen.add(int(row))
+            with Image.open(world / f"edit_{row}.png") as image:
+                np.testing.assert_array_equal(batch.images[index], np.asarray(image))
+            record = data["srr"].train.records[row]
+            answers = run.pool.honest.answer(batch.images[index], record.asked)
+            reward = trainer.scoring.dvreward(
+                *record.split([each.p_yes for each in answers])
+            ).reward
+            assert batch.initial.reward[index] == pytest.approx(reward)
+            assert batch.initial.lowest[index] == batch.initial.reward[index]
+    assert seen == set(range(6))
+    assert run.pool.samples.keys() == {("initial", 0, number) for number in range(6)}
+
+
+def refining(mode, texts, pool=None):
+    """A run without a model whose group of four wrote `texts` about an image of reward 0.5."""
+    config = tiny_world.config(pathlib.Path("unused"))
+    config.task, config.srr.reflection_format = "srr", mode
+    config.advantage.std, config.srr.rectification = "none", "none"
+    config.train.prompts_per_step, config.reward.max_invalid_fraction = 1, 0.5
+    config.train.micro_batch = config.rollout.micro_batch = 4
+    parsed = config_lib.from_config_dict(config)
+    numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
+    initial = Queue(np.array(1), *numbers, np.array([0.5]), np.array([0.5]))
+    batch = trainer.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), numbers[1], initial)
+    records = [parse_record(tiny_world.record("a red circle"))] * 4
+    ids = [(1, 0, number) for number in range(4)]
+    drawn = trainer.Drawn(batch, None, records, ids, [texts], {})
+    return trainer.Run(parsed, None, {}, None, pool, None), drawn
+
+
+class Given:
+    """A pool with given answers by sample."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def gather(self, ids):
+        found = {}
+        for each in ids:
+            own = self.answers[each]
+            failure = None if own else "server away"
+            found[each] = Answered(own, own is not None, failure, 1, 0, 0.0)
+        return found
+
+
+def test_a_reflection_is_well_formed_if_every_verdict_is_yes():
+    verdicts = [(0.9, 0.9, 0.9), (0.9, 0.9, 0.4), None, (0.51, 0.6, 0.7)]
+    answers = {(1, 0, number): (0.64, 0.64, 0.64) for number in range(4)}
+    answers |= {(1, 0, number, "reflection"): own for number, own in enumerate(verdicts)}
+    run, drawn = refining("verifier", ["<think> a </think>"] * 4, pool=Given(answers))
+    found = trainer.score_reflections(run, drawn)
+    np.testing.assert_array_equal(found, [1.0, 0.0, np.nan, 1.0])
+    scores = trainer.score_batch(run, drawn, found, 1)
+    assert scores.valid.tolist() == [True, True, False, True]
+    np.testing.assert_allclose(scores.reward, [0.64, 0.64, np.nan, 0.64])
+    assert scores.failures == {"no verdict on the reflection": 1}
+    assert scores.reasons[2] == "no verdict on the reflection"
+    scored = trainer.advantage_of(run.config, drawn, scores, found)
+    # Text: reward + 0.5 (format + reflection) / 2; the image's reward is alone.
+    np.testing.assert_allclose(scored.text.advantage, [[1 / 12, -1 / 6, 0.0, 1 / 12]], atol=1e-6)
+    np.testing.assert_allclose(scored.image, np.zeros((1, 4)), atol=1e-6)
+    assert scored.metrics["reward/reflection"] == pytest.approx(2 / 3)
+
+
+def test_reflections_by_rule():
+    good = "<think> the cross is blue. make the cross red. red cross top left </think>"
+    run, drawn = refining("rule", [good, *["<think> red cross </think>"] * 3])
+    found = trainer.score_reflections(run, drawn)
+    assert found.tolist() == [1.0, 0.0, 0.0, 0.0]
+    scores = dataclasses.replace(scores_of([0.6] * 4), format=np.ones(4))
+    scored = trainer.advantage_of(run.config, drawn, scores, found)
+    np.testing.assert_allclose(scored.text.advantage[0], [0.1875, -0.0625, -0.0625, -0.0625])
+    assert not scored.image.any()
+    run, drawn = refining("none", [good] * 4)
+    assert trainer.score_reflections(run, drawn) is None
 
 
 @pytest.mark.parametrize(
@@ -187,9 +329,11 @@ def test_nothing_improved_means_no_advantages():
     found = trainer.advantage_of(config, drawn, worse)
     assert found.text.all_zero
     assert not found.image.any()
+    assert found.left_out
     assert found.metrics["srr/improved_fraction"] == 0.0
     better = scores_of([0.7, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, np.nan])
     found = trainer.advantage_of(config, drawn, better)
+    assert not found.left_out
     advantage = found.text.advantage
     assert advantage[0, 0] > 0 > advantage[0, 1]
     assert advantage[0, 1] == advantage[0, 2] == advantage[0, 3]  # all rectified to 0.1

@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import time
 
 import pytest
 import tiny_world
@@ -89,12 +90,19 @@ def test_resumed_in_the_middle_of_the_queue_equals_uninterrupted(
 ):
     workdir, arguments = whole
     other = workdir.with_name(f"{workdir.name}_{way}")
-    process = start(other, *arguments)
-    wait_for_step(other, 1 if way == "stopped" else 2, process)
-    process.send_signal(signal.SIGTERM if way == "stopped" else signal.SIGKILL)
+    process, saved = start(other, *arguments), other / "checkpoints" / "2"
+    if way == "stopped":
+        wait_for_step(other, 1, process)
+        process.send_signal(signal.SIGTERM)
+    else:
+        while process.poll() is None and not saved.exists():  # a folder takes its name when whole
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=1800)
     if way == "stopped":
         assert process.returncode == 75, errors
+    else:
+        assert saved.exists(), errors
     code, errors = run(other, *arguments)
     assert code == 0, errors
     assert rows(other) == rows(workdir)
