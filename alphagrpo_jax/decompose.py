@@ -12,6 +12,7 @@ tried again. Beside the output stands a report, OUTPUT.report.json.
 
 import argparse
 import contextlib
+import dataclasses
 import pathlib
 import sys
 import threading
@@ -32,7 +33,7 @@ def by_grammar(prompt: str) -> running.Made:
     try:
         return running.Made(grammar.record(prompt), {"by": "shapes"})
     except grammar.GrammarError as error:
-        raise DecompositionError("grammar", str(error)) from error
+        raise DecompositionError("grammar", str(error), kind="refused") from error
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def maker(options: argparse.Namespace, pace: Pace) -> Iterator[running.Maker]:
     if options.llm == "shapes":
         yield by_grammar
         return
-    names = ("model", "api_key_env", "timeout_seconds", "max_tokens", "device", "dtype")
+    names = [field.name for field in dataclasses.fields(models.ModelOptions)]
     how = models.ModelOptions(**{name: vars(options)[name] for name in names})
     kind, _, place = options.llm.partition(":")
     name = options.model if kind == "openai" else pathlib.Path(place).name
@@ -82,7 +83,7 @@ def decompose(options: argparse.Namespace) -> int:
     print(running.summary(left))
     if tally.silent:
         print(
-            f"error: the language model did not reply to {running.MAX_SILENT} prompts in a row: "
+            f"error: the language model was away for {running.MAX_SILENT} prompts in a row: "
             f"{tally.failed[-1][1]}\nMend this and run the same command again.",
             file=sys.stderr,
         )
@@ -125,6 +126,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--api-key-env", default="", help="of openai: environment variable that holds the key")
     add("--timeout-seconds", type=float, default=120.0, help="of openai: of one request")
     add("--max-tokens", type=int, default=4096, help="of one reply")
+    json_help = "of openai: servers decode by each reply's JSON schema, where they can"
+    add("--json-schema", action="store_true", help=json_help)
     add("--device", default="cpu", help="of hf")
     add("--dtype", default="auto", help="of hf: float32, bfloat16 or auto")
     add("--concurrency", type=int, default=8, help="prompts under way at once")
@@ -144,8 +147,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--timeout-seconds must be positive")
     if options.requests_per_minute < 0 or options.allow_failures < 0:
         parser.error("--requests-per-minute and --allow-failures must not be negative")
-    if options.llm.startswith("openai:") and not options.model:
+    served = options.llm.startswith("openai:")
+    if served and not options.model:
         parser.error("--llm openai:URL needs --model NAME")
+    if options.json_schema and not served:
+        parser.error("--json-schema needs --llm openai:URL")
     return options
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from alphagrpo_jax.rewards.decomposition import texts
+from alphagrpo_jax.rewards.verifiers.control import CONTROL
 
 # Takes the stage's name, its data and how often it was asked for this prompt (from 1). Returns the
 # reply, or None for the rule's.
@@ -45,10 +46,11 @@ class FakeModel:
         self.hook = hook
         self.asked: list[tuple[str, str]] = []  # (stage, prompt)
         self.chats: list[list[texts.Message]] = []
+        self.formats: list[dict[str, Any] | None] = []  # response_format of served requests
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self._lock = threading.Lock()
 
-    def complete(self, messages: Sequence[texts.Message]) -> str:
+    def complete(self, messages: Sequence[texts.Message], form: Any = None) -> str:
         stage, data = STAGE_OF[messages[0]["content"]], data_of(messages)
         with self._lock:
             self.asked.append((stage, data["prompt"]))
@@ -76,6 +78,7 @@ def _tuples(data: dict) -> dict:
 
 def _questions(data: dict) -> dict:
     names = {each["id"]: each["tuple"].split("(")[1].rstrip(")") for each in data["tuples"]}
+    names = {n: CONTROL.sub("", name) for n, name in names.items()}  # which no question may hold
     return {"questions": [{"id": n, "question": f"Is there a {w}?"} for n, w in names.items()]}
 
 
@@ -130,12 +133,14 @@ def serve(model: FakeModel, *, key: str = "") -> Iterator[str]:
                 return self._send(401, {"error": {"message": "wrong key"}})
             request = json.loads(body)
             text = model.complete(request["messages"])
+            model.formats.append(request.get("response_format"))
             if text.startswith("HTTP "):
                 return self._send(
                     int(text.removeprefix("HTTP ")), {"error": {"message": "told so"}}
                 )
+            reason = "length" if text == "CUT" else "stop"
             message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            choice = {"index": 0, "message": message, "finish_reason": reason}
             return self._send(
                 200, {"id": "x", "model": request["model"], "choices": [choice], "usage": {}}
             )

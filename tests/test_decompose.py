@@ -14,7 +14,7 @@ import pytest
 from fake_llm import SEMANTIC_CHECKS, FakeModel, verdicts
 
 from alphagrpo_jax import decompose
-from alphagrpo_jax.rewards.decomposition import check, running
+from alphagrpo_jax.rewards.decomposition import check, limits, running, schemas, texts
 from alphagrpo_jax.rewards.decomposition.journal import PROVENANCE
 from alphagrpo_jax.rewards.questions import read_jsonl
 
@@ -247,10 +247,65 @@ def test_a_dead_model_stops_the_run(files, capsys):
     with fake_llm.serve(model) as url:
         assert decompose.main(served(files, url)) == 1
     error = capsys.readouterr().err
-    assert f"did not reply to {running.MAX_SILENT} prompts in a row" in error
+    assert f"was away for {running.MAX_SILENT} prompts in a row" in error
     assert "HTTP status 401: told so" in error
     assert len(model.asked) <= running.MAX_SILENT + 3  # those under way
     assert report(files)["not_tried"] >= 12 - running.MAX_SILENT - 3
+
+
+def test_prompts_that_the_model_refuses_for_good_do_not_hold_up_the_others(files):
+    """Interrupted behind six of them, the same command does all the rest."""
+    refused, cut = PROMPTS[:6], PROMPTS[6]
+    others = PROMPTS[7:]
+
+    def hook(stage, data, number):
+        if data["prompt"] in refused:
+            return "HTTP 400"
+        return "CUT" if data["prompt"] == cut else None
+
+    gate = Gate(free=1)
+    model = FakeModel(lambda *asked: hook(*asked) or gate(*asked))
+    with fake_llm.serve(model) as url:
+        process = start(served(files, url))
+        wait_for(lambda: len(lines_of(files)) == 1 and gate.held >= 1)
+        process.kill()
+        process.communicate()
+        gate.open.set()
+        assert decompose.main(served(files, url, "--allow-failures", "7")) == 0
+    assert [record.prompt for record in read_jsonl(files[3])] == others
+    found = report(files)
+    assert (found["written"], found["failed"], found["not_tried"]) == (5, 7, 0)
+    assert found["failed_by_kind"] == {"refused": 6, "cut": 1}
+    kinds = {each["prompt"]: (each["kind"], each["reason"]) for each in found["failed_prompts"]}
+    assert kinds[cut][0] == "cut"
+    assert "raise --max-tokens" in kinds[cut][1]
+    for prompt in refused:
+        assert kinds[prompt][0] == "refused"
+        assert "HTTP status 400: told so" in kinds[prompt][1]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_server_that_fails_at_everything_is_silence(files, status, monkeypatch):
+    monkeypatch.setattr(limits, "BACKOFF_SECONDS", 0.0)
+    with fake_llm.serve(FakeModel(lambda *_: f"HTTP {status}")) as url:
+        assert decompose.main(served(files, url)) == 1
+    found = report(files)
+    assert set(found["failed_by_kind"]) == {"silent"}
+    assert found["not_tried"] > 0
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_servers_decode_by_the_schema_if_asked_to(files, flag):
+    model = FakeModel()
+    with fake_llm.serve(model) as url:
+        assert decompose.main(served(files, url, *(["--json-schema"] if flag else []))) == 0
+    if not flag:
+        assert set(model.formats) == {None}
+        return
+    sent = [each["json_schema"]["schema"] for each in model.formats]
+    assert len(sent) == 7 * len(PROMPTS)
+    for stage in texts.STAGES:
+        assert sent.count(schemas.json_schema(stage.form)) >= len(PROMPTS)
 
 
 def test_busy_replies_pass_unnoticed(files):
@@ -371,6 +426,7 @@ def test_bad_inputs_are_one_message(tmp_path, capsys):
         (["--concurrency", "0"], "must be at least 1"),
         (["--requests-per-minute", "-1"], "must not be negative"),
         (["--timeout-seconds", "0"], "must be positive"),
+        (["--json-schema"], "needs --llm openai"),
         (["--llm", "openai:http://127.0.0.1:1/v1"], "needs --model"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from alphagrpo_jax.rewards.decomposition import phrasing
 from alphagrpo_jax.rewards.decomposition.pipeline import find_cycle
 from alphagrpo_jax.rewards.questions import Question, Record, parse_record
+from alphagrpo_jax.rewards.verifiers.control import control_tokens
 
 _HAS_QUESTIONS = {"semantic_questions", "quality_questions"}
 REQUIRED = ("question_type", "question", "is_valid", "tag")  # of a question, as released
@@ -33,8 +34,9 @@ def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
 
     Errors: what `questions.parse_record` refuses (form, empty lists, dependencies on no question,
     no valid question), unknown tags, dependency circles, prompts, ids or questions that occur
-    twice, questions whose good answer is no. Warnings: fields left out, questions marked invalid,
-    dependencies on those, doubtful wording, places in the input that occur twice, blank lines.
+    twice, questions whose good answer is no or that hold control tokens. Warnings: fields left out,
+    questions marked invalid, dependencies on those, doubtful wording, places in the input that
+    occur twice, blank lines.
     """
     path = pathlib.Path(path)
     try:
@@ -139,6 +141,8 @@ def _question_findings(record: Record, kind: str, question: Question) -> Iterato
     tags: Sequence[str] = phrasing.TAGS[kind]
     if question.tag not in tags:
         yield "error", f"got tag {question.tag!r}, expected one of {', '.join(tags)}"
+    if found := control_tokens(question.text):
+        yield "error", f"question {question.text!r} holds the control tokens {found}"
     wrong = phrasing.negative(question.text, record.prompt)
     if wrong:
         yield "error", f"question {question.text!r} {wrong}"

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from alphagrpo_jax.rewards.decomposition import phrasing
 from alphagrpo_jax.rewards.questions import Record, parse_record
 
 PROVENANCE = "decomposition"  # the field of a record that says how it was made
@@ -47,7 +48,9 @@ class Prompts:
 def read_prompts(path: str | os.PathLike) -> Prompts:
     """Reads prompts: of a file *.jsonl objects with "prompt" and maybe "id", else one a line.
 
-    Blank lines are skipped; a prompt that occurs again is listed in `duplicates` only.
+    Blank lines are skipped; a prompt that occurs again, as `phrasing.same` compares (which
+    `check_file` does too), is listed in `duplicates` only.
+
     Raises:
       JournalError: no such file, not UTF-8, no prompt, or a bad line.
     """
@@ -75,10 +78,8 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
         if prompt.id is not None and ids.setdefault(prompt.id, index) != index:
             first = ids[prompt.id] + 1
             raise JournalError(f"{path}:{index + 1}: id {prompt.id!r} is that of line {first} too")
-        if prompt.text in found:
+        if found.setdefault(phrasing.same(prompt.text), prompt) is not prompt:
             duplicates.append(index + 1)
-        else:
-            found[prompt.text] = prompt
     if not found:
         raise JournalError(f"{path}: got no prompts, expected at least one line with a prompt")
     prompts = tuple(found.values())

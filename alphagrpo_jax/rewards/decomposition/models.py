@@ -4,9 +4,15 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from alphagrpo_jax.rewards.decomposition.limits import LanguageModel, LanguageModelError
+import pydantic
+
+from alphagrpo_jax.rewards.decomposition import schemas
+from alphagrpo_jax.rewards.decomposition.limits import Kind, LanguageModel, LanguageModelError
 from alphagrpo_jax.rewards.decomposition.texts import Message
 from alphagrpo_jax.rewards.verifiers import chat
+
+# Of `chat.ChatError`, as far as it is not the server that is away.
+_KINDS: dict[str, Kind] = {"wrong request": "refused", "reply": "failed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +25,7 @@ class ModelOptions:
     max_tokens: int = 4096  # of one reply
     device: str = "cpu"  # of a local model
     dtype: str = "auto"  # of its weights
+    json_schema: bool = False  # whether servers shall hold replies to their form while decoding
 
 
 class ServedModel:
@@ -38,17 +45,22 @@ class ServedModel:
             timeout=options.timeout_seconds,
             max_attempts=1,
         )
-        self._max_tokens = options.max_tokens
+        self._max_tokens, self._json_schema = options.max_tokens, options.json_schema
 
-    def complete(self, messages: Sequence[Message]) -> str:
+    def complete(
+        self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
+    ) -> str:
         """See `limits.LanguageModel`; greedy."""
+        schema = schemas.json_schema(form) if form is not None and self._json_schema else None
         try:
-            reply = self._client.complete(messages, max_tokens=self._max_tokens)
+            reply = self._client.complete(messages, max_tokens=self._max_tokens, schema=schema)
         except chat.ChatError as error:
-            raise LanguageModelError(str(error), retryable=error.retryable) from error
+            kind = _KINDS.get(error.kind, "silent")
+            raise LanguageModelError(str(error), kind=kind, retryable=error.retryable) from error
         if reply.finish_reason == "length":
             raise LanguageModelError(
                 f"the reply was cut at {self._max_tokens} tokens; raise --max-tokens",
+                kind="cut",
                 retryable=False,
             )
         return reply.text

@@ -10,10 +10,10 @@ are marked `is_valid: false`: they stay in the record and are never asked.
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from alphagrpo_jax.rewards.decomposition import phrasing, schemas, texts
-from alphagrpo_jax.rewards.decomposition.limits import LanguageModel, LanguageModelError
+from alphagrpo_jax.rewards.decomposition.limits import Kind, LanguageModel, LanguageModelError
 from alphagrpo_jax.rewards.questions import Question
 
 TRIES = 5  # whole decompositions of a prompt
@@ -37,12 +37,12 @@ class DecompositionError(Exception):
     Attributes:
       stage: name of the stage that failed.
       reason: why.
-      no_reply: whether the language model gave no reply at all, as opposed to a useless one.
+      kind: of a `LanguageModelError`, or "useless" for replies that were given.
     """
 
-    def __init__(self, stage: str, reason: str, *, no_reply: bool = False) -> None:
+    def __init__(self, stage: str, reason: str, *, kind: Kind | Literal["useless"]) -> None:
         super().__init__(f"{stage}: {reason}")
-        self.stage, self.reason, self.no_reply = stage, reason, no_reply
+        self.stage, self.reason, self.kind = stage, reason, kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Dialogue:
         for number in range(self._repairs + 1):
             self.calls += 1
             try:
-                reply = self._model.complete(chat)
+                reply = self._model.complete(chat, stage.form)
             except LanguageModelError as error:
-                raise DecompositionError(stage.name, str(error), no_reply=True) from error
+                raise DecompositionError(stage.name, str(error), kind=error.kind) from error
             try:
                 value = schemas.parse(reply, stage.form)
                 check(value)
@@ -105,7 +105,9 @@ class Dialogue:
             else:
                 return value
         raise DecompositionError(
-            stage.name, f"no usable reply in {self._repairs + 1} requests; the last: {problem}"
+            stage.name,
+            f"no usable reply in {self._repairs + 1} requests; the last: {problem}",
+            kind="useless",
         )
 
 
@@ -127,9 +129,8 @@ def decompose(
         lambda rejected: _semantic(prompt, dialogue, rejected), tries, "validation"
     )
     semantic = _tagged(prompt, semantic, dialogue)
-    kept = [each.question.text for each in semantic if each.fault is None]
     quality, quality_tries = _best(
-        lambda rejected: _quality(prompt, kept, dialogue, rejected), tries, "quality_validation"
+        lambda rejected: _quality(prompt, semantic, dialogue, rejected), tries, "quality_validation"
     )
     return Decomposition(
         semantic=semantic,
@@ -154,7 +155,7 @@ def _best(
         try:
             found = attempt(rejected)
         except DecompositionError as error:
-            if error.no_reply:
+            if error.kind != "useless":
                 raise
             failure = error
             continue
@@ -168,7 +169,8 @@ def _best(
     if failure is not None and not rejected:
         raise failure
     shown = "; ".join(f"{each.question.text!r}: {each.fault}" for each in rejected[:3])
-    raise DecompositionError(stage, f"no valid question in {tries} tries; the last: {shown}")
+    reason = f"no valid question in {tries} tries; the last: {shown}"
+    raise DecompositionError(stage, reason, kind="useless")
 
 
 def _valid_share(found: Sequence[Judged]) -> float:
@@ -227,13 +229,15 @@ def _tagged(prompt: str, semantic: Sequence[Judged], dialogue: Dialogue) -> tupl
 
 
 def _quality(
-    prompt: str, content: Sequence[str], dialogue: Dialogue, rejected: Rejected
+    prompt: str, semantic: Sequence[Judged], dialogue: Dialogue, rejected: Rejected
 ) -> tuple[Judged, ...]:
     """Quality questions and their verdicts: one whole try."""
-    data = {"prompt": prompt, "content_questions": list(content)} | _feedback(rejected)
+    content = [each.question.text for each in semantic if each.fault is None]
+    data = {"prompt": prompt, "content_questions": content} | _feedback(rejected)
+    taken = [each.question.text for each in semantic]  # the record keeps faulty ones too
 
     def check(reply: schemas.QualityQuestions) -> None:
-        _check_wording(prompt, [each.question for each in reply.questions], taken=content)
+        _check_wording(prompt, [each.question for each in reply.questions], taken=taken)
 
     found = dialogue.ask(texts.QUALITY, data, check).questions
     faults = _verdicts(

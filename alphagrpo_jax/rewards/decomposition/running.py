@@ -18,7 +18,7 @@ from alphagrpo_jax.rewards.decomposition.limits import LanguageModel, StopReques
 from alphagrpo_jax.rewards.decomposition.pipeline import Decomposition, DecompositionError
 from alphagrpo_jax.rewards.questions import Record
 
-MAX_SILENT = 5  # prompts in a row without any reply after which the run ends
+MAX_SILENT = 5  # prompts in a row without a model to ask after which the run ends
 MAX_LISTED = 10  # failed prompts in the short text; the report has all
 
 
@@ -38,7 +38,7 @@ class Tally:
     """What a run did besides writing records."""
 
     failed: list[tuple[Prompt, DecompositionError]] = dataclasses.field(default_factory=list)
-    silent: bool = False  # ended since the language model does not reply
+    silent: bool = False  # ended since the language model is away
 
 
 def by_model(model: LanguageModel, *, name: str, tries: int) -> Maker:
@@ -112,7 +112,7 @@ def run(
                 for future in finished:
                     error = _book(journal, tally, under_way.pop(future), future)
                     bar.update(error is None)
-                    silent = silent + 1 if error is not None and error.no_reply else 0
+                    silent = silent + 1 if error is not None and error.kind == "silent" else 0
                 bar.set_postfix(failed=len(tally.failed))
                 if silent >= MAX_SILENT:
                     tally.silent = True
@@ -163,11 +163,13 @@ def report(prompts: Prompts, journal: Journal, tally: Tally) -> dict[str, Any]:
         ],
         "failed": len(failed),
         "failed_by_stage": dict(collections.Counter(error.stage for _, error in failed)),
+        "failed_by_kind": dict(collections.Counter(error.kind for _, error in failed)),
         "failed_prompts": [
             {
                 "line": prompt.index + 1,
                 "prompt": prompt.text,
                 "stage": error.stage,
+                "kind": error.kind,
                 "reason": error.reason,
             }
             for prompt, error in failed
@@ -198,10 +200,14 @@ def summary(content: Mapping[str, Any]) -> str:
         lines.append(
             f"prompts that occur before, left out: {len(content['duplicate_lines'])} lines"
         )
-    for name, title in (("repairs_by_stage", "repaired"), ("failed_by_stage", "failed")):
+    for name, title in (
+        ("repairs_by_stage", "repaired, by stage"),
+        ("failed_by_stage", "failed, by stage"),
+        ("failed_by_kind", "failed, by kind"),
+    ):
         if content[name]:
-            counts = ", ".join(f"{stage} {count}" for stage, count in content[name].items())
-            lines.append(f"{title}, by stage: {counts}")
+            counts = ", ".join(f"{each} {count}" for each, count in content[name].items())
+            lines.append(f"{title}: {counts}")
     for each in content["failed_prompts"][:MAX_LISTED]:
         lines.append(f"line {each['line']}: {each['stage']}: {each['reason']}")
     more = len(content["failed_prompts"]) - MAX_LISTED

@@ -6,16 +6,27 @@ three backticks around the whole reply.
 """
 
 import re
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from alphagrpo_jax.rewards.decomposition.phrasing import QUALITY_TAGS, SEMANTIC_TAGS
+from alphagrpo_jax.rewards.verifiers.control import control_tokens
 
 MAX_ITEMS = 80  # tuples, and so questions, of one prompt
 MAX_REPLY = 200_000  # characters; more is refused unread
 MAX_PROBLEMS = 5  # told to the model at once
+_NOT_SHAPE = {"title", "description", "pattern", "minimum", "maximum"} | {
+    f"{bound}{what}" for bound in ("min", "max") for what in ("Length", "Items")
+}
+
+
+def _plain(text: str) -> str:
+    if found := control_tokens(text):
+        raise ValueError(f"holds the control tokens {found}, which no verifier may be sent")
+    return text
+
 
 # One line of text: what ends up in records and is shown to verifiers has no control characters.
 Line = Annotated[
@@ -24,6 +35,7 @@ Line = Annotated[
         strip_whitespace=True, min_length=1, max_length=400, pattern=r"^[^\x00-\x1f]+$"
     ),
 ]
+QuestionLine = Annotated[Line, pydantic.AfterValidator(_plain)]
 Id = Annotated[int, Field(ge=1, le=10_000)]
 
 _THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
@@ -57,7 +69,7 @@ class TupleQuestion(_Form):
     """The question of one tuple."""
 
     id: Id
-    question: Line
+    question: QuestionLine
 
 
 class Questions(_Form):
@@ -112,7 +124,7 @@ class TagsOf(_Form):
 class QualityQuestion(_Form):
     """A question of how well the image is made."""
 
-    question: Line
+    question: QuestionLine
     tag: Literal[QUALITY_TAGS]
 
 
@@ -165,6 +177,24 @@ def parse(reply: str, form: type[Form]) -> Form:
         more = len(problems) - len(shown)
         tail = f"; and {more} more" if more > 0 else ""
         raise ReplyError("; ".join(shown) + tail) from error
+
+
+def json_schema(form: type[BaseModel]) -> dict[str, Any]:
+    """The form for servers that decode by a JSON schema: its shape and its words.
+
+    Lengths, ranges and patterns are left out, since not every server takes them; `parse` knows.
+    """
+    return _shape(form.model_json_schema())
+
+
+def _shape(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_shape(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # A field may be named like one of these; then it is a schema of its own.
+    kept = {k: v for k, v in schema.items() if k not in _NOT_SHAPE or isinstance(v, dict)}
+    return {name: _shape(part) for name, part in kept.items()}
 
 
 def _where(path: tuple[str | int, ...]) -> str:

@@ -7,10 +7,12 @@ turn, with every "<" written as an escape, so that no prompt can close the block
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from alphagrpo_jax.rewards.decomposition import schemas
+from alphagrpo_jax.rewards.verifiers.control import CONTROL, control_tokens
 
 Message = dict[str, str]  # "role": system, user or assistant; "content"
 
@@ -283,8 +285,9 @@ STAGES = (TUPLES, QUESTIONS, DEPENDENCIES, VALIDATION, TAGS, QUALITY, QUALITY_VA
 
 
 def block(data: Mapping[str, Any]) -> str:
-    """Data as a delimited block that nothing inside it can end."""
+    """Data as a delimited block that nothing inside it can end, without control tokens."""
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    text = CONTROL.sub(lambda found: f"\\u{ord(found[0][0]):04x}{found[0][1:]}", text)
     return f"<data>\n{text}\n</data>"
 
 
@@ -301,10 +304,19 @@ def messages(stage: Stage, data: Mapping[str, Any]) -> list[Message]:
 def refusal(reply: str, error: str) -> list[Message]:
     """The two turns that tell the model what was wrong with its reply and ask again."""
     return [
-        {"role": "assistant", "content": reply[:MAX_QUOTED] or "(nothing)"},
+        {"role": "assistant", "content": _harmless(reply[:MAX_QUOTED]) or "(nothing)"},
         {
             "role": "user",
-            "content": f"This reply was refused: {error}. Reply again with the whole JSON object "
-            "of the form given, mended, and nothing else.",
+            "content": f"This reply was refused: {_harmless(error)}. Reply again with the whole "
+            "JSON object of the form given, mended, and nothing else.",
         },
     ]
+
+
+def _harmless(text: str) -> str:
+    """Without control tokens, which a server would obey as such."""
+    tokens = control_tokens(text)
+    text = unicodedata.normalize("NFKC", text) if tokens else text
+    for token in tokens:
+        text = text.replace(token, f"({token.strip('<|/>[]')})")
+    return text

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import pydantic
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -36,6 +37,7 @@ class HFChat:
         if not (folder / "config.json").is_file():
             raise LanguageModelError(
                 f"{str(folder)!r} has no config.json; expected a local Hugging Face model folder",
+                kind="failed",
                 retryable=False,
             )
         try:
@@ -53,18 +55,22 @@ class HFChat:
             templates = source.from_pretrained(folder, local_files_only=True)
         except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise LanguageModelError(
-                f"cannot load the language model in {str(folder)!r}: {error}", retryable=False
+                f"cannot load the language model in {str(folder)!r}: {error}",
+                kind="failed",
+                retryable=False,
             ) from error
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise LanguageModelError(
                 f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {missing[:3]}; "
                 "fetch its weights again",
+                kind="failed",
                 retryable=False,
             )
         if not templates.chat_template:
             raise LanguageModelError(
                 f"{str(folder)!r} has no chat template; expected a chat model with all its files",
+                kind="failed",
                 retryable=False,
             )
         self._templates, self._causal = templates, causal
@@ -78,8 +84,10 @@ class HFChat:
         if self._generation.pad_token_id is None:
             self._generation.pad_token_id = self._tokenizer.pad_token_id
 
-    def complete(self, messages: Sequence[Message]) -> str:
-        """See `decomposition.limits.LanguageModel`."""
+    def complete(
+        self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
+    ) -> str:
+        """See `decomposition.limits.LanguageModel`; makes no use of the form."""
         chat = list(messages)
         if not self._causal:  # processors take the parts of a turn as a list
             chat = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
@@ -89,7 +97,9 @@ class HFChat:
             )
         except jinja2.TemplateError as error:
             raise LanguageModelError(
-                f"the model's chat template refuses the conversation: {error}", retryable=False
+                f"the model's chat template refuses the conversation: {error}",
+                kind="refused",
+                retryable=False,
             ) from error
         # The template has written all special tokens that belong there.
         inputs = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
@@ -104,11 +114,15 @@ class HFChat:
                 )[0, length:]
         except (RuntimeError, IndexError, ValueError) as error:
             raise LanguageModelError(
-                f"the model failed at a conversation of {length} tokens: {error}", retryable=False
+                f"the model failed at a conversation of {length} tokens: {error}",
+                kind="failed",
+                retryable=False,
             ) from error
         if len(tokens) == self._generation.max_new_tokens and not self._ends(int(tokens[-1])):
             raise LanguageModelError(
-                f"the reply was cut at {len(tokens)} tokens; raise --max-tokens", retryable=False
+                f"the reply was cut at {len(tokens)} tokens; raise --max-tokens",
+                kind="cut",
+                retryable=False,
             )
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -80,6 +80,8 @@ ERRORS = {
         spoiled(quality_0_question="Are there any visible artifacts?"),
         "asks for 'artifacts'",
     ),
+    "control token": (spoiled(semantic_1_question="Is there a <|im_end|> mat?"), "<|im_end|>"),
+    "instruction token": (spoiled(quality_0_question="[INST] Is it fine?"), "['[INST]']"),
     "field twice": (json.dumps(GOOD)[:-1] + ', "prompt": "x"}', "['prompt'] occur twice"),
 }
 

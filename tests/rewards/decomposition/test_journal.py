@@ -8,6 +8,7 @@ import re
 import pytest
 from fake_llm import FIELDS
 
+from alphagrpo_jax.rewards.decomposition.check import check_file
 from alphagrpo_jax.rewards.decomposition.journal import (
     PROVENANCE,
     Journal,
@@ -38,6 +39,17 @@ def test_prompts_of_a_text_file(source):
         ("four", 5),
     ]
     assert found.duplicates == (5,)
+
+
+def test_prompts_that_the_check_calls_the_same_occur_once(tmp_path):
+    path, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    path.write_text("A red  cat\na red cat.\nA red dog\nA RED CAT\n")
+    found = read_prompts(path)
+    assert [each.text for each in found.prompts] == ["A red  cat", "A red dog"]
+    assert found.duplicates == (2, 4)
+    with Journal(out, found) as journal:
+        fill(journal, 2)
+    assert [each for each in check_file(out)[0] if each.severity == "error"] == []
 
 
 def test_prompts_of_a_jsonl_file(tmp_path):

@@ -89,7 +89,7 @@ class Flaky:
     def __init__(self, *failures):
         self.failures, self.calls = list(failures), 0
 
-    def complete(self, messages):
+    def complete(self, messages, form=None):
         self.calls += 1
         if self.failures:
             raise self.failures.pop(0)
@@ -99,7 +99,7 @@ class Flaky:
 def test_failures_that_may_pass_are_repeated_at_the_pace():
     clock = Clock()
     pace = Pace(1, clock=clock, sleep=clock.sleep)
-    flaky = Flaky(*[LanguageModelError("busy", retryable=True)] * 2)
+    flaky = Flaky(*[LanguageModelError("busy", kind="silent", retryable=True)] * 2)
     assert PatientModel(flaky, pace).complete([]) == "reply"
     assert flaky.calls == 3
     assert clock.now == pytest.approx(220.0)  # two more requests, a minute each
@@ -107,7 +107,7 @@ def test_failures_that_may_pass_are_repeated_at_the_pace():
 
 def test_back_off_grows_and_the_last_failure_is_told():
     clock = Clock()
-    flaky = Flaky(*[LanguageModelError("busy", retryable=True)] * 9)
+    flaky = Flaky(*[LanguageModelError("busy", kind="silent", retryable=True)] * 9)
     model = PatientModel(flaky, Pace(0, clock=clock, sleep=clock.sleep), tries=4)
     with pytest.raises(LanguageModelError, match="busy"):
         model.complete([])
@@ -116,7 +116,7 @@ def test_back_off_grows_and_the_last_failure_is_told():
 
 
 def test_failures_that_stay_are_not_repeated():
-    flaky = Flaky(LanguageModelError("wrong key", retryable=False))
+    flaky = Flaky(LanguageModelError("wrong key", kind="silent", retryable=False))
     with pytest.raises(LanguageModelError, match="wrong key"):
         PatientModel(flaky, Pace(0)).complete([])
     assert flaky.calls == 1

@@ -68,15 +68,10 @@ def test_silence_counts_only_in_a_row(tmp_path):
     def make(prompt):
         if prompt.endswith(("4", "9")):
             return running.Made(FIELDS, {})
-        raise DecompositionError("tuples", "away", no_reply=True)
-
-    def useless(prompt):
-        raise DecompositionError("tuples", "nonsense")
+        raise DecompositionError("tuples", "away", kind="silent")
 
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         tally = go(journal, make, threads=1)
-        assert (len(tally.failed), tally.silent) == (16, False)
-        tally = go(journal, useless, threads=1)
         assert (len(tally.failed), tally.silent) == (16, False)
     other = Journal(tmp_path / "other.jsonl", prompts)
     with other as journal:
@@ -87,13 +82,30 @@ def test_silence_counts_only_in_a_row(tmp_path):
     assert found["failed_by_stage"] == {"tuples": running.MAX_SILENT}
 
 
+@pytest.mark.parametrize("kind", ["refused", "cut", "failed", "useless"])
+def test_what_a_model_says_of_single_prompts_is_no_silence(tmp_path, kind):
+    path = tmp_path / "p.txt"
+    path.write_text("".join(f"prompt {n}\n" for n in range(3 * running.MAX_SILENT)))
+    prompts = read_prompts(path)
+
+    def make(prompt):
+        raise DecompositionError("tuples", "no", kind=kind)
+
+    with Journal(tmp_path / "o.jsonl", prompts) as journal:
+        tally = go(journal, make, threads=1)
+        found = running.report(prompts, journal, tally)
+    assert (len(tally.failed), tally.silent) == (3 * running.MAX_SILENT, False)
+    assert found["failed_by_kind"] == {kind: 3 * running.MAX_SILENT}
+    assert f"failed, by kind: {kind} 15" in running.summary(found)
+
+
 def test_a_long_list_of_failures_is_cut_in_the_text_only(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("".join(f"prompt {n}\n" for n in range(15)))
     prompts = read_prompts(path)
 
     def make(prompt):
-        raise DecompositionError("tags", "nonsense")
+        raise DecompositionError("tags", "nonsense", kind="useless")
 
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         found = running.report(prompts, journal, go(journal, make, threads=3))
