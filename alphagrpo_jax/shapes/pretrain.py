@@ -12,9 +12,10 @@ One model learns to draw (with and without a think text), to caption and answer,
 say what is wrong with an image and repair it. The objective is BAGEL's: cross-entropy on texts
 plus the flow-matching error on noised latents, in the contexts that inference uses: cached, where
 BAGEL's own training packs a row into one sequence (`policy.joint_forward`, which `check_port` holds
-against the official code); both give the same losses (tests/shapes/test_pretrain_loss.py). Writes the
-official folder layout. Data, noise and learning rate depend on the seed and the step alone:
-interrupted (exit code 75), the same command continues, bit for bit.
+against the official code); both give the same losses (tests/shapes/test_pretrain_loss.py).
+
+Writes the official folder layout. Data, noise and learning rate depend on the seed and the step
+alone: interrupted (exit code 75), the same command continues, bit for bit.
 """
 
 import argparse
