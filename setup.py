@@ -26,6 +26,7 @@ setuptools.setup(
         "chex>=0.1.90,<0.2",
         "flax>=0.12,<0.13",
         "httpx2>=2.16,<3",
+        "huggingface_hub>=2,<3",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         "jax>=0.10,<0.12",
         "jinja2>=3.1,<4",
