@@ -238,17 +238,17 @@ def test_a_missing_verifier_is_one_message_before_the_model_is_loaded(
     monkeypatch.setattr(generate, "open_policy", lambda *_: pytest.fail("loaded"))
     flags = ["--prompt", "a red circle", "--out", str(tmp_path / "x.png"), "--refine", "1"]
     if where == "flag":
-        flags += ["--checkpoint", str(run_folder), "--verifier", "nowhere/verifier"]
+        flags += ["--checkpoint", str(run_folder), "--verifier", "nowhere/at/all"]
     else:
         folder = tmp_path / "run"
         (folder / checkpoint.FOLDER).mkdir(parents=True)
         config = json.loads((run_folder / CONFIG_FILE).read_text())
-        config["verifier"] |= {"kind": "hf", "path": "nowhere/verifier"}
+        config["verifier"] |= {"kind": "hf", "path": "nowhere/at/all"}
         (folder / CONFIG_FILE).write_text(json.dumps(config))
         flags += ["--checkpoint", str(folder)]
     assert generate.main([*flags, "--keep", keep]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("generate: 'nowhere/verifier' names ")
+    assert message.startswith("generate: 'nowhere/at/all' names ")
     assert message.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
 
