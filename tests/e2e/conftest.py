@@ -37,7 +37,10 @@ def start(world, environment) -> Callable[..., subprocess.Popen]:
     """start(workdir, *arguments): the command as a process of its own."""
 
     def start(workdir, *arguments, devices=1, **variables):
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        # Compiling is most of a run's time here; without optimisation less of it.
+        flags = (
+            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        )
         command = ("-m", "alphagrpo_jax.train", f"--config={TESTS / 'tiny_world.py'}")
         return subprocess.Popen(
             [sys.executable, *command, f"--workdir={workdir}", *arguments],
