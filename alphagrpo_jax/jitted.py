@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from alphagrpo_jax import optimizers, prompts, tasks, update
+from alphagrpo_jax import loss, optimizers, prompts, tasks, update
 from alphagrpo_jax.build import (
     eval_options,
     initial_options,
@@ -57,7 +57,6 @@ class Steps(NamedTuple):
     accumulate: Callable
     add: Callable  # gradients of two batches
     apply: Callable
-    rate: Callable  # optimizer state -> learning rate of the next optimizer step
 
 
 def jit_steps(
@@ -88,12 +87,25 @@ def jit_steps(
         accumulate=jax.jit(update.accumulate, donate_argnums=0),
         add=jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second), donate_argnums=0),
         apply=jax.jit(
-            functools.partial(update.apply, optimizer=optimizer),
+            functools.partial(_apply, optimizer=optimizer, schedule=make_schedule(config)),
             out_shardings=(state_shardings, None),
             donate_argnums=0,
         ),
-        rate=jax.jit(functools.partial(optimizers.next_rate, schedule=make_schedule(config))),
     )
+
+
+def _apply(
+    state: TrainState,
+    gradient: Any,
+    metrics: loss.Metrics,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, loss.Metrics]:
+    """`update.apply`, with the learning rate among the metrics."""
+    rate = optimizers.next_rate(state.opt_state, schedule=schedule)
+    moved, metrics = update.apply(state, gradient, metrics, optimizer=optimizer)
+    return moved, metrics | {"update/learning_rate": rate}
 
 
 def _needs_initial(config: Config, task: tasks.Task) -> bool:

@@ -118,7 +118,6 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             advantages = [
                 advantage_of(config, *each) for each in zip(drawn, scores, verdicts, strict=True)
             ]
-            rate = float(steps.rate(state.opt_state))
             kept.drop()
             state, learned, parts = update_policy(run, state, drawn, old, advantages, step)
             updated = time.monotonic()
@@ -131,7 +130,6 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             names = [batch.task.name for batch in batches]
             row = merge_metrics(config, names, parts) | learned
             row |= {
-                "update/learning_rate": rate,
                 "time/initial_images": given - started,
                 "time/rollout": rolled - given,
                 "time/reward_wait": rewarded - rolled,

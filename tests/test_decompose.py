@@ -17,6 +17,7 @@ from alphagrpo_jax import decompose
 from alphagrpo_jax.rewards.decomposition import check, limits, running, schemas, texts
 from alphagrpo_jax.rewards.decomposition.journal import PROVENANCE
 from alphagrpo_jax.rewards.questions import read_jsonl
+from alphagrpo_jax.rewards.verifiers import endpoints
 
 PROMPTS = [f"word{number} thing" for number in range(12)]
 PATIENCE_SECONDS = 60.0  # for a process on a busy machine; no result depends on it
@@ -287,6 +288,7 @@ def test_prompts_that_the_model_refuses_for_good_do_not_hold_up_the_others(files
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
 def test_a_server_that_fails_at_everything_is_silence(files, status, monkeypatch):
     monkeypatch.setattr(limits, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(endpoints, "LONGEST_REST", 0.0)
     with fake_llm.serve(FakeModel(lambda *_: f"HTTP {status}")) as url:
         assert decompose.main(served(files, url)) == 1
     found = report(files)

@@ -38,6 +38,13 @@ PROBE_QUESTIONS = ("Is there anything in the image?", "Is it flat?", "Are there 
 _LOG = logging.getLogger(__name__)
 
 
+class _Asked(NamedTuple):
+    """See `Passes.logits`."""
+
+    image: np.ndarray  # uint8[H, W, 3]
+    texts: tuple[tuple[str, ...], str, tuple[int, ...] | None]  # questions, instruction, replies
+
+
 class _Rest(NamedTuple):
     """The prompts of Q questions, behind their common beginning; N tokens in all, T at most."""
 
@@ -102,7 +109,7 @@ class Passes:
         """
         forward = {"packed": self._packed, "shared": self._shared, "separate": self._separate}
         replies = None if replies is None else tuple(replies)
-        return forward[self.way](image, tuple(questions), instruction, replies)
+        return forward[self.way](_Asked(image, (tuple(questions), instruction, replies)))
 
     def prompt(self, question: str, instruction: str) -> str:
         """The whole prompt; without an instruction it has no system turn.
@@ -189,24 +196,16 @@ class Passes:
             raise ValueError(f"the cache's layers are {sorted(kinds)}; expected full attention")
         if not torch.equal(begin.ids[None], full["input_ids"]):
             raise ValueError("the image's tokens follow its content, not its size alone")
-        pixels = {name: value for name, value in full.items() if name not in TEXT_INPUTS}
-        self._image_alone = _same(self._pixels(image), pixels)
+        self._image_alone = _same(self._pixels(image), _without_text(full))
 
-    def _packed(
-        self,
-        image: np.ndarray,
-        questions: tuple[str, ...],
-        instruction: str,
-        replies: tuple[int, ...] | None,
-    ) -> Tensor:
-        rest = self._rest(questions, instruction, replies)
-        begin = self._begin(rest.start, image.shape)
+    def _packed(self, asked: _Asked) -> Tensor:
+        rest = self._rest(*asked.texts)
+        begin = self._begin(rest.start, asked.image.shape)
         first, size = begin.first, len(begin.ids)
         if self._image_alone:
-            pixels = self._pixels(image)
+            pixels = self._pixels(asked.image)
         else:
-            full = self.inputs(image, [rest.start])
-            pixels = {name: value for name, value in full.items() if name not in TEXT_INPUTS}
+            pixels = _without_text(self.inputs(asked.image, [rest.start]))
         owner = torch.cat([rest.owner.new_zeros(size), rest.owner])
         place = torch.arange(len(owner), device=owner.device)
         sees = (place <= place[first:, None]) & ((owner == 0) | (owner == owner[first:, None]))
@@ -221,18 +220,12 @@ class Passes:
             **pixels,
         )[0]
 
-    def _shared(
-        self,
-        image: np.ndarray,
-        questions: tuple[str, ...],
-        instruction: str,
-        replies: tuple[int, ...] | None,
-    ) -> Tensor:
-        rest = self._rest(questions, instruction, replies)
-        prefix = self.inputs(image, [rest.start])
+    def _shared(self, asked: _Asked) -> Tensor:
+        rest = self._rest(*asked.texts)
+        prefix = self.inputs(asked.image, [rest.start])
         cache = self._model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(questions))
-        before = prefix["attention_mask"].expand(len(questions), -1)
+        cache.batch_repeat_interleave(len(rest.tokens))
+        before = prefix["attention_mask"].expand(len(rest.tokens), -1)
         return self._last(
             rest.mask,
             input_ids=rest.tokens,
@@ -240,14 +233,10 @@ class Passes:
             past_key_values=cache,
         )
 
-    def _separate(
-        self,
-        image: np.ndarray,
-        questions: tuple[str, ...],
-        instruction: str,
-        replies: tuple[int, ...] | None,
-    ) -> Tensor:
-        inputs = self.inputs(image, [self.prompt(text, instruction) for text in questions])
+    def _separate(self, asked: _Asked) -> Tensor:
+        questions, instruction, replies = asked.texts
+        prompts = [self.prompt(question, instruction) for question in questions]
+        inputs = self.inputs(asked.image, prompts)
         if replies is not None:
             inputs = _extended(inputs, replies)
         return self._last(inputs["attention_mask"], **inputs, use_cache=False)
@@ -294,6 +283,11 @@ class Passes:
         if first:
             cache = self._model(input_ids=ids[:, :first], use_cache=True).past_key_values
         return _Beginning(ids[0], first, cache)
+
+
+def _without_text(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A processor's output about the image alone."""
+    return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
 
 
 def _again(cache: DynamicCache | None) -> DynamicCache | None:
