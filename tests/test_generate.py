@@ -181,7 +181,7 @@ def test_an_image_is_refined(keep, run_folder, picture, tmp_path, capsys):
         assert len(rewards) == 3
         assert rewards[kept] == max(rewards)
         assert rewards == [round(each["reward"], 3) for each in log["rounds"]]
-        assert "by the verifier tiny_world:Honest" in printed
+        assert "by the verifier tiny_verifiers:Honest" in printed
 
 
 def test_rounds_before_a_verifier_that_fails_are_kept(run_folder, tmp_path, capsys, monkeypatch):

@@ -132,7 +132,7 @@ def test_a_tokenizer_without_the_words_is_refused(loaded):
 
 def test_a_second_verifier_may_be_an_endpoint(images, tmp_path):
     fields = grpo.get_config()
-    fields.verifier.kind, fields.verifier.path = "callable", "tiny_world:Honest"
+    fields.verifier.kind, fields.verifier.path = "callable", "tiny_verifiers:Honest"
     fields.verifier.model, fields.verifier.workers = bad_server.MODEL, 1
     with BadServer(tmp_path) as server:
         fields.verifier.second = f"openai:{server.url}"
@@ -148,8 +148,8 @@ def test_a_policy_that_judges_has_no_pool_to_count(judge):
 
 def test_a_second_verifier_stands_beside_the_first(images):
     fields = grpo.get_config()
-    fields.verifier.kind, fields.verifier.path = "callable", "tiny_world:Honest"
-    fields.verifier.second, fields.verifier.workers = "tiny_world:Constant", 1
+    fields.verifier.kind, fields.verifier.path = "callable", "tiny_verifiers:Honest"
+    fields.verifier.second, fields.verifier.workers = "tiny_verifiers:Constant", 1
     config = config_lib.from_config_dict(fields)
     with judges.opened(config, None) as (first, second):
         for pool in (first, second):

@@ -6,6 +6,7 @@ import pathlib
 import bad_server
 import numpy as np
 import pytest
+import tiny_verifiers
 import tiny_world
 from bad_server import BadServer
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from alphagrpo_jax import score
 from alphagrpo_jax.rewards.questions import parse_record
 
-HONEST = ("--verifier", "callable:tiny_world:Honest", "--workers", "1")
+HONEST = ("--verifier", "callable:tiny_verifiers:Honest", "--workers", "1")
 
 
 def records(*ids):
@@ -75,7 +76,7 @@ def test_a_report_holds_what_the_verifier_said(folder, capsys):
     for image in found["images"]:
         pixels = np.asarray(Image.open(folder / "images" / image["name"]))
         asked = [line["question"] for line in image["lines"]]
-        honest = [answer.p_yes for answer in tiny_world.Honest().answer(pixels, asked)]
+        honest = [answer.p_yes for answer in tiny_verifiers.Honest().answer(pixels, asked)]
         assert [line["value"] for line in image["lines"]] == honest
         semantic, quality = np.mean(honest[:2]), honest[2]
         assert image["total"] == pytest.approx(np.sqrt(semantic * quality))

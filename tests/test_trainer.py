@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_verifiers
 import tiny_world
 from PIL import Image
 
@@ -29,10 +30,10 @@ NAMES = ("srr", "ti2t", "second_look")
 
 
 class Judge:
-    """A pool that answers at once: P(yes) by brightness, as `tiny_world.Honest` does."""
+    """A pool that answers at once: P(yes) by brightness, as `tiny_verifiers.Honest` does."""
 
     def __init__(self):
-        self.samples, self.honest = {}, tiny_world.Honest()
+        self.samples, self.honest = {}, tiny_verifiers.Honest()
 
     def submit(self, sample_id, image, questions, rated=()):
         assert sample_id not in self.samples

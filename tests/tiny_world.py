@@ -1,10 +1,7 @@
-"""A tiny random model, prompts and verifier for tests of the trainer; nothing here is trained."""
+"""A tiny random model and prompts for tests of the trainer; nothing here is trained."""
 
-import contextlib
 import json
-import os
 import pathlib
-import time
 from collections.abc import Sequence
 
 import jax
@@ -18,7 +15,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.bagel_weights import CONFIG_FILES, Loaded, save_model
-from alphagrpo_jax.rewards.verifiers.base import Answer
 from alphagrpo_jax.runtime import images
 from alphagrpo_jax.runtime.tokenizer import PAD, SPECIAL, Tokenizer
 from configs import grpo
@@ -133,71 +129,7 @@ def write_records(path: pathlib.Path, count: int = 6) -> pathlib.Path:
     return path
 
 
-class Honest:
-    """P(yes) from the image's brightness and the question's length: deterministic, never equal."""
-
-    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
-        mean = float(image.astype(np.float64).mean()) / 255.0
-        return [Answer((7.0 * mean + 0.37 * len(text)) % 1.0) for text in questions]
-
-
-class DiesOnce(Honest):
-    """As `Honest`, but a folder's first process is slow, and one ends in the middle of a run."""
-
-    def __init__(self):
-        self.answered, self.seconds = 0, 0.0
-        with contextlib.suppress(FileExistsError):
-            pathlib.Path("verifier_is_slow").touch(exist_ok=False)
-            self.seconds = 0.02
-
-    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
-        self.answered += 1
-        marker = pathlib.Path("verifier_died")
-        if self.answered == 12 and not marker.exists():
-            marker.write_text("")
-            os._exit(1)
-        time.sleep(self.seconds)
-        return super().answer(image, questions)
-
-
-class Tires(Honest):
-    """As `Honest`, but gives no numbers after as many images as the file `tires_after` says."""
-
-    def __init__(self):
-        self.answered = 0
-
-    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
-        self.answered += 1
-        limit = pathlib.Path("tires_after")
-        if limit.exists() and self.answered > int(limit.read_text()):
-            return [Answer(None, "no answer") for _ in questions]
-        return super().answer(image, questions)
-
-
-TIRES = ("--config.verifier.path=tiny_world:Tires", "--config.verifier.max_attempts=1")
-
-
-class SometimesMute(Honest):
-    """As `Honest`, but gives no number about some images: always the same ones."""
-
-    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
-        if int(image.astype(np.int64).sum()) % 5 == 0:
-            return [Answer(None, "no answer") for _ in questions]
-        return super().answer(image, questions)
-
-
-class Mute:
-    """Never gives a number."""
-
-    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
-        return [Answer(None, "no answer") for _ in questions]
-
-
-class Constant:
-    """Always the same answer: groups without differences."""
-
-    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
-        return [Answer(0.5) for _ in questions]
+TIRES = ("--config.verifier.path=tiny_verifiers:Tires", "--config.verifier.max_attempts=1")
 
 
 def config(root: pathlib.Path) -> ml_collections.ConfigDict:
@@ -205,7 +137,7 @@ def config(root: pathlib.Path) -> ml_collections.ConfigDict:
     config = grpo.get_config()
     config.model.path = str(root / "model")
     config.model.height = config.model.width = SIDE
-    config.verifier.kind, config.verifier.path = "callable", "tiny_world:Honest"
+    config.verifier.kind, config.verifier.path = "callable", "tiny_verifiers:Honest"
     config.data.train, config.data.heldout = str(root / "train.jsonl"), str(root / "heldout.jsonl")
     config.data.edit_train = config.data.edit_heldout = str(root / "edits.jsonl")
     config.data.answer_train = config.data.answer_heldout = str(root / "answers.jsonl")

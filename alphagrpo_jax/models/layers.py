@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -22,6 +23,56 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
+def weight(
+    module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]
+) -> jax.Array:
+    """A module's parameter: drawn when the model is made, else read.
+
+    `nn.Module.param` would trace `init` at every use, only to compare its shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value = module.get_variable("params", name)
+    chex.assert_shape(value, shape)
+    return value
+
+
+def scan_layers(
+    block: nn.Module, carry: Any, each: Any, *shared: Any, length: int, remat: str, unroll: int
+) -> tuple[Any, Any]:
+    """Runs a stack of equal layers, `carry, y_i = block(carry, each_i, *shared)`.
+
+    The same as a Linen module made by `nn.scan`, but traced once instead of twice.
+
+    Args:
+      block: bound to the parent's scope, where its variables have a leading axis of layers.
+      carry: what a layer hands on.
+      each: pytree with that leading axis, or None.
+      shared: the same for all layers.
+      length: number of layers.
+      remat: key of `REMAT_POLICIES`.
+      unroll: layers per iteration.
+    Returns:
+      The last carry, and the layers' second results, stacked.
+    """
+    if block.is_initializing():
+        draw = nn.scan(
+            lambda layer, carry, given: layer(carry, given, *shared),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=length,
+        )
+        return draw(block, carry, each)
+    layer = block.clone(parent=None, name=None)
+
+    def step(carry: Any, given: tuple[Any, Any]) -> tuple[Any, Any]:
+        return layer.apply(given[0], carry, given[1], *shared)
+
+    if remat != "none":
+        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[remat])
+    return jax.lax.scan(step, carry, (block.variables, each), length=length, unroll=unroll)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias`, plus the low-rank adapter `(x @ a) @ b` if the "lora" tree has one."""
 
@@ -33,12 +84,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         out = self.out_dtype or self.dtype
         x = x.astype(self.dtype)
         y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=out)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = weight(self, "bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(out).reshape((1,) * (y.ndim - 1) + bias.shape)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
@@ -53,7 +104,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.epsilon)
+        scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        return rms_norm(x, scale, self.epsilon)
 
 
 class LayerNorm(nn.Module):
@@ -63,8 +115,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = weight(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         return layer_norm(x, scale, bias, self.epsilon)
 
 
@@ -78,9 +130,8 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        table = self.param(
-            "embedding", nn.initializers.normal(self.stddev), (self.rows, self.features)
-        )
+        draw = nn.initializers.normal(self.stddev)
+        table = weight(self, "embedding", draw, (self.rows, self.features))
         return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from alphagrpo_jax.models.bagel_config import LLMConfig
 from alphagrpo_jax.models.kv_cache import Segment
-from alphagrpo_jax.models.layers import REMAT_POLICIES, GatedMLP, Linear, RMSNorm
+from alphagrpo_jax.models.layers import GatedMLP, Linear, RMSNorm, scan_layers
 from alphagrpo_jax.ops.attention import attend
 from alphagrpo_jax.ops.rope import rotary, rotate
 
@@ -159,20 +159,17 @@ class Decoder(nn.Module):
         """
         cfg = self.config
         cos, sin = rotary(positions, cfg.head_dim, cfg.rope_theta)
-        block = MoTBlock
-        if self.remat != "none":
-            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=cfg.num_hidden_layers,
-            unroll=self.unroll,
-        )(cfg, self.dtype, keep_cache, name="layers")
         tokens = jax.tree.map(lambda x: x.astype(self.dtype), tokens)
         pairs = tuple((segment.k, segment.v) for segment in past)
-        tokens, cache = layers(tokens, pairs, Geometry(cos, sin, masks))
+        tokens, cache = scan_layers(
+            MoTBlock(cfg, self.dtype, keep_cache, name="layers"),
+            tokens,
+            pairs,
+            Geometry(cos, sin, masks),
+            length=cfg.num_hidden_layers,
+            remat=self.remat,
+            unroll=self.unroll,
+        )
         if final_norm:
             tokens = _tokens(
                 [RMSNorm(cfg.rms_norm_eps, name="norm" + s)(x) for s, x in tokens.experts()]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from alphagrpo_jax.models.bagel_config import ViTConfig
-from alphagrpo_jax.models.layers import MLP, REMAT_POLICIES, Embedding, LayerNorm, Linear
+from alphagrpo_jax.models.layers import MLP, Embedding, LayerNorm, Linear, scan_layers
 from alphagrpo_jax.ops.attention import attend
 
 
@@ -68,14 +68,12 @@ class VisionTransformer(nn.Module):
         x = x + Embedding(rows, cfg.hidden_size, 0.1, self.dtype, name="position_embedding")(
             ids[None]
         )
-        block = ViTBlock
-        if self.remat != "none":
-            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        x, _ = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
+        x, _ = scan_layers(
+            ViTBlock(cfg, self.dtype, name="layers"),
+            x,
+            None,
             length=cfg.used_layers,
+            remat=self.remat,
             unroll=self.unroll,
-        )(cfg, self.dtype, name="layers")(x, None)
+        )
         return LayerNorm(cfg.layer_norm_eps, name="post_layernorm")(x)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from PIL import Image
 
@@ -107,9 +106,11 @@ class Board:
     """TensorBoard events of the same numbers; does nothing where it is switched off."""
 
     def __init__(self, folder: str | os.PathLike, *, enabled: bool, step: int) -> None:
-        self._writer = (
-            tensorboardX.SummaryWriter(str(folder), purge_step=step + 1) if enabled else None
-        )
+        self._writer = None
+        if enabled:
+            import tensorboardX  # only here: it imports torch, which takes seconds
+
+            self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Adds the numbers of a row."""

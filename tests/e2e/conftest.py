@@ -21,13 +21,12 @@ def world(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """Where the command's process finds the repository, the tests' tiny world, and what an earlier
-    process of the same tests has compiled.
+def environment() -> dict[str, str]:
+    """Where the command's process finds the repository and the tests' tiny world. It keeps all that
+    it compiles: most runs compile what an earlier one has.
     """
     return os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
@@ -37,10 +36,7 @@ def start(world, environment) -> Callable[..., subprocess.Popen]:
     """start(workdir, *arguments): the command as a process of its own."""
 
     def start(workdir, *arguments, devices=1, **variables):
-        # Compiling is most of a run's time here; without optimisation less of it.
-        flags = (
-            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        )
+        flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         command = ("-m", "alphagrpo_jax.train", f"--config={TESTS / 'tiny_world.py'}")
         return subprocess.Popen(
             [sys.executable, *command, f"--workdir={workdir}", *arguments],

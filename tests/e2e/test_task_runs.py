@@ -84,11 +84,11 @@ def test_the_queue_waits_in_the_checkpoint(whole):
         assert (waiting, drawn) == (2, 6)
 
 
-@pytest.mark.parametrize("way", ["stopped", "killed"])
 def test_resumed_in_the_middle_of_the_queue_equals_uninterrupted(
-    way, whole, start, run, rows, wait_for_step
+    whole, start, run, rows, wait_for_step
 ):
     workdir, arguments = whole
+    way = "stopped" if arguments == SRR else "killed"
     other = workdir.with_name(f"{workdir.name}_{way}")
     process, saved = start(other, *arguments), other / "checkpoints" / "2"
     if way == "stopped":
@@ -147,7 +147,7 @@ def test_judged_reflections_and_the_papers_rectification(run, world, rows):
 
 
 def test_equal_rewards_are_no_improvement_and_skip_the_update(run, world, rows):
-    constant = ("--config.verifier.path=tiny_world:Constant", "--config.train.steps=1")
+    constant = ("--config.verifier.path=tiny_verifiers:Constant", "--config.train.steps=1")
     code, errors = run(world / "equal", *SRR, *constant)
     assert code == 0, errors
     row = rows(world / "equal")[1]

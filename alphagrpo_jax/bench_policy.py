@@ -1,0 +1,315 @@
+"""Measures the policy's functions against what the device can do, with random weights.
+
+    python -m alphagrpo_jax.bench_policy [--sizes=DIR] [--rows=8] [--side=512] [--out=FILE.json]
+
+Without `--sizes` the model has the sizes of BAGEL-7B-MoT, 29 GB in bfloat16; otherwise those of the
+JSON files of a folder in the official layout. Weights are never read: only speed is measured. Each
+function runs on one device. Arithmetic is compared with a large matrix product, and
+bytes with a large copy, both measured in the same process.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alphagrpo_jax import policy
+from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.models import kv_cache, lora
+from alphagrpo_jax.models.bagel import Bagel, base_shapes
+from alphagrpo_jax.models.bagel_config import BagelConfig
+from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
+from alphagrpo_jax.models.layers import REMAT_POLICIES
+from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.tokenizer import Tokenizer
+from alphagrpo_jax.sampling import image, text
+
+TOKENIZER = "package:umm"  # whose special tokens stand in for the model's
+BAGEL_7B = {  # BAGEL-7B-MoT's JSON files; the autoencoder has FLUX's sizes, which are the defaults
+    "llm": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rope_theta": 1000000.0,
+    },
+    "vit": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 980,
+    },
+    "vae": None,
+    "bagel": None,
+}
+GUIDANCE = Guidance(text_scale=4.0, interval=(0.0, 1.0))  # two branches at every step
+BRANCHES = 2
+RANK = 64  # of the adapters
+MATMUL_SIDE = {"cpu": 1024}  # elsewhere 8192
+COPY_BYTES = {"cpu": 2**26}  # elsewhere 2 GiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much each function is given."""
+
+    rows: int = 8
+    side: int = 512  # pixels
+    prompt: int = 128  # tokens of the context
+    text: int = 256  # tokens that are written, and tokens that are scored
+    points: int = 9  # of the image schedule: one more than steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function of no arguments, what it makes, and what that takes at least."""
+
+    run: Callable[[], Any]
+    count: float
+    unit: str  # of `count`
+    flops: float  # of products with weights and of attention; 0: not counted
+    bytes: float = 0.0  # of weights and caches, read once a step; 0: arithmetic is the limit
+
+
+def random_params(model: Bagel, seed: int) -> policy.PolicyParams:
+    """Random weights in the model's dtype, and adapters, drawn on the device."""
+    shapes = base_shapes(model)
+    leaves, tree = jax.tree.flatten(shapes)
+    # The default generator would spend long on 14 billion numbers.
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves) + 1)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        width = (3.0 / shape[-2]) ** 0.5 if len(shape) > 1 else 1.0
+        return jax.random.uniform(key, shape, model.dtype, -width, width)
+
+    base = [draw(key, leaf.shape) for key, leaf in zip(keys[1:], leaves, strict=True)]
+    return policy.PolicyParams(
+        base=jax.tree.unflatten(tree, base),
+        lora=lora.init(keys[0], shapes, lora.TARGETS, RANK),
+    )
+
+
+def layer_weights(config: BagelConfig) -> int:
+    """Elements of all matrices that one token meets in the decoder's layers."""
+    llm = config.llm
+    heads = llm.num_attention_heads + llm.num_key_value_heads
+    attention = 2 * llm.hidden_size * heads * llm.head_dim
+    return llm.num_hidden_layers * (attention + 3 * llm.hidden_size * llm.intermediate_size)
+
+
+def decoder_flops(config: BagelConfig, rows: int, tokens: int, context: int) -> float:
+    """Of `tokens` new tokens a row that see each other and a context: weights and attention."""
+    llm = config.llm
+    seen = 4 * llm.num_hidden_layers * llm.hidden_size * (context + tokens)
+    return float(rows * tokens * (2 * layer_weights(config) + seen))
+
+
+def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, Case]:
+    """What is measured, by name."""
+    config, rows = model.config, sizes.rows
+    keys = jax.random.split(jax.random.key(1), rows)
+    prompt = jax.random.randint(keys[0], (rows, sizes.prompt), 0, config.llm.vocab_size)
+    scored = jax.random.randint(keys[0], (rows, sizes.text), 0, config.llm.vocab_size)
+    grid = config.latent_grid(sizes.side, sizes.side)
+    shape = (rows, grid[0] * grid[1], config.latent_width)
+    noise = jax.random.normal(keys[0], shape, jnp.float32)
+    options = image.ImageOptions(
+        grid=grid,
+        num_points=sizes.points,
+        shift=3.0,
+        window=1,
+        window_range=(0, 1),
+        noise_level=0.7,
+        sampler="sde",
+        guidance=GUIDANCE,
+    )
+    start = jnp.zeros((), jnp.int32)
+
+    @jax.jit
+    def prefill(params: policy.PolicyParams, tokens: jax.Array) -> Context:
+        mask = jnp.ones(tokens.shape, bool)
+        return policy.extend_text(model, params, kv_cache.empty(rows), tokens, mask)[0]
+
+    @jax.jit
+    def write(params: policy.PolicyParams, ctx: Context) -> Any:
+        one = jnp.float32(1.0)
+        own = {"max_tokens": sizes.text, "temperature": one, "top_p": 1.0}
+        return text.write(model, params, ctx, keys, **own)[0]
+
+    @jax.jit
+    def draw(params: policy.PolicyParams, ctx: Context, noise: jax.Array) -> Any:
+        contexts = GuidanceContexts(ctx, kv_cache.empty(rows), ctx)
+        return image.draw(model, params, contexts, noise, keys, start, options=options)
+
+    def image_score(adapters: dict, params: policy.PolicyParams, ctx: Context, sample: Any) -> Any:
+        contexts = GuidanceContexts(ctx, kv_cache.empty(rows), ctx)
+        own = params.replace(lora=adapters)
+        return image.score(model, own, contexts, sample, options=options)[0].sum()
+
+    def text_score(
+        adapters: dict, params: policy.PolicyParams, ctx: Context, tokens: jax.Array
+    ) -> jax.Array:
+        own, mask = params.replace(lora=adapters), jnp.ones(tokens.shape, bool)
+        found = policy.text_log_probs(model, own, ctx, tokens, mask, temperature=1.0)
+        return found.log_prob.sum()
+
+    decode = jax.jit(functools.partial(policy.decode_latents, model, grid=grid))
+    image_gradient, text_gradient = jax.jit(jax.grad(image_score)), jax.jit(jax.grad(text_score))
+    ctx = prefill(params, prompt)
+    sample = draw(params, ctx, noise)
+    size, head = jnp.dtype(model.dtype).itemsize, config.llm.hidden_size * config.llm.vocab_size
+    one_step = sum(decoder_flops(config, rows, shape[1], context) for context in (sizes.prompt, 0))
+    cached = rows * (sizes.prompt + sizes.text) * config.llm.num_key_value_heads
+    cached *= 2 * config.llm.head_dim * config.llm.num_hidden_layers
+    words = decoder_flops(config, rows, sizes.text, sizes.prompt) + 2 * rows * sizes.text * head
+    return {
+        "prefill": Case(
+            lambda: prefill(params, prompt),
+            rows * sizes.prompt,
+            "tokens",
+            decoder_flops(config, rows, sizes.prompt, 0),
+        ),
+        "write text": Case(
+            lambda: write(params, ctx),
+            rows * sizes.text,
+            "tokens",
+            words,
+            sizes.text * size * float(layer_weights(config) + head + cached),
+        ),
+        "draw": Case(
+            lambda: draw(params, ctx, noise),
+            rows * (sizes.points - 1),
+            "image steps",
+            (sizes.points - 1) * one_step,
+        ),
+        "decode pixels": Case(lambda: decode(params, latents=sample.latents), rows, "images", 0.0),
+        "gradient of a text's log-probs": Case(
+            lambda: text_gradient(params.lora, params, ctx, scored),
+            rows * sizes.text,
+            "tokens",
+            2 * words,
+        ),
+        "gradient of an image step's log-prob": Case(
+            lambda: image_gradient(params.lora, params, ctx, sample),
+            rows,
+            "image steps",
+            2 * one_step,
+        ),
+    }
+
+
+def measure(
+    model: Bagel, sizes: Sizes, *, repeat: int, say: Callable[[str], None] = print
+) -> dict[str, float]:
+    """All figures, by name: seconds, rates per second, FLOP/s and bytes/s, shares of the ceilings.
+
+    Args:
+      model: its configuration, dtype and remat policy.
+      sizes: of the inputs.
+      repeat: medians of so many runs, after one that compiles.
+      say: is given a line for every function, as soon as it is measured.
+    """
+    ceilings = measure_ceilings(model.dtype, repeat)
+    say(
+        f"{jax.devices()[0].device_kind}: product {ceilings['flops'] / 1e12:.1f} TFLOP/s, "
+        f"copy {ceilings['bytes'] / 1e9:.0f} GB/s ({jnp.dtype(model.dtype).name})"
+    )
+    figures = {f"ceiling/{name}_per_second": value for name, value in ceilings.items()}
+    params = jax.block_until_ready(random_params(model, 0))
+    for name, case in cases(model, params, sizes).items():
+        first, seconds = time_of(case.run, repeat)
+        line = f"{name:<38}{seconds * 1e3:>10.2f} ms {case.count / seconds:>10.1f} {case.unit}/s"
+        own = {"seconds": seconds, "first_seconds": first, "per_second": case.count / seconds}
+        for what, least, scale in (("flops", case.flops, "TFLOP"), ("bytes", case.bytes, "TB")):
+            if least:
+                own[f"{what}_per_second"] = least / seconds
+                own[f"{what}_share"] = least / seconds / ceilings[what]
+                line += f"  {least / seconds / 1e12:.2f} {scale}/s = {own[f'{what}_share']:.1%}"
+        figures |= {f"{name}/{key}": value for key, value in own.items()}
+        say(line)
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if used is not None:
+        figures["peak_bytes"] = used
+        say(f"peak memory {used / 1e9:.1f} GB")
+    return figures
+
+
+def measure_ceilings(dtype: Any, repeat: int) -> dict[str, float]:
+    """FLOP/s of a large product of random matrices, bytes/s (read and written) of a large copy."""
+    platform = jax.default_backend()
+    side, size = MATMUL_SIDE.get(platform, 8192), COPY_BYTES.get(platform, 2**31)
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    b = jax.random.normal(jax.random.key(1), (size // 4,), jnp.float32)
+    product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)
+    return {
+        "flops": 2.0 * side**3 / time_of(lambda: product(a, a), repeat)[1],
+        "bytes": 2.0 * size / time_of(lambda: copy(b), repeat)[1],
+    }
+
+
+def time_of(run: Callable[[], Any], repeat: int) -> tuple[float, float]:
+    """Seconds of a first call, and the median of `repeat` later ones."""
+    spent = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        spent.append(time.perf_counter() - start)
+    return spent[0], statistics.median(spent[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alphagrpo_jax.bench_policy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sizes", help="a folder with a model's JSON files and tokenizer")
+    for field in dataclasses.fields(Sizes):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--remat", default="full", choices=sorted(REMAT_POLICIES))
+    parser.add_argument("--repeat", type=int, default=5, help="medians of so many runs")
+    parser.add_argument("--out", help="a JSON file for the figures")
+    options = parser.parse_args(arguments)
+    sizes = Sizes(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
+    )
+    if min(*dataclasses.astuple(sizes), options.repeat) < 1 or sizes.points < 2:
+        parser.error("all sizes and --repeat must be at least 1, --points at least 2")
+    if options.sizes is None and jax.default_backend() == "cpu":
+        parser.error("BAGEL-7B-MoT needs an accelerator; give --sizes on a CPU, e.g. package:umm")
+    try:
+        folder = resolve(options.sizes or TOKENIZER)
+        tokens = Tokenizer.from_folder(folder).special
+        config = (
+            BagelConfig.from_folder(folder, tokens)
+            if options.sizes
+            else BagelConfig.from_dicts(**BAGEL_7B, tokens=tokens)
+        )
+        model = Bagel(config, dtype=jnp.dtype(options.dtype), remat=options.remat)
+        figures = measure(model, sizes, repeat=options.repeat)
+        if options.out:
+            replace_text(options.out, json.dumps(figures, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        print(f"bench_policy: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Verifiers of the tests' tiny world, which a worker imports without JAX."""
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from alphagrpo_jax.rewards.verifiers.base import Answer
+
+
+class Honest:
+    """P(yes) from the image's brightness and the question's length: deterministic, never equal."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        mean = float(image.astype(np.float64).mean()) / 255.0
+        return [Answer((7.0 * mean + 0.37 * len(text)) % 1.0) for text in questions]
+
+
+class DiesOnce(Honest):
+    """As `Honest`, but a folder's first process is slow, and one ends in the middle of a run."""
+
+    def __init__(self):
+        self.answered, self.seconds = 0, 0.0
+        with contextlib.suppress(FileExistsError):
+            pathlib.Path("verifier_is_slow").touch(exist_ok=False)
+            self.seconds = 0.02
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        self.answered += 1
+        marker = pathlib.Path("verifier_died")
+        if self.answered == 12 and not marker.exists():
+            marker.write_text("")
+            os._exit(1)
+        time.sleep(self.seconds)
+        return super().answer(image, questions)
+
+
+class Tires(Honest):
+    """As `Honest`, but gives no numbers after as many images as the file `tires_after` says."""
+
+    def __init__(self):
+        self.answered = 0
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        self.answered += 1
+        limit = pathlib.Path("tires_after")
+        if limit.exists() and self.answered > int(limit.read_text()):
+            return [Answer(None, "no answer") for _ in questions]
+        return super().answer(image, questions)
+
+
+class SometimesMute(Honest):
+    """As `Honest`, but gives no number about some images: always the same ones."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        if int(image.astype(np.int64).sum()) % 5 == 0:
+            return [Answer(None, "no answer") for _ in questions]
+        return super().answer(image, questions)
+
+
+class Mute:
+    """Never gives a number."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        return [Answer(None, "no answer") for _ in questions]
+
+
+class Constant:
+    """Always the same answer: groups without differences."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        return [Answer(0.5) for _ in questions]
