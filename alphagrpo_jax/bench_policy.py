@@ -170,7 +170,7 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
     decode = jax.jit(functools.partial(policy.decode_latents, model, grid=grid))
     image_gradient, text_gradient = jax.jit(jax.grad(image_score)), jax.jit(jax.grad(text_score))
     ctx = prefill(params, prompt)
-    sample = draw(params, ctx, noise)
+    sample = functools.cache(lambda: draw(params, ctx, noise))
     size, head = jnp.dtype(model.dtype).itemsize, config.llm.hidden_size * config.llm.vocab_size
     one_step = sum(decoder_flops(config, rows, shape[1], context) for context in (sizes.prompt, 0))
     cached = rows * (sizes.prompt + sizes.text) * config.llm.num_key_value_heads
@@ -196,7 +196,9 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
             "image steps",
             (sizes.points - 1) * one_step,
         ),
-        "decode pixels": Case(lambda: decode(params, latents=sample.latents), rows, "images", 0.0),
+        "decode pixels": Case(
+            lambda: decode(params, latents=sample().latents), rows, "images", 0.0
+        ),
         "gradient of a text's log-probs": Case(
             lambda: text_gradient(params.lora, params, ctx, scored),
             rows * sizes.text,
@@ -204,7 +206,7 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
             2 * words,
         ),
         "gradient of an image step's log-prob": Case(
-            lambda: image_gradient(params.lora, params, ctx, sample),
+            lambda: image_gradient(params.lora, params, ctx, sample()),
             rows,
             "image steps",
             2 * one_step,
@@ -213,7 +215,12 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
 
 
 def measure(
-    model: Bagel, sizes: Sizes, *, repeat: int, say: Callable[[str], None] = print
+    model: Bagel,
+    sizes: Sizes,
+    *,
+    repeat: int,
+    only: str = "",
+    say: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """All figures, by name: seconds, rates per second, FLOP/s and bytes/s, shares of the ceilings.
 
@@ -221,6 +228,7 @@ def measure(
       model: its configuration, dtype and remat policy.
       sizes: of the inputs.
       repeat: medians of so many runs, after one that compiles.
+      only: functions whose names contain this.
       say: is given a line for every function, as soon as it is measured.
     """
     ceilings = measure_ceilings(model.dtype, repeat)
@@ -231,6 +239,8 @@ def measure(
     figures = {f"ceiling/{name}_per_second": value for name, value in ceilings.items()}
     params = jax.block_until_ready(random_params(model, 0))
     for name, case in cases(model, params, sizes).items():
+        if only not in name:
+            continue
         first, seconds = time_of(case.run, repeat)
         line = f"{name:<38}{seconds * 1e3:>10.2f} ms {case.count / seconds:>10.1f} {case.unit}/s"
         own = {"seconds": seconds, "first_seconds": first, "per_second": case.count / seconds}
@@ -283,14 +293,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--remat", default="full", choices=sorted(REMAT_POLICIES))
+    parser.add_argument("--unroll", type=int, default=1, help="layers per iteration of their loop")
+    parser.add_argument("--only", default="", help="functions whose names contain this")
     parser.add_argument("--repeat", type=int, default=5, help="medians of so many runs")
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args(arguments)
     sizes = Sizes(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
     )
-    if min(*dataclasses.astuple(sizes), options.repeat) < 1 or sizes.points < 2:
-        parser.error("all sizes and --repeat must be at least 1, --points at least 2")
+    if min(*dataclasses.astuple(sizes), options.repeat, options.unroll) < 1 or sizes.points < 2:
+        parser.error("all sizes, --unroll and --repeat must be at least 1, --points at least 2")
     if options.sizes is None and jax.default_backend() == "cpu":
         parser.error("BAGEL-7B-MoT needs an accelerator; give --sizes on a CPU, e.g. package:umm")
     try:
@@ -301,8 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.sizes
             else BagelConfig.from_dicts(**BAGEL_7B, tokens=tokens)
         )
-        model = Bagel(config, dtype=jnp.dtype(options.dtype), remat=options.remat)
-        figures = measure(model, sizes, repeat=options.repeat)
+        dtype, unroll = jnp.dtype(options.dtype), options.unroll
+        model = Bagel(config, dtype=dtype, remat=options.remat, unroll=unroll)
+        figures = measure(model, sizes, repeat=options.repeat, only=options.only)
         if options.out:
             replace_text(options.out, json.dumps(figures, indent=2) + "\n")
     except (OSError, ValueError) as error:

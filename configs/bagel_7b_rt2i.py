@@ -4,8 +4,9 @@
       --config.model.path=BAGEL-7B-MoT --config.verifier.path=Qwen3-VL-30B-A3B-Instruct \\
       --config.data.train=train.jsonl --config.data.heldout=heldout.jsonl
 
-Hardware: the authors used 8 nodes of 8 A100, one GPU per node for the verifier. Untested here; the
-micro-batches below are for 56 devices, 8-way fsdp.
+Hardware: the authors used 8 nodes of 8 A100, one GPU per node for the verifier. Never run here as a
+whole; the micro-batches below are for 56 devices, 8-way fsdp. docs/performance.md has the speed of
+the model's functions at these sizes on one H200.
 Expected (the authors'): TIIF-Bench overall 75.2 / 78.6 -> 78.9 / 79.5 (short / long).
 """
 

@@ -63,6 +63,13 @@ def test_the_command(tmp_path, capsys):
     assert figures["draw/flops_share"] == pytest.approx(share)
 
 
+def test_some_functions_alone(tmp_path, capsys):
+    folder = tiny_world.write_model(tmp_path / "model")
+    assert bench_policy.main([f"--sizes={folder}", *SMALL, "--only=pre", "--unroll=2"]) == 0
+    printed = capsys.readouterr().out
+    assert [name for name in NAMES if name in printed] == ["prefill"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
