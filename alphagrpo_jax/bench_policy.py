@@ -32,6 +32,7 @@ from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling import image, text
+from alphagrpo_jax.types import ImageSample
 
 TOKENIZER = "package:umm"  # whose special tokens stand in for the model's
 BAGEL_7B = {  # BAGEL-7B-MoT's JSON files; the autoencoder has FLUX's sizes, which are the defaults
@@ -56,7 +57,6 @@ BAGEL_7B = {  # BAGEL-7B-MoT's JSON files; the autoencoder has FLUX's sizes, whi
     "bagel": None,
 }
 GUIDANCE = Guidance(text_scale=4.0, interval=(0.0, 1.0))  # two branches at every step
-BRANCHES = 2
 RANK = 64  # of the adapters
 MATMUL_SIDE = {"cpu": 1024}  # elsewhere 8192
 COPY_BYTES = {"cpu": 2**26}  # elsewhere 2 GiB
@@ -118,98 +118,102 @@ def decoder_flops(config: BagelConfig, rows: int, tokens: int, context: int) -> 
     return float(rows * tokens * (2 * layer_weights(config) + seen))
 
 
+class Functions:
+    """The policy's functions for inputs of given sizes, each compiled once."""
+
+    def __init__(self, model: Bagel, sizes: Sizes) -> None:
+        self.model, self.sizes = model, sizes
+        self.grid = model.config.latent_grid(sizes.side, sizes.side)
+        self.options = image.ImageOptions(
+            grid=self.grid,
+            num_points=sizes.points,
+            shift=3.0,
+            window=1,
+            window_range=(0, 1),
+            noise_level=0.7,
+            sampler="sde",
+            guidance=GUIDANCE,
+        )
+        self.prefill, self.write = jax.jit(self._prefill), jax.jit(self._write)
+        self.draw, self.decode = jax.jit(self._draw), jax.jit(self._decode)
+        self.text_gradient = jax.jit(jax.grad(self._text_score))
+        self.image_gradient = jax.jit(jax.grad(self._image_score))
+
+    def _prefill(self, params: policy.PolicyParams, tokens: jax.Array) -> Context:
+        empty, mask = kv_cache.empty(self.sizes.rows), jnp.ones(tokens.shape, bool)
+        return policy.extend_text(self.model, params, empty, tokens, mask)[0]
+
+    def _write(self, params: policy.PolicyParams, ctx: Context, keys: jax.Array) -> Any:
+        own = {"max_tokens": self.sizes.text, "temperature": jnp.float32(1.0), "top_p": 1.0}
+        return text.write(self.model, params, ctx, keys, **own)[0]
+
+    def _draw(
+        self, params: policy.PolicyParams, ctx: Context, noise: jax.Array, keys: jax.Array
+    ) -> ImageSample:
+        start = jnp.zeros((), jnp.int32)
+        given = (self.model, params, self._contexts(ctx), noise, keys, start)
+        return image.draw(*given, options=self.options)
+
+    def _decode(self, params: policy.PolicyParams, latents: jax.Array) -> jax.Array:
+        return policy.decode_latents(self.model, params, latents, self.grid)
+
+    def _text_score(
+        self, adapters: dict, params: policy.PolicyParams, ctx: Context, tokens: jax.Array
+    ) -> jax.Array:
+        own, mask = params.replace(lora=adapters), jnp.ones(tokens.shape, bool)
+        found = policy.text_log_probs(self.model, own, ctx, tokens, mask, temperature=1.0)
+        return found.log_prob.sum()
+
+    def _image_score(
+        self, adapters: dict, params: policy.PolicyParams, ctx: Context, sample: ImageSample
+    ) -> jax.Array:
+        own = params.replace(lora=adapters)
+        found = image.score(self.model, own, self._contexts(ctx), sample, options=self.options)
+        return found[0].sum()
+
+    def _contexts(self, ctx: Context) -> GuidanceContexts:
+        return GuidanceContexts(ctx, kv_cache.empty(self.sizes.rows), ctx)
+
+
 def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, Case]:
     """What is measured, by name."""
-    config, rows = model.config, sizes.rows
+    config, rows, own = model.config, sizes.rows, Functions(model, sizes)
     keys = jax.random.split(jax.random.key(1), rows)
     prompt = jax.random.randint(keys[0], (rows, sizes.prompt), 0, config.llm.vocab_size)
     scored = jax.random.randint(keys[0], (rows, sizes.text), 0, config.llm.vocab_size)
-    grid = config.latent_grid(sizes.side, sizes.side)
-    shape = (rows, grid[0] * grid[1], config.latent_width)
-    noise = jax.random.normal(keys[0], shape, jnp.float32)
-    options = image.ImageOptions(
-        grid=grid,
-        num_points=sizes.points,
-        shift=3.0,
-        window=1,
-        window_range=(0, 1),
-        noise_level=0.7,
-        sampler="sde",
-        guidance=GUIDANCE,
-    )
-    start = jnp.zeros((), jnp.int32)
-
-    @jax.jit
-    def prefill(params: policy.PolicyParams, tokens: jax.Array) -> Context:
-        mask = jnp.ones(tokens.shape, bool)
-        return policy.extend_text(model, params, kv_cache.empty(rows), tokens, mask)[0]
-
-    @jax.jit
-    def write(params: policy.PolicyParams, ctx: Context) -> Any:
-        one = jnp.float32(1.0)
-        own = {"max_tokens": sizes.text, "temperature": one, "top_p": 1.0}
-        return text.write(model, params, ctx, keys, **own)[0]
-
-    @jax.jit
-    def draw(params: policy.PolicyParams, ctx: Context, noise: jax.Array) -> Any:
-        contexts = GuidanceContexts(ctx, kv_cache.empty(rows), ctx)
-        return image.draw(model, params, contexts, noise, keys, start, options=options)
-
-    def image_score(adapters: dict, params: policy.PolicyParams, ctx: Context, sample: Any) -> Any:
-        contexts = GuidanceContexts(ctx, kv_cache.empty(rows), ctx)
-        own = params.replace(lora=adapters)
-        return image.score(model, own, contexts, sample, options=options)[0].sum()
-
-    def text_score(
-        adapters: dict, params: policy.PolicyParams, ctx: Context, tokens: jax.Array
-    ) -> jax.Array:
-        own, mask = params.replace(lora=adapters), jnp.ones(tokens.shape, bool)
-        found = policy.text_log_probs(model, own, ctx, tokens, mask, temperature=1.0)
-        return found.log_prob.sum()
-
-    decode = jax.jit(functools.partial(policy.decode_latents, model, grid=grid))
-    image_gradient, text_gradient = jax.jit(jax.grad(image_score)), jax.jit(jax.grad(text_score))
-    ctx = prefill(params, prompt)
-    sample = functools.cache(lambda: draw(params, ctx, noise))
-    size, head = jnp.dtype(model.dtype).itemsize, config.llm.hidden_size * config.llm.vocab_size
-    one_step = sum(decoder_flops(config, rows, shape[1], context) for context in (sizes.prompt, 0))
+    latents = own.grid[0] * own.grid[1]
+    noise = jax.random.normal(keys[0], (rows, latents, config.latent_width), jnp.float32)
+    ctx = own.prefill(params, prompt)
+    sample = functools.cache(lambda: own.draw(params, ctx, noise, keys))
+    head = config.llm.hidden_size * config.llm.vocab_size
     cached = rows * (sizes.prompt + sizes.text) * config.llm.num_key_value_heads
     cached *= 2 * config.llm.head_dim * config.llm.num_hidden_layers
+    read = jnp.dtype(model.dtype).itemsize * float(layer_weights(config) + head + cached)
+    step = sum(decoder_flops(config, rows, latents, context) for context in (sizes.prompt, 0))
     words = decoder_flops(config, rows, sizes.text, sizes.prompt) + 2 * rows * sizes.text * head
+    made, steps = rows * sizes.text, sizes.points - 1
     return {
         "prefill": Case(
-            lambda: prefill(params, prompt),
+            lambda: own.prefill(params, prompt),
             rows * sizes.prompt,
             "tokens",
             decoder_flops(config, rows, sizes.prompt, 0),
         ),
         "write text": Case(
-            lambda: write(params, ctx),
-            rows * sizes.text,
-            "tokens",
-            words,
-            sizes.text * size * float(layer_weights(config) + head + cached),
+            lambda: own.write(params, ctx, keys), made, "tokens", words, sizes.text * read
         ),
         "draw": Case(
-            lambda: draw(params, ctx, noise),
-            rows * (sizes.points - 1),
-            "image steps",
-            (sizes.points - 1) * one_step,
+            lambda: own.draw(params, ctx, noise, keys), rows * steps, "image steps", steps * step
         ),
-        "decode pixels": Case(
-            lambda: decode(params, latents=sample().latents), rows, "images", 0.0
-        ),
+        "decode pixels": Case(lambda: own.decode(params, sample().latents), rows, "images", 0.0),
         "gradient of a text's log-probs": Case(
-            lambda: text_gradient(params.lora, params, ctx, scored),
-            rows * sizes.text,
-            "tokens",
-            2 * words,
+            lambda: own.text_gradient(params.lora, params, ctx, scored), made, "tokens", 2 * words
         ),
         "gradient of an image step's log-prob": Case(
-            lambda: image_gradient(params.lora, params, ctx, sample()),
+            lambda: own.image_gradient(params.lora, params, ctx, sample()),
             rows,
             "image steps",
-            2 * one_step,
+            2 * step,
         ),
     }
 

@@ -21,7 +21,15 @@ NAMES = (
     "gradient of a text's log-probs",
     "gradient of an image step's log-prob",
 )
-SMALL = ("--rows=2", "--side=32", "--prompt=4", "--text=3", "--points=3", "--repeat=1")
+SMALL = (
+    "--rows=2",
+    "--side=32",
+    "--prompt=4",
+    "--text=3",
+    "--points=3",
+    "--dtype=float32",
+    "--repeat=1",
+)
 
 
 def test_operations_are_those_that_the_compiler_counts():

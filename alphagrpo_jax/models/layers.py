@@ -23,18 +23,19 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def weight(
-    module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]
-) -> jax.Array:
-    """A module's parameter: drawn when the model is made, else read.
+class ReadsParams:
+    """Before `nn.Module` among the bases: a parameter that exists is only read.
 
-    `nn.Module.param` would trace `init` at every use, only to compare its shape.
+    `nn.Module.param` would trace the initialiser at every use, to compare the shapes.
     """
-    if not module.has_variable("params", name):
-        return module.param(name, init, shape)
-    value = module.get_variable("params", name)
-    chex.assert_shape(value, shape)
-    return value
+
+    def param(self, name: str, init_fn: Callable[..., jax.Array], *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.param`; the first of `args` is the shape."""
+        if not self.has_variable("params", name):
+            return super().param(name, init_fn, *args, **kwargs)
+        value = self.get_variable("params", name)
+        chex.assert_shape(value, args[0])
+        return value
 
 
 def scan_layers(
@@ -73,7 +74,7 @@ def scan_layers(
     return jax.lax.scan(step, carry, (block.variables, each), length=length, unroll=unroll)
 
 
-class Linear(nn.Module):
+class Linear(ReadsParams, nn.Module):
     """`x @ kernel + bias`, plus the low-rank adapter `(x @ a) @ b` if the "lora" tree has one."""
 
     features: int
@@ -84,12 +85,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         out = self.out_dtype or self.dtype
         x = x.astype(self.dtype)
         y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=out)
         if self.use_bias:
-            bias = weight(self, "bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(out).reshape((1,) * (y.ndim - 1) + bias.shape)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
@@ -97,30 +98,30 @@ class Linear(nn.Module):
         return y
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(ReadsParams, nn.Module):
     """Root-mean-square norm over the last axis."""
 
     epsilon: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         return rms_norm(x, scale, self.epsilon)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(ReadsParams, nn.Module):
     """Mean-variance norm over the last axis."""
 
     epsilon: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        bias = weight(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return layer_norm(x, scale, bias, self.epsilon)
 
 
-class Embedding(nn.Module):
+class Embedding(ReadsParams, nn.Module):
     """A table of learned rows."""
 
     rows: int
@@ -131,7 +132,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         draw = nn.initializers.normal(self.stddev)
-        table = weight(self, "embedding", draw, (self.rows, self.features))
+        table = self.param("embedding", draw, (self.rows, self.features))
         return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from alphagrpo_jax.models.layers import ReadsParams
+
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
 
@@ -50,14 +52,22 @@ class VAEConfig:
             )
 
 
-def _norm(name: str, dtype: Any) -> nn.GroupNorm:
-    return nn.GroupNorm(
+class Conv(ReadsParams, nn.Conv):
+    """Convolution, NHWC."""
+
+
+class GroupNorm(ReadsParams, nn.GroupNorm):
+    """Group normalisation over the last axis."""
+
+
+def _norm(name: str, dtype: Any) -> GroupNorm:
+    return GroupNorm(
         NORM_GROUPS, epsilon=NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name
     )
 
 
-def _conv(features: int, size: int, name: str, dtype: Any) -> nn.Conv:
-    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name)
+def _conv(features: int, size: int, name: str, dtype: Any) -> Conv:
+    return Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name)
 
 
 class ResBlock(nn.Module):
@@ -114,7 +124,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Conv(
+        return Conv(
             x.shape[-1], (3, 3), (2, 2), padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv"
         )(x)
 
