@@ -5,7 +5,8 @@
 Without `--sizes` the model has the sizes of BAGEL-7B-MoT, 29 GB in bfloat16; otherwise those of the
 JSON files of a folder in the official layout. Weights are never read: only speed is measured. Each
 function runs on one device. Arithmetic is compared with a large matrix product, and
-bytes with a large copy, both measured in the same process.
+bytes with a large copy, both measured in the same process. The adapters' own operations are not
+counted. With a vocabulary of hundreds, random texts may end early; their rates are then too high.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,7 @@ class Case:
     unit: str  # of `count`
     flops: float  # of products with weights and of attention; 0: not counted
     bytes: float = 0.0  # of weights and caches, read once a step; 0: arithmetic is the limit
+    needs: Callable[[], Any] = tuple  # called once before, not measured
 
 
 def random_params(model: Bagel, seed: int) -> policy.PolicyParams:
@@ -116,6 +118,24 @@ def decoder_flops(config: BagelConfig, rows: int, tokens: int, context: int) -> 
     llm = config.llm
     seen = 4 * llm.num_hidden_layers * llm.hidden_size * (context + tokens)
     return float(rows * tokens * (2 * layer_weights(config) + seen))
+
+
+class Least(NamedTuple):
+    """What a function has to do at least."""
+
+    flops: float
+    bytes: float
+
+
+def least_for_text(model: Bagel, sizes: Sizes) -> Least:
+    """Writing a text by tokens: every step reads the weights, the output head and the cache."""
+    config, rows = model.config, sizes.rows
+    head = config.llm.hidden_size * config.llm.vocab_size
+    cached = rows * (sizes.prompt + sizes.text) * config.llm.num_key_value_heads
+    cached *= 2 * config.llm.head_dim * config.llm.num_hidden_layers
+    read = jnp.dtype(model.dtype).itemsize * float(layer_weights(config) + head + cached)
+    flops = decoder_flops(config, rows, sizes.text, sizes.prompt) + 2 * rows * sizes.text * head
+    return Least(flops, sizes.text * read)
 
 
 class Functions:
@@ -185,12 +205,8 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
     noise = jax.random.normal(keys[0], (rows, latents, config.latent_width), jnp.float32)
     ctx = own.prefill(params, prompt)
     sample = functools.cache(lambda: own.draw(params, ctx, noise, keys))
-    head = config.llm.hidden_size * config.llm.vocab_size
-    cached = rows * (sizes.prompt + sizes.text) * config.llm.num_key_value_heads
-    cached *= 2 * config.llm.head_dim * config.llm.num_hidden_layers
-    read = jnp.dtype(model.dtype).itemsize * float(layer_weights(config) + head + cached)
+    words = least_for_text(model, sizes)
     step = sum(decoder_flops(config, rows, latents, context) for context in (sizes.prompt, 0))
-    words = decoder_flops(config, rows, sizes.text, sizes.prompt) + 2 * rows * sizes.text * head
     made, steps = rows * sizes.text, sizes.points - 1
     return {
         "prefill": Case(
@@ -200,20 +216,26 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
             decoder_flops(config, rows, sizes.prompt, 0),
         ),
         "write text": Case(
-            lambda: own.write(params, ctx, keys), made, "tokens", words, sizes.text * read
+            lambda: own.write(params, ctx, keys), made, "tokens", words.flops, words.bytes
         ),
         "draw": Case(
             lambda: own.draw(params, ctx, noise, keys), rows * steps, "image steps", steps * step
         ),
-        "decode pixels": Case(lambda: own.decode(params, sample().latents), rows, "images", 0.0),
+        "decode pixels": Case(
+            lambda: own.decode(params, sample().latents), rows, "images", 0.0, needs=sample
+        ),
         "gradient of a text's log-probs": Case(
-            lambda: own.text_gradient(params.lora, params, ctx, scored), made, "tokens", 2 * words
+            lambda: own.text_gradient(params.lora, params, ctx, scored),
+            made,
+            "tokens",
+            2 * words.flops,
         ),
         "gradient of an image step's log-prob": Case(
             lambda: own.image_gradient(params.lora, params, ctx, sample()),
             rows,
             "image steps",
             2 * step,
+            needs=sample,
         ),
     }
 
@@ -245,6 +267,7 @@ def measure(
     for name, case in cases(model, params, sizes).items():
         if only not in name:
             continue
+        jax.block_until_ready(case.needs())
         first, seconds = time_of(case.run, repeat)
         line = f"{name:<38}{seconds * 1e3:>10.2f} ms {case.count / seconds:>10.1f} {case.unit}/s"
         own = {"seconds": seconds, "first_seconds": first, "per_second": case.count / seconds}
@@ -270,8 +293,11 @@ def measure_ceilings(dtype: Any, repeat: int) -> dict[str, float]:
     b = jax.random.normal(jax.random.key(1), (size // 4,), jnp.float32)
     product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)
     return {
-        "flops": 2.0 * side**3 / time_of(lambda: product(a, a), repeat)[1],
-        "bytes": 2.0 * size / time_of(lambda: copy(b), repeat)[1],
+        "flops": 2.0
+        * side**3
+        / time_of(lambda: [product(a, a) for _ in range(10)], repeat)[1]
+        * 10,
+        "bytes": 2.0 * size / time_of(lambda: [copy(b) for _ in range(10)], repeat)[1] * 10,
     }
 
 
@@ -317,11 +343,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.sizes
             else BagelConfig.from_dicts(**BAGEL_7B, tokens=tokens)
         )
+        if options.side % config.latent_stride:
+            raise ValueError(
+                f"--side={options.side} must be a multiple of {config.latent_stride} pixels, the "
+                "side of a latent token"
+            )
         dtype, unroll = jnp.dtype(options.dtype), options.unroll
         model = Bagel(config, dtype=dtype, remat=options.remat, unroll=unroll)
         figures = measure(model, sizes, repeat=options.repeat, only=options.only)
         if options.out:
             replace_text(options.out, json.dumps(figures, indent=2) + "\n")
+    except jax.errors.JaxRuntimeError as error:
+        print(f"bench_policy: {error}; fewer --rows, a smaller --side?", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"bench_policy: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The policy as pure functions of (model, params, arrays): the only caller of Linen's `apply`.
+"""The policy as pure functions of (model, params, arrays): the only caller of the model's `apply`.
 
 In every function `model` is static (hashable) and `params` are the weights.
 Shapes: B rows, T text tokens, M image tokens, C latent token width, D width, V vocabulary.

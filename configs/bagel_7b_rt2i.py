@@ -6,7 +6,7 @@
 
 Hardware: the authors used 8 nodes of 8 A100, one GPU per node for the verifier. Never run here as a
 whole; the micro-batches below are for 56 devices, 8-way fsdp. docs/performance.md has the speed of
-the model's functions at these sizes on one H200.
+the model's functions on one H200, with shorter texts.
 Expected (the authors'): TIIF-Bench overall 75.2 / 78.6 -> 78.9 / 79.5 (short / long).
 """
 

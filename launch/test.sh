@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
-# The longest files come first in the order of collection (end to end), so that no worker idles at the end.
+# In the order of collection the longest files, end to end, come first, so that no worker idles at the end.
 exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

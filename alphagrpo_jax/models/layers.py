@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax import linen as nn
 
 from alphagrpo_jax.ops.norm import layer_norm, rms_norm
@@ -34,7 +34,9 @@ class ReadsParams:
         if not self.has_variable("params", name):
             return super().param(name, init_fn, *args, **kwargs)
         value = self.get_variable("params", name)
-        chex.assert_shape(value, args[0])
+        if value.shape != tuple(args[0]):
+            where = self.scope.path_text
+            raise errors.ScopeParamShapeError(name, where, value.shape, tuple(args[0]))
         return value
 
 
@@ -43,7 +45,8 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Runs a stack of equal layers, `carry, y_i = block(carry, each_i, *shared)`.
 
-    The same as a Linen module made by `nn.scan`, but traced once instead of twice.
+    As a Linen module made by `nn.scan`, for variables that are only read and without random
+    numbers inside, but traced once instead of twice.
 
     Args:
       block: bound to the parent's scope, where its variables have a leading axis of layers.

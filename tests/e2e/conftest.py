@@ -23,7 +23,7 @@ def world(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Where the command's process finds the repository and the tests' tiny world. It keeps all that
-    it compiles: most runs compile what an earlier one has.
+    it compiles: most of it a later run compiles as well.
     """
     return os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
@@ -36,7 +36,8 @@ def start(world, environment) -> Callable[..., subprocess.Popen]:
     """start(workdir, *arguments): the command as a process of its own."""
 
     def start(workdir, *arguments, devices=1, **variables):
-        flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        flags = variables.pop("XLA_FLAGS", environment["XLA_FLAGS"])
+        flags += f" --xla_force_host_platform_device_count={devices}"
         command = ("-m", "alphagrpo_jax.train", f"--config={TESTS / 'tiny_world.py'}")
         return subprocess.Popen(
             [sys.executable, *command, f"--workdir={workdir}", *arguments],

@@ -195,14 +195,20 @@ def test_killed_and_resumed_equals_uninterrupted(start, run, world, whole, rows,
     assert rows(workdir) == rows(whole)
 
 
-def test_more_steps_continue_a_finished_run(run, world, whole, rows):
-    workdir = world / "longer"
-    code, errors = run(workdir, "--config.train.steps=2")
+def test_more_steps_continue_a_finished_run(run, world, rows):
+    """Compiled as users do: other tests compile without optimisation."""
+    workdir, optimised = world / "longer", {"XLA_FLAGS": ""}
+    code, errors = run(world / "optimised", **optimised)
+    assert code == 0, errors
+    for row in rows(world / "optimised")[1:]:
+        assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0
+        assert row["logp/rollout_update_max_abs_diff"] < 1e-4
+    code, errors = run(workdir, "--config.train.steps=2", **optimised)
     assert code == 0, errors
     assert (workdir / "DONE").exists()
-    code, errors = run(workdir, "--config.train.steps=4")
+    code, errors = run(workdir, "--config.train.steps=4", **optimised)
     assert code == 0, errors
-    assert rows(workdir)[-1] == rows(whole)[-1]
+    assert rows(workdir)[-1] == rows(world / "optimised")[-1]
     code, errors = run(workdir, "--config.train.steps=3")  # behind the end
     assert code == 0
     assert "is finished: 4 steps are done" in errors
@@ -232,6 +238,7 @@ PLAIN_IMAGES = (
 )
 SEVERAL_UPDATES = (
     "--config.train.updates_per_batch=2",
+    "--config.optimizer.decay_steps=4",
     "--config.train.context_gradient=True",
     "--config.loss.level=token",
     "--config.loss.text_beta=0.1",
@@ -263,6 +270,7 @@ def test_several_updates_per_batch(run, world, rows):
     assert code == 0, errors
     row = rows(world / "several")[1]
     assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0  # of the first of the two
+    assert row["update/learning_rate"] == pytest.approx(0.75e-2)  # of the second of the two
     assert row["text/kl"] > 0.0  # of the second: the first has moved the policy
     assert row["image/kl"] > 0.0  # only reported
     for each in rows(world / "several"):

@@ -73,3 +73,8 @@ def test_replacing_leaves_no_other_file(tmp_path):
     metrics.replace_text(tmp_path / "a", "two")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "two"
+
+
+def test_training_imports_torch_with_tensorboard_only(run_python):
+    program = "import sys, alphagrpo_jax.train; print('torch' in sys.modules)"
+    assert run_python("-c", program).stdout.strip() == "False"

@@ -39,10 +39,12 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Asked(NamedTuple):
-    """See `Passes.logits`."""
+    """The arguments of `Passes.logits`."""
 
-    image: np.ndarray  # uint8[H, W, 3]
-    texts: tuple[tuple[str, ...], str, tuple[int, ...] | None]  # questions, instruction, replies
+    image: np.ndarray
+    questions: tuple[str, ...]
+    instruction: str
+    replies: tuple[int, ...] | None
 
 
 class _Rest(NamedTuple):
@@ -109,7 +111,7 @@ class Passes:
         """
         forward = {"packed": self._packed, "shared": self._shared, "separate": self._separate}
         replies = None if replies is None else tuple(replies)
-        return forward[self.way](_Asked(image, (tuple(questions), instruction, replies)))
+        return forward[self.way](_Asked(image, tuple(questions), instruction, replies))
 
     def prompt(self, question: str, instruction: str) -> str:
         """The whole prompt; without an instruction it has no system turn.
@@ -199,7 +201,7 @@ class Passes:
         self._image_alone = _same(self._pixels(image), _without_text(full))
 
     def _packed(self, asked: _Asked) -> Tensor:
-        rest = self._rest(*asked.texts)
+        rest = self._rest(*asked[1:])
         begin = self._begin(rest.start, asked.image.shape)
         first, size = begin.first, len(begin.ids)
         if self._image_alone:
@@ -221,7 +223,7 @@ class Passes:
         )[0]
 
     def _shared(self, asked: _Asked) -> Tensor:
-        rest = self._rest(*asked.texts)
+        rest = self._rest(*asked[1:])
         prefix = self.inputs(asked.image, [rest.start])
         cache = self._model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(rest.tokens))
@@ -234,7 +236,7 @@ class Passes:
         )
 
     def _separate(self, asked: _Asked) -> Tensor:
-        questions, instruction, replies = asked.texts
+        _, questions, instruction, replies = asked
         prompts = [self.prompt(question, instruction) for question in questions]
         inputs = self.inputs(asked.image, prompts)
         if replies is not None:
