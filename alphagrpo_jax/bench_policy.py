@@ -203,8 +203,8 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
     scored = jax.random.randint(keys[0], (rows, sizes.text), 0, config.llm.vocab_size)
     latents = own.grid[0] * own.grid[1]
     noise = jax.random.normal(keys[0], (rows, latents, config.latent_width), jnp.float32)
-    ctx = own.prefill(params, prompt)
-    sample = functools.cache(lambda: own.draw(params, ctx, noise, keys))
+    ctx = functools.cache(lambda: own.prefill(params, prompt))
+    sample = functools.cache(lambda: own.draw(params, ctx(), noise, keys))
     words = least_for_text(model, sizes)
     step = sum(decoder_flops(config, rows, latents, context) for context in (sizes.prompt, 0))
     made, steps = rows * sizes.text, sizes.points - 1
@@ -216,22 +216,27 @@ def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, 
             decoder_flops(config, rows, sizes.prompt, 0),
         ),
         "write text": Case(
-            lambda: own.write(params, ctx, keys), made, "tokens", words.flops, words.bytes
+            lambda: own.write(params, ctx(), keys), made, "tokens", *words, needs=ctx
         ),
         "draw": Case(
-            lambda: own.draw(params, ctx, noise, keys), rows * steps, "image steps", steps * step
+            lambda: own.draw(params, ctx(), noise, keys),
+            rows * steps,
+            "image steps",
+            steps * step,
+            needs=ctx,
         ),
         "decode pixels": Case(
             lambda: own.decode(params, sample().latents), rows, "images", 0.0, needs=sample
         ),
         "gradient of a text's log-probs": Case(
-            lambda: own.text_gradient(params.lora, params, ctx, scored),
+            lambda: own.text_gradient(params.lora, params, ctx(), scored),
             made,
             "tokens",
             2 * words.flops,
+            needs=ctx,
         ),
         "gradient of an image step's log-prob": Case(
-            lambda: own.image_gradient(params.lora, params, ctx, sample()),
+            lambda: own.image_gradient(params.lora, params, ctx(), sample()),
             rows,
             "image steps",
             2 * step,
