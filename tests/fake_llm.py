@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from alphagrpo_jax.rewards.decomposition import texts
+from alphagrpo_jax.decomposition import texts
 from alphagrpo_jax.rewards.verifiers.control import CONTROL
 
 # Takes the stage's name, its data and how often it was asked for this prompt (from 1). Returns the

@@ -14,8 +14,8 @@ import pytest
 from fake_llm import SEMANTIC_CHECKS, FakeModel, verdicts
 
 from alphagrpo_jax import decompose
-from alphagrpo_jax.rewards.decomposition import check, limits, running, schemas, texts
-from alphagrpo_jax.rewards.decomposition.journal import PROVENANCE
+from alphagrpo_jax.decomposition import check, limits, running, schemas, texts
+from alphagrpo_jax.decomposition.journal import PROVENANCE
 from alphagrpo_jax.rewards.questions import read_jsonl
 from alphagrpo_jax.rewards.verifiers import endpoints
 

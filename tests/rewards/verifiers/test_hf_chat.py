@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
-from alphagrpo_jax.rewards.decomposition.limits import LanguageModelError
+from alphagrpo_jax.decomposition.limits import LanguageModelError
 from alphagrpo_jax.rewards.verifiers.hf_chat import HFChat
 
 WORDS = ("<pad>", "<end>", "<sys>", "<user>", "<bot>", "a", "red", "cat", "yes", "no")

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from alphagrpo_jax.rewards.decomposition.limits import (
+from alphagrpo_jax.decomposition.limits import (
     LanguageModelError,
     Pace,
     PatientModel,

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import tqdm
 
-from alphagrpo_jax.rewards.decomposition import journal as journal_lib
-from alphagrpo_jax.rewards.decomposition import pipeline
-from alphagrpo_jax.rewards.decomposition.journal import PROVENANCE, Journal, Prompt, Prompts
-from alphagrpo_jax.rewards.decomposition.limits import LanguageModel, StopRequestedError
-from alphagrpo_jax.rewards.decomposition.pipeline import Decomposition, DecompositionError
+from alphagrpo_jax.decomposition import journal as journal_lib
+from alphagrpo_jax.decomposition import pipeline
+from alphagrpo_jax.decomposition.journal import PROVENANCE, Journal, Prompt, Prompts
+from alphagrpo_jax.decomposition.limits import LanguageModel, StopRequestedError
+from alphagrpo_jax.decomposition.pipeline import Decomposition, DecompositionError
 from alphagrpo_jax.rewards.questions import Record
 
 MAX_SILENT = 5  # prompts in a row without a model to ask after which the run ends

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import pydantic
 
-from alphagrpo_jax.rewards.decomposition import schemas
-from alphagrpo_jax.rewards.decomposition.limits import Kind, LanguageModel, LanguageModelError
-from alphagrpo_jax.rewards.decomposition.texts import Message
+from alphagrpo_jax.decomposition import schemas
+from alphagrpo_jax.decomposition.limits import Kind, LanguageModel, LanguageModelError
+from alphagrpo_jax.decomposition.texts import Message
 from alphagrpo_jax.rewards.verifiers import chat
 
 # Of `chat.ChatError`, as far as it is not the server that is away.

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import pydantic
 
-from alphagrpo_jax.rewards.decomposition.texts import Message
+from alphagrpo_jax.decomposition.texts import Message
 
 BACKOFF_SECONDS = 1.0  # before the second try of a call; doubles, with jitter of +-50%
 MAX_BACKOFF_SECONDS = 60.0

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from alphagrpo_jax.rewards.decomposition import check, phrasing
+from alphagrpo_jax.decomposition import check, phrasing
 from alphagrpo_jax.shapes import prompts
 
 DATA = pathlib.Path(prompts.__file__).parent / "assets" / "data"

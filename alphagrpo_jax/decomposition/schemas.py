@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from alphagrpo_jax.rewards.decomposition.phrasing import QUALITY_TAGS, SEMANTIC_TAGS
+from alphagrpo_jax.decomposition.phrasing import QUALITY_TAGS, SEMANTIC_TAGS
 from alphagrpo_jax.rewards.verifiers.control import control_tokens
 
 MAX_ITEMS = 80  # tuples, and so questions, of one prompt

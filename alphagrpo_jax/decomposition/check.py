@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from alphagrpo_jax.rewards.decomposition import phrasing
-from alphagrpo_jax.rewards.decomposition.pipeline import find_cycle
+from alphagrpo_jax.decomposition import phrasing
+from alphagrpo_jax.decomposition.pipeline import find_cycle
 from alphagrpo_jax.rewards.questions import Question, Record, parse_record
 from alphagrpo_jax.rewards.verifiers.control import control_tokens
 

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from alphagrpo_jax.rewards.decomposition import phrasing, schemas, texts
-from alphagrpo_jax.rewards.decomposition.limits import Kind, LanguageModel, LanguageModelError
+from alphagrpo_jax.decomposition import phrasing, schemas, texts
+from alphagrpo_jax.decomposition.limits import Kind, LanguageModel, LanguageModelError
 from alphagrpo_jax.rewards.questions import Question
 
 TRIES = 5  # whole decompositions of a prompt

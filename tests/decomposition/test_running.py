@@ -5,10 +5,10 @@ import threading
 import pytest
 from fake_llm import FIELDS
 
-from alphagrpo_jax.rewards.decomposition import running
-from alphagrpo_jax.rewards.decomposition.journal import Journal, JournalError, read_prompts
-from alphagrpo_jax.rewards.decomposition.limits import StopRequestedError
-from alphagrpo_jax.rewards.decomposition.pipeline import DecompositionError
+from alphagrpo_jax.decomposition import running
+from alphagrpo_jax.decomposition.journal import Journal, JournalError, read_prompts
+from alphagrpo_jax.decomposition.limits import StopRequestedError
+from alphagrpo_jax.decomposition.pipeline import DecompositionError
 
 PATIENCE_SECONDS = 30.0  # for threads on a busy machine; no result depends on it
 

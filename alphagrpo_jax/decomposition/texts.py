@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from alphagrpo_jax.rewards.decomposition import schemas
+from alphagrpo_jax.decomposition import schemas
 from alphagrpo_jax.rewards.verifiers.control import CONTROL, control_tokens
 
 Message = dict[str, str]  # "role": system, user or assistant; "content"

@@ -6,9 +6,9 @@ import fake_llm
 import pytest
 from fake_llm import QUALITY_CHECKS, SEMANTIC_CHECKS, FakeModel, verdicts
 
-from alphagrpo_jax.rewards.decomposition import phrasing, schemas, texts
-from alphagrpo_jax.rewards.decomposition.limits import LanguageModelError
-from alphagrpo_jax.rewards.decomposition.pipeline import DecompositionError, decompose, find_cycle
+from alphagrpo_jax.decomposition import phrasing, schemas, texts
+from alphagrpo_jax.decomposition.limits import LanguageModelError
+from alphagrpo_jax.decomposition.pipeline import DecompositionError, decompose, find_cycle
 from alphagrpo_jax.rewards.verifiers.control import control_tokens
 
 

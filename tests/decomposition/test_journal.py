@@ -8,13 +8,8 @@ import re
 import pytest
 from fake_llm import FIELDS
 
-from alphagrpo_jax.rewards.decomposition.check import check_file
-from alphagrpo_jax.rewards.decomposition.journal import (
-    PROVENANCE,
-    Journal,
-    JournalError,
-    read_prompts,
-)
+from alphagrpo_jax.decomposition.check import check_file
+from alphagrpo_jax.decomposition.journal import PROVENANCE, Journal, JournalError, read_prompts
 from alphagrpo_jax.rewards.questions import read_jsonl
 
 
