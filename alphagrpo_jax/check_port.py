@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jax
 
-from alphagrpo_jax.port import gradient_cases, image_cases, sampling_cases, text_cases
-from alphagrpo_jax.port.fixture import compare, load_fixture
-from alphagrpo_jax.port.model import Port
-from alphagrpo_jax.port.text_cases import Outputs
+from alphagrpo_jax.parity import gradient_cases, image_cases, sampling_cases, text_cases
+from alphagrpo_jax.parity.fixture import compare, load_fixture
+from alphagrpo_jax.parity.model import Port
+from alphagrpo_jax.parity.text_cases import Outputs
 
 # Pattern of the case's name -> its recomputation; the first that matches wholly.
 CASES: dict[str, Callable[[Port, str], Outputs]] = {

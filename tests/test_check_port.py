@@ -10,10 +10,10 @@ import pytest
 from alphagrpo_jax import check_port, policy
 from alphagrpo_jax.check_port import check
 from alphagrpo_jax.models import bagel, kv_cache
+from alphagrpo_jax.parity.fixture import compare, load_fixture, role
+from alphagrpo_jax.parity.gradient_cases import sequence_mask, sequence_positions
+from alphagrpo_jax.parity.image_cases import parse_guidance
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.port.fixture import compare, load_fixture, role
-from alphagrpo_jax.port.gradient_cases import sequence_mask, sequence_positions
-from alphagrpo_jax.port.image_cases import parse_guidance
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "golden_a"
 OUTPUTS = 348

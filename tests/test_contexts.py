@@ -17,10 +17,10 @@ from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.parity.fixture import load_fixture
+from alphagrpo_jax.parity.model import Port
+from alphagrpo_jax.parity.text_cases import greedy
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.port.fixture import load_fixture
-from alphagrpo_jax.port.model import Port
-from alphagrpo_jax.port.text_cases import greedy
 from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SEEN_IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample
 

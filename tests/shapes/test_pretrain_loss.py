@@ -11,8 +11,8 @@ from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel_weights import load_model
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.parity.gradient_cases import sequence_mask, sequence_positions
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.port.gradient_cases import sequence_mask, sequence_positions
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.shapes import pretrain_loss, scenes
 from alphagrpo_jax.shapes.pretrain_loss import GRID, SIDE

@@ -12,10 +12,10 @@ from alphagrpo_jax.flow.schedule import sigmas
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import GuidanceContexts
 from alphagrpo_jax.ops.patchify import unpatchify
-from alphagrpo_jax.port.fixture import role
-from alphagrpo_jax.port.image_cases import nchw
-from alphagrpo_jax.port.model import Port
-from alphagrpo_jax.port.text_cases import Outputs, greedy
+from alphagrpo_jax.parity.fixture import role
+from alphagrpo_jax.parity.image_cases import nchw
+from alphagrpo_jax.parity.model import Port
+from alphagrpo_jax.parity.text_cases import Outputs, greedy
 from alphagrpo_jax.runtime.images import to_uint8
 
 # The official defaults of an option that a call leaves out.

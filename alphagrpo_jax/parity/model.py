@@ -16,8 +16,8 @@ from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.parity.fixture import Fixture
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.port.fixture import Fixture
 
 
 class Port:

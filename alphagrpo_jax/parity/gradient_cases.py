@@ -16,11 +16,11 @@ from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.models.name_table import entries
 from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.parity.image_cases import parse_guidance
+from alphagrpo_jax.parity.model import Port
+from alphagrpo_jax.parity.sampling_cases import step_levels, stepping
+from alphagrpo_jax.parity.text_cases import Outputs, text_scores
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.port.image_cases import parse_guidance
-from alphagrpo_jax.port.model import Port
-from alphagrpo_jax.port.sampling_cases import step_levels, stepping
-from alphagrpo_jax.port.text_cases import Outputs, text_scores
 
 Loss = Callable[[PolicyParams], jax.Array]
 

@@ -13,7 +13,7 @@ from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.posembed import grid_ids
-from alphagrpo_jax.port.model import Port, cache_arrays, context_sizes
+from alphagrpo_jax.parity.model import Port, cache_arrays, context_sizes
 from alphagrpo_jax.runtime.images import ImageSizes, fitted_size, resize, to_float
 
 Outputs = dict[str, np.ndarray]

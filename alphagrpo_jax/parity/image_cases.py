@@ -13,8 +13,8 @@ from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.ops.norm import rms_norm
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.ops.posembed import grid_ids, timestep_features
-from alphagrpo_jax.port.model import Port, cache_arrays, context_sizes, reading_order
-from alphagrpo_jax.port.text_cases import Outputs, prompt_ids, scores_of
+from alphagrpo_jax.parity.model import Port, cache_arrays, context_sizes, reading_order
+from alphagrpo_jax.parity.text_cases import Outputs, prompt_ids, scores_of
 
 RENORMS = {"global": "global", "channel": "channel", "textchannel": "text_channel"}
 
