@@ -25,7 +25,7 @@ from alphagrpo_jax.guards import TrainingError
 from alphagrpo_jax.jitted import jit_steps
 from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rewards.pool import PoolError
+from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
 from alphagrpo_jax.trainer import (
     Batch,

@@ -22,10 +22,10 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.rewards.ledger import Scored
-from alphagrpo_jax.rewards.pool import Pool
 from alphagrpo_jax.rewards.scoring import Judge
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, bare
+from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.rollout import image_block
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.guards import TrainingError
 from alphagrpo_jax.refinement import Queue
-from alphagrpo_jax.rewards.pool import PoolError
+from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows, replace_text
 from alphagrpo_jax.trainer import Place

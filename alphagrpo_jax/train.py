@@ -26,7 +26,7 @@ from alphagrpo_jax.config_fields import MeshShape
 from alphagrpo_jax.guards import TrainingError, check_end, early_decay
 from alphagrpo_jax.heldout import check_heldout, evaluate_row
 from alphagrpo_jax.learner import merge_metrics, old_scores, update_policy
-from alphagrpo_jax.rewards.pool import PoolError
+from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError

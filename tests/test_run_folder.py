@@ -6,7 +6,7 @@ import pytest
 
 from alphagrpo_jax import run_folder
 from alphagrpo_jax.guards import TrainingError
-from alphagrpo_jax.rewards.pool import PoolError
+from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.trainer import Place
 from alphagrpo_jax.types import TrainState

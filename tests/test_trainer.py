@@ -14,8 +14,8 @@ from PIL import Image
 from alphagrpo_jax import build, jitted, learner, tasks, trainer, update
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.refinement import Queue
-from alphagrpo_jax.rewards.ledger import Scored as Answered
 from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.rewards.workers.ledger import Scored as Answered
 from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.types import TextSample, TrainState
 

@@ -8,12 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
-from alphagrpo_jax.rewards import ledger
 from alphagrpo_jax.rewards.dvreward import INVALID, Reward, dvreward
 from alphagrpo_jax.rewards.formats import answer_reward, format_reward
 from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rewards.verifiers.instructions import RATE_PROMPT, RATE_QUALITY
 from alphagrpo_jax.rewards.viescore import viescore
+from alphagrpo_jax.rewards.workers import ledger
 from alphagrpo_jax.runtime import distributed
 
 REFLECTION_WEIGHT = 0.5

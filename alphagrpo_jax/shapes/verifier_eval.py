@@ -31,8 +31,8 @@ from pathlib import Path
 
 import numpy as np
 
-from alphagrpo_jax.rewards.pool import Pool, PoolError, PoolOptions
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes, verifier_data
 from alphagrpo_jax.shapes.image_records import split_scene
 from alphagrpo_jax.shapes.questions import Query

@@ -12,7 +12,7 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax.models.bagel_weights import save_model
-from alphagrpo_jax.rewards import ledger
+from alphagrpo_jax.rewards.workers import ledger
 
 TESTS = pathlib.Path(__file__).parent.parent
 ROOT = TESTS.parent

@@ -8,8 +8,8 @@ import numpy as np
 import pool_fakes
 import pytest
 
-from alphagrpo_jax.rewards.audit import AuditLog
-from alphagrpo_jax.rewards.pool import Pool, PoolError, PoolOptions
+from alphagrpo_jax.rewards.workers.audit import AuditLog
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 FACTORY = ("callable", {"target": "pool_fakes:Rater", "folder": "unused"})

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from bad_server import BadServer
 
-from alphagrpo_jax.rewards import ledger
-from alphagrpo_jax.rewards.pool import Pool, PoolOptions
+from alphagrpo_jax.rewards.workers import ledger
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 KEY = "sk-pool-0123456789abcdef"

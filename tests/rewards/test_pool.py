@@ -9,7 +9,7 @@ import numpy as np
 import pool_fakes
 import pytest
 
-from alphagrpo_jax.rewards.pool import Pool, PoolError, PoolOptions
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 FAST = {"attempt_seconds": 20.0, "backoff_seconds": 0.01, "total_seconds": 60.0}
@@ -286,7 +286,7 @@ def test_workers_ignore_ctrl_c(tmp_path):
 def test_workers_end_when_their_parent_is_killed(run_python, tmp_path):
     program = (
         "import os, signal, numpy as np\n"
-        "from alphagrpo_jax.rewards.pool import Pool, PoolOptions\n"
+        "from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions\n"
         f"factory = ('callable', {{'target': 'pool_fakes:Fake', 'folder': {str(tmp_path)!r}}})\n"
         "pool = Pool(factory, PoolOptions(workers=2))\n"
         "pool.wait_ready()\n"

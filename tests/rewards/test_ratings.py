@@ -7,7 +7,7 @@ import numpy as np
 import pool_fakes
 import pytest
 
-from alphagrpo_jax.rewards.pool import Pool, PoolOptions
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 
 ASKED, RATED = ["Is there a circle?", "Is it red?"], ["How well is it drawn?"]
 

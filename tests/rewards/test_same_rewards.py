@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alphagrpo_jax.rewards.pool import Pool, PoolOptions
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch

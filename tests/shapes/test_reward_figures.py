@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from alphagrpo_jax.rewards.ledger import Scored
 from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.rewards.workers.ledger import Scored
 from alphagrpo_jax.shapes import grammar, measure, reward_figures, scenes
 
 RED, BLUE = scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)

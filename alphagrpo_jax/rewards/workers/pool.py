@@ -19,10 +19,10 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
-from alphagrpo_jax.rewards import ledger as ledger_lib
-from alphagrpo_jax.rewards import worker as worker_lib
-from alphagrpo_jax.rewards.audit import AuditLog
-from alphagrpo_jax.rewards.ledger import Scored
+from alphagrpo_jax.rewards.workers import ledger as ledger_lib
+from alphagrpo_jax.rewards.workers import worker as worker_lib
+from alphagrpo_jax.rewards.workers.audit import AuditLog
+from alphagrpo_jax.rewards.workers.ledger import Scored
 
 LONGEST_PAUSE = 50.0  # of a worker that fails again and again, in units of backoff_seconds
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from alphagrpo_jax.rewards.audit import AuditLog
+from alphagrpo_jax.rewards.workers.audit import AuditLog
 
 COUNTERS = (
     "submitted",  # = answered + invalid + those still under way

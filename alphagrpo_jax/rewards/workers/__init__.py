@@ -1,0 +1,1 @@
+"""Verifier worker processes: the pool, its ledger of samples, the process itself, the audit log."""
