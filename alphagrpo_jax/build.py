@@ -20,10 +20,10 @@ from alphagrpo_jax.rewards.scoring import ScoringOptions
 from alphagrpo_jax.rewards.verifiers.endpoints import checked_urls
 from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 from alphagrpo_jax.rewards.workers.worker import Factory
-from alphagrpo_jax.rollout import RolloutOptions
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.sampling.image import ImageOptions
+from alphagrpo_jax.sampling.trajectory import RolloutOptions
 from alphagrpo_jax.types import TrainState
 
 ENDPOINT_SHARE = 0.9  # of the pool's deadlines, for what an endpoint worker does by itself

@@ -22,8 +22,14 @@ from alphagrpo_jax.build import (
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.rollout import RolloutOptions, drawing_params, generate, image_block, prefill
 from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.sampling.trajectory import (
+    RolloutOptions,
+    drawing_params,
+    generate,
+    image_block,
+    prefill,
+)
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState, join_rows, map_rows
 
 

@@ -26,9 +26,9 @@ from alphagrpo_jax.rewards.scoring import Judge
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, bare
 from alphagrpo_jax.rewards.workers.ledger import Scored
 from alphagrpo_jax.rewards.workers.pool import Pool
-from alphagrpo_jax.rollout import image_block
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
+from alphagrpo_jax.sampling.trajectory import image_block
 
 IMAGES = 8  # that are looked at at a time
 QUESTIONS = 48  # about these, asked at a time

@@ -18,8 +18,8 @@ from alphagrpo_jax import loss, policy
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
-from alphagrpo_jax.rollout import context, guidance_contexts, rebuild, step_options
 from alphagrpo_jax.sampling import image
+from alphagrpo_jax.sampling.trajectory import context, guidance_contexts, rebuild, step_options
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
     Rollout,

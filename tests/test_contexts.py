@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, policy, rollout, tasks
+from alphagrpo_jax import build, policy, tasks
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache
@@ -21,6 +21,7 @@ from alphagrpo_jax.parity.fixture import load_fixture
 from alphagrpo_jax.parity.model import Port
 from alphagrpo_jax.parity.text_cases import greedy
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SEEN_IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample
 
@@ -55,7 +56,7 @@ def contexts_of(port, events, inputs, texts, system="c6.system"):
         TextSample(ids[None], jnp.ones((1, len(ids)), bool), None, None, None) for ids in texts
     )
     given = Rollout(inputs=inputs, pieces=(), texts=samples, images=())
-    pieces = rollout.rebuild(
+    pieces = trajectory.rebuild(
         port.model,
         port.params,
         given,
@@ -73,7 +74,7 @@ def block(ids) -> TextBlock:
 def test_thinking_before_drawing_is_c6(port):
     events, think = tasks.TASKS["rt2i"].events, port.ids_of("c6.think")
     pieces, plan = contexts_of(port, events, (block(port.ids_of("c6.prompt")),), [think])
-    found = rollout.guidance_contexts(pieces, plan.image_steps[0], 1)
+    found = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
     for sigma, name in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(found, port.array("c6.x_t")[None], sigma, THOUGHT)
         expected = port.array(f"c6.v_{name}_text4_img1p5_global")
@@ -88,7 +89,7 @@ def log_probs(port, pieces, step, ids):
     return policy.text_log_probs(
         port.model,
         port.params,
-        rollout.context(pieces, step.gen, 1),
+        trajectory.context(pieces, step.gen, 1),
         jnp.asarray(ids)[None],
         jnp.ones((1, len(ids)), bool),
         temperature=1.0,
@@ -121,7 +122,7 @@ def test_answering_is_the_official_pipelines_c13(port):
     inputs = (given_image(port), block(port.ids_of("c7.und_prompt")))
     events = tasks.TASKS["ti2t"].events
     pieces, plan = contexts_of(port, events, inputs, [port.ids("")], "c13.system_und")
-    context = rollout.context(pieces, plan.text_steps[0].gen, 1)
+    context = trajectory.context(pieces, plan.text_steps[0].gen, 1)
     tokens, _ = greedy(port, context, 12, port.tokenizer.special.im_end)
     text = port.tokenizer.decode(tokens).split("<|im_start|>")[1]
     assert text == port.fixture.texts["c13.und_think_output"]
@@ -144,7 +145,7 @@ def test_editing_is_c7(port, name):
     events = tuple(event for event in tasks.TASKS[name].events if event != THINK)
     inputs = (given_image(port), block(port.ids_of("c7.instruction")))
     pieces, plan = contexts_of(port, events, inputs, [])
-    found = rollout.guidance_contexts(pieces, plan.image_steps[0], 1)
+    found = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
     for sigma, level in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(found, port.array("c7.x_t")[None], sigma, EDIT)
         expected = port.array(f"c7.v_{level}_text4_img2_textchannel")
@@ -161,7 +162,7 @@ def test_first_velocity_of_the_official_pipeline_is_c13(port, run, name):
     ids = port.array(f"c13.{run}.think_ids")
     text = port.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[1]
     pieces, plan = contexts_of(port, tasks.TASKS[name].events, inputs, [port.ids(text)])
-    found = rollout.guidance_contexts(pieces, plan.image_steps[0], 1)
+    found = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
     options = port.fixture.options(f"c13.{run}.image_uint8")
     guidance = dataclasses.replace(
         EDIT,
@@ -236,7 +237,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
     task = tasks.Task("own", events, system_prompt="think", texts=texts, image=image)
     options = build.rollout_options(config, loaded, task)
     params, inputs = PolicyParams(loaded.base), inputs_of(loaded, config, events)
-    run = jax.jit(functools.partial(rollout.rollout, loaded.model, options=options))
+    run = jax.jit(functools.partial(trajectory.rollout, loaded.model, options=options))
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
     drawn, _ = run(params, inputs, *numbers)
     blocks = event_blocks(loaded, drawn, options, events)
@@ -261,7 +262,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
             ctx = kv_cache.empty(4)
             for event in wanted:
                 ctx = extend(ctx, events[event], blocks[event])
-            found = rollout.context(drawn.pieces, nodes, 4)
+            found = trajectory.context(drawn.pieces, nodes, 4)
             np.testing.assert_array_equal(found.rope, ctx.rope)
             level = jnp.full(4, 0.7)
             pair = [look(params, kv_cache.merge(each), probe, level) for each in (found, ctx)]
@@ -284,7 +285,7 @@ def event_blocks(loaded, drawn, options, events):
             blocks.append(TextBlock(tokens, jnp.ones(tokens.shape, bool)))
         elif kind == IMAGE:
             latents = next(images).latents
-            shown = rollout.pixels(loaded.model, PolicyParams(loaded.base), latents, (2, 2))
+            shown = trajectory.pixels(loaded.model, PolicyParams(loaded.base), latents, (2, 2))
             blocks.append(ImageBlock(shown, shown))
         elif kind in (THINK, ANSWER):
             sample = next(texts)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, policy, rollout
+from alphagrpo_jax import build, policy
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.types import TextBlock, join_rows
 
@@ -33,7 +34,7 @@ def setting():
 @pytest.fixture(scope="module")
 def run(setting):
     loaded = setting[0]
-    jitted = jax.jit(functools.partial(rollout.rollout, loaded.model), static_argnames="options")
+    jitted = jax.jit(functools.partial(trajectory.rollout, loaded.model), static_argnames="options")
 
     def run(block, *, first=0, start=1, options=setting[1]):
         numbers = (jax.random.key(5), jnp.int32(first), jnp.int32(start), jnp.float32(1.0))
@@ -97,10 +98,10 @@ def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
     adapters = lora.init(jax.random.key(0), loaded.base, lora.TARGETS, rank=2)
     adapters = jax.tree.map(lambda x: x + 0.02, adapters)
     params = PolicyParams(loaded.base, adapters, 2.0)
-    merged = rollout.drawing_params(params, merge_lora=True)
+    merged = trajectory.drawing_params(params, merge_lora=True)
     assert merged.lora is None
-    assert rollout.drawing_params(params, merge_lora=False) is params
-    fill = jax.jit(functools.partial(rollout.prefill, loaded.model, options=options))
+    assert trajectory.drawing_params(params, merge_lora=False) is params
+    fill = jax.jit(functools.partial(trajectory.prefill, loaded.model, options=options))
     first, second = (fill(each, (block,)) for each in (params, merged))
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
@@ -110,7 +111,7 @@ def test_pixels_are_truncated(setting):
     loaded = setting[0]
     latents = jax.random.normal(jax.random.key(0), (1, 4, loaded.config.latent_width))
     params = PolicyParams(loaded.base)
-    own = functools.partial(rollout.pixels, loaded.model, grid=(2, 2))
+    own = functools.partial(trajectory.pixels, loaded.model, grid=(2, 2))
     images = jax.jit(own)(params, latents)
 
     floats = jax.jit(functools.partial(policy.decode_latents, loaded.model, grid=(2, 2)))

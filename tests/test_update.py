@@ -11,8 +11,9 @@ import optax
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, rollout, update
+from alphagrpo_jax import build, update
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.types import Rollout, TextBlock, TrainState, UpdateBatch, map_rows
 
@@ -22,7 +23,7 @@ ROWS, ONE = 4, jnp.float32(1.0)
 class Setting(NamedTuple):
     loaded: object
     options: update.UpdateOptions
-    rollout_options: rollout.RolloutOptions
+    rollout_options: trajectory.RolloutOptions
     trainable: dict
     stored: Rollout
     batch: UpdateBatch
@@ -49,7 +50,7 @@ def setting():
     params = update.policy_params(loaded.base, trainable, lora_scale=2.0)
     rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
     block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
-    run = jax.jit(functools.partial(rollout.rollout, loaded.model, options=own))
+    run = jax.jit(functools.partial(trajectory.rollout, loaded.model, options=own))
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
     stored, _ = run(params, (block,), *numbers)
     advantage = jnp.array([1.0, -0.5, 0.75, -1.25])
@@ -169,7 +170,7 @@ def test_rebuilt_contexts_are_the_stored_ones(setting):
     own = setting.rollout_options
     pieces = jax.jit(
         functools.partial(
-            rollout.rebuild,
+            trajectory.rebuild,
             setting.loaded.model,
             plan=own.plan,
             system_tokens=own.system_tokens,

@@ -26,9 +26,9 @@ import numpy as np
 import tqdm
 
 from alphagrpo_jax import build, policy, tasks, trained
-from alphagrpo_jax.rollout import pixels, rollout
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.sampling.trajectory import pixels, rollout
 from alphagrpo_jax.shapes import checker, examples, measure_skills, prompts, requests, scenes
 from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.types import TextBlock
