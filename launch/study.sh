@@ -20,11 +20,11 @@ run no_text_loss --config.loss.text=none "$@"
 run no_image_loss --config.loss.image=none "$@"
 run full_weights --config.train.trainable=full --config.optimizer.learning_rate=2e-4 "$@"
 
-python -m alphagrpo_jax.shapes.study --out "$OUT" --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2"
+python -m alphagrpo_jax.studies.rt2i --out "$OUT" --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2"
 for name in no_text_loss no_image_loss full_weights; do
-  python -m alphagrpo_jax.shapes.study --out "$OUT" --run "$RUNS/$name" --name "$name"
+  python -m alphagrpo_jax.studies.rt2i --out "$OUT" --run "$RUNS/$name" --name "$name"
 done
-python -m alphagrpo_jax.shapes.curves --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2" --out docs/curves.png \
+python -m alphagrpo_jax.studies.curves --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2" --out docs/curves.png \
   --samples "$RUNS/seed0" --out2 docs/samples.png
 
 export CONFIG=configs/srr.py
@@ -34,4 +34,4 @@ for seed in 0 1; do
   run "srr_without$seed" --config.seed="$seed" --config.srr.rectification=none "$@"
   REFINED+=(--run "srr=$RUNS/srr$seed" --run "srr_without=$RUNS/srr_without$seed")
 done
-python -m alphagrpo_jax.shapes.refine_study --out "$OUT" "${REFINED[@]}"
+python -m alphagrpo_jax.studies.srr --out "$OUT" "${REFINED[@]}"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from alphagrpo_jax.runtime.metrics import METRICS, write_samples
-from alphagrpo_jax.shapes import curves
+from alphagrpo_jax.studies import curves
 
 PROMPTS = [f"prompt {i} about a rather long list of shapes and colours" for i in range(7)]
 

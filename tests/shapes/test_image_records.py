@@ -8,7 +8,8 @@ import pytest
 from alphagrpo_jax.rewards.questions import parse_record, read_jsonl
 from alphagrpo_jax.runtime.images import from_data_url
 from alphagrpo_jax.runtime.paths import resolve
-from alphagrpo_jax.shapes import checker, image_records, questions, scenes, verifier_eval
+from alphagrpo_jax.shapes import checker, image_records, questions, scenes
+from alphagrpo_jax.studies import verifier_eval
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 from alphagrpo_jax.inference import Performed
-from alphagrpo_jax.shapes import (
-    checker,
-    examples,
-    image_records,
-    measure,
-    measure_skills,
-    questions,
-    scenes,
-    specs,
-    verifier_eval,
-)
+from alphagrpo_jax.shapes import checker, examples, image_records, questions, scenes, specs
+from alphagrpo_jax.studies import measure, measure_skills, verifier_eval
 
 RED, BLUE = scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)
 SCENE = scenes.Scene((RED, BLUE), "white")

@@ -12,8 +12,9 @@ from alphagrpo_jax.models import bagel_weights, kv_cache
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.shapes import pretrain, pretrain_loss, resumable, scenes
-from alphagrpo_jax.shapes.batches import BatchSizes, patch_words
+from alphagrpo_jax.shapes import scenes
+from alphagrpo_jax.shapes.pretraining import pretrain, pretrain_loss, resumable
+from alphagrpo_jax.shapes.pretraining.batches import BatchSizes, patch_words
 
 SMALL = resolve("package:umm")
 SIZES = BatchSizes(draw=2, plan=1, plain=1, reflect=1, edit=1, understand=2)

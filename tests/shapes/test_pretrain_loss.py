@@ -14,8 +14,9 @@ from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.parity.gradient_cases import sequence_mask, sequence_positions
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime.paths import resolve
-from alphagrpo_jax.shapes import pretrain_loss, scenes
-from alphagrpo_jax.shapes.pretrain_loss import GRID, SIDE
+from alphagrpo_jax.shapes import scenes
+from alphagrpo_jax.shapes.pretraining import pretrain_loss
+from alphagrpo_jax.shapes.pretraining.pretrain_loss import GRID, SIDE
 
 KEY = jax.random.key(3)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from alphagrpo_jax.inference import Performed
-from alphagrpo_jax.shapes import image_records, measure, refine_study, scenes, study
+from alphagrpo_jax.shapes import image_records, scenes
+from alphagrpo_jax.studies import measure, rt2i, srr
 
 EMPTY = scenes.render(scenes.Scene((), "white"))
 
@@ -19,12 +20,12 @@ def records_of(*kinds):
 
 
 def judged(**changes):
-    plain = {name: [1.0, 0.5, 0.5, 1.0] for name in refine_study.JUDGED}
+    plain = {name: [1.0, 0.5, 0.5, 1.0] for name in srr.JUDGED}
     return plain | {"edit": [1.0, 0.5]} | changes
 
 
 def test_measures_by_hand():
-    found = refine_study.measures(
+    found = srr.measures(
         judged(
             first=[0.5, 1.0, 0.25, 1.0],
             refined=[1.0, 1.0, 0.5, 0.75],
@@ -39,20 +40,20 @@ def test_measures_by_hand():
         "own_improved": [1, 0, 0, 0], "own_spoilt": [0, 1, 0, 0], "edit": [1, 0],
     }  # fmt: skip
     assert {name: values.tolist() for name, values in found.items()} == expected
-    assert tuple(found) == refine_study.COLUMNS
+    assert tuple(found) == srr.COLUMNS
 
 
 def test_kinds_weigh_alike_and_gains_are_paired():
     records = records_of("plain", "plain", "plain", "implied")
     edits = [{"facts": {"total": 1}}, {"facts": {"total": 2}}]
     runs = {
-        "untrained": [refine_study.measures(judged())],
+        "untrained": [srr.measures(judged())],
         "new": [
-            refine_study.measures(judged(refined=[1.0, 0.5, 0.5, 0.5])),
-            refine_study.measures(judged(refined=[1.0, 1.0, 0.5, 0.5], edit=[1.0, 1.0])),
+            srr.measures(judged(refined=[1.0, 0.5, 0.5, 0.5])),
+            srr.measures(judged(refined=[1.0, 1.0, 0.5, 0.5], edit=[1.0, 1.0])),
         ],
     }
-    found = refine_study.summary(runs, records, edits)
+    found = srr.summary(runs, records, edits)
     assert found["prompts"] == {"plain/count": 3, "implied": 1}
     policy = found["policies"]["new"]
     assert policy["plain"]["refined"] == [0.3333, 0.6667]
@@ -63,23 +64,23 @@ def test_kinds_weigh_alike_and_gains_are_paired():
     assert gain["plain"]["refined"]["gain"] == 0.1667  # (0 + 1/3) / 2
     assert gain["implied"]["refined"] == {"gain": -1.0, "interval_95": [-1.0, -1.0]}
     assert gain["all"]["edit"] == {"gain": 0.25, "interval_95": [0.0, 1.0]}
-    shown = refine_study.table(found)
+    shown = srr.table(found)
     assert "| new, all | 0.667 (0.667, 0.667) | 0.250 (0.167, 0.333) |" in shown
     assert "| new - untrained, implied | -1.000 (-1.000 to -1.000) |" in shown
 
 
 def test_runs_of_two_names_are_paired_in_order():
     records = records_of("plain", "implied")
-    one, two = (refine_study.measures(judged(refined=[x, x], own_refined=[x, x], first=[0.5, 0.5],
+    one, two = (srr.measures(judged(refined=[x, x], own_refined=[x, x], first=[0.5, 0.5],
                 own_first=[0.5, 0.5], edit=[x])) for x in (1.0, 0.5))  # fmt: skip
     edits = [{"facts": {}}]
-    same = refine_study.gains([one, two], [one, two], records, edits)
-    crossed = refine_study.gains([one, two], [two, one], records, edits)
+    same = srr.gains([one, two], [one, two], records, edits)
+    crossed = srr.gains([one, two], [two, one], records, edits)
     for kind, name in (("all", "refined"), ("plain", "improved"), ("all", "edit")):
         assert same[kind][name].interval == [0.0, 0.0]
         assert crossed[kind][name].interval == [-1.0, 1.0]
         assert crossed[kind][name].value == 0.0
-    mean = refine_study.gains([one], [two, one], records, edits)  # numbers differ
+    mean = srr.gains([one], [two, one], records, edits)  # numbers differ
     assert mean["all"]["refined"].value == 0.5
 
 
@@ -91,19 +92,19 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
         calls.append(task.name)
         return Performed(np.stack([EMPTY] * len(asked)) if images is None else images, [])
 
-    monkeypatch.setattr(refine_study, "perform", idle)
-    monkeypatch.setattr(refine_study, "weights_digest", lambda policy: "own")
-    monkeypatch.setattr(refine_study.trained, "from_config", lambda config: None)
-    monkeypatch.setattr(refine_study.trained, "from_run", lambda folder: Performed(None, []))
+    monkeypatch.setattr(srr, "perform", idle)
+    monkeypatch.setattr(srr, "weights_digest", lambda policy: "own")
+    monkeypatch.setattr(srr.trained, "from_config", lambda config: None)
+    monkeypatch.setattr(srr.trained, "from_run", lambda folder: Performed(None, []))
     monkeypatch.setattr(Performed, "_replace", lambda self, **_: None)
     run = tmp_path / "run"
     run.mkdir()
     command = ["--out", str(tmp_path), "--run", f"srr={run}", "--per_type", "1", "--implied", "1"]
     command += ["--edits", "8"]
-    assert refine_study.main(command) == 1
+    assert srr.main(command) == 1
     assert "is not finished" in capsys.readouterr().err
     (run / "DONE").touch()
-    assert refine_study.main(command) == 0
+    assert srr.main(command) == 0
     assert calls == ["t2i", "srr", "ti2i", "srr", "t2i", "srr", "ti2i"]
     shown, found = (
         capsys.readouterr().out,
@@ -113,30 +114,30 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
     assert found["policies"]["srr"]["all"]["kept"] == [1.0]
     assert found["policies"]["srr"]["all"]["own_first"] == [0.0]  # emptiness fulfils no prompt
     assert found["gains"]["srr - untrained"]["all"]["spoilt"]["interval_95"] == [0.0, 0.0]
-    assert refine_study.main(command) == 0
+    assert srr.main(command) == 0
     assert calls[7:] == ["t2i"]  # the images to repair
     assert capsys.readouterr().out == shown
-    assert refine_study.main([*command[:-1], "4"]) == 1
+    assert srr.main([*command[:-1], "4"]) == 1
     assert "refine_untrained.json is about other edits" in capsys.readouterr().err
     (tmp_path / "refine_untrained.json").write_text("{}")
-    assert refine_study.main(command) == 1
+    assert srr.main(command) == 1
     assert "holds no judgements of this study" in capsys.readouterr().err
 
 
 def test_the_default_numbers_are_those_of_a_study():
-    assert refine_study.PER_PLAIN_TYPE >= study.PER_PLAIN_TYPE == 300
-    assert refine_study.IMPLIED >= study.IMPLIED == 800
+    assert srr.PER_PLAIN_TYPE >= rt2i.PER_PLAIN_TYPE == 300
+    assert srr.IMPLIED >= rt2i.IMPLIED == 800
     records = measure.heldout_records(2, 3)
-    groups = [refine_study.group(record) for record in records]
+    groups = [srr.group(record) for record in records]
     assert groups.count("implied") == 3
     assert groups.count("plain/relation") == 2
-    assert all(study.cluster(record) for record in records)
+    assert all(rt2i.cluster(record) for record in records)
     assert all(record["facts"] for record in image_records.records("edit", "heldout", 2))
 
 
 @pytest.mark.parametrize("text", ["srr", "=x", "srr=", "untrained=x"])
 def test_wrong_usage(text, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        refine_study.main(["--out", str(tmp_path), "--run", text])
+        srr.main(["--out", str(tmp_path), "--run", text])
     assert stopped.value.code == 2
     assert "expected NAME=FOLDER" in capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 
 from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.rewards.workers.ledger import Scored
-from alphagrpo_jax.shapes import grammar, measure, reward_figures, scenes
+from alphagrpo_jax.shapes import grammar, scenes
+from alphagrpo_jax.studies import measure, reward_figures
 
 RED, BLUE = scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)
 BOTH, ONE = scenes.Scene((RED, BLUE), "white"), scenes.Scene((RED,), "white")

@@ -13,10 +13,10 @@ from alphagrpo_jax import config as config_lib
 from alphagrpo_jax import trained
 from alphagrpo_jax.run_folder import CONFIG_FILE, DONE_FILE
 from alphagrpo_jax.runtime.metrics import METRICS
-from alphagrpo_jax.shapes import study
+from alphagrpo_jax.studies import rt2i
 
 CONFIG = trained.read_config()
-MODEL = study.model_digest(CONFIG.model.path)
+MODEL = rt2i.model_digest(CONFIG.model.path)
 GROUPS = ["plain/count"] * 4 + ["plain/relation"] * 2 + ["implied"] * 4
 CLUSTERS = list("aabbcdeeff")
 
@@ -27,8 +27,8 @@ def bools(text: str) -> np.ndarray:
 
 def sample(gains, clusters, runs=None):
     gains = np.array(gains, np.float64)
-    runs = np.ones((study.RESAMPLES, len(gains)), int) if runs is None else runs
-    return study.resample(gains, clusters, runs, np.random.default_rng(0))
+    runs = np.ones((rt2i.RESAMPLES, len(gains)), int) if runs is None else runs
+    return rt2i.resample(gains, clusters, runs, np.random.default_rng(0))
 
 
 def frequencies(values):
@@ -38,16 +38,16 @@ def frequencies(values):
 
 def test_clusters_are_combinations_or_riddles():
     record = {"kind": "plain", "combination": "1 red circle", "riddles": []}
-    assert study.cluster(record) == "1 red circle"
+    assert rt2i.cluster(record) == "1 red circle"
     record = {"kind": "implied", "combination": "1 red circle", "riddles": ["lavender", "a coin"]}
-    assert study.cluster(record) == "a coin + lavender"
+    assert rt2i.cluster(record) == "a coin + lavender"
 
 
 def test_records_of_a_group_share_clusters():
-    records, groups = study.study_records()
+    records, groups = rt2i.study_records()
     own: dict[str, set[str]] = {}
     for record, group in zip(records, groups, strict=True):
-        own.setdefault(group, set()).add(study.cluster(record))
+        own.setdefault(group, set()).add(rt2i.cluster(record))
     assert own["heldout_riddles"] == {"a frog", "lavender", "a coin", "tricycle wheels"}
     assert all(10 < len(own[group]) < groups.count(group) for group in own if "held" not in group)
 
@@ -71,7 +71,7 @@ def test_runs_are_resampled_as_given():
 def test_gains_by_hand():
     before = bools("1100" + "10" + "0000")
     after = np.stack([bools("1110" + "10" + "1100"), bools("1111" + "00" + "1110")])
-    found = study.gains(after, before, GROUPS, CLUSTERS)
+    found = rt2i.gains(after, before, GROUPS, CLUSTERS)
     values = {name: gain.value for name, gain in found.items()}
     # The two runs gain 1/4 and 2/4 on counts, 0 and -1/2 on relations, 2/4 and 3/4 on riddles.
     assert values == pytest.approx(
@@ -92,26 +92,26 @@ def test_gains_by_hand():
 
 def test_all_groups_of_a_sample_hold_the_same_runs():
     after = np.stack([bools("1" * 10), bools("0" * 10)])
-    found = study.gains(after, bools("0" * 10), GROUPS, CLUSTERS)
+    found = rt2i.gains(after, bools("0" * 10), GROUPS, CLUSTERS)
     shares = frequencies(found["all"].resampled)
     assert shares == pytest.approx({0.0: 0.25, 0.5: 0.5, 1.0: 0.25}, abs=0.02)
     np.testing.assert_array_equal(found["plain"].resampled, found["implied"].resampled)
 
 
 def test_shares_weigh_plain_types_alike():
-    found = study.shares(bools("1110" + "00" + "1000"), GROUPS)
+    found = rt2i.shares(bools("1110" + "00" + "1000"), GROUPS)
     assert found["plain"] == pytest.approx(0.375)
     assert found["all"] == pytest.approx((0.375 + 0.25) / 2)
 
 
-def gain(value: float) -> study.Gain:
-    return study.Gain(value, np.full(study.RESAMPLES, value))
+def gain(value: float) -> rt2i.Gain:
+    return rt2i.Gain(value, np.full(rt2i.RESAMPLES, value))
 
 
 def test_bars():
     found = {"all": gain(0.1 + 0.05), "implied": gain(0.29), "plain": gain(-0.03)}
     found |= {"plain/count": gain(-0.06), "plain/relation": gain(0.1)}
-    rows = study.bars(found, {"implied": gain(0.2)})
+    rows = rt2i.bars(found, {"implied": gain(0.2)})
     assert [(row["bar"], row["value"], row["met"]) for row in rows] == [
         ("gain on all >= 0.15", 0.15, True),
         ("gain on implied >= 0.3", 0.29, False),
@@ -123,11 +123,11 @@ def test_bars():
 
 def test_summary_has_the_noise_floor():
     untrained = {
-        study.UNTRAINED: bools("1100100000"),
-        study.GREEDY: bools("1100100001"),
-        study.AGAIN: bools("1100101000"),
+        rt2i.UNTRAINED: bools("1100100000"),
+        rt2i.GREEDY: bools("1100100001"),
+        rt2i.AGAIN: bools("1100101000"),
     }
-    found = study.summary(bools("1110101100")[None], untrained, GROUPS, CLUSTERS)
+    found = rt2i.summary(bools("1110101100")[None], untrained, GROUPS, CLUSTERS)
     assert found["noise_floor"]["implied"]["gain"] == 0.25
     assert found["noise_floor"]["plain"] == {"gain": 0.0, "interval_95": [0.0, 0.0]}
     implied = found["groups"]["implied"]
@@ -141,7 +141,7 @@ def test_summary_has_the_noise_floor():
 
 def test_training_is_told_from_first_to_last_evaluation():
     rows = [{"step": 0, "eval/reward/mean": 0.8}, {"step": 1}, {"step": 2, "eval/reward/mean": 0.9}]
-    assert study.training(rows) == {"eval/reward/mean": [0.8, 0.9]}
+    assert rt2i.training(rows) == {"eval/reward/mean": [0.8, 0.9]}
 
 
 def test_judgements_are_kept(tmp_path: pathlib.Path):
@@ -150,27 +150,27 @@ def test_judgements_are_kept(tmp_path: pathlib.Path):
     def refuse():
         raise AssertionError("drawn again")
 
-    found = study.kept(path, lambda: bools("101"), about)
+    found = rt2i.kept(path, lambda: bools("101"), about)
     np.testing.assert_array_equal(found, bools("101"))
-    np.testing.assert_array_equal(study.kept(path, refuse, about), bools("101"))
+    np.testing.assert_array_equal(rt2i.kept(path, refuse, about), bools("101"))
     with pytest.raises(ValueError, match=r"other model: got \['abc'\], expected \['abd'\]"):
-        study.kept(path, refuse, about | {"model": "abd"})
+        rt2i.kept(path, refuse, about | {"model": "abd"})
     with pytest.raises(ValueError, match="other checker"):
-        study.kept(path, refuse, about | {"checker": "1"})
+        rt2i.kept(path, refuse, about | {"checker": "1"})
     path.write_text(path.read_text()[:20])
     with pytest.raises(ValueError, match="delete it"):
-        study.kept(path, refuse, about)
+        rt2i.kept(path, refuse, about)
 
 
 def test_digests_follow_the_contents(tmp_path: pathlib.Path):
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"1")
     b.write_bytes(b"2")
-    assert study.digest_of(a, b) != study.digest_of(b, a)
-    assert study.digest_of(a) == study.digest_of(a)
-    before = study.digest_of(a, b)
+    assert rt2i.digest_of(a, b) != rt2i.digest_of(b, a)
+    assert rt2i.digest_of(a) == rt2i.digest_of(a)
+    before = rt2i.digest_of(a, b)
     b.write_bytes(b"3")
-    assert study.digest_of(a, b) != before
+    assert rt2i.digest_of(a, b) != before
 
 
 def write_run(folder: pathlib.Path, digest: str = "d" * 64) -> pathlib.Path:
@@ -187,33 +187,33 @@ def write_run(folder: pathlib.Path, digest: str = "d" * 64) -> pathlib.Path:
 
 
 def test_finished_runs_are_read(tmp_path: pathlib.Path):
-    run = study.finished(write_run(tmp_path / "seed0"), CONFIG, MODEL)
+    run = rt2i.finished(write_run(tmp_path / "seed0"), CONFIG, MODEL)
     assert (run.name, run.step, run.digest) == ("seed0", 2, "d" * 64)
 
 
 def test_runs_that_do_not_fit_are_refused(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match="not a run's folder"):
-        study.finished(tmp_path / "nothing", CONFIG, MODEL)
+        rt2i.finished(tmp_path / "nothing", CONFIG, MODEL)
     run = write_run(tmp_path / "run")
     with pytest.raises(ValueError, match=f"with model {MODEL}, expected 0123"):
-        study.finished(run, CONFIG, "0123")
+        rt2i.finished(run, CONFIG, "0123")
     (run / METRICS).write_text(json.dumps({"step": 0}) + "\n")
     with pytest.raises(ValueError, match="has no state/digest"):
-        study.finished(run, CONFIG, MODEL)
+        rt2i.finished(run, CONFIG, MODEL)
     (run / DONE_FILE).unlink()
     with pytest.raises(ValueError, match="not finished"):
-        study.finished(run, CONFIG, MODEL)
+        rt2i.finished(run, CONFIG, MODEL)
 
 
 def test_another_checkpoint_than_the_last_state_is_refused(monkeypatch):
     policy = trained.Trained(CONFIG, None, None, step=1)
     monkeypatch.setattr(trained, "from_run", lambda folder: policy)
-    run = study.Finished(pathlib.Path("runs/x"), 2, "d", [])
+    run = rt2i.Finished(pathlib.Path("runs/x"), 2, "d", [])
     with pytest.raises(ValueError, match="is of step 1, expected 2"):
-        study.end_of(run, CONFIG)
+        rt2i.end_of(run, CONFIG)
     other = policy._replace(config=None)
     monkeypatch.setattr(trained, "from_run", lambda folder: other)
-    assert study.end_of(run._replace(step=1), CONFIG).config is CONFIG
+    assert rt2i.end_of(run._replace(step=1), CONFIG).config is CONFIG
 
 
 def test_the_command(tmp_path: pathlib.Path, monkeypatch, capsys):
@@ -224,14 +224,14 @@ def test_the_command(tmp_path: pathlib.Path, monkeypatch, capsys):
         return bools("1111111100") if policy != "untrained" else bools("1111110000")
 
     plain, implied = {"kind": "plain", "combination": "x"}, {"kind": "implied", "riddles": ["r"]}
-    monkeypatch.setattr(study, "study_records", lambda: ([plain] * 6 + [implied] * 4, GROUPS))
-    monkeypatch.setattr(study, "judge", judge)
+    monkeypatch.setattr(rt2i, "study_records", lambda: ([plain] * 6 + [implied] * 4, GROUPS))
+    monkeypatch.setattr(rt2i, "judge", judge)
     monkeypatch.setattr(trained, "from_config", lambda config: "untrained")
-    monkeypatch.setattr(study, "end_of", lambda run, config: run.name)
+    monkeypatch.setattr(rt2i, "end_of", lambda run, config: run.name)
     runs = [write_run(tmp_path / "runs" / name) for name in ("seed0", "seed1")]
     flags = ["--out", str(tmp_path / "out"), *(f"--run={run}" for run in runs)]
-    assert study.main(flags) == 0
-    seeds, own = (study.SEED, study.OTHER_SEED), CONFIG.eval.temperature
+    assert rt2i.main(flags) == 0
+    seeds, own = (rt2i.SEED, rt2i.OTHER_SEED), CONFIG.eval.temperature
     assert drawn == [
         ("untrained", own, seeds[0]),
         ("untrained", 0.0, seeds[0]),
@@ -246,24 +246,24 @@ def test_the_command(tmp_path: pathlib.Path, monkeypatch, capsys):
         "eval/reward_minus_exact": [0.2, 0.2],
     }
     drawn.clear()
-    assert study.main(flags) == 0
+    assert rt2i.main(flags) == 0
     assert not drawn
     # A run that was trained on is another policy.
     rows = (runs[0] / METRICS).read_text()
     (runs[0] / METRICS).write_text(rows.replace("d" * 64, "e" * 64))
     capsys.readouterr()
-    assert study.main(flags) == 1
+    assert rt2i.main(flags) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "other state: got" in message
 
 
 def test_wrong_folders_end_with_one_message(tmp_path: pathlib.Path, capsys):
-    assert study.main(["--out", str(tmp_path), "--run", str(tmp_path / "none")]) == 1
+    assert rt2i.main(["--out", str(tmp_path), "--run", str(tmp_path / "none")]) == 1
     assert "not a run's folder" in capsys.readouterr().err
     twice = [str(write_run(tmp_path / parent / "seed0")) for parent in "ab"]
-    assert study.main(["--out", str(tmp_path), "--run", twice[0], "--run", twice[1]]) == 1
+    assert rt2i.main(["--out", str(tmp_path), "--run", twice[0], "--run", twice[1]]) == 1
     assert "several --run folders named ['seed0']" in capsys.readouterr().err
     flags = ["--out", str(tmp_path), "--run", twice[0], "--config", str(tmp_path / "none.py")]
-    assert study.main(flags) == 1
+    assert rt2i.main(flags) == 1
     assert "no configuration file" in capsys.readouterr().err

@@ -8,7 +8,8 @@ import transformers
 
 from alphagrpo_jax import tasks
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.shapes import examples, tokenizer_build
+from alphagrpo_jax.shapes import examples
+from alphagrpo_jax.shapes.pretraining import tokenizer_build
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from alphagrpo_jax.models.bagel_weights import AE, VAE_FILE
-from alphagrpo_jax.shapes import resumable, train_vae
+from alphagrpo_jax.shapes.pretraining import resumable, train_vae
 
 pytestmark = pytest.mark.torch
 

@@ -7,21 +7,13 @@ import torch
 
 from alphagrpo_jax.rewards.verifiers.base import Answer
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
-from alphagrpo_jax.shapes import (
-    checker,
-    corrupt,
-    measure,
-    muon,
-    questions,
-    scenes,
-    verifier_data,
-    verifier_eval,
-    verifier_model,
-)
-from alphagrpo_jax.shapes import train_verifier as script
-from alphagrpo_jax.shapes import verifier_packed as packed
-from alphagrpo_jax.shapes.verifier_data import Encoder, Example
-from alphagrpo_jax.shapes.verifier_eval import balanced, calibration_error
+from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
+from alphagrpo_jax.shapes.pretraining import muon, verifier_data, verifier_model
+from alphagrpo_jax.shapes.pretraining import train_verifier as script
+from alphagrpo_jax.shapes.pretraining import verifier_packed as packed
+from alphagrpo_jax.shapes.pretraining.verifier_data import Encoder, Example
+from alphagrpo_jax.studies import measure, verifier_eval
+from alphagrpo_jax.studies.verifier_eval import balanced, calibration_error
 
 pytestmark = pytest.mark.torch
 

@@ -7,7 +7,8 @@ import pytest
 
 import alphagrpo_jax.shapes
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
-from alphagrpo_jax.shapes import scenes, verifier_eval
+from alphagrpo_jax.shapes import scenes
+from alphagrpo_jax.studies import verifier_eval
 
 pytestmark = pytest.mark.torch
 

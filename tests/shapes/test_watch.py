@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from alphagrpo_jax.shapes import watch
+from alphagrpo_jax.studies import watch
 
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/smaps_rollup").exists(), reason="needs Linux"
 )
 
-WATCH = (sys.executable, "-m", "alphagrpo_jax.shapes.watch", "--")
+WATCH = (sys.executable, "-m", "alphagrpo_jax.studies.watch", "--")
 HELD = 128 << 20  # bytes
 HOLDER = f"""
 import subprocess, sys, time

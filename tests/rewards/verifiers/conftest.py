@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import torch
 
-from alphagrpo_jax.shapes import verifier_model
+from alphagrpo_jax.shapes.pretraining import verifier_model
 
 WORDS = ("is", "there", "a", "red", "blue", "circle", "square", "in", "the", "image", "it", "flat")
 

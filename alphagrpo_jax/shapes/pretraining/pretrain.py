@@ -1,8 +1,8 @@
 """Pretrains the small UMM of the shapes world on two CPU cores.
 
-    python -m alphagrpo_jax.shapes.train_vae --out runs/vae
-    python -m alphagrpo_jax.shapes.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
-    python -m alphagrpo_jax.shapes.pretrain --vae runs/vae2 --out runs/umm
+    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae
+    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
+    python -m alphagrpo_jax.shapes.pretraining.pretrain --vae runs/vae2 --out runs/umm
 
 This sequence makes the model: the autoencoder, its decoder once more on noised latents, then the
 rest, which took 85 minutes on two cores shared with other work. The first two have not been run in
@@ -47,10 +47,10 @@ from alphagrpo_jax.runtime import checkpoint
 from alphagrpo_jax.runtime.metrics import read_rows, replace_text
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.shapes import resumable
-from alphagrpo_jax.shapes.batches import BatchSizes, make_batch
-from alphagrpo_jax.shapes.pretrain_loss import SIDE, Recipe, loss_of
-from alphagrpo_jax.shapes.tokenizer_build import build_tokenizer
+from alphagrpo_jax.shapes.pretraining import resumable
+from alphagrpo_jax.shapes.pretraining.batches import BatchSizes, make_batch
+from alphagrpo_jax.shapes.pretraining.pretrain_loss import SIDE, Recipe, loss_of
+from alphagrpo_jax.shapes.pretraining.tokenizer_build import build_tokenizer
 
 LLM = {
     "hidden_size": 128,

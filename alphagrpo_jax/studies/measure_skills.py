@@ -1,6 +1,6 @@
 """Measures what else the small UMM has learned: captioning, answering, editing and repairing.
 
-    python -m alphagrpo_jax.shapes.measure --skills
+    python -m alphagrpo_jax.studies.measure --skills
 
 On scenes of held-out combinations, with greedy texts, by the exact checker:
 

@@ -1,8 +1,8 @@
 """Measures the small UMM: what its autoencoder keeps, how often it draws what is asked, its skills.
 
-    python -m alphagrpo_jax.shapes.measure --model package:umm --out runs/measure.json
-    python -m alphagrpo_jax.shapes.measure --drawings runs/drawings.npz
-    python -m alphagrpo_jax.shapes.measure --skills
+    python -m alphagrpo_jax.studies.measure --model package:umm --out runs/measure.json
+    python -m alphagrpo_jax.studies.measure --drawings runs/drawings.npz
+    python -m alphagrpo_jax.studies.measure --skills
 
 Everything is judged by the exact checker: reconstructions of random scenes (every shape in its
 cell, and the background), and images drawn for held-out prompts with think texts sampled at
@@ -29,7 +29,8 @@ from alphagrpo_jax import build, policy, tasks, trained
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.sampling.trajectory import pixels, rollout
-from alphagrpo_jax.shapes import checker, examples, measure_skills, prompts, requests, scenes
+from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
+from alphagrpo_jax.studies import measure_skills
 from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.types import TextBlock
 

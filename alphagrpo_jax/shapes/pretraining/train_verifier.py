@@ -1,4 +1,4 @@
-"""Trains the small verifier: `python -m alphagrpo_jax.shapes.train_verifier --out DIR`.
+"""Trains the small verifier: `python -m alphagrpo_jax.shapes.pretraining.train_verifier --out DIR`.
 
 Two stages, both supervised by what was rendered: the vision tower learns dense labels of patches,
 then the whole model answers questions packed behind a shared image prefix, while auxiliary losses
@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.runtime.stopping import StopFlag
-from alphagrpo_jax.shapes import questions, resumable, scenes, verifier_data, verifier_model
-from alphagrpo_jax.shapes import verifier_packed as packed
-from alphagrpo_jax.shapes.muon import optimizers
+from alphagrpo_jax.shapes import questions, scenes
+from alphagrpo_jax.shapes.pretraining import resumable, verifier_data, verifier_model
+from alphagrpo_jax.shapes.pretraining import verifier_packed as packed
+from alphagrpo_jax.shapes.pretraining.muon import optimizers
+from alphagrpo_jax.shapes.pretraining.verifier_data import Batch, Encoder
 from alphagrpo_jax.shapes.specs import COLORS
-from alphagrpo_jax.shapes.verifier_data import Batch, Encoder
 
 STAGES = ("vision", "joint")
 IMAGES = {"vision": 32, "joint": 12}  # per step

@@ -1,6 +1,6 @@
 """Runs a command and says how long it took and how much memory it and its processes held at most.
 
-    python -m alphagrpo_jax.shapes.watch -- COMMAND...
+    python -m alphagrpo_jax.studies.watch -- COMMAND...
 
 Memory is the summed PSS (a page that n processes share counts 1/n in each) of the command and all
 its descendants, read from Linux's /proc every two seconds (more often would take noticeable time

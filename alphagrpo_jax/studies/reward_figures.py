@@ -1,7 +1,7 @@
 """Measures rewards against the exact checker: which of them tells the better image from the worse?
 
-    python -m alphagrpo_jax.shapes.measure --drawings runs/drawings.npz --repeats 4
-    python -m alphagrpo_jax.shapes.reward_figures --drawings runs/drawings.npz --out FILE
+    python -m alphagrpo_jax.studies.measure --drawings runs/drawings.npz --repeats 4
+    python -m alphagrpo_jax.studies.reward_figures --drawings runs/drawings.npz --out FILE
 
 All scores come from one verifier and the same drawings: DVReward by confidences, by binary answers
 and with dependencies, and the holistic score from ratings.
@@ -31,7 +31,7 @@ from alphagrpo_jax.rewards.questions import Record, parse_record
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.shapes import checker, questions, scenes
-from alphagrpo_jax.shapes.verifier_eval import calibration_error, meanings, read_drawings
+from alphagrpo_jax.studies.verifier_eval import calibration_error, meanings, read_drawings
 
 # All scores at once: their weights do not matter, only the parts are used.
 ASKED = scoring.ScoringOptions(

@@ -1,6 +1,6 @@
 """What training on self-reflective refinement changes, by the exact checker on held-out prompts.
 
-    python -m alphagrpo_jax.shapes.refine_study --out docs/study \\
+    python -m alphagrpo_jax.studies.srr --out docs/study \\
       --run srr=runs/study/srr0 --run srr=runs/study/srr1 --run srr_without=runs/study/srr_without0
 
 Every policy repairs the same first images, which the untrained one drew without thinking, under
@@ -33,8 +33,9 @@ from alphagrpo_jax.inference import perform
 from alphagrpo_jax.runtime import checkpoint
 from alphagrpo_jax.runtime.images import from_data_url
 from alphagrpo_jax.runtime.metrics import replace_text
-from alphagrpo_jax.shapes import checker, image_records, measure
-from alphagrpo_jax.shapes import study as study_lib
+from alphagrpo_jax.shapes import checker, image_records
+from alphagrpo_jax.studies import measure
+from alphagrpo_jax.studies import rt2i as study_lib
 from alphagrpo_jax.trained import Trained
 
 SEED = 47

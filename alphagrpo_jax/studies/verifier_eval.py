@@ -1,9 +1,9 @@
 """Measures a verifier folder on held-out scenes, and on drawings against the exact checker.
 
-    python -m alphagrpo_jax.shapes.verifier_eval --model alphagrpo_jax/shapes/assets/verifier
-    python -m alphagrpo_jax.shapes.measure --drawings runs/drawings.npz
-    python -m alphagrpo_jax.shapes.verifier_eval --model ... --drawings runs/drawings.npz
-    python -m alphagrpo_jax.shapes.verifier_eval --model ... --speed
+    python -m alphagrpo_jax.studies.verifier_eval --model alphagrpo_jax/shapes/assets/verifier
+    python -m alphagrpo_jax.studies.measure --drawings runs/drawings.npz
+    python -m alphagrpo_jax.studies.verifier_eval --model ... --drawings runs/drawings.npz
+    python -m alphagrpo_jax.studies.verifier_eval --model ... --speed
 
 Held out: combinations of shapes that no training image has. Balanced accuracy is the mean of the
 shares of right answers among questions whose answer is yes and among those whose answer is no. On
@@ -33,11 +33,12 @@ import numpy as np
 
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
-from alphagrpo_jax.shapes import checker, corrupt, questions, scenes, verifier_data
+from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
 from alphagrpo_jax.shapes.image_records import split_scene
+from alphagrpo_jax.shapes.pretraining import verifier_data
+from alphagrpo_jax.shapes.pretraining.verifier_data import Asked, Example
 from alphagrpo_jax.shapes.questions import Query
 from alphagrpo_jax.shapes.specs import BACKGROUNDS, COLORS, NUMBERS, RELATIONS, Group, pick
-from alphagrpo_jax.shapes.verifier_data import Asked, Example
 
 QUESTIONS = 12  # per image at most
 TIMED = 200  # images whose questions are timed
@@ -279,7 +280,7 @@ def read_drawings(path: Path) -> tuple[np.ndarray, list[dict]]:
     if not isinstance(file, np.lib.npyio.NpzFile) or {*file} != {"images", "records"}:
         raise ValueError(
             f"--drawings {path}: expected an .npz of images and records; make one with "
-            "python -m alphagrpo_jax.shapes.measure --drawings"
+            "python -m alphagrpo_jax.studies.measure --drawings"
         )
     with file:
         return file["images"], [json.loads(str(text)) for text in file["records"]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from alphagrpo_jax.shapes.verifier_data import CELLS, SUBJECTS
+from alphagrpo_jax.shapes.pretraining.verifier_data import CELLS, SUBJECTS
 
 GROUNDED_LAYERS = 3  # text layers after which a noun's state must know which cells it names
 GATHERED_LAYERS = 4  # ... and a question's last state the cells of its first two nouns

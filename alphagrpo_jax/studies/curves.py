@@ -1,7 +1,7 @@
 """Pictures of runs: learning curves, and drawings before and after training.
 
-    python -m alphagrpo_jax.shapes.curves --run runs/seed0 --run runs/seed1 --out docs/curves.png
-    python -m alphagrpo_jax.shapes.curves --samples runs/seed0 --out2 docs/samples.png
+    python -m alphagrpo_jax.studies.curves --run runs/seed0 --run runs/seed1 --out docs/curves.png
+    python -m alphagrpo_jax.studies.curves --samples runs/seed0 --out2 docs/samples.png
 
 Runs are seeds of one configuration. Thick lines are means over them, over the steps that all have
 reached; thin lines are single runs, bands reach from the worst to the best.

@@ -21,8 +21,15 @@ from alphagrpo_jax.rewards.verifiers.instructions import (
     RATE_QUALITY,
 )
 from alphagrpo_jax.shapes import corrupt, examples, language, questions, scenes
+from alphagrpo_jax.shapes.pretraining.verifier_model import (
+    ASSISTANT,
+    IMAGE,
+    PATCH,
+    PATCHES,
+    SYSTEM,
+    USER,
+)
 from alphagrpo_jax.shapes.specs import COLORS, describe, facts, pick
-from alphagrpo_jax.shapes.verifier_model import ASSISTANT, IMAGE, PATCH, PATCHES, SYSTEM, USER
 
 SUBJECTS = 2  # nouns of a question that its last state is trained to know
 CELLS = scenes.GRID * scenes.GRID

@@ -1,7 +1,7 @@
 """The study behind the README's figures: what training changed, by the yardstick it never saw.
 
-    python -m alphagrpo_jax.shapes.study --out docs/study --run runs/seed0 --run runs/seed1 ...
-    python -m alphagrpo_jax.shapes.study --out docs/study --run runs/no_text --name no_text_loss
+    python -m alphagrpo_jax.studies.rt2i --out docs/study --run runs/seed0 --run runs/seed1 ...
+    python -m alphagrpo_jax.studies.rt2i --out docs/study --run runs/no_text --name no_text_loss
 
 Draws held-out prompts (at least 300 of every plain type, 800 implied) from the untrained policy (as
 sampled, with greedy think texts, and again with other noise) and from the end of every run, all
@@ -36,7 +36,7 @@ from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.shapes import checker, prompts, requests, riddles, scenes, specs
-from alphagrpo_jax.shapes.measure import judge
+from alphagrpo_jax.studies.measure import judge
 from alphagrpo_jax.trained import Trained
 
 PER_PLAIN_TYPE, IMPLIED, HELDOUT_RIDDLES = 300, 800, 240

@@ -1,7 +1,7 @@
 """Trains the small autoencoder of the shapes world (PyTorch: its CPU convolutions train fastest).
 
-    python -m alphagrpo_jax.shapes.train_vae --out runs/vae
-    python -m alphagrpo_jax.shapes.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
+    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae
+    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
 
 First encoder and decoder, then the decoder alone on noised latents; each call is estimated, not
 measured, to take at most 35 minutes on two idle cores.
@@ -28,7 +28,8 @@ from torch import nn
 
 from alphagrpo_jax.models.vae import NORM_EPSILON, NORM_GROUPS, VAEConfig
 from alphagrpo_jax.runtime.stopping import StopFlag
-from alphagrpo_jax.shapes import resumable, scenes
+from alphagrpo_jax.shapes import scenes
+from alphagrpo_jax.shapes.pretraining import resumable
 
 CONFIG = VAEConfig(
     resolution=scenes.RESOLUTION,

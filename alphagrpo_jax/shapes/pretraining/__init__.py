@@ -1,0 +1,1 @@
+"""Scripts that make the small models of the shapes world."""

@@ -1,0 +1,1 @@
+"""Studies: measurements of models, rewards and runs, each a resumable script."""
