@@ -17,7 +17,7 @@ from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
 from alphagrpo_jax.rewards.scoring import ScoringOptions
-from alphagrpo_jax.rewards.verifiers.endpoints import checked_urls
+from alphagrpo_jax.rewards.verifiers.chat.endpoints import checked_urls
 from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 from alphagrpo_jax.rewards.workers.worker import Factory
 from alphagrpo_jax.runtime import sharding

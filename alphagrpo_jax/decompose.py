@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 
 from alphagrpo_jax.decomposition import check, models, running
 from alphagrpo_jax.decomposition.journal import Journal, JournalError, read_prompts
-from alphagrpo_jax.decomposition.limits import LanguageModelError, Pace, PatientModel
+from alphagrpo_jax.decomposition.limits import Pace, PatientModel
 from alphagrpo_jax.decomposition.pipeline import TRIES, DecompositionError
+from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import grammar
 

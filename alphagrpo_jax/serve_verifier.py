@@ -28,8 +28,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from alphagrpo_jax.rewards.verifiers import serving
+from alphagrpo_jax.rewards.verifiers.chat.keys import read_key
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
-from alphagrpo_jax.rewards.verifiers.keys import read_key
 from alphagrpo_jax.rewards.verifiers.serving import Batcher, RequestError
 from alphagrpo_jax.runtime.paths import model_folder
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from alphagrpo_jax.decomposition import texts
-from alphagrpo_jax.rewards.verifiers.control import CONTROL
+from alphagrpo_jax.rewards.verifiers.chat import base
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import CONTROL
 
 # Takes the stage's name, its data and how often it was asked for this prompt (from 1). Returns the
 # reply, or None for the rule's.
@@ -31,7 +32,7 @@ FIELDS = {
 STAGE_OF = {stage.instruction: stage.name for stage in texts.STAGES}
 
 
-def data_of(messages: Sequence[texts.Message]) -> dict[str, Any]:
+def data_of(messages: Sequence[base.Message]) -> dict[str, Any]:
     """The data of a stage's chat, the way it was passed: after the worked example."""
     body = messages[3]["content"]
     assert body.startswith("<data>\n")
@@ -45,12 +46,12 @@ class FakeModel:
     def __init__(self, hook: Hook = lambda *_: None) -> None:
         self.hook = hook
         self.asked: list[tuple[str, str]] = []  # (stage, prompt)
-        self.chats: list[list[texts.Message]] = []
+        self.chats: list[list[base.Message]] = []
         self.formats: list[dict[str, Any] | None] = []  # response_format of served requests
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self._lock = threading.Lock()
 
-    def complete(self, messages: Sequence[texts.Message], form: Any = None) -> str:
+    def complete(self, messages: Sequence[base.Message], form: Any = None) -> str:
         stage, data = STAGE_OF[messages[0]["content"]], data_of(messages)
         with self._lock:
             self.asked.append((stage, data["prompt"]))

@@ -4,43 +4,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
 
 import pydantic
 
-from alphagrpo_jax.decomposition.texts import Message
+from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModel, LanguageModelError, Message
 
 BACKOFF_SECONDS = 1.0  # before the second try of a call; doubles, with jitter of +-50%
 MAX_BACKOFF_SECONDS = 60.0
 NAP_SECONDS = 0.25  # longest sleep before looking for a stop again
-# "silent": the model cannot be reached, is busy, fails or lets nobody in, whatever the request.
-# "refused": it will not have this request. "cut": its reply is too long. "failed": the rest.
-Kind = Literal["silent", "refused", "cut", "failed"]
-
-
-class LanguageModel(Protocol):
-    """Anything that continues a chat."""
-
-    def complete(
-        self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
-    ) -> str:
-        """The reply to a chat, whole.
-
-        Args:
-          messages: the chat.
-          form: that the reply should have; a model may make use of it or not.
-        Raises:
-          LanguageModelError: there is none.
-        """
-        ...
-
-
-class LanguageModelError(RuntimeError):
-    """No reply; the message says why, without secrets. `retryable`: another try may help."""
-
-    def __init__(self, message: str, *, kind: Kind, retryable: bool) -> None:
-        super().__init__(message)
-        self.kind, self.retryable = kind, retryable
 
 
 class StopRequestedError(Exception):

@@ -7,9 +7,13 @@ from collections.abc import Iterator, Sequence
 import pydantic
 
 from alphagrpo_jax.decomposition import schemas
-from alphagrpo_jax.decomposition.limits import Kind, LanguageModel, LanguageModelError
-from alphagrpo_jax.decomposition.texts import Message
-from alphagrpo_jax.rewards.verifiers import chat
+from alphagrpo_jax.rewards.verifiers.chat import client
+from alphagrpo_jax.rewards.verifiers.chat.base import (
+    Kind,
+    LanguageModel,
+    LanguageModelError,
+    Message,
+)
 
 # Of `chat.ChatError`, as far as it is not the server that is away.
 _KINDS: dict[str, Kind] = {"wrong request": "refused", "reply": "failed"}
@@ -38,7 +42,7 @@ class ServedModel:
           ValueError: wrong endpoints, no model, or the key is not set.
         """
         # One attempt only: `limits.PatientModel` repeats, and every request keeps the pace.
-        self._client = chat.ChatClient(
+        self._client = client.ChatClient(
             endpoints,
             options.model,
             api_key_env=options.api_key_env,
@@ -54,7 +58,7 @@ class ServedModel:
         schema = schemas.json_schema(form) if form is not None and self._json_schema else None
         try:
             reply = self._client.complete(messages, max_tokens=self._max_tokens, schema=schema)
-        except chat.ChatError as error:
+        except client.ChatError as error:
             kind = _KINDS.get(error.kind, "silent")
             raise LanguageModelError(str(error), kind=kind, retryable=error.retryable) from error
         if reply.finish_reason == "length":
@@ -90,7 +94,7 @@ def opened(llm: str, options: ModelOptions) -> Iterator[LanguageModel]:
             served.close()
     elif kind == "hf" and place:
         # Imported here, so that no other kind has to wait for torch.
-        from alphagrpo_jax.rewards.verifiers.hf_chat import HFChat
+        from alphagrpo_jax.rewards.verifiers.chat.local import HFChat
 
         yield HFChat(
             place, device=options.device, dtype=options.dtype, max_tokens=options.max_tokens

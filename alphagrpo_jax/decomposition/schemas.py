@@ -12,7 +12,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from alphagrpo_jax.decomposition.phrasing import QUALITY_TAGS, SEMANTIC_TAGS
-from alphagrpo_jax.rewards.verifiers.control import control_tokens
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 
 MAX_ITEMS = 80  # tuples, and so questions, of one prompt
 MAX_REPLY = 200_000  # characters; more is refused unread

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from alphagrpo_jax.decomposition import schemas
-from alphagrpo_jax.rewards.verifiers.control import CONTROL, control_tokens
-
-Message = dict[str, str]  # "role": system, user or assistant; "content"
+from alphagrpo_jax.rewards.verifiers.chat.base import Message
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import CONTROL, control_tokens
 
 MAX_QUOTED = 4000  # characters of a refused reply that are shown to the model again
 

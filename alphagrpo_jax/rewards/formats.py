@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from alphagrpo_jax.rewards.verifiers.control import quoted
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import quoted
 
 # The first words of a concrete wish in the shapes world's reflections.
 WISHES = ("make", "turn", "remove", "move", "add", "change", "keep")

@@ -4,12 +4,8 @@ import threading
 
 import pytest
 
-from alphagrpo_jax.decomposition.limits import (
-    LanguageModelError,
-    Pace,
-    PatientModel,
-    StopRequestedError,
-)
+from alphagrpo_jax.decomposition.limits import Pace, PatientModel, StopRequestedError
+from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
 
 
 class Clock:

@@ -7,9 +7,9 @@ import pytest
 from fake_llm import QUALITY_CHECKS, SEMANTIC_CHECKS, FakeModel, verdicts
 
 from alphagrpo_jax.decomposition import phrasing, schemas, texts
-from alphagrpo_jax.decomposition.limits import LanguageModelError
 from alphagrpo_jax.decomposition.pipeline import DecompositionError, decompose, find_cycle
-from alphagrpo_jax.rewards.verifiers.control import control_tokens
+from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 
 
 def test_a_prompt_goes_through_all_stages_once():

@@ -10,7 +10,7 @@ from alphagrpo_jax.rewards.formats import (
     reflection_questions,
     reflection_rule,
 )
-from alphagrpo_jax.rewards.verifiers.control import control_tokens
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.shapes import examples
 

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
-from alphagrpo_jax.rewards.verifiers.chat import ChatClient, ChatError
-from alphagrpo_jax.rewards.verifiers.control import control_tokens
+from alphagrpo_jax.rewards.verifiers.chat.client import ChatClient, ChatError
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
+from alphagrpo_jax.rewards.verifiers.chat.replies import Candidate, Completion
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
-from alphagrpo_jax.rewards.verifiers.replies import Candidate, Completion
 from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS, RATINGS, bare
 
 RATING_CANDIDATES = 20  # as many as servers commonly allow

@@ -5,8 +5,8 @@ import bad_server
 import pytest
 from bad_server import BadServer
 
-from alphagrpo_jax.rewards.verifiers import replies
-from alphagrpo_jax.rewards.verifiers.chat import ChatClient, ChatError
+from alphagrpo_jax.rewards.verifiers.chat import replies
+from alphagrpo_jax.rewards.verifiers.chat.client import ChatClient, ChatError
 
 MESSAGES = [{"role": "user", "content": "Is it?"}]
 KEY = "sk-very-secret-0123456789"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from alphagrpo_jax.rewards.verifiers import endpoints as endpoints_lib
-from alphagrpo_jax.rewards.verifiers.endpoints import LONGEST_REST, Endpoints
+from alphagrpo_jax.rewards.verifiers.chat import endpoints as endpoints_lib
+from alphagrpo_jax.rewards.verifiers.chat.endpoints import LONGEST_REST, Endpoints
 
 
 class Clock:

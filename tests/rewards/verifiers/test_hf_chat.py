@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
-from alphagrpo_jax.decomposition.limits import LanguageModelError
-from alphagrpo_jax.rewards.verifiers.hf_chat import HFChat
+from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
+from alphagrpo_jax.rewards.verifiers.chat.local import HFChat
 
 WORDS = ("<pad>", "<end>", "<sys>", "<user>", "<bot>", "a", "red", "cat", "yes", "no")
 TEMPLATE = (

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from alphagrpo_jax import decompose
-from alphagrpo_jax.rewards.verifiers import keys
-from alphagrpo_jax.rewards.verifiers.chat import ChatClient
+from alphagrpo_jax.rewards.verifiers.chat import keys
+from alphagrpo_jax.rewards.verifiers.chat.client import ChatClient
 
 KEY = "sk-/abc+0123456789"
 

@@ -10,9 +10,9 @@ from bad_server import BadServer
 
 from alphagrpo_jax.rewards.verifiers import openai
 from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.chat.replies import Candidate, Completion
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.openai import OpenAIVerifier
-from alphagrpo_jax.rewards.verifiers.replies import Candidate, Completion
 
 QUESTIONS = ["Is there a circle?", "Is it red?", "Is it flat?"]
 

@@ -12,8 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from alphagrpo_jax.decomposition.limits import LanguageModelError
-from alphagrpo_jax.decomposition.texts import Message
+from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError, Message
 
 
 class HFChat:

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import httpx2
 import tenacity
 
-from alphagrpo_jax.rewards.verifiers import keys, replies
-from alphagrpo_jax.rewards.verifiers.endpoints import Endpoint, Endpoints
-from alphagrpo_jax.rewards.verifiers.replies import Completion
+from alphagrpo_jax.rewards.verifiers.chat import keys, replies
+from alphagrpo_jax.rewards.verifiers.chat.endpoints import Endpoint, Endpoints
+from alphagrpo_jax.rewards.verifiers.chat.replies import Completion
 
 MAX_REPLY_BYTES = 16 * 2**20
 MAX_ERROR_CHARACTERS = 300

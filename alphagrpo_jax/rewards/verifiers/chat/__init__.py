@@ -1,0 +1,1 @@
+"""Chat models: the HTTP client, its endpoints and replies, and a local Hugging Face model."""
