@@ -8,8 +8,8 @@ import numpy as np
 from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rewards.workers.pool import Pool
+from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.shapes import checker
 
 

@@ -30,11 +30,11 @@ from PIL import Image
 
 from alphagrpo_jax import build, inference, trained
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.rewards.questions import Record, parse_record, read_jsonl
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.shapes import grammar
 
 SHOWN_SIDE = 96  # pixels; smaller images are enlarged for the eye

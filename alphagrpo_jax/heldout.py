@@ -22,10 +22,10 @@ from alphagrpo_jax.evaluation import (
 from alphagrpo_jax.guards import check_validity
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import report
-from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.trainer import Run, decode_steps, image_block, think_texts
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState

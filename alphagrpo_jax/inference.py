@@ -12,10 +12,10 @@ from PIL import Image
 from alphagrpo_jax import build, tasks
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.sampling.trajectory import RolloutOptions, rollout
 from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.trainer import decode_steps, image_block

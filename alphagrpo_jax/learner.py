@@ -181,27 +181,3 @@ def _most_uncertain(batches: Sequence[_UpdateBatch], joint: Totals, fraction: fl
 def _parts(config: Config) -> list[jax.Array]:
     """The numbers of a batch's micro-batches, int32[] each."""
     return [jnp.int32(part) for part in range(config.trajectories // config.train.micro_batch)]
-
-
-def merge_metrics(config: Config, names: Sequence[str], each: Sequence[dict]) -> dict[str, float]:
-    """The metrics of an update's batches: means over all of them (largest where the name has
-    "max"), and in mixed runs the same of each task under its name.
-    """
-    merged = _merged(each)
-    if config.task == "mixed":
-        for name in dict.fromkeys(names):
-            own = [part for other, part in zip(names, each, strict=True) if other == name]
-            merged |= {f"{name}/{key}": value for key, value in _merged(own).items()}
-    return merged
-
-
-def _merged(each: Sequence[dict]) -> dict[str, float]:
-    if len(each) == 1:
-        return dict(each[0])
-    merged = {}
-    for key in sorted({key for part in each for key in part}):
-        values = np.array([part[key] for part in each if key in part], np.float64)
-        known = values[~np.isnan(values)]
-        pick = np.max if "max" in key else np.mean
-        merged[key] = float(pick(known)) if known.size else float("nan")
-    return merged

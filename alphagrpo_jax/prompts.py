@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from alphagrpo_jax.rewards.questions import Record, parse_record, read_jsonl
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.tasks import TEXT, Task
 from alphagrpo_jax.types import ImageBlock, TextBlock

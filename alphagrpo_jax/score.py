@@ -29,10 +29,10 @@ from PIL import Image
 from alphagrpo_jax import build, tasks, trained
 from alphagrpo_jax.config import SCORES, Config, ConfigError, from_config_dict
 from alphagrpo_jax.rewards import dvreward, report, scoring
-from alphagrpo_jax.rewards.questions import Record, read_jsonl
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.records import Record, read_jsonl
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 QUEUE_SECONDS = 1e6  # many images wait for long; no rollout waits for them

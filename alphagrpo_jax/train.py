@@ -25,10 +25,11 @@ from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.config_fields import MeshShape
 from alphagrpo_jax.guards import TrainingError, check_end, early_decay
 from alphagrpo_jax.heldout import check_heldout, evaluate_row
-from alphagrpo_jax.learner import merge_metrics, old_scores, update_policy
+from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime.metrics import merge_metrics, say
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.trainer import (
     Place,
@@ -246,11 +247,6 @@ def command(argv: Sequence[str]) -> None:
     except Exception as error:
         traceback.print_exc()
         fail(FAILED, f"unexpected {type(error).__name__}: {error}")
-
-
-def say(message: str) -> None:
-    """A notice for whoever watches the run."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def fail(code: int, message: str) -> None:

@@ -19,9 +19,9 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.refinement import Queue, choose_initial, rectify
 from alphagrpo_jax.rewards import formats, scoring
-from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample, TrainState
 

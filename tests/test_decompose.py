@@ -16,8 +16,8 @@ from fake_llm import SEMANTIC_CHECKS, FakeModel, verdicts
 from alphagrpo_jax import decompose
 from alphagrpo_jax.decomposition import check, limits, running, schemas, texts
 from alphagrpo_jax.decomposition.journal import PROVENANCE
-from alphagrpo_jax.rewards.questions import read_jsonl
 from alphagrpo_jax.rewards.verifiers.chat import endpoints
+from alphagrpo_jax.runtime.records import read_jsonl
 
 PROMPTS = [f"word{number} thing" for number in range(12)]
 PATIENCE_SECONDS = 60.0  # for a process on a busy machine; no result depends on it

@@ -11,9 +11,9 @@ from alphagrpo_jax import build, evaluation
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet
-from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.rewards.scoring import Scores, ScoringOptions
 from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import TASKS
 
 KINDS = [("plain", "count"), ("plain", "count"), ("plain", "relation"), ("implied", "number")]

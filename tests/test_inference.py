@@ -12,7 +12,7 @@ from alphagrpo_jax import config as config_lib
 from alphagrpo_jax import inference, tasks, trained
 from alphagrpo_jax.inference import perform, refine
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.runtime.records import parse_record
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_two_batches_of_a_task_are_one_of_twice_the_size(worlds, zero):
         other = dict(jax.tree_util.tree_flatten_with_path(expected)[0])[path]
         np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5 * np.abs(other).max())
     assert whole["loss/total"] == pytest.approx(once["loss/total"], rel=1e-5)
-    merged = learner.merge_metrics(single.config, ["rt2i"] * 2, parts)
+    merged = metrics.merge_metrics(single.config, ["rt2i"] * 2, parts)
     for name in ("loss/text", "loss/image", "text/entropy", "text/kl", "update/skipped"):
         assert merged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-7), name
 

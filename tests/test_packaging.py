@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.runtime.records import parse_record
 from configs import grpo
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax import prompts
-from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import TASKS
 
 

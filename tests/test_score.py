@@ -12,7 +12,7 @@ from bad_server import BadServer
 from PIL import Image
 
 from alphagrpo_jax import score
-from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.runtime.records import parse_record
 
 HONEST = ("--verifier", "callable:tiny_verifiers:Honest", "--workers", "1")
 

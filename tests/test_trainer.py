@@ -14,8 +14,9 @@ from PIL import Image
 from alphagrpo_jax import build, jitted, learner, tasks, trainer, update
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.refinement import Queue
-from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.rewards.workers.ledger import Scored as Answered
+from alphagrpo_jax.runtime import metrics
+from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.types import TextSample, TrainState
 
@@ -358,9 +359,9 @@ def test_metrics_of_a_mixed_update():
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
     parts = [{"a": 1.0, "b_max": 1.0}, {"a": 3.0, "b_max": 5.0}, {"a": 8.0, "c": 2.0}]
     names = ["rt2i", "srr", "rt2i"]
-    mixed = learner.merge_metrics(dataclasses.replace(config, task="mixed"), names, parts)
+    mixed = metrics.merge_metrics(dataclasses.replace(config, task="mixed"), names, parts)
     assert mixed == {
         "a": 4.0, "b_max": 5.0, "c": 2.0, "rt2i/a": 4.5, "rt2i/b_max": 1.0, "rt2i/c": 2.0,
         "srr/a": 3.0, "srr/b_max": 5.0,
     }  # fmt: skip
-    assert learner.merge_metrics(config, ["rt2i"], parts[:1]) == parts[0]
+    assert metrics.merge_metrics(config, ["rt2i"], parts[:1]) == parts[0]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from alphagrpo_jax.decomposition import phrasing
 from alphagrpo_jax.decomposition.pipeline import find_cycle
-from alphagrpo_jax.rewards.questions import Question, Record, parse_record
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
+from alphagrpo_jax.runtime.records import Question, Record, parse_record
 
 _HAS_QUESTIONS = {"semantic_questions", "quality_questions"}
 REQUIRED = ("question_type", "question", "is_valid", "tag")  # of a question, as released

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alphagrpo_jax.decomposition import phrasing
-from alphagrpo_jax.rewards.questions import Record, parse_record
+from alphagrpo_jax.runtime.records import Record, parse_record
 
 PROVENANCE = "decomposition"  # the field of a record that says how it was made
 

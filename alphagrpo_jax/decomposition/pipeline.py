@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from alphagrpo_jax.decomposition import phrasing, schemas, texts
-from alphagrpo_jax.rewards.questions import Question
 from alphagrpo_jax.rewards.verifiers.chat.base import Kind, LanguageModel, LanguageModelError
+from alphagrpo_jax.runtime.records import Question
 
 TRIES = 5  # whole decompositions of a prompt
 REPAIRS = 2  # times that a reply of the wrong form is asked for again

@@ -16,8 +16,8 @@ from alphagrpo_jax.decomposition import pipeline
 from alphagrpo_jax.decomposition.journal import PROVENANCE, Journal, Prompt, Prompts
 from alphagrpo_jax.decomposition.limits import StopRequestedError
 from alphagrpo_jax.decomposition.pipeline import Decomposition, DecompositionError
-from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModel
+from alphagrpo_jax.runtime.records import Record
 
 MAX_SILENT = 5  # prompts in a row without a model to ask after which the run ends
 MAX_LISTED = 10  # failed prompts in the short text; the report has all

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rewards.scoring import HOLISTIC, Scores, ScoringOptions
+from alphagrpo_jax.runtime.records import Record
 
 TEMPLATE = "report.html.jinja"
 CSV_FIELDS = (

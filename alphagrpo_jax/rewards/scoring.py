@@ -10,11 +10,11 @@ import numpy as np
 
 from alphagrpo_jax.rewards.dvreward import INVALID, Reward, dvreward
 from alphagrpo_jax.rewards.formats import answer_reward, format_reward
-from alphagrpo_jax.rewards.questions import Record
 from alphagrpo_jax.rewards.verifiers.instructions import RATE_PROMPT, RATE_QUALITY
 from alphagrpo_jax.rewards.viescore import viescore
 from alphagrpo_jax.rewards.workers import ledger
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.records import Record
 
 REFLECTION_WEIGHT = 0.5
 HOLISTIC = "holistic"  # the score that ratings make; the others are `dvreward.SCORES`

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import images as images_lib
 
 METRICS = "metrics.jsonl"
@@ -201,3 +203,32 @@ def _plain(value: Any) -> float | int | str | None:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
+
+
+def merge_metrics(config: Config, names: Sequence[str], each: Sequence[dict]) -> dict[str, float]:
+    """The metrics of an update's batches: means over all of them (largest where the name has
+    "max"), and in mixed runs the same of each task under its name.
+    """
+    merged = _merged(each)
+    if config.task == "mixed":
+        for name in dict.fromkeys(names):
+            own = [part for other, part in zip(names, each, strict=True) if other == name]
+            merged |= {f"{name}/{key}": value for key, value in _merged(own).items()}
+    return merged
+
+
+def _merged(each: Sequence[dict]) -> dict[str, float]:
+    if len(each) == 1:
+        return dict(each[0])
+    merged = {}
+    for key in sorted({key for part in each for key in part}):
+        values = np.array([part[key] for part in each if key in part], np.float64)
+        known = values[~np.isnan(values)]
+        pick = np.max if "max" in key else np.mean
+        merged[key] = float(pick(known)) if known.size else float("nan")
+    return merged
+
+
+def say(message: str) -> None:
+    """A notice for whoever watches the run."""
+    print(message, file=sys.stderr, flush=True)

@@ -27,9 +27,9 @@ import tqdm
 from alphagrpo_jax import build, trained
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.dvreward import dvreward
-from alphagrpo_jax.rewards.questions import Record, parse_record
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.records import Record, parse_record
 from alphagrpo_jax.shapes import checker, questions, scenes
 from alphagrpo_jax.studies.verifier_eval import calibration_error, meanings, read_drawings
 

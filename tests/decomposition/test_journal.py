@@ -10,7 +10,7 @@ from fake_llm import FIELDS
 
 from alphagrpo_jax.decomposition.check import check_file
 from alphagrpo_jax.decomposition.journal import PROVENANCE, Journal, JournalError, read_prompts
-from alphagrpo_jax.rewards.questions import read_jsonl
+from alphagrpo_jax.runtime.records import read_jsonl
 
 
 @pytest.fixture

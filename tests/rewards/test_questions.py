@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from alphagrpo_jax.rewards import questions
-from alphagrpo_jax.rewards.questions import parse_record, read_jsonl
+from alphagrpo_jax.runtime import records
+from alphagrpo_jax.runtime.records import parse_record, read_jsonl
 
 
 def question(text, kind="semantic", **fields):
@@ -118,10 +118,10 @@ def test_all_bad_lines_are_reported_with_file_and_number(tmp_path):
 
 
 def test_a_long_list_of_bad_lines_is_cut(tmp_path):
-    path = write(tmp_path / "bad.jsonl", *["nonsense"] * (questions.MAX_REPORTED + 5))
+    path = write(tmp_path / "bad.jsonl", *["nonsense"] * (records.MAX_REPORTED + 5))
     with pytest.raises(ValueError, match=r"\.\.\. and 5 more") as info:
         read_jsonl(path)
-    assert len(str(info.value).splitlines()) == questions.MAX_REPORTED + 2
+    assert len(str(info.value).splitlines()) == records.MAX_REPORTED + 2
 
 
 def test_bytes_that_are_not_utf8_and_empty_and_missing_files(tmp_path):

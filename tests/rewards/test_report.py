@@ -10,8 +10,8 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax.rewards import report, scoring
-from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.runtime.records import parse_record
 
 URL = "data:image/png;base64,AAAA"
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} {% raw %} &amp;'

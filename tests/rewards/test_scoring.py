@@ -10,9 +10,9 @@ import tiny_world
 from alphagrpo_jax import build, tasks
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.rewards.verifiers import instructions
 from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.runtime.records import parse_record
 from configs import grpo
 
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from alphagrpo_jax.rewards.questions import parse_record
+from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.shapes import grammar, prompts
 from alphagrpo_jax.shapes.specs import Group, Relation, Spec
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from alphagrpo_jax.rewards.questions import parse_record, read_jsonl
 from alphagrpo_jax.runtime.images import from_data_url
 from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.records import parse_record, read_jsonl
 from alphagrpo_jax.shapes import checker, image_records, questions, scenes
 from alphagrpo_jax.studies import verifier_eval
 

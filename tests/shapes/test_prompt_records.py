@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from alphagrpo_jax.rewards.questions import parse_record, read_jsonl
+from alphagrpo_jax.runtime.records import parse_record, read_jsonl
 from alphagrpo_jax.shapes import prompts, questions, requests, riddles, scenes, specs
 from alphagrpo_jax.shapes.specs import Spec
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from alphagrpo_jax.rewards.questions import parse_record
 from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.shapes import grammar, scenes
 from alphagrpo_jax.studies import measure, reward_figures
 
