@@ -5,6 +5,8 @@ from typing import Literal, Protocol
 
 import pydantic
 
+Message = dict[str, str]  # "role": system, user or assistant; "content"
+
 # "silent": the model cannot be reached, is busy, fails or lets nobody in, whatever the request.
 # "refused": it will not have this request. "cut": its reply is too long. "failed": the rest.
 Kind = Literal["silent", "refused", "cut", "failed"]
@@ -33,6 +35,3 @@ class LanguageModelError(RuntimeError):
     def __init__(self, message: str, *, kind: Kind, retryable: bool) -> None:
         super().__init__(message)
         self.kind, self.retryable = kind, retryable
-
-
-Message = dict[str, str]  # "role": system, user or assistant; "content"
