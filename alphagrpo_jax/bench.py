@@ -19,10 +19,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alphagrpo_jax import build, trained
+from alphagrpo_jax import trained
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.guards import TrainingError
-from alphagrpo_jax.jitted import jit_steps
 from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
@@ -31,12 +29,17 @@ from alphagrpo_jax.trainer import (
     Batch,
     Drawn,
     Place,
-    Run,
     advantage_of,
     draw_batch,
     score_batch,
     take_batches,
-)  # fmt: skip
+)
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training import verifiers as verifiers_lib
+from alphagrpo_jax.training.checks import TrainingError
+from alphagrpo_jax.training.context import Run
+from alphagrpo_jax.training.steps import jit_steps
 from alphagrpo_jax.types import TrainState
 
 TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
@@ -74,14 +77,14 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     if config.task not in TASKS:
         raise ConfigError(f"task: got {config.task!r}, bench measures one of {TASKS}")
     compiles = CompileCounter()
-    mesh = build.make_mesh(config)
+    mesh = setup.make_mesh(config)
     jax.set_mesh(mesh)
-    loaded = build.load_policy(config, mesh)
-    data = build.load_data(config, loaded, folder / "data")
-    optimizer = build.make_optimizer(config)
-    state = build.initial_state(config, loaded.base, optimizer, mesh)
+    loaded = setup.load_policy(config, mesh)
+    data = setup.load_data(config, loaded, folder / "data")
+    optimizer = setup.make_optimizer(config)
+    state = setup.initial_state(config, loaded.base, optimizer, mesh)
     steps_ = jit_steps(config, loaded, state, optimizer, mesh)
-    with build.make_pool(config) as pool:
+    with verifiers_lib.make_pool(config) as pool:
         pool.wait_ready()
         run = Run(config, loaded, data, steps_, pool, folder)
         first = time.monotonic()
@@ -154,7 +157,7 @@ def _answering(run: Run, state: TrainState, steps: int) -> tuple[float, list[flo
         batch = _batch(run, state, turn + 2)
         rows = np.repeat(batch.rows, config.train.group_size)
         records = [run.data[batch.task.name].train.records[row] for row in rows]
-        options = build.scoring_options(config, batch.task)
+        options = options_lib.scoring_options(config, batch.task)
         asked += sum(len(options.questions(each) + options.rated(each)) for each in records)
         ids = [("bench", turn, number) for number in range(len(records))]
         scoring.submit(run.pool, ids, images, records, options, first=0)

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import build, inference, trained
+from alphagrpo_jax import inference, trained
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
@@ -36,6 +36,8 @@ from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.shapes import grammar
+from alphagrpo_jax.training import run_folder
+from alphagrpo_jax.training import verifiers as verifiers_lib
 
 SHOWN_SIDE = 96  # pixels; smaller images are enlarged for the eye
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images that are written
@@ -85,7 +87,7 @@ def changed(config: Config, options: argparse.Namespace) -> Config:
 def read_config(options: argparse.Namespace) -> Config:
     """The configuration that the flags name, as they change it."""
     if options.checkpoint:
-        config = trained.run_config(options.checkpoint)
+        config = run_folder.run_config(options.checkpoint)
     else:
         config = trained.read_config(options.config)
     return changed(config, options)
@@ -130,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
     record = questions_for(options) if judged else None
     config = read_config(options)
     if judged:
-        build.verifier_factories(config)
+        verifiers_lib.verifier_factories(config)
     if options.out is not None:
         pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     policy = open_policy(options, config)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax import build, jitted, prompts, tasks
+from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.evaluation import (
     CHECKERS,
@@ -19,7 +19,6 @@ from alphagrpo_jax.evaluation import (
     evaluate_images,
     refinement_metrics,
 )  # fmt: skip
-from alphagrpo_jax.guards import check_validity
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import report
 from alphagrpo_jax.runtime import distributed
@@ -27,7 +26,12 @@ from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
-from alphagrpo_jax.trainer import Run, decode_steps, image_block, think_texts
+from alphagrpo_jax.trainer import decode_steps, image_block, think_texts
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training import steps as steps_lib
+from alphagrpo_jax.training.checks import check_validity
+from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState
 
 REPORT_FILE = "report.html"  # of the newest evaluation
@@ -39,7 +43,7 @@ HELDOUT_FIELDS = {
 }
 
 
-def check_heldout(config: Config, data: Mapping[str, build.Data]) -> None:
+def check_heldout(config: Config, data: Mapping[str, setup.Data]) -> None:
     """Tries the exact checker on all held-out records before anything is drawn.
 
     Raises:
@@ -145,7 +149,7 @@ def write_samples(run: Run, drawn: Mapping[str, Evaluation], step: int, label: s
 def _sample_report(run: Run, name: str, own: Evaluation, step: int) -> report.Report:
     """The images of a sample grid, explained by the answers that made their rewards."""
     kept = own.captions[: run.config.log.samples]
-    options = build.scoring_options(run.config, tasks.TASKS[name])
+    options = options_lib.scoring_options(run.config, tasks.TASKS[name])
     rows = report.rows(
         [f"{name} {number}" for number in range(len(kept))],
         [images_lib.data_url(image) for image in own.images[: len(kept)]],
@@ -202,7 +206,7 @@ def evaluate_task(
         run.pool,
         records,
         micro_batch=size,
-        scoring_options=build.scoring_options(config, task),
+        scoring_options=options_lib.scoring_options(config, task),
         check=CHECKERS[config.eval.checker],
         prefix=prefix,
         second=run.second,
@@ -224,7 +228,7 @@ class _Drawer(NamedTuple):
 
     def draw(
         self,
-        drawing: jitted.Drawing,
+        drawing: steps_lib.Drawing,
         key: jax.Array,
         inputs: Callable[[np.ndarray], tuple],
         task: tasks.Task,
@@ -276,7 +280,7 @@ def initial_images(
         run.pool,
         records,
         micro_batch=config.eval.micro_batch,
-        scoring_options=build.scoring_options(config, plain),
+        scoring_options=options_lib.scoring_options(config, plain),
         check=CHECKERS[config.eval.checker],
         prefix="eval/initial",
     )

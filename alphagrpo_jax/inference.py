@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import build, tasks
+from alphagrpo_jax import tasks
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
@@ -19,6 +19,8 @@ from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.sampling.trajectory import RolloutOptions, rollout
 from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.trainer import decode_steps, image_block
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
 KEEPS = ("last", "best", "gated")
@@ -170,7 +172,7 @@ def perform(
       batch: rows at a time; a smaller last batch is filled up.
     """
     config, loaded = policy.config, policy.loaded
-    options = build.eval_options(config, loaded, task)
+    options = options_lib.eval_options(config, loaded, task)
     rows = [loaded.tokenizer.wrap(task.texts[0].format(prompt=text)) for text in asked]
     tokens, mask = loaded.tokenizer.batch(rows, max(map(len, rows)))
     drawn, texts = [], [[] for _ in options.plan.text_steps]
@@ -198,8 +200,8 @@ class _Judge:
         verifier = dataclasses.replace(policy.config.verifier, workers=1)
         config = dataclasses.replace(policy.config, verifier=verifier)
         self.record, self.asked = record, 0
-        self.options = build.scoring_options(config, tasks.TASKS["t2i"])
-        self.pool = build.make_pool(config)
+        self.options = options_lib.scoring_options(config, tasks.TASKS["t2i"])
+        self.pool = verifiers_lib.make_pool(config)
         try:
             self.pool.wait_ready()
         except BaseException:
@@ -245,7 +247,7 @@ def _prepared(
 ) -> tuple[RolloutOptions, tuple[TextBlock | ImageBlock, ...]]:
     """What to compile, and the inputs of one prompt."""
     loaded, task = policy.loaded, tasks.TASKS[name]
-    options = build.eval_options(policy.config, loaded, task)
+    options = options_lib.eval_options(policy.config, loaded, task)
     options = dataclasses.replace(options, group_size=count)
     row = loaded.tokenizer.wrap(task.texts[0].format(prompt=text))
     tokens, mask = loaded.tokenizer.batch([row], len(row))

@@ -26,13 +26,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import build, tasks, trained
+from alphagrpo_jax import tasks, trained
 from alphagrpo_jax.config import SCORES, Config, ConfigError, from_config_dict
 from alphagrpo_jax.rewards import dvreward, report, scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.records import Record, read_jsonl
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import verifiers as verifiers_lib
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 QUEUE_SECONDS = 1e6  # many images wait for long; no rollout waits for them
@@ -148,9 +150,9 @@ def score(options: argparse.Namespace) -> report.Report:
             "ID.png or NUMBER.png (from 0), or ID_0.png, NUMBER_0.png and so on"
         )
     config = configured(options)
-    how = build.scoring_options(config, tasks.TASKS["t2i"])
+    how = options_lib.scoring_options(config, tasks.TASKS["t2i"])
     rows, readable, urls = [], [], []
-    with build.make_pool(config) as pool:
+    with verifiers_lib.make_pool(config) as pool:
         pool.wait_ready()
         for path, number in matched.pairs:
             try:

@@ -19,11 +19,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alphagrpo_jax import build, jitted, judges, run_folder
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.config_fields import MeshShape
-from alphagrpo_jax.guards import TrainingError, check_end, early_decay
 from alphagrpo_jax.heldout import check_heldout, evaluate_row
 from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards.workers.pool import PoolError
@@ -33,14 +31,18 @@ from alphagrpo_jax.runtime.metrics import merge_metrics, say
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.trainer import (
     Place,
-    Run,
     advantage_of,
     draw_batch,
     score_batch,
     score_reflections,
     start_place,
     take_batches,
-)  # fmt: skip
+)
+from alphagrpo_jax.training import run_folder, setup
+from alphagrpo_jax.training import steps as steps_lib
+from alphagrpo_jax.training import verifiers as verifiers_lib
+from alphagrpo_jax.training.checks import TrainingError, check_end, early_decay
+from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.types import TrainState
 
 DONE, STOPPED, FAILED, WRONG_USAGE = 0, 75, 1, 2
@@ -58,20 +60,20 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     """Runs a configuration in a folder, from where it stands; returns the exit code."""
     # ------------------------------------------------------------------ build
     stop, compiles = StopFlag(), metrics_lib.CompileCounter()
-    mesh = build.make_mesh(config)
+    mesh = setup.make_mesh(config)
     jax.set_mesh(mesh)
     config = dataclasses.replace(config, mesh=MeshShape(*mesh.devices.shape))
     checkpoint.check_writable(workdir, state_bytes=0)
     run_folder.check_folder(config, workdir)
     if notice := early_decay(config):
         say(notice)
-    loaded = build.load_policy(config, mesh)
-    data = build.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
+    loaded = setup.load_policy(config, mesh)
+    data = setup.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
     check_heldout(config, data)
-    optimizer = build.make_optimizer(config)
-    state = build.initial_state(config, loaded.base, optimizer, mesh)
+    optimizer = setup.make_optimizer(config)
+    state = setup.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
-    steps = jitted.jit_steps(config, loaded, state, optimizer, mesh)
+    steps = steps_lib.jit_steps(config, loaded, state, optimizer, mesh)
 
     # ---------------------------------------------------------------- restore
     saves = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
@@ -96,14 +98,14 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         bar.show(row, advance=int(step > done))
 
     with (
-        judges.opened(config, loaded) as (pool, second),
+        verifiers_lib.opened(config, loaded) as (pool, second),
         run_folder.saved_on_error(saves, data, record) as kept,
     ):
         if config.train.steps > 0 or not run_folder.holds_run(workdir):
             run_folder.mark_running(workdir, config)
         run = Run(config, loaded, data, steps, pool, workdir, second)
         settled = evaluate_first(run, state, done, place, log, record, stop)
-        counts = judges.PoolCounts(pool)
+        counts = verifiers_lib.PoolCounts(pool)
         # ---------------------------------------------------------- the loop
         while done < config.train.steps and not distributed.any_process(stop.requested):
             step, started = done + 1, time.monotonic()

@@ -1,19 +1,21 @@
 """A policy to use: the pretrained one of a configuration, or that of a run's newest checkpoint."""
 
 import dataclasses
-import json
 import pathlib
 import runpy
 from typing import NamedTuple
 
 import jax
 
-from alphagrpo_jax import build, policy, update
-from alphagrpo_jax.config import Config, ConfigError, from_config_dict, from_saved
+from alphagrpo_jax import policy
+from alphagrpo_jax.config import Config, ConfigError, from_config_dict
 from alphagrpo_jax.models.bagel_weights import Loaded
-from alphagrpo_jax.run_folder import CONFIG_FILE, payload
 from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.trainer import start_place
+from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training.run_folder import payload, run_config
 
 DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "grpo.py"
 
@@ -48,22 +50,8 @@ def read_config(path: str | pathlib.Path = DEFAULT_CONFIG) -> Config:
 
 def from_config(config: Config) -> Trained:
     """The pretrained policy of a configuration, on one device."""
-    loaded = build.load_policy(config, _one_device())
+    loaded = setup.load_policy(config, _one_device())
     return Trained(config, loaded, policy.PolicyParams(loaded.base), 0)
-
-
-def run_config(folder: str | pathlib.Path) -> Config:
-    """The configuration of a run that has checkpoints.
-
-    Raises:
-      FileNotFoundError: the folder is not a run's, or has no checkpoint yet.
-    """
-    path = pathlib.Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run's folder: it has no {CONFIG_FILE}")
-    if not (path.parent / checkpoint.FOLDER).is_dir():
-        raise FileNotFoundError(f"the run in {folder} has no checkpoints yet")
-    return from_saved(json.loads(path.read_text()))
 
 
 def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Trained:
@@ -82,15 +70,17 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Tr
             config, model=dataclasses.replace(config.model, path=model_path)
         )
     mesh = _one_device()
-    loaded = build.load_policy(config, mesh)
-    state = build.initial_state(config, loaded.base, build.make_optimizer(config), mesh)
+    loaded = setup.load_policy(config, mesh)
+    state = setup.initial_state(config, loaded.base, setup.make_optimizer(config), mesh)
     saves = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
     step = saves.latest()
     if step is None:
         raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
     trainable = saves.state(step, payload(state, start_place(config)))["trainable"]
     saves.close()
-    params = update.policy_params(loaded.base, trainable, lora_scale=build.lora_scale(config))
+    params = gradient_lib.policy_params(
+        loaded.base, trainable, lora_scale=options_lib.lora_scale(config)
+    )
     return Trained(config, loaded, params, step)
 
 

@@ -1,7 +1,6 @@
 """What the first four calls of `train.main` do: prompts, rollout, reward, advantage."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,46 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import build, jitted, prompts, tasks
+from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.advantage import Advantages, group_advantage
 from alphagrpo_jax.config import Config
-from alphagrpo_jax.guards import TrainingError, check_validity
-from alphagrpo_jax.judges import PolicyJudge
 from alphagrpo_jax.models.bagel_weights import Loaded
-from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.refinement import Queue, choose_initial, rectify
 from alphagrpo_jax.rewards import formats, scoring
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training.checks import TrainingError, check_validity
+from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample, TrainState
 
 TASK_STREAM, CHOICE_STREAM = 1, 2  # host-side random numbers, beside the data order's
-
-
-class Run(NamedTuple):
-    """What does not change during a run."""
-
-    config: Config
-    loaded: Loaded
-    data: dict[str, build.Data]  # by task
-    steps: jitted.Steps
-    pool: scoring.Judge
-    workdir: pathlib.Path
-    second: scoring.Judge | None = None  # asked at evaluations only
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of images, pixels."""
-        return self.config.model.height, self.config.model.width
-
-    def weights(self, state: TrainState) -> PolicyParams:
-        """What rollouts read; a policy that judges its own images judges by them too."""
-        found = self.steps.weights(self.loaded.base, state.trainable)
-        if isinstance(self.pool, PolicyJudge):
-            self.pool.follow(found)
-        return found
 
 
 @dataclasses.dataclass
@@ -165,7 +140,7 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place, name: str) 
     prompts_, each = images.shape[:2]
     ids = [("initial", position, number) for number in range(prompts_ * each)]
     repeated = [record for record in records for _ in range(each)]
-    options = build.scoring_options(config, tasks.TASKS["t2i"])
+    options = options_lib.scoring_options(config, tasks.TASKS["t2i"])
     flat = images.reshape(-1, *images.shape[2:])
     scoring.submit(run.pool, ids, flat, repeated, options, first=0)
     scores = scoring.gather(run.pool, ids, repeated, (), options)
@@ -236,7 +211,7 @@ def draw_batch(run: Run, state: TrainState, step: int, batch: Batch) -> Drawn:
     records = [data.records[row] for row in np.repeat(batch.rows, group)]
     ids = [(step, batch.number, number) for number in range(len(records))]
     if batch.task.reward == "image":
-        options = build.scoring_options(config, batch.task)
+        options = options_lib.scoring_options(config, batch.task)
         for number, (_, images) in enumerate(launched):
             first = number * count * group
             part = slice(first, first + count * group)
@@ -312,7 +287,7 @@ def score_batch(run: Run, drawn: Drawn, reflection: np.ndarray | None, step: int
     task = drawn.batch.task
     if task.reward == "answer":
         return scoring.answer_scores(drawn.records, drawn.texts[-1], drawn.thinks)
-    options = build.scoring_options(run.config, task)
+    options = options_lib.scoring_options(run.config, task)
     scores = scoring.gather(run.pool, drawn.ids, drawn.records, drawn.thinks, options)
     if reflection is not None:
         scores = scoring.without(scores, np.isnan(reflection), "no verdict on the reflection")
@@ -367,7 +342,7 @@ def advantage_of(
         reward = rectified.reward.ravel()
         moves = mode == "none" or bool(rectified.improved.any())
         metrics |= _refinement_metrics(scores, valid, rectified.improved, initial, shape)
-    options = build.scoring_options(config, task)
+    options = options_lib.scoring_options(config, task)
     text, image = scoring.totals(scores, options, reward=reward, reflection=reflection)
     metrics["reward/total"] = float(np.mean(text[valid])) if valid.any() else float("nan")
     if not moves:

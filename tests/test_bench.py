@@ -8,7 +8,7 @@ import tiny_world
 
 from alphagrpo_jax import bench
 from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.guards import TrainingError
+from alphagrpo_jax.training.checks import TrainingError
 
 
 @pytest.fixture(scope="module")

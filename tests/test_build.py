@@ -3,9 +3,10 @@
 import jax
 import pytest
 
-from alphagrpo_jax import build
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import ConfigError
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
 
 URLS = ("http://one:8000/v1", "http://two:8000/v1")
@@ -18,7 +19,7 @@ def config_of(**fields):
 
 
 def test_endpoints_alone_are_balanced_by_every_worker():
-    factories = build.verifier_factories(
+    factories = verifiers_lib.verifier_factories(
         config_of(kind="openai", endpoints=URLS, model="judge", workers=3, attempt_seconds=40.0)
     )
     assert [kind for kind, _ in factories] == ["openai"] * 3
@@ -27,7 +28,9 @@ def test_endpoints_alone_are_balanced_by_every_worker():
 
 
 def test_endpoints_stand_beside_local_workers():
-    factories = build.verifier_factories(config_of(endpoints=URLS, model="judge", workers=2))
+    factories = verifiers_lib.verifier_factories(
+        config_of(endpoints=URLS, model="judge", workers=2)
+    )
     assert [kind for kind, _ in factories] == ["hf", "hf", "openai", "openai"]
     assert [options["endpoints"] for _, options in factories[2:]] == [(url,) for url in URLS]
     assert not any(options["must_serve"] for _, options in factories[2:])
@@ -35,25 +38,27 @@ def test_endpoints_stand_beside_local_workers():
 
 def test_the_pool_is_made_as_configured(tmp_path, monkeypatch):
     made = {}
-    monkeypatch.setattr(build, "Pool", lambda factories, options: made.update(options=options))
-    build.make_pool(config_of(cache_size=7, audit=str(tmp_path / "log.jsonl"), max_attempts=3))
+    monkeypatch.setattr(setup, "Pool", lambda factories, options: made.update(options=options))
+    verifiers_lib.make_pool(
+        config_of(cache_size=7, audit=str(tmp_path / "log.jsonl"), max_attempts=3)
+    )
     assert made["options"].cache_size == 7
     assert made["options"].audit_path == str(tmp_path / "log.jsonl")
     assert made["options"].max_attempts == 3
-    build.make_pool(config_of())
+    verifiers_lib.make_pool(config_of())
     assert (made["options"].cache_size, made["options"].audit_path) == (0, None)
 
 
 def test_each_of_several_processes_has_an_audit_log_of_its_own(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert build.audit_path("logs/audit.jsonl") == "logs/audit.1.jsonl"
-    assert build.audit_path("audit") == "audit.1"
-    assert build.audit_path("") is None
+    assert verifiers_lib.audit_path("logs/audit.jsonl") == "logs/audit.1.jsonl"
+    assert verifiers_lib.audit_path("audit") == "audit.1"
+    assert verifiers_lib.audit_path("") is None
 
 
 def test_without_endpoints_all_workers_are_local():
-    assert [kind for kind, _ in build.verifier_factories(config_of())] == ["hf", "hf"]
+    assert [kind for kind, _ in verifiers_lib.verifier_factories(config_of())] == ["hf", "hf"]
 
 
 @pytest.mark.parametrize(
@@ -65,4 +70,4 @@ def test_without_endpoints_all_workers_are_local():
 )
 def test_wrong_endpoints_are_refused(urls, message):
     with pytest.raises(ConfigError, match=message):
-        build.verifier_factories(config_of(kind="openai", endpoints=urls, model="judge"))
+        verifiers_lib.verifier_factories(config_of(kind="openai", endpoints=urls, model="judge"))

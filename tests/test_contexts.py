@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, policy, tasks
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import policy, tasks
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.ops.patchify import patchify
@@ -23,6 +23,7 @@ from alphagrpo_jax.parity.text_cases import greedy
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SEEN_IMAGE, SYSTEM, TEXT, THINK
+from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "golden_a"
@@ -235,7 +236,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
     texts = ("{prompt}",) * events.count(TEXT)
     image = "record" if {GIVEN_IMAGE, SEEN_IMAGE} & set(events) else ""
     task = tasks.Task("own", events, system_prompt="think", texts=texts, image=image)
-    options = build.rollout_options(config, loaded, task)
+    options = options_lib.rollout_options(config, loaded, task)
     params, inputs = PolicyParams(loaded.base), inputs_of(loaded, config, events)
     run = jax.jit(functools.partial(trajectory.rollout, loaded.model, options=options))
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))

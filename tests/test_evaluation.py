@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, evaluation
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import evaluation
 from alphagrpo_jax.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.rewards.scoring import Scores, ScoringOptions
 from alphagrpo_jax.rewards.workers.ledger import Scored
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import TASKS
+from alphagrpo_jax.training import setup
 
 KINDS = [("plain", "count"), ("plain", "count"), ("plain", "relation"), ("implied", "number")]
 FACTS = [
@@ -66,7 +67,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
         TASKS["rt2i"], tuple(map(parse_record, (good, bad))), (), pathlib.Path(), ""
     )
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
-    check_heldout(config, {"rt2i": build.Data(None, prompts)})  # without a checker
+    check_heldout(config, {"rt2i": setup.Data(None, prompts)})  # without a checker
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, checker="shapes"))
     for name, source in (
         ("rt2i", "data.heldout=unused/held"),
@@ -75,7 +76,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
         own = prompts._replace(task=TASKS[name])
         message = f"{source}.*record 2 .'a blue square'.*eval.checker=''"
         with pytest.raises(ValueError, match=message):
-            check_heldout(config, {name: build.Data(None, own)})
+            check_heldout(config, {name: setup.Data(None, own)})
 
 
 def test_without_facts_there_are_only_rewards():

@@ -10,12 +10,14 @@ import pytest
 import tiny_world
 from PIL import Image
 
-from alphagrpo_jax import build, export, generate, inference, trained, update
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import export, generate, inference, trained
 from alphagrpo_jax.models.bagel_weights import load_model, save_model
-from alphagrpo_jax.run_folder import CONFIG_FILE, payload
 from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.trainer import start_place
+from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training.run_folder import CONFIG_FILE, payload
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,8 @@ def run_from_half(tmp_path_factory) -> pathlib.Path:
 def write_run(root: pathlib.Path) -> pathlib.Path:
     config = config_lib.from_config_dict(tiny_world.config(root))
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    loaded = build.load_policy(config, mesh)
-    state = build.initial_state(config, loaded.base, build.make_optimizer(config), mesh)
+    loaded = setup.load_policy(config, mesh)
+    state = setup.initial_state(config, loaded.base, setup.make_optimizer(config), mesh)
     leaves, tree = jax.tree.flatten(state.trainable)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     noisy = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -72,7 +74,9 @@ def test_exported_weights_draw_the_same(run: str, request, tmp_path: pathlib.Pat
         )
     ]
     assert sum(changed) == len(jax.tree.leaves(policy.params.lora)) // 2  # one kernel per pair
-    merged = policy._replace(loaded=reloaded, params=update.policy.PolicyParams(reloaded.base))
+    merged = policy._replace(
+        loaded=reloaded, params=gradient_lib.policy.PolicyParams(reloaded.base)
+    )
     first = inference.draw(policy, "a red circle", think=True, count=2, seed=1)
     second = inference.draw(merged, "a red circle", think=True, count=2, seed=1)
     assert first.texts == second.texts

@@ -6,7 +6,7 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.guards import early_decay
+from alphagrpo_jax.training.checks import early_decay
 
 
 @pytest.mark.parametrize(

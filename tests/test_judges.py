@@ -10,11 +10,13 @@ import tiny_world
 from bad_server import BadServer
 
 from alphagrpo_jax import config as config_lib
-from alphagrpo_jax import judges, policy
+from alphagrpo_jax import policy
 from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.training import self_verifier
+from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
 
 QUESTIONS = ("Is there a red circle?", "Is it flat?", "Is only a blue square to be seen?")
@@ -29,13 +31,13 @@ def loaded():
 @pytest.fixture(scope="module")
 def images():
     rng = np.random.default_rng(0)
-    shape = (judges.IMAGES + 3, tiny_world.SIDE, tiny_world.SIDE, 3)
+    shape = (self_verifier.IMAGES + 3, tiny_world.SIDE, tiny_world.SIDE, 3)
     return rng.integers(0, 256, shape, np.uint8)
 
 
 @pytest.fixture(scope="module")
 def judge(loaded):
-    made = judges.PolicyJudge(loaded, question_tokens=LENGTH)
+    made = self_verifier.PolicyJudge(loaded, question_tokens=LENGTH)
     made.follow(PolicyParams(loaded.base))
     return made
 
@@ -79,7 +81,7 @@ def test_answers_are_the_first_token_of_the_policy(judge, loaded, images):
 
 
 def test_many_questions_about_one_image_and_what_cannot_be_asked(judge, images):
-    many = [f"Is {number} right?" for number in range(judges.QUESTIONS + 5)]
+    many = [f"Is {number} right?" for number in range(self_verifier.QUESTIONS + 5)]
     judge.submit("many", images[0], many)
     judge.submit("first", images[0], many[:1])
     judge.submit("last", images[1], many[-1:])
@@ -127,7 +129,7 @@ def test_wrong_samples(judge, images):
 def test_a_tokenizer_without_the_words_is_refused(loaded):
     wordless = dataclasses.replace(loaded, tokenizer=tiny_world.tokenizer(words=("no",)))
     with pytest.raises(ConfigError, match="has 0 that spell yes and 1 that spell no"):
-        judges.PolicyJudge(wordless, question_tokens=LENGTH)
+        self_verifier.PolicyJudge(wordless, question_tokens=LENGTH)
 
 
 def test_a_second_verifier_may_be_an_endpoint(images, tmp_path):
@@ -136,14 +138,14 @@ def test_a_second_verifier_may_be_an_endpoint(images, tmp_path):
     fields.verifier.model, fields.verifier.workers = bad_server.MODEL, 1
     with BadServer(tmp_path) as server:
         fields.verifier.second = f"openai:{server.url}"
-        with judges.opened(config_lib.from_config_dict(fields), None) as (_, second):
+        with verifiers_lib.opened(config_lib.from_config_dict(fields), None) as (_, second):
             second.submit(0, images[0], QUESTIONS)
             told = second.gather([0])[0].p_yes
     assert told == pytest.approx([bad_server.truth(images[0], each) for each in QUESTIONS])
 
 
 def test_a_policy_that_judges_has_no_pool_to_count(judge):
-    assert judges.PoolCounts(judge).metrics() == {}
+    assert verifiers_lib.PoolCounts(judge).metrics() == {}
 
 
 def test_a_second_verifier_stands_beside_the_first(images):
@@ -151,12 +153,12 @@ def test_a_second_verifier_stands_beside_the_first(images):
     fields.verifier.kind, fields.verifier.path = "callable", "tiny_verifiers:Honest"
     fields.verifier.second, fields.verifier.workers = "tiny_verifiers:Constant", 1
     config = config_lib.from_config_dict(fields)
-    with judges.opened(config, None) as (first, second):
+    with verifiers_lib.opened(config, None) as (first, second):
         for pool in (first, second):
             pool.submit(0, images[0], QUESTIONS)
         assert first.gather([0])[0].p_yes != (0.5,) * 3
         assert second.gather([0])[0].p_yes == (0.5,) * 3
-        counts = judges.PoolCounts(first)  # from here on
+        counts = verifiers_lib.PoolCounts(first)  # from here on
         first.submit(1, images[1], QUESTIONS)
         first.gather([1])
         once, nothing = counts.metrics(), counts.metrics()
@@ -167,5 +169,8 @@ def test_a_second_verifier_stands_beside_the_first(images):
         assert once.keys() == nothing.keys() >= {"time/pool/retries", "time/pool/lost_workers"}
         assert set(nothing.values()) == {0.0}
     verifier = dataclasses.replace(config.verifier, second="")
-    with judges.opened(dataclasses.replace(config, verifier=verifier), None) as (first, second):
+    with verifiers_lib.opened(dataclasses.replace(config, verifier=verifier), None) as (
+        first,
+        second,
+    ):
         assert second is None

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, jitted, learner, tasks, trainer
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import learner, tasks, trainer
 from alphagrpo_jax.advantage import Advantages
+from alphagrpo_jax.training import context, setup
+from alphagrpo_jax.training import steps as steps_lib
 
 ADVANTAGES = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
 USED = np.array([[True] * 4, [True, True, False, True]])
@@ -28,19 +30,19 @@ class World:
         fields.train.prompts_per_step, fields.loss.level = prompts, "token"
         fields.loss.entropy_fraction, fields.loss.text_beta = 0.5, 0.1
         self.config = config_lib.from_config_dict(fields)
-        mesh = build.make_mesh(self.config)
-        loaded = build.load_policy(self.config, mesh)
-        data = build.load_data(self.config, loaded, root / "cache")
-        optimizer = build.make_optimizer(self.config)
-        state = build.initial_state(self.config, loaded.base, optimizer, mesh)
+        mesh = setup.make_mesh(self.config)
+        loaded = setup.load_policy(self.config, mesh)
+        data = setup.load_data(self.config, loaded, root / "cache")
+        optimizer = setup.make_optimizer(self.config)
+        state = setup.initial_state(self.config, loaded.base, optimizer, mesh)
         moved = jax.tree.map(
             lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
             state.trainable,
         )
         self.state = state.replace(trainable=moved)
-        steps = jitted.jit_steps(self.config, loaded, state, optimizer, mesh)
+        steps = steps_lib.jit_steps(self.config, loaded, state, optimizer, mesh)
         steps = steps._replace(apply=self.apply)
-        self.run = trainer.Run(self.config, loaded, data, steps, Silent(), root)
+        self.run = context.Run(self.config, loaded, data, steps, Silent(), root)
 
     def apply(self, state, gradient, metrics):
         self.gradient = jax.tree.map(np.asarray, gradient)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax import optimizers
+from alphagrpo_jax.training import optimizer as optimizer_lib
 
 
 def test_the_optimizer_by_hand():
@@ -12,14 +12,14 @@ def test_the_optimizer_by_hand():
         "learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 0.0, "weight_decay": 0.0,
         "clip_norm": 1.0, "warmup_steps": 2, "decay_steps": 6, "gen_scale": 0.5,
     }  # fmt: skip
-    optimizer = optimizers.make_optimizer(**settings)
+    optimizer = optimizer_lib.make_optimizer(**settings)
     trainable = {"q_proj": {"a": jnp.zeros(1)}, "q_proj_moe_gen": {"a": jnp.zeros(1)}}
     opt_state = optimizer.init(trainable)
     gradient = jax.tree.map(lambda x: jnp.full_like(x, 7.0), trainable)
-    schedule = optimizers.make_schedule(0.1, warmup_steps=2, decay_steps=6)
+    schedule = optimizer_lib.make_schedule(0.1, warmup_steps=2, decay_steps=6)
     steps, told = [], []
     for _ in range(7):
-        told.append(float(optimizers.next_rate(opt_state, schedule=schedule)))
+        told.append(float(optimizer_lib.next_rate(opt_state, schedule=schedule)))
         moved, opt_state = optimizer.update(gradient, opt_state, trainable)
         steps.append((float(moved["q_proj"]["a"][0]), float(moved["q_proj_moe_gen"]["a"][0])))
     # Adam's step is -rate for a constant gradient: up over two steps, down to zero over four.

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, policy
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import policy
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
+from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import TextBlock, join_rows
 
 
@@ -28,7 +29,7 @@ def setting():
     loaded = tiny_world.model()
     rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
     block = TextBlock(*loaded.tokenizer.batch(rows, parsed.rollout.prompt_tokens))
-    return loaded, build.rollout_options(parsed, loaded, TASKS["rt2i"]), block
+    return loaded, options_lib.rollout_options(parsed, loaded, TASKS["rt2i"]), block
 
 
 @pytest.fixture(scope="module")

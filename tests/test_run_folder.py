@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alphagrpo_jax import run_folder
-from alphagrpo_jax.guards import TrainingError
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.trainer import Place
+from alphagrpo_jax.training import run_folder
+from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import TrainState
 
 

@@ -11,13 +11,17 @@ import tiny_verifiers
 import tiny_world
 from PIL import Image
 
-from alphagrpo_jax import build, jitted, learner, tasks, trainer, update
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import learner, tasks, trainer
 from alphagrpo_jax.refinement import Queue
 from alphagrpo_jax.rewards.workers.ledger import Scored as Answered
 from alphagrpo_jax.runtime import metrics
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
+from alphagrpo_jax.training import context, setup
+from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.types import TextSample, TrainState
 
 SECOND_LOOK = tasks.Task(
@@ -68,19 +72,19 @@ def one_step(world, name):
     fields = tiny_world.config(world)
     fields.task = name
     config = config_lib.from_config_dict(fields)
-    mesh = build.make_mesh(config)
+    mesh = setup.make_mesh(config)
     with jax.set_mesh(mesh):
-        loaded = build.load_policy(config, mesh)
-        data = build.load_data(config, loaded, world / "cache")
-        optimizer = build.make_optimizer(config)
-        state = build.initial_state(config, loaded.base, optimizer, mesh)
+        loaded = setup.load_policy(config, mesh)
+        data = setup.load_data(config, loaded, world / "cache")
+        optimizer = setup.make_optimizer(config)
+        state = setup.initial_state(config, loaded.base, optimizer, mesh)
         moved = jax.tree.map(
             lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
             state.trainable,
         )
         state = state.replace(trainable=moved)
-        steps = jitted.jit_steps(config, loaded, state, optimizer, mesh)
-        run = trainer.Run(config, loaded, data, steps, Judge(), world)
+        steps = steps_lib.jit_steps(config, loaded, state, optimizer, mesh)
+        run = context.Run(config, loaded, data, steps, Judge(), world)
         (batch,) = trainer.take_batches(run, state, 1, trainer.start_place(config))
         drawn = trainer.draw_batch(run, state, 1, batch)
         old = learner.old_scores(run, state, drawn)
@@ -106,11 +110,11 @@ def cotangents(config, loaded, together):
     """The loss's derivatives by the scores of the first micro-batch, and its scored tokens."""
     (whole,) = together.batches
     task = tasks.TASKS[config.task]
-    options = build.update_options(config, loaded, task)
+    options = options_lib.update_options(config, loaded, task)
     parts = config.trajectories // config.train.micro_batch
-    micro = update.take_part(whole.batch, jnp.int32(0), parts, shared=options.plan.shared)
+    micro = gradient_lib.take_part(whole.batch, jnp.int32(0), parts, shared=options.plan.shared)
     found = jax.grad(
-        lambda new: update.micro_loss(
+        lambda new: gradient_lib.micro_loss(
             new, whole.old[0], None, micro, together.totals, options=options
         )[0]
     )(whole.old[0])
@@ -209,8 +213,8 @@ def test_own_initial_images_are_those_of_the_files(world):
     fields.data.train = fields.data.heldout = str(world / "edits.jsonl")
     config = config_lib.from_config_dict(fields)
     loaded = tiny_world.model()
-    data = build.load_data(config, loaded, world / "cache")
-    run = trainer.Run(config, loaded, data, NoModel(), Judge(), world)
+    data = setup.load_data(config, loaded, world / "cache")
+    run = context.Run(config, loaded, data, NoModel(), Judge(), world)
     state = TrainState(None, None, jax.random.key(0))
     place, seen = trainer.start_place(config), set()
     for step in (1, 2, 3):
@@ -244,7 +248,7 @@ def refining(mode, texts, pool=None):
     records = [parse_record(tiny_world.record("a red circle"))] * 4
     ids = [(1, 0, number) for number in range(4)]
     drawn = trainer.Drawn(batch, None, records, ids, [texts], {})
-    return trainer.Run(parsed, None, {}, None, pool, None), drawn
+    return context.Run(parsed, None, {}, None, pool, None), drawn
 
 
 class Given:

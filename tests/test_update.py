@@ -11,10 +11,11 @@ import optax
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, update
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
+from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import Rollout, TextBlock, TrainState, UpdateBatch, map_rows
 
 ROWS, ONE = 4, jnp.float32(1.0)
@@ -22,7 +23,7 @@ ROWS, ONE = 4, jnp.float32(1.0)
 
 class Setting(NamedTuple):
     loaded: object
-    options: update.UpdateOptions
+    options: gradient_lib.UpdateOptions
     rollout_options: trajectory.RolloutOptions
     trainable: dict
     stored: Rollout
@@ -40,14 +41,14 @@ def configuration(tmp_path=None):
 def setting():
     """A rollout of two prompts by two, under adapters that are not zero."""
     config, loaded = configuration(), tiny_world.model()
-    own = build.rollout_options(config, loaded, TASKS["rt2i"])
-    trainable = update.init_trainable(
+    own = options_lib.rollout_options(config, loaded, TASKS["rt2i"])
+    trainable = gradient_lib.init_trainable(
         loaded.base, jax.random.key(2), rank=4, targets=config.lora.targets, full_targets=None
     )
     trainable = jax.tree.map(
         lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), trainable
     )
-    params = update.policy_params(loaded.base, trainable, lora_scale=2.0)
+    params = gradient_lib.policy_params(loaded.base, trainable, lora_scale=2.0)
     rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
     block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
     run = jax.jit(functools.partial(trajectory.rollout, loaded.model, options=own))
@@ -55,7 +56,7 @@ def setting():
     stored, _ = run(params, (block,), *numbers)
     advantage = jnp.array([1.0, -0.5, 0.75, -1.25])
     batch = UpdateBatch(stored, advantage, advantage, jnp.array([True, True, True, False]))
-    options = build.update_options(config, loaded, TASKS["rt2i"])
+    options = options_lib.update_options(config, loaded, TASKS["rt2i"])
     return Setting(loaded, options, own, trainable, stored, batch)
 
 
@@ -66,13 +67,13 @@ def gradient_of(setting, options, *, trainable=None, batch=None, old=None, base=
     batch = setting.batch if batch is None else batch
     forward = _jitted("forward", setting.loaded.model, options)
     backward = _jitted("backward", None, options)
-    totals = update.count(batch, None, options=options)
+    totals = gradient_lib.count(batch, None, options=options)
     summed, scores = None, []
     for part in range(ROWS // options.micro_batch):
         new, pullback = forward(trainable, base, batch.rollout, jnp.int32(part))
         before = None if old is None else old[part]
         own = backward(pullback, new, before, None, batch, jnp.int32(part), totals, ONE)
-        summed = own if summed is None else update.accumulate(summed, own)
+        summed = own if summed is None else gradient_lib.accumulate(summed, own)
         scores.append(new)
     return *summed, scores
 
@@ -80,7 +81,7 @@ def gradient_of(setting, options, *, trainable=None, batch=None, old=None, base=
 @functools.cache
 def _jitted(name, model, options):
     own = {"options": options} | ({} if model is None else {"model": model})
-    return jax.jit(functools.partial(vars(update)[name], **own))
+    return jax.jit(functools.partial(vars(gradient_lib)[name], **own))
 
 
 def assert_close(first, second, **tolerance):
@@ -166,7 +167,7 @@ def test_context_gradient_gives_the_same_scores_and_another_gradient(setting):
 
 
 def test_rebuilt_contexts_are_the_stored_ones(setting):
-    params = update.policy_params(setting.loaded.base, setting.trainable, lora_scale=2.0)
+    params = gradient_lib.policy_params(setting.loaded.base, setting.trainable, lora_scale=2.0)
     own = setting.rollout_options
     pieces = jax.jit(
         functools.partial(
@@ -191,15 +192,17 @@ def test_kl_to_the_reference_grows_with_the_adapters(setting):
     loss = dataclasses.replace(setting.options.loss, text_beta=0.1, image_beta=0.1)
     options = dataclasses.replace(setting.options, loss=loss)
     reference = jax.jit(
-        functools.partial(update.score_reference, model=setting.loaded.model, options=options)
+        functools.partial(gradient_lib.score_reference, model=setting.loaded.model, options=options)
     )(setting.loaded.base, setting.stored, jnp.int32(0))
     zero = jax.tree.map(jnp.zeros_like, setting.trainable)
     values = []
     for trainable in (zero, setting.trainable):
         forward = _jitted("forward", setting.loaded.model, options)
         new, _ = forward(trainable, setting.loaded.base, setting.stored, jnp.int32(0))
-        totals = update.count(setting.batch, None, options=options)
-        _, metrics = update.micro_loss(new, new, reference, setting.batch, totals, options=options)
+        totals = gradient_lib.count(setting.batch, None, options=options)
+        _, metrics = gradient_lib.micro_loss(
+            new, new, reference, setting.batch, totals, options=options
+        )
         values.append((float(metrics["text/kl"]), float(metrics["image/kl"])))
     # The stored contexts are those of the adapters, hence not exactly zero.
     assert values[0][0] < values[1][0]
@@ -208,12 +211,12 @@ def test_kl_to_the_reference_grows_with_the_adapters(setting):
 
 def test_full_training_replaces_part_of_the_base(setting):
     base = setting.loaded.base
-    chosen = update.init_trainable(
+    chosen = gradient_lib.init_trainable(
         base, jax.random.key(0), rank=1, targets="", full_targets=r"language_model/layers/.*"
     )
     assert set(chosen) == {"language_model"}
     doubled = jax.tree.map(lambda x: 2 * x, chosen)
-    params = update.policy_params(base, doubled, lora_scale=None)
+    params = gradient_lib.policy_params(base, doubled, lora_scale=None)
     kernel = "language_model", "layers", "self_attn", "q_proj", "kernel"
     found, before = params.base, base
     for name in kernel:
@@ -221,14 +224,16 @@ def test_full_training_replaces_part_of_the_base(setting):
     np.testing.assert_array_equal(found, 2 * before)
     assert params.base["lm_head"]["kernel"] is base["lm_head"]["kernel"]
     with pytest.raises(ValueError, match="matches none of"):
-        update.init_trainable(base, jax.random.key(0), rank=1, targets="", full_targets="nothing")
+        gradient_lib.init_trainable(
+            base, jax.random.key(0), rank=1, targets="", full_targets="nothing"
+        )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer = optax.adamw(0.1)
     trainable = {"a": jnp.ones(3)}
     state = TrainState(trainable, optimizer.init(trainable), jax.random.key(0))
-    apply = functools.partial(update.apply, optimizer=optimizer)
+    apply = functools.partial(gradient_lib.apply, optimizer=optimizer)
     for gradient, loss in (([jnp.nan, 1, 1], 0.0), ([1.0, 1, 1], jnp.inf)):
         metrics = {"loss/total": jnp.float32(loss)}
         after, metrics = apply(state, {"a": jnp.array(gradient)}, metrics)
@@ -244,8 +249,8 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     loss = dataclasses.replace(setting.options.loss, entropy_fraction=0.5)
     options = dataclasses.replace(setting.options, loss=loss)
     _, _, scores = gradient_of(setting, setting.options)
-    (entropy,) = update.join_entropy(scores)
-    totals = update.count(setting.batch, (entropy,), options=options)
+    (entropy,) = gradient_lib.join_entropy(scores)
+    totals = gradient_lib.count(setting.batch, (entropy,), options=options)
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
     kept = values[values >= np.quantile(values, 0.5)]
@@ -255,13 +260,15 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
 
 def test_parts_are_strided(setting):
     whole = np.asarray(setting.stored.texts[0].tokens)
-    part = update.take_part(setting.stored, jnp.int32(1), 2, shared=setting.options.plan.shared)
+    part = gradient_lib.take_part(
+        setting.stored, jnp.int32(1), 2, shared=setting.options.plan.shared
+    )
     np.testing.assert_array_equal(part.texts[0].tokens, whole[1::2])
     keys = np.asarray(setting.stored.pieces[2].segments[0].k)
     np.testing.assert_array_equal(part.pieces[2].segments[0].k, keys[:, 1::2])
     assert part.pieces[0].advance.shape == (1,)
-    (joined,) = update.join_entropy(
-        [update.StepScores((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
+    (joined,) = gradient_lib.join_entropy(
+        [gradient_lib.StepScores((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
     )
     np.testing.assert_array_equal(joined[:, 0], np.arange(4.0))
 

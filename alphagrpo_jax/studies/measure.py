@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import build, policy, tasks, trained
+from alphagrpo_jax import policy, tasks, trained
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.sampling.trajectory import pixels, rollout
 from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
 from alphagrpo_jax.studies import measure_skills
 from alphagrpo_jax.trained import Trained
+from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import TextBlock
 
 SEED = 31
@@ -71,7 +72,7 @@ def draw_all(
       seed: of the keys; the same seed means the same noise for every policy.
     """
     config, loaded = policy_.config, policy_.loaded
-    options = build.eval_options(config, loaded, tasks.TASKS["rt2i"])
+    options = options_lib.eval_options(config, loaded, tasks.TASKS["rt2i"])
     draw = jax.jit(functools.partial(_draw, model=loaded.model, options=options))
     key, size = jax.random.key(seed), min(BATCH, len(records))
     for first in tqdm.trange(0, len(records), size, desc="drawing", unit_scale=size):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import build, trained
+from alphagrpo_jax import trained
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.dvreward import dvreward
 from alphagrpo_jax.rewards.workers.pool import PoolError
@@ -32,6 +32,7 @@ from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record
 from alphagrpo_jax.shapes import checker, questions, scenes
 from alphagrpo_jax.studies.verifier_eval import calibration_error, meanings, read_drawings
+from alphagrpo_jax.training import verifiers as verifiers_lib
 
 # All scores at once: their weights do not matter, only the parts are used.
 ASKED = scoring.ScoringOptions(
@@ -185,7 +186,7 @@ def measure(options: argparse.Namespace) -> dict:
         workers=options.workers,
         total_seconds=QUEUE_SECONDS,
     )
-    with build.make_pool(dataclasses.replace(config, verifier=verifier)) as pool:
+    with verifiers_lib.make_pool(dataclasses.replace(config, verifier=verifier)) as pool:
         pool.wait_ready()
         judged = judge(pool, images, records)
     exact = np.array(

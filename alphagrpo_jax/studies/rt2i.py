@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import run_folder, trained
+from alphagrpo_jax import trained
 from alphagrpo_jax.config import Config, from_config_dict
 from alphagrpo_jax.models.name_table import AE, EMA
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
@@ -38,6 +38,7 @@ from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.shapes import checker, prompts, requests, riddles, scenes, specs
 from alphagrpo_jax.studies.measure import judge
 from alphagrpo_jax.trained import Trained
+from alphagrpo_jax.training import run_folder
 
 PER_PLAIN_TYPE, IMPLIED, HELDOUT_RIDDLES = 300, 800, 240
 SEED, OTHER_SEED = 100, 101  # of the evaluation keys

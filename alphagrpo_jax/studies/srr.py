@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alphagrpo_jax import run_folder, tasks, trained
+from alphagrpo_jax import tasks, trained
 from alphagrpo_jax.inference import perform
 from alphagrpo_jax.runtime import checkpoint
 from alphagrpo_jax.runtime.images import from_data_url
@@ -37,6 +37,7 @@ from alphagrpo_jax.shapes import checker, image_records
 from alphagrpo_jax.studies import measure
 from alphagrpo_jax.studies import rt2i as study_lib
 from alphagrpo_jax.trained import Trained
+from alphagrpo_jax.training import run_folder
 
 SEED = 47
 PER_PLAIN_TYPE, IMPLIED, EDITS = 300, 800, 400

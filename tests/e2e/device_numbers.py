@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_world
 
-from alphagrpo_jax import build
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config_fields import MeshShape
-from alphagrpo_jax.jitted import jit_steps
 from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training.steps import jit_steps
 from alphagrpo_jax.types import TextBlock, UpdateBatch
 
 
 def numbers(config, mesh, root, stored=None):
     """The stored rollout (drawn here if None), and everything that is compared, as numpy."""
     with jax.set_mesh(mesh):
-        loaded = build.load_policy(config, mesh)
-        optimizer = build.make_optimizer(config)
-        state = build.initial_state(config, loaded.base, optimizer, mesh)
+        loaded = setup.load_policy(config, mesh)
+        optimizer = setup.make_optimizer(config)
+        state = setup.initial_state(config, loaded.base, optimizer, mesh)
         whole = jit_steps(config, loaded, state, optimizer, mesh)
         steps = whole.tasks["rt2i"]
         rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import build, tasks
 from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import tasks
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.verifiers import instructions
 from alphagrpo_jax.rewards.workers.ledger import Scored
 from alphagrpo_jax.runtime.records import parse_record
+from alphagrpo_jax.training import options as options_lib
 from configs import grpo
 
 
@@ -103,7 +104,7 @@ def test_the_configuration_arrives(dependencies):
     fields = grpo.get_config()
     fields.reward.dependencies = dependencies
     config = config_lib.from_config_dict(fields)
-    options = build.scoring_options(config, tasks.TASKS["rt2i"])
+    options = options_lib.scoring_options(config, tasks.TASKS["rt2i"])
     assert options.dependencies is dependencies
     assert (options.aggregate, options.score) == ("geometric", "confidence")
 
@@ -219,13 +220,13 @@ def test_the_scores_of_the_configuration_arrive():
     fields.reward.score = "holistic"
     fields.reward.extra_scores, fields.reward.extra_weights = ("binary",), (0.5,)
     config = config_lib.from_config_dict(fields)
-    options = build.scoring_options(config, tasks.TASKS["rt2i"])
+    options = options_lib.scoring_options(config, tasks.TASKS["rt2i"])
     assert options.scores == ("holistic", "binary")
     assert options.weights == pytest.approx([2 / 3, 1 / 3])
     # The shipped verifier was trained on these two texts.
     assert options.rate_semantic == (instructions.RATE_PROMPT,)
     assert options.rate_quality == (instructions.RATE_QUALITY,)
-    plain = build.scoring_options(
+    plain = options_lib.scoring_options(
         config_lib.from_config_dict(grpo.get_config()), tasks.TASKS["rt2i"]
     )
     assert plain.scores == ("confidence",)

@@ -6,8 +6,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from alphagrpo_jax import build, config
+from alphagrpo_jax import config
 from alphagrpo_jax.runtime.paths import model_folder, resolve
+from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
 
 ID = "some-org/Some-VL-2B.v1"
@@ -63,6 +64,6 @@ def test_without_network_the_error_says_what_to_do(monkeypatch):
 def test_the_parent_fetches_once_and_workers_get_the_folder(fetched, tmp_path: pathlib.Path):
     fields = grpo.get_config()
     fields.verifier.path, fields.verifier.workers = ID, 3
-    factories = build.verifier_factories(config.from_config_dict(fields))
+    factories = verifiers_lib.verifier_factories(config.from_config_dict(fields))
     assert fetched == [ID]
     assert [options["path"] for _, options in factories] == [str(tmp_path / "snapshot")] * 3

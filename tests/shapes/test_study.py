@@ -11,9 +11,9 @@ import pytest
 
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax import trained
-from alphagrpo_jax.run_folder import CONFIG_FILE, DONE_FILE
 from alphagrpo_jax.runtime.metrics import METRICS
 from alphagrpo_jax.studies import rt2i
+from alphagrpo_jax.training.run_folder import CONFIG_FILE, DONE_FILE
 
 CONFIG = trained.read_config()
 MODEL = rt2i.model_digest(CONFIG.model.path)

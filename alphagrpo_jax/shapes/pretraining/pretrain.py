@@ -1,7 +1,8 @@
 """Pretrains the small UMM of the shapes world on two CPU cores.
 
     python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae
-    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
+    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae \\
+      --latent_noise 0.15
     python -m alphagrpo_jax.shapes.pretraining.pretrain --vae runs/vae2 --out runs/umm
 
 This sequence makes the model: the autoencoder, its decoder once more on noised latents, then the

@@ -1,7 +1,8 @@
 """Trains the small autoencoder of the shapes world (PyTorch: its CPU convolutions train fastest).
 
     python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae
-    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae --latent_noise 0.15
+    python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae \\
+      --latent_noise 0.15
 
 First encoder and decoder, then the decoder alone on noised latents; each call is estimated, not
 measured, to take at most 35 minutes on two idle cores.

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from alphagrpo_jax import build
 from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.config import Config
-from alphagrpo_jax.guards import TrainingError
+from alphagrpo_jax.config import Config, from_saved
 from alphagrpo_jax.refinement import Queue
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows, replace_text
 from alphagrpo_jax.trainer import Place
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import TrainState
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
@@ -32,20 +32,20 @@ def payload(state: TrainState, place: Place) -> dict[str, Any]:
     return arrays if place.queue is None else arrays | {"queue": place.queue.image}
 
 
-def progress(step: int, place: Place, data: Mapping[str, build.Data]) -> dict[str, Any]:
+def progress(step: int, place: Place, data: Mapping[str, setup.Data]) -> dict[str, Any]:
     """The numbers of a checkpoint: steps done, the place in the data, and what data it is."""
     queue = {} if place.queue is None else {"queue": place.queue.progress()}
     return {"step": step, "positions": place.positions} | queue | fingerprint(data)
 
 
 def content(
-    state: TrainState, step: int, place: Place, data: Mapping[str, build.Data]
+    state: TrainState, step: int, place: Place, data: Mapping[str, setup.Data]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint holds: arrays, and a JSON object."""
     return payload(state, place), progress(step, place, data)
 
 
-def fingerprint(data: Mapping[str, build.Data]) -> dict[str, str]:
+def fingerprint(data: Mapping[str, setup.Data]) -> dict[str, str]:
     """The contents of the prompt files, which a resumed run must find again."""
     return {
         f"data.{part}.{task}": one.digest
@@ -58,7 +58,7 @@ def restore(
     saves: checkpoint.Checkpoints,
     state: TrainState,
     place: Place,
-    data: Mapping[str, build.Data],
+    data: Mapping[str, setup.Data],
 ) -> tuple[TrainState, int, Place]:
     """The newest checkpoint's state, steps done and place in the data; what is given if none.
 
@@ -109,7 +109,7 @@ class Kept:
     def save(
         self,
         saves: checkpoint.Checkpoints,
-        data: Mapping[str, build.Data],
+        data: Mapping[str, setup.Data],
         record: Callable[[int, Mapping[str, Any]], None],
     ) -> None:
         """Writes the row that waits, marked so, and the checkpoint, where there is anything new."""
@@ -124,7 +124,7 @@ class Kept:
 @contextlib.contextmanager
 def saved_on_error(
     saves: checkpoint.Checkpoints,
-    data: Mapping[str, build.Data],
+    data: Mapping[str, setup.Data],
     record: Callable[[int, Mapping[str, Any]], None],
 ) -> Iterator[Kept]:
     """Where a run's updates happen: an error in there costs none that is done.
@@ -180,3 +180,17 @@ def mark_finished(workdir: pathlib.Path, done: int) -> None:
     """Leaves the file that marks a finished run."""
     if distributed.is_primary():
         replace_text(workdir / DONE_FILE, f"{done}\n")
+
+
+def run_config(folder: str | pathlib.Path) -> Config:
+    """The configuration of a run that has checkpoints.
+
+    Raises:
+      FileNotFoundError: the folder is not a run's, or has no checkpoint yet.
+    """
+    path = pathlib.Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run's folder: it has no {CONFIG_FILE}")
+    if not (path.parent / checkpoint.FOLDER).is_dir():
+        raise FileNotFoundError(f"the run in {folder} has no checkpoints yet")
+    return from_saved(json.loads(path.read_text()))

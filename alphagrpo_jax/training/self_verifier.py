@@ -5,88 +5,29 @@ P(yes) / (P(yes) + P(no)) is read off the first token of its answer. It follows 
 trained, in this process and without overlap with rollouts.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax import build, policy
-from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax import policy
+from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.rewards.scoring import Judge
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, bare
 from alphagrpo_jax.rewards.workers.ledger import Scored
-from alphagrpo_jax.rewards.workers.pool import Pool
-from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling.trajectory import image_block
 
 IMAGES = 8  # that are looked at at a time
 QUESTIONS = 48  # about these, asked at a time
-
-
-@contextlib.contextmanager
-def opened(config: Config, loaded: Loaded) -> Iterator[tuple[Judge, Judge | None]]:
-    """The verifier of the training, and the one that only evaluations ask, if any; both ready.
-
-    Raises:
-      ConfigError: wrong endpoints, or a policy that cannot judge.
-      FileNotFoundError: a verifier's folder is missing.
-      PoolError: a verifier cannot be started.
-    """
-    with contextlib.ExitStack() as stack:
-        second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
-        if config.verifier.kind == "self":
-            first: Judge = PolicyJudge(loaded, question_tokens=config.rollout.prompt_tokens)
-        else:
-            first = stack.enter_context(build.make_pool(config))
-            first.wait_ready()
-        if second is not None:
-            second.wait_ready()
-        yield first, second
-
-
-def _second_pool(config: Config) -> Pool:
-    """One process with the second verifier."""
-    own = config.verifier
-    named, _, urls = own.second.partition(":")
-    if named == "openai":
-        where = {"kind": "openai", "path": "", "endpoints": tuple(urls.split(","))}
-    else:
-        kind = "callable" if own.kind == "callable" else "hf"
-        where = {"kind": kind, "path": own.second, "endpoints": ()}
-    second = dataclasses.replace(own, **where, workers=1, audit="")
-    return build.make_pool(dataclasses.replace(config, verifier=second))
-
-
-class PoolCounts:
-    """What the training's pool did since the last look, as metrics: everything that went wrong too.
-
-    Under `time/`, since faults differ from run to run while rewards do not.
-    """
-
-    def __init__(self, judge: Judge) -> None:
-        """Counts from now on; of a judge without a pool there is nothing to count."""
-        self._pool = judge if isinstance(judge, Pool) else None
-        self._before = self._pool.counters() if self._pool else {}
-
-    def metrics(self) -> dict[str, float]:
-        """`time/pool/NAME` for every counter (see `Pool.counters`), summed over all processes."""
-        if self._pool is None:
-            return {}
-        now = self._pool.counters()
-        gained = distributed.total(np.array([now[name] - self._before[name] for name in now]))
-        self._before = now
-        return {f"time/pool/{name}": float(value) for name, value in zip(now, gained, strict=True)}
 
 
 class PolicyJudge:

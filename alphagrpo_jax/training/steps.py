@@ -10,15 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from alphagrpo_jax import loss, optimizers, prompts, tasks, update
-from alphagrpo_jax.build import (
-    eval_options,
-    initial_options,
-    lora_scale,
-    make_schedule,
-    rollout_options,
-    update_options,
-)  # fmt: skip
+from alphagrpo_jax import loss, prompts, tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.policy import PolicyParams
@@ -30,6 +22,16 @@ from alphagrpo_jax.sampling.trajectory import (
     image_block,
     prefill,
 )
+from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import optimizer as optimizer_lib
+from alphagrpo_jax.training.options import (
+    eval_options,
+    initial_options,
+    lora_scale,
+    rollout_options,
+    update_options,
+)
+from alphagrpo_jax.training.setup import make_schedule
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState, join_rows, map_rows
 
 
@@ -90,7 +92,7 @@ def jit_steps(
         tasks={name: _task_steps(setting, task, state) for name, task in named.items()},
         initial=initial,
         eval_initial=eval_initial,
-        accumulate=jax.jit(update.accumulate, donate_argnums=0),
+        accumulate=jax.jit(gradient_lib.accumulate, donate_argnums=0),
         add=jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second), donate_argnums=0),
         apply=jax.jit(
             functools.partial(_apply, optimizer=optimizer, schedule=make_schedule(config)),
@@ -109,8 +111,8 @@ def _apply(
     schedule: optax.Schedule,
 ) -> tuple[TrainState, loss.Metrics]:
     """`update.apply`, with the learning rate among the metrics."""
-    rate = optimizers.next_rate(state.opt_state, schedule=schedule)
-    moved, metrics = update.apply(state, gradient, metrics, optimizer=optimizer)
+    rate = optimizer_lib.next_rate(state.opt_state, schedule=schedule)
+    moved, metrics = gradient_lib.apply(state, gradient, metrics, optimizer=optimizer)
     return moved, metrics | {"update/learning_rate": rate}
 
 
@@ -166,14 +168,14 @@ def _task_steps(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskS
             functools.partial(join_rows, shared=options.plan.shared),
             out_shardings=_row_shardings(drawn[0], options.plan, mesh),
         ),
-        forward=jax.jit(functools.partial(update.forward, model=model, options=for_update)),
+        forward=jax.jit(functools.partial(gradient_lib.forward, model=model, options=for_update)),
         reference=jax.jit(
-            functools.partial(update.score_reference, model=model, options=for_update)
+            functools.partial(gradient_lib.score_reference, model=model, options=for_update)
         ),
-        count=jax.jit(functools.partial(update.count, options=for_update)),
-        entropy=jax.jit(update.join_entropy),
+        count=jax.jit(functools.partial(gradient_lib.count, options=for_update)),
+        entropy=jax.jit(gradient_lib.join_entropy),
         backward=jax.jit(
-            functools.partial(update.backward, options=for_update), out_shardings=(kept, None)
+            functools.partial(gradient_lib.backward, options=for_update), out_shardings=(kept, None)
         ),
     )
 
@@ -201,7 +203,7 @@ def drawing_weights(
     base: dict, trainable: Any, *, scale: float | None, merge_lora: bool
 ) -> PolicyParams:
     """The weights of rollouts under a train state."""
-    params = update.policy_params(base, trainable, lora_scale=scale)
+    params = gradient_lib.policy_params(base, trainable, lora_scale=scale)
     return drawing_params(params, merge_lora=merge_lora)
 
 

@@ -1,0 +1,37 @@
+"""What does not change during a run."""
+
+import pathlib
+from typing import NamedTuple
+
+from alphagrpo_jax.config import Config
+from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.training import setup
+from alphagrpo_jax.training import steps as steps_lib
+from alphagrpo_jax.training.self_verifier import PolicyJudge
+from alphagrpo_jax.types import TrainState
+
+
+class Run(NamedTuple):
+    """What does not change during a run."""
+
+    config: Config
+    loaded: Loaded
+    data: dict[str, setup.Data]  # by task
+    steps: steps_lib.Steps
+    pool: scoring.Judge
+    workdir: pathlib.Path
+    second: scoring.Judge | None = None  # asked at evaluations only
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of images, pixels."""
+        return self.config.model.height, self.config.model.width
+
+    def weights(self, state: TrainState) -> PolicyParams:
+        """What rollouts read; a policy that judges its own images judges by them too."""
+        found = self.steps.weights(self.loaded.base, state.trainable)
+        if isinstance(self.pool, PolicyJudge):
+            self.pool.follow(found)
+        return found

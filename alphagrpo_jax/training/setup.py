@@ -1,0 +1,126 @@
+"""From a configuration to what the commands run: model, data, options, jitted steps."""
+
+import dataclasses
+import functools
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from alphagrpo_jax import prompts, tasks
+from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.models.bagel_weights import Loaded, load_model
+from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import optimizer as optimizer_lib
+from alphagrpo_jax.types import TrainState
+
+
+class Data(NamedTuple):
+    """Both prompt sets of a task, tokenised."""
+
+    train: prompts.PromptSet
+    heldout: prompts.PromptSet
+
+
+def load_policy(config: Config, mesh: Mesh) -> Loaded:
+    """The pretrained model on the mesh.
+
+    Raises:
+      ConfigError: an image size that the latent grid does not divide.
+    """
+
+    def place(path: str, leaf: np.ndarray) -> jax.Array:
+        return jax.device_put(leaf, sharding.param_sharding(path, leaf.shape, mesh))
+
+    loaded = load_model(
+        config.model.path, jnp.dtype(config.model.dtype), remat=config.model.remat, place=place
+    )
+    stride = loaded.config.latent_stride
+    if config.model.height % stride or config.model.width % stride:
+        raise ConfigError(
+            f"model.height={config.model.height} and model.width={config.model.width} must be "
+            f"multiples of {stride} pixels, the side of a latent token"
+        )
+    return loaded
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh of a configuration.
+
+    Raises:
+      ConfigError: it does not fit the devices, or does not cut a micro-batch evenly.
+    """
+    try:
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    ways = sharding.batch_ways(mesh)
+    sizes = {
+        "train.micro_batch": config.train.micro_batch,
+        "rollout.micro_batch": config.rollout.micro_batch,
+        "eval.micro_batch": config.eval.micro_batch,
+    }
+    for name, size in sizes.items():
+        if size % ways:
+            raise ConfigError(
+                f"{name}={size} does not divide over mesh.data x mesh.fsdp = {ways} parts; make it "
+                f"a multiple of {ways} or change the mesh"
+            )
+    return mesh
+
+
+def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[str, Data]:
+    """Both prompt sets of every task of a configuration; see `prompts.load`."""
+    found = {}
+    for name in config.tasks:
+        task = tasks.TASKS[name]
+        read = functools.partial(
+            prompts.load,
+            tokenizer=loaded.tokenizer,
+            task=task,
+            bucket=config.rollout.prompt_tokens,
+            cache=cache,
+            own_images=task.image == "record" or (task.refines and config.srr.source == "record"),
+        )
+        found[name] = Data(*(read(resolve(path)) for path in config.data.pair(task.data)))
+    return found
+
+
+def initial_state(
+    config: Config, base: dict, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first update, on the mesh."""
+    root = jax.random.key(config.seed)
+    run_key, lora_key = jax.random.split(root)
+    full = config.train.full_targets if config.train.trainable == "full" else None
+
+    def init(base: dict, key: jax.Array) -> tuple[Any, Any]:
+        trainable = gradient_lib.init_trainable(
+            base, key, rank=config.lora.rank, targets=config.lora.targets, full_targets=full
+        )
+        return trainable, optimizer.init(trainable)
+
+    shapes = jax.eval_shape(init, base, lora_key)
+    placed = jax.jit(init, out_shardings=sharding.param_shardings(shapes, mesh))
+    trainable, opt_state = placed(base, lora_key)
+    key = jax.device_put(run_key, sharding.replicated(mesh))
+    return TrainState(trainable=trainable, opt_state=opt_state, key=key)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """The optimizer of a configuration."""
+    return optimizer_lib.make_optimizer(**dataclasses.asdict(config.optimizer))
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """The optimizer's learning rate by the number of applied updates."""
+    own = config.optimizer
+    return optimizer_lib.make_schedule(
+        own.learning_rate, warmup_steps=own.warmup_steps, decay_steps=own.decay_steps
+    )

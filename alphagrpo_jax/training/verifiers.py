@@ -1,0 +1,169 @@
+"""Opens the verifiers of a run: a pool, a second one beside it, or the policy itself."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.rewards.scoring import Judge
+from alphagrpo_jax.rewards.verifiers.chat.endpoints import checked_urls
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
+from alphagrpo_jax.rewards.workers.worker import Factory
+from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.paths import model_folder
+from alphagrpo_jax.training.self_verifier import PolicyJudge
+
+ENDPOINT_SHARE = 0.9  # of the pool's deadlines, for what an endpoint worker does by itself
+
+
+def make_pool(config: Config) -> Pool:
+    """Starts the verifier workers (in the background).
+
+    Raises:
+      ConfigError: see `verifier_factories`.
+      OSError: the audit log cannot be opened.
+    """
+    verifier = config.verifier
+    factories = verifier_factories(config)
+    return Pool(
+        factories,
+        PoolOptions(
+            workers=len(factories),
+            threads=verifier.threads,
+            capacity=max(1024, 2 * config.trajectories),
+            attempt_seconds=verifier.attempt_seconds,
+            total_seconds=verifier.total_seconds,
+            start_seconds=verifier.start_seconds,
+            max_attempts=verifier.max_attempts,
+            cache_size=verifier.cache_size,
+            audit_path=audit_path(verifier.audit),
+        ),
+    )
+
+
+def audit_path(name: str) -> str | None:
+    """The audit log of this process; of several, each has one of its own, NAME.NUMBER.jsonl."""
+    if not name or jax.process_count() == 1:
+        return name or None
+    path = pathlib.PurePath(name)
+    return str(path.with_name(f"{path.stem}.{jax.process_index()}{path.suffix}"))
+
+
+def verifier_factories(config: Config) -> list[Factory]:
+    """What each worker of the pool builds.
+
+    With kind "openai" every worker balances over all endpoints; otherwise the endpoints stand
+    beside local workers, each with a worker of its own, and the pool balances.
+
+    Raises:
+      ConfigError: an endpoint that is no base URL, or one twice; or the policy is the verifier.
+    """
+    verifier = config.verifier
+    if verifier.kind == "self":
+        raise ConfigError(
+            "verifier.kind=self: the policy judges its own images in training only; give a "
+            "verifier of another kind here"
+        )
+    if verifier.endpoints:
+        try:
+            checked_urls(verifier.endpoints)
+        except ValueError as error:
+            raise ConfigError(f"verifier.endpoints: {error}") from error
+    if verifier.kind == "openai":
+        return [_endpoint_factory(config, verifier.endpoints)] * verifier.workers
+    if verifier.kind == "callable":
+        local: Factory = ("callable", {"target": verifier.path})
+    else:
+        options = {
+            "path": str(model_folder(verifier.path)),
+            "device": verifier.device,
+            "dtype": verifier.dtype,
+            "num_threads": verifier.threads,
+            "top_k": verifier.top_k or None,
+            "text_fallback": verifier.text_fallback,
+        }
+        local = ("hf", options)
+    # What one server cannot answer goes to another worker soon, from the start of the run on.
+    soon = {"outage_attempts": 2, "must_serve": False, "start_seconds": 0.0}
+    remote = []
+    for url in verifier.endpoints:
+        kind, options = _endpoint_factory(config, (url,))
+        remote.append((kind, {**options, **soon}))
+    return [local] * verifier.workers + remote
+
+
+def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
+    """A worker over endpoints; its own deadlines end before the pool would kill it."""
+    verifier = config.verifier
+    options = {
+        "endpoints": endpoints,
+        "model": verifier.model,
+        "api_key_env": verifier.api_key_env,
+        "concurrency": verifier.concurrency,
+        "question_seconds": verifier.question_seconds,
+        "answer_seconds": ENDPOINT_SHARE * verifier.attempt_seconds,
+        "start_seconds": ENDPOINT_SHARE * verifier.start_seconds,
+        "top_logprobs": verifier.top_logprobs,
+        "text_fallback": verifier.text_fallback,
+    }
+    return "openai", options
+
+
+@contextlib.contextmanager
+def opened(config: Config, loaded: Loaded) -> Iterator[tuple[Judge, Judge | None]]:
+    """The verifier of the training, and the one that only evaluations ask, if any; both ready.
+
+    Raises:
+      ConfigError: wrong endpoints, or a policy that cannot judge.
+      FileNotFoundError: a verifier's folder is missing.
+      PoolError: a verifier cannot be started.
+    """
+    with contextlib.ExitStack() as stack:
+        second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
+        if config.verifier.kind == "self":
+            first: Judge = PolicyJudge(loaded, question_tokens=config.rollout.prompt_tokens)
+        else:
+            first = stack.enter_context(make_pool(config))
+            first.wait_ready()
+        if second is not None:
+            second.wait_ready()
+        yield first, second
+
+
+def _second_pool(config: Config) -> Pool:
+    """One process with the second verifier."""
+    own = config.verifier
+    named, _, urls = own.second.partition(":")
+    if named == "openai":
+        where = {"kind": "openai", "path": "", "endpoints": tuple(urls.split(","))}
+    else:
+        kind = "callable" if own.kind == "callable" else "hf"
+        where = {"kind": kind, "path": own.second, "endpoints": ()}
+    second = dataclasses.replace(own, **where, workers=1, audit="")
+    return make_pool(dataclasses.replace(config, verifier=second))
+
+
+class PoolCounts:
+    """What the training's pool did since the last look, as metrics: everything that went wrong too.
+
+    Under `time/`, since faults differ from run to run while rewards do not.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        """Counts from now on; of a judge without a pool there is nothing to count."""
+        self._pool = judge if isinstance(judge, Pool) else None
+        self._before = self._pool.counters() if self._pool else {}
+
+    def metrics(self) -> dict[str, float]:
+        """`time/pool/NAME` for every counter (see `Pool.counters`), summed over all processes."""
+        if self._pool is None:
+            return {}
+        now = self._pool.counters()
+        gained = distributed.total(np.array([now[name] - self._before[name] for name in now]))
+        self._before = now
+        return {f"time/pool/{name}": float(value) for name, value in zip(now, gained, strict=True)}
