@@ -7,12 +7,11 @@ failure explained in one message, 2 wrong usage or configuration.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +21,14 @@ from ml_collections import config_flags
 from alphagrpo_jax import config as config_lib
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.config_fields import MeshShape
-from alphagrpo_jax.heldout import check_heldout, evaluate_row
+from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
 from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.metrics import merge_metrics, say
-from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
+from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.trainer import (
-    Place,
     advantage_of,
     draw_batch,
     score_batch,
@@ -43,10 +41,8 @@ from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.training.checks import TrainingError, check_end, early_decay
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import TrainState
 
 DONE, STOPPED, FAILED, WRONG_USAGE = 0, 75, 1, 2
-EVALUATION_FILE = "evaluation.json"
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config name>.")
@@ -168,54 +164,6 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     run_folder.mark_finished(workdir, done)
     say(f"{workdir}: {done} steps are done")
     return DONE
-
-
-def evaluate_first(
-    run: Run,
-    state: TrainState,
-    done: int,
-    place: Place,
-    log: metrics_lib.MetricsLog,
-    record: Callable[[int, Mapping[str, Any]], None],
-    stop: StopFlag,
-) -> bool:
-    """What comes before the loop: an evaluation alone, or the one that the last row still owes.
-
-    Returns:
-      False if a stop was asked for before it was done.
-    """
-    config, alone = run.config, run.config.train.steps == 0
-    untold = done == 0 and not distributed.primary_says(log.has(0))
-    if alone and not untold:
-        row = evaluate_row(run, state, done, greedy=True, samples="evaluation")
-        report_evaluation(run.workdir, {"step": done} | row)
-        return True
-    if not untold and not distributed.primary_says(log.owes(done)):
-        return True
-    try:
-        row = evaluate_row(run, state, done, greedy=done in (0, config.train.steps), stop=stop)
-    except StoppedError:
-        say(f"stopped before the evaluation of step {done} was done; it is done again")
-        return False
-    if done and is_regular(config, config.checkpoint.every, done):
-        row["state/digest"] = checkpoint.digest(*run_folder.content(state, done, place, run.data))
-    record(done, row)
-    if alone:
-        report_evaluation(run.workdir, {"step": 0} | row)
-    return True
-
-
-def is_regular(config: Config, every: int, step: int) -> bool:
-    """Whether something that is done `every` so many steps (0: at the end alone) is due."""
-    return step == config.train.steps or (every > 0 and step % every == 0)
-
-
-def report_evaluation(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """Writes and prints what an evaluation alone found; the log of the run stays as it is."""
-    text = json.dumps(row, indent=2, sort_keys=True)
-    if distributed.is_primary():
-        metrics_lib.replace_text(workdir / EVALUATION_FILE, text + "\n")
-        print(text)
 
 
 def command(argv: Sequence[str]) -> None:

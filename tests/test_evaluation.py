@@ -8,8 +8,8 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax import config as config_lib
-from alphagrpo_jax import evaluation
-from alphagrpo_jax.heldout import check_heldout
+from alphagrpo_jax.evaluation import metrics
+from alphagrpo_jax.evaluation.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.rewards.scoring import Scores, ScoringOptions
 from alphagrpo_jax.rewards.workers.ledger import Scored
@@ -40,7 +40,7 @@ def scores(reward, valid):
 
 def test_exact_scores_by_kind_and_type():
     reward = [0.9, 0.5, np.nan, 0.4]
-    found = evaluation.summarise(scores(reward, [True, True, False, True]), FACTS, records())
+    found = metrics.summarise(scores(reward, [True, True, False, True]), FACTS, records())
     assert found["exact_all"] == 0.5
     assert found["exact_facts"] == 5 / 8
     assert found["exact_all/plain"] == pytest.approx(2 / 3)
@@ -55,7 +55,7 @@ def test_exact_scores_by_kind_and_type():
 
 def test_facts_without_a_kind_count_in_the_whole_only():
     without = [parse_record(tiny_world.record(f"p{i}", type="count")) for i in range(4)]
-    found = evaluation.summarise(scores([0.5] * 4, [True] * 4), FACTS, without)
+    found = metrics.summarise(scores([0.5] * 4, [True] * 4), FACTS, without)
     assert found["exact_all"] == 0.5
     assert not any(name.startswith("exact_all/") for name in found)
 
@@ -80,7 +80,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
 
 
 def test_without_facts_there_are_only_rewards():
-    found = evaluation.summarise(scores([0.5] * 4, [True] * 4), [None] * 4, records())
+    found = metrics.summarise(scores([0.5] * 4, [True] * 4), [None] * 4, records())
     assert set(found) == {"reward/mean", "reward/format", "reward/valid_fraction"}
 
 
@@ -103,12 +103,12 @@ class Brightness:
 def test_a_second_verifier_is_compared_on_what_both_have_judged():
     first = scores([0.9, 0.5, np.nan, 0.4], [True, True, False, True])
     second = scores([0.6, np.nan, 0.1, 0.2], [True, False, True, True])
-    found = evaluation.compare_verifiers(first, second)
+    found = metrics.compare_verifiers(first, second)
     assert found["second/valid_fraction"] == 0.75
     assert found["second/mean"] == pytest.approx(0.4)
     assert found["second_minus_reward"] == pytest.approx(0.4 - 0.65)
     nothing = scores([np.nan] * 4, [False] * 4)
-    assert evaluation.compare_verifiers(first, nothing) == {"second/valid_fraction": 0.0}
+    assert metrics.compare_verifiers(first, nothing) == {"second/valid_fraction": 0.0}
 
 
 def test_micro_batches_are_filled_up_and_cut():
@@ -119,9 +119,9 @@ def test_micro_batches_are_filled_up_and_cut():
         calls.append((numbers.tolist(), first))
         images = np.broadcast_to(numbers[:, None, None, None] * 51, (len(numbers), 1, 1, 3))
         thinks = [[f"<think>{n}</think>" for n in numbers]]
-        return evaluation.Made(images.astype(np.uint8), thinks, [])
+        return metrics.Made(images.astype(np.uint8), thinks, [])
 
-    found = evaluation.evaluate_images(
+    found = metrics.evaluate_images(
         draw,
         Brightness(),
         rows,
@@ -151,11 +151,11 @@ def test_answers_are_judged_by_rule_and_cut_to_their_number():
     rows = [parse_record(fields, form="answer")] * 3
 
     def write(numbers, first):
-        return evaluation.Made(
+        return metrics.Made(
             None, [["<think> a </think>"] * len(numbers)], ["yes" if n else "no" for n in numbers]
         )
 
-    found = evaluation.evaluate_answers(write, rows, micro_batch=2, prefix="eval")
+    found = metrics.evaluate_answers(write, rows, micro_batch=2, prefix="eval")
     assert found.images is None
     assert found.metrics["eval/exact_all"] == pytest.approx(2 / 3)
     assert found.metrics["eval/exact_all/answer/count"] == pytest.approx(2 / 3)
@@ -171,8 +171,8 @@ def test_refinement_by_hand():
     def check(image, record):
         return {"lit": bool(image.mean() > 50), "bright": bool(image.mean() > 150)}
 
-    found = evaluation.refinement_metrics(rows, before, after, check)
+    found = metrics.refinement_metrics(rows, before, after, check)
     assert found == {
         "refined/improved": 0.5, "refined/kept": 0.25, "refined/spoilt": 0.25, "refined/gain": 0.25
     }  # fmt: skip
-    assert evaluation.refinement_metrics(rows, before, after, lambda *_: None) == {}
+    assert metrics.refinement_metrics(rows, before, after, lambda *_: None) == {}

@@ -1,8 +1,10 @@
 """Evaluation of a run's policy on held-out prompts, task by task, with fixed keys."""
 
 import functools
+import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +12,34 @@ import numpy as np
 
 from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config
-from alphagrpo_jax.evaluation import (
-    CHECKERS,
+from alphagrpo_jax.evaluation.checkers import CHECKERS, check_records
+from alphagrpo_jax.evaluation.metrics import (
     Evaluation,
     Made,
-    check_records,
     evaluate_answers,
     evaluate_images,
     refinement_metrics,
-)  # fmt: skip
+)
+from alphagrpo_jax.evaluation.samples import write_samples
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.rewards import report
-from alphagrpo_jax.runtime import distributed
-from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime.metrics import say
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
-from alphagrpo_jax.trainer import decode_steps, image_block, think_texts
+from alphagrpo_jax.trainer import (
+    Place,
+    decode_steps,
+    image_block,
+    think_texts,
+)
 from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.training import setup
+from alphagrpo_jax.training import run_folder, setup
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState
 
-REPORT_FILE = "report.html"  # of the newest evaluation
 # By `tasks.Task.data`.
 HELDOUT_FIELDS = {
     "prompts": "data.heldout",
@@ -120,46 +125,6 @@ def evaluate_row(
         pictures = {name: own for name, own in drawn.items() if own.images is not None}
         write_samples(run, pictures, step, samples or f"step_{step:06d}")
     return row
-
-
-def write_samples(run: Run, drawn: Mapping[str, Evaluation], step: int, label: str) -> None:
-    """Writes the sample grids, a report on each, and all of them as the run's newest report.
-
-    Args:
-      run: the run.
-      drawn: evaluations with images, by task.
-      step: updates done.
-      label: of the files.
-    """
-    folder, several = run.workdir / "samples", run.config.task == "mixed"
-    pages = {}
-    for name, own in drawn.items():
-        file = f"{label}_{name}" if several else label
-        kept = own.captions[: run.config.log.samples]
-        metrics_lib.write_samples(folder, file, own.images[: len(kept)], kept)
-        pages[name] = _sample_report(run, name, own, step)
-        metrics_lib.replace_text(folder / f"{file}.html", report.to_html(pages[name]))
-    if pages:
-        first, *_ = pages.values()
-        rows = [row for page in pages.values() for row in page.rows]
-        whole = report.Report(f"{run.config.task}, step {step}", first.how, tuple(rows))
-        metrics_lib.replace_text(run.workdir / REPORT_FILE, report.to_html(whole))
-
-
-def _sample_report(run: Run, name: str, own: Evaluation, step: int) -> report.Report:
-    """The images of a sample grid, explained by the answers that made their rewards."""
-    kept = own.captions[: run.config.log.samples]
-    options = options_lib.scoring_options(run.config, tasks.TASKS[name])
-    rows = report.rows(
-        [f"{name} {number}" for number in range(len(kept))],
-        [images_lib.data_url(image) for image in own.images[: len(kept)]],
-        own.records,
-        own.scores,
-        options,
-        thinks=[caption["think"] for caption in kept],
-        exact=[caption["exact"] for caption in kept],
-    )
-    return report.Report(f"{name}, step {step}", report.describe(options), tuple(rows))
 
 
 def evaluate_task(
@@ -311,3 +276,54 @@ def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return dict(each[0])
     keys = dict.fromkeys(key for own in each for key in own)
     return {key: float(np.nanmean([own[key] for own in each if key in own])) for key in keys}
+
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def evaluate_first(
+    run: Run,
+    state: TrainState,
+    done: int,
+    place: Place,
+    log: metrics_lib.MetricsLog,
+    record: Callable[[int, Mapping[str, Any]], None],
+    stop: StopFlag,
+) -> bool:
+    """What comes before the loop: an evaluation alone, or the one that the last row still owes.
+
+    Returns:
+      False if a stop was asked for before it was done.
+    """
+    config, alone = run.config, run.config.train.steps == 0
+    untold = done == 0 and not distributed.primary_says(log.has(0))
+    if alone and not untold:
+        row = evaluate_row(run, state, done, greedy=True, samples="evaluation")
+        report_evaluation(run.workdir, {"step": done} | row)
+        return True
+    if not untold and not distributed.primary_says(log.owes(done)):
+        return True
+    try:
+        row = evaluate_row(run, state, done, greedy=done in (0, config.train.steps), stop=stop)
+    except StoppedError:
+        say(f"stopped before the evaluation of step {done} was done; it is done again")
+        return False
+    if done and is_regular(config, config.checkpoint.every, done):
+        row["state/digest"] = checkpoint.digest(*run_folder.content(state, done, place, run.data))
+    record(done, row)
+    if alone:
+        report_evaluation(run.workdir, {"step": 0} | row)
+    return True
+
+
+def is_regular(config: Config, every: int, step: int) -> bool:
+    """Whether something that is done `every` so many steps (0: at the end alone) is due."""
+    return step == config.train.steps or (every > 0 and step % every == 0)
+
+
+def report_evaluation(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Writes and prints what an evaluation alone found; the log of the run stays as it is."""
+    text = json.dumps(row, indent=2, sort_keys=True)
+    if distributed.is_primary():
+        metrics_lib.replace_text(workdir / EVALUATION_FILE, text + "\n")
+        print(text)

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alphagrpo_jax.prompts import PromptSet
+from alphagrpo_jax.evaluation.checkers import FactCheck
 from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.runtime.records import Record
-from alphagrpo_jax.shapes import checker
 
 
 class Made(NamedTuple):
@@ -23,8 +22,6 @@ class Made(NamedTuple):
 
 # (numbers of N prompts, int64[N]; number of the first) -> what was made
 Draw = Callable[[np.ndarray, int], Made]
-# An image and its record -> which facts hold, or None where the record describes none.
-FactCheck = Callable[[np.ndarray, Record], Mapping[str, bool] | None]
 
 
 # Metrics of scores that stand in an evaluation's rows, beside the means by tag.
@@ -39,39 +36,6 @@ class Evaluation(NamedTuple):
     captions: list[dict[str, Any]]  # prompt, text, reward, exact, per image or answer
     scores: scoring.Scores
     records: Sequence[Record]
-
-
-def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None:
-    """The exact checker of the shapes world; None for records without "facts"."""
-    return checker.facts(image, record.extra["facts"]) if "facts" in record.extra else None
-
-
-CHECKERS: dict[str, FactCheck] = {"shapes": shapes_facts, "": lambda image, record: None}
-
-
-def check_records(
-    prompts: PromptSet, check: FactCheck, size: tuple[int, int], *, source: str
-) -> None:
-    """Tries the exact checker on a blank image for every prompt, before anything is drawn.
-
-    Args:
-      prompts: the held-out set.
-      check: the exact checker.
-      size: height and width of the images to come, pixels.
-      source: what to call the set in an error.
-    Raises:
-      ValueError: facts of another form, or an image size that the checker does not read.
-    """
-    blank = np.zeros((*size, 3), np.uint8)
-    for number, record in enumerate(prompts.records, start=1):
-        try:
-            check(blank, record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{source}, record {number} ({record.prompt!r}): the exact checker cannot read "
-                f'its "facts" in images of {size[0]}x{size[1]} pixels: {error!r}; leave "facts" '
-                "out, or set eval.checker='' to evaluate by reward alone"
-            ) from error
 
 
 def evaluate_images(

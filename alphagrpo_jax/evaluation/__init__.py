@@ -1,0 +1,1 @@
+"""Evaluation on held-out prompts: task by task, with fixed keys."""
