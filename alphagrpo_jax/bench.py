@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alphagrpo_jax import trained
+from alphagrpo_jax import config_checks
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards import scoring
@@ -198,14 +198,14 @@ def table(figures: dict[str, float], config: Config) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m alphagrpo_jax.bench", description=__doc__)
-    parser.add_argument("--config", default=trained.DEFAULT_CONFIG, help="a Python file")
+    parser.add_argument("--config", default=config_checks.DEFAULT_CONFIG, help="a Python file")
     parser.add_argument("--steps", type=int, default=5, help="repetitions; medians are shown")
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
     try:
-        config = trained.read_config(options.config)
+        config = config_checks.read_config(options.config)
         with tempfile.TemporaryDirectory() as folder:
             figures = measure(config, pathlib.Path(folder), steps=options.steps)
         if options.out:

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import inference, trained
+from alphagrpo_jax import config_checks, inference, trained
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
@@ -89,7 +89,7 @@ def read_config(options: argparse.Namespace) -> Config:
     if options.checkpoint:
         config = run_folder.run_config(options.checkpoint)
     else:
-        config = trained.read_config(options.config)
+        config = config_checks.read_config(options.config)
     return changed(config, options)
 
 
@@ -235,7 +235,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--verifier", help="a folder or package:NAME, for --keep, instead of the configuration's")
     add("--seed", type=int, default=0)
     add("--checkpoint", help="a run's folder: its newest checkpoint draws")
-    add("--config", default=trained.DEFAULT_CONFIG, help="without --checkpoint; a Python file")
+    add(
+        "--config", default=config_checks.DEFAULT_CONFIG, help="without --checkpoint; a Python file"
+    )
     add("--model", help="a folder or package:NAME, instead of the configuration's")
     add("--temperature", type=float, help="of texts; 0 is greedy")
     add("--top_p", type=float, help="of texts")

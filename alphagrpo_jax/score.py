@@ -26,8 +26,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import tasks, trained
-from alphagrpo_jax.config import SCORES, Config, ConfigError, from_config_dict
+from alphagrpo_jax import config_checks, tasks
+from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.config_checks import SCORES, from_config_dict
 from alphagrpo_jax.rewards import dvreward, report, scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
@@ -108,7 +109,7 @@ def configured(options: argparse.Namespace) -> Config:
     Raises:
       ConfigError: values that do not go together.
     """
-    fields = dataclasses.asdict(trained.read_config())
+    fields = dataclasses.asdict(config_checks.read_config())
     kind, _, place = options.verifier.partition(":")
     remote = kind == "openai"
     fields["verifier"] |= {

@@ -18,9 +18,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.config_fields import MeshShape
+from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax.config import Config, ConfigError, MeshShape
 from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
 from alphagrpo_jax.learner import old_scores, update_policy
 from alphagrpo_jax.rewards.workers.pool import PoolError

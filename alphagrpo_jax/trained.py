@@ -2,13 +2,12 @@
 
 import dataclasses
 import pathlib
-import runpy
 from typing import NamedTuple
 
 import jax
 
 from alphagrpo_jax import policy
-from alphagrpo_jax.config import Config, ConfigError, from_config_dict
+from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.trainer import start_place
@@ -16,8 +15,6 @@ from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training.run_folder import payload, run_config
-
-DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "grpo.py"
 
 
 class Trained(NamedTuple):
@@ -27,25 +24,6 @@ class Trained(NamedTuple):
     loaded: Loaded
     params: policy.PolicyParams
     step: int  # updates done; 0 without a checkpoint
-
-
-def read_config(path: str | pathlib.Path = DEFAULT_CONFIG) -> Config:
-    """The configuration that a Python file's `get_config` makes.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ConfigError: the file is no Python or has no `get_config`; see `config.from_config_dict`.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file at {path}; give one with --config")
-    try:
-        found = runpy.run_path(str(path))
-    except (SyntaxError, ImportError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be run ({error}); see configs/grpo.py") from error
-    if not callable(found.get("get_config")):
-        raise ConfigError(f"{path} has no function get_config; see configs/grpo.py")
-    return from_config_dict(found["get_config"]())
 
 
 def from_config(config: Config) -> Trained:

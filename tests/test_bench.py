@@ -7,7 +7,7 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax import bench
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.training.checks import TrainingError
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib

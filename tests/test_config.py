@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import ConfigError
 from configs import grpo
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import policy, tasks
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.evaluation import metrics
 from alphagrpo_jax.evaluation.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet

@@ -10,7 +10,7 @@ import pytest
 import tiny_world
 from PIL import Image
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import export, generate, inference, trained
 from alphagrpo_jax.models.bagel_weights import load_model, save_model
 from alphagrpo_jax.runtime import checkpoint, sharding

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.training.checks import early_decay
 
 

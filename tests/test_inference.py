@@ -8,7 +8,7 @@ import pytest
 import tiny_world
 from PIL import Image
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import inference, tasks, trained
 from alphagrpo_jax.inference import perform, refine
 from alphagrpo_jax.policy import PolicyParams

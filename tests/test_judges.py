@@ -9,7 +9,7 @@ import pytest
 import tiny_world
 from bad_server import BadServer
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import policy
 from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.models import kv_cache

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import learner, tasks, trainer
 from alphagrpo_jax.advantage import Advantages
 from alphagrpo_jax.training import context, setup

@@ -18,7 +18,7 @@ import types
 import pytest
 from packaging.requirements import Requirement
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.runtime.records import parse_record
 from configs import grpo
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import policy
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.policy import PolicyParams

@@ -11,7 +11,7 @@ import tiny_verifiers
 import tiny_world
 from PIL import Image
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import learner, tasks, trainer
 from alphagrpo_jax.refinement import Queue
 from alphagrpo_jax.rewards.workers.ledger import Scored as Answered

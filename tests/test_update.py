@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import gradient as gradient_lib

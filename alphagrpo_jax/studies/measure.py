@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import policy, tasks, trained
+from alphagrpo_jax import config_checks, policy, tasks, trained
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.sampling.trajectory import pixels, rollout
@@ -128,7 +128,7 @@ def write_drawings(path: pathlib.Path, images: np.ndarray, records: Sequence[Map
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """The figures that the flags ask for."""
-    config = trained.read_config(args.config)
+    config = config_checks.read_config(args.config)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=args.model))
     if args.text_guidance is not None:
         changed = dataclasses.replace(config.eval, text_guidance=args.text_guidance)
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="package:umm")
-    add("--config", type=pathlib.Path, default=trained.DEFAULT_CONFIG)
+    add("--config", type=pathlib.Path, default=config_checks.DEFAULT_CONFIG)
     add("--text_guidance", type=float, help="default: the configuration's")
     add("--out", type=pathlib.Path)
     add("--scenes", type=int, default=500, help="that are reconstructed")

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import trained
+from alphagrpo_jax import config_checks
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.dvreward import dvreward
 from alphagrpo_jax.rewards.workers.pool import PoolError
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict:
     images, fields = read_drawings(options.drawings)
     images, fields = images[: options.limit], fields[: options.limit]
     records = [parse_record(each) for each in fields]
-    config = trained.read_config()
+    config = config_checks.read_config()
     verifier = dataclasses.replace(
         config.verifier,
         path=options.verifier,

@@ -29,8 +29,9 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import trained
-from alphagrpo_jax.config import Config, from_config_dict
+from alphagrpo_jax import config_checks, trained
+from alphagrpo_jax.config import Config
+from alphagrpo_jax.config_checks import from_config_dict
 from alphagrpo_jax.models.name_table import AE, EMA
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
@@ -371,7 +372,7 @@ def study(args: argparse.Namespace) -> dict:
     Raises:
       ValueError, FileNotFoundError, CheckpointError: see `finished` and `kept`.
     """
-    config = trained.read_config(args.config)
+    config = config_checks.read_config(args.config)
     model = model_digest(config.model.path)
     names = [folder.resolve().name for folder in args.run]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -430,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--run", type=pathlib.Path, action="append", required=True)
     parser.add_argument("--name", default="default", help="of this set of runs")
-    parser.add_argument("--config", type=pathlib.Path, default=trained.DEFAULT_CONFIG)
+    parser.add_argument("--config", type=pathlib.Path, default=config_checks.DEFAULT_CONFIG)
     args = parser.parse_args(arguments)
     try:
         text = json.dumps(study(args), indent=2)

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alphagrpo_jax import tasks, trained
+from alphagrpo_jax import config_checks, tasks, trained
 from alphagrpo_jax.inference import perform
 from alphagrpo_jax.runtime import checkpoint
 from alphagrpo_jax.runtime.images import from_data_url
@@ -307,7 +307,7 @@ def study(options: argparse.Namespace) -> dict:
                 f"the run in {folder} is not finished: it has no {run_folder.DONE_FILE}; continue "
                 "it to its end first"
             )
-    config = trained.read_config()
+    config = config_checks.read_config()
     base = trained.from_config(config)
     records = measure.heldout_records(options.per_type, options.implied)
     edits = image_records.records("edit", "heldout", options.edits, seed=SEED)

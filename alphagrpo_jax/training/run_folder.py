@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.config import Config, from_saved
+from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax.config import Config
+from alphagrpo_jax.config_checks import from_saved
 from alphagrpo_jax.refinement import Queue
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed

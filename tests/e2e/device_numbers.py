@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
-from alphagrpo_jax.config_fields import MeshShape
+from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax.config import MeshShape
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training.steps import jit_steps

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_world
 
-from alphagrpo_jax import config as config_lib
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import tasks
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.verifiers import instructions

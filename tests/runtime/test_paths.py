@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from alphagrpo_jax import config
+from alphagrpo_jax import config_checks
 from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
@@ -64,6 +64,6 @@ def test_without_network_the_error_says_what_to_do(monkeypatch):
 def test_the_parent_fetches_once_and_workers_get_the_folder(fetched, tmp_path: pathlib.Path):
     fields = grpo.get_config()
     fields.verifier.path, fields.verifier.workers = ID, 3
-    factories = verifiers_lib.verifier_factories(config.from_config_dict(fields))
+    factories = verifiers_lib.verifier_factories(config_checks.from_config_dict(fields))
     assert fetched == [ID]
     assert [options["path"] for _, options in factories] == [str(tmp_path / "snapshot")] * 3

@@ -9,13 +9,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from alphagrpo_jax import config as config_lib
-from alphagrpo_jax import trained
+from alphagrpo_jax import config_checks, trained
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.runtime.metrics import METRICS
 from alphagrpo_jax.studies import rt2i
 from alphagrpo_jax.training.run_folder import CONFIG_FILE, DONE_FILE
 
-CONFIG = trained.read_config()
+CONFIG = config_checks.read_config()
 MODEL = rt2i.model_digest(CONFIG.model.path)
 GROUPS = ["plain/count"] * 4 + ["plain/relation"] * 2 + ["implied"] * 4
 CLUSTERS = list("aabbcdeeff")

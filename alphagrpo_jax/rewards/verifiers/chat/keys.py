@@ -4,7 +4,7 @@ import json
 import os
 import re
 
-from alphagrpo_jax.config_fields import check_key_name
+from alphagrpo_jax.config import check_key_name
 
 MIN_LENGTH = 5  # shorter ones could not be cut out of texts without harm
 HIDDEN = "[key]"
