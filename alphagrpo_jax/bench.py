@@ -19,28 +19,22 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alphagrpo_jax import config_checks
+from alphagrpo_jax import config_checks, initial_images
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.learner import old_scores, update_policy
+from alphagrpo_jax.prompts import take_batches
+from alphagrpo_jax.reward import advantage_of, score_batch
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
+from alphagrpo_jax.rollout import draw_batch
 from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
-from alphagrpo_jax.trainer import (
-    Batch,
-    Drawn,
-    Place,
-    advantage_of,
-    draw_batch,
-    score_batch,
-    take_batches,
-)
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.steps import jit_steps
-from alphagrpo_jax.types import TrainState
+from alphagrpo_jax.types import Batch, Drawn, Place, TrainState
+from alphagrpo_jax.update import old_scores, update_policy
 
 TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
 
@@ -119,7 +113,8 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
 
 def _batch(run: Run, state: TrainState, step: int) -> Batch:
     place = Place({run.config.task: (step - 1) * run.config.train.prompts_per_step}, None)
-    (batch,) = take_batches(run, state, step, place)
+    initial_images.fill(run, state, step, place)
+    (batch,) = take_batches(run.config, run.data, step, place)
     return batch
 
 

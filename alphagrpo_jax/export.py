@@ -12,13 +12,13 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from alphagrpo_jax import trained
+from alphagrpo_jax import inference
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel_weights import memory_dtypes, save_model
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 
 
-def merged(policy: trained.Trained) -> dict:
+def merged(policy: inference.Trained) -> dict:
     """The policy's weights as one base tree, float as loaded."""
     params = policy.params
     if params.lora is None:
@@ -41,7 +41,7 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
     folder = pathlib.Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; give another --out")
-    policy = trained.from_run(run, model_path=model_path)
+    policy = inference.from_run(run, model_path=model_path)
     base = merged(policy)
     loaded = dataclasses.replace(policy.loaded, dtypes=policy.loaded.dtypes | memory_dtypes(base))
     save_model(folder, loaded, base=base, dtype=dtype)

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import config_checks, inference, trained
+from alphagrpo_jax import config_checks, inference
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
@@ -93,11 +93,11 @@ def read_config(options: argparse.Namespace) -> Config:
     return changed(config, options)
 
 
-def open_policy(options: argparse.Namespace, config: Config) -> trained.Trained:
+def open_policy(options: argparse.Namespace, config: Config) -> inference.Trained:
     """The policy that the flags name; what it draws with is in `config`."""
     if not options.checkpoint:
-        return trained.from_config(config)
-    policy = trained.from_run(options.checkpoint, model_path=options.model)
+        return inference.from_config(config)
+    policy = inference.from_run(options.checkpoint, model_path=options.model)
     return policy._replace(config=config)
 
 
@@ -157,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _refine(
-    policy: trained.Trained,
+    policy: inference.Trained,
     options: argparse.Namespace,
     image: Image.Image | None,
     record: Record | None,

@@ -1,6 +1,7 @@
 """What a policy can be used for: drawing, editing, answering, and refining its own images."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,24 +10,77 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax import tasks
+from alphagrpo_jax import policy, tasks
+from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.prompts import image_block, start_place
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
-from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.rollout import decode_steps
+from alphagrpo_jax.runtime import checkpoint, distributed, sharding
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.sampling.trajectory import RolloutOptions, rollout
-from alphagrpo_jax.trained import Trained
-from alphagrpo_jax.trainer import decode_steps, image_block
+from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
+from alphagrpo_jax.training.run_folder import payload, run_config
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
 KEEPS = ("last", "best", "gated")
 BATCH = 100  # rows of `perform` at a time
 
 _rollout = jax.jit(rollout, static_argnames=("model", "options"))
+
+
+class Trained(NamedTuple):
+    """A policy, and what it came from."""
+
+    config: Config
+    loaded: Loaded
+    params: policy.PolicyParams
+    step: int  # updates done; 0 without a checkpoint
+
+
+def from_config(config: Config) -> Trained:
+    """The pretrained policy of a configuration, on one device."""
+    loaded = setup.load_policy(config, _one_device())
+    return Trained(config, loaded, policy.PolicyParams(loaded.base), 0)
+
+
+def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Trained:
+    """The policy of a run's newest checkpoint, on one device.
+
+    Args:
+      folder: the run's.
+      model_path: where the pretrained model lies now; None: where the run found it.
+    Raises:
+      FileNotFoundError: the folder is not a run's, or has no checkpoint yet.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    config = run_config(folder)
+    if model_path is not None:
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, path=model_path)
+        )
+    mesh = _one_device()
+    loaded = setup.load_policy(config, mesh)
+    state = setup.initial_state(config, loaded.base, setup.make_optimizer(config), mesh)
+    saves = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
+    step = saves.latest()
+    if step is None:
+        raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
+    trainable = saves.state(step, payload(state, start_place(config)))["trainable"]
+    saves.close()
+    params = gradient_lib.policy_params(
+        loaded.base, trainable, lora_scale=options_lib.lora_scale(config)
+    )
+    return Trained(config, loaded, params, step)
+
+
+def _one_device() -> jax.sharding.Mesh:
+    return sharding.make_mesh(1, 1, 1, jax.devices()[:1])
 
 
 class Performed(NamedTuple):

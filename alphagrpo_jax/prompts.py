@@ -7,24 +7,35 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
+from alphagrpo_jax import tasks
+from alphagrpo_jax.config import Config
+from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.tasks import TEXT, Task
-from alphagrpo_jax.types import ImageBlock, TextBlock
+from alphagrpo_jax.types import (
+    Batch,
+    ImageBlock,
+    Place,
+    Queue,
+    TextBlock,
+)
 
 SPLIT = "records"
+TASK_STREAM = 1  # host-side random numbers, beside the data order's
 MAX_REPORTED = 5  # prompts listed in one error
 
 
 class PromptRecords(tfds.core.GeneratorBasedBuilder):
-    """A JSONL file of records (see `rewards.questions`) as array_record files, in file order."""
+    """A JSONL file of records (see `runtime.records`) as array_record files, in file order."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -35,7 +46,7 @@ class PromptRecords(tfds.core.GeneratorBasedBuilder):
 
         Args:
           source: the file.
-          form: see `rewards.questions.parse_record`.
+          form: see `runtime.records.parse_record`.
           **options: as of any TFDS builder, e.g. `data_dir`.
         """
         self._source, self._form = pathlib.Path(source), form
@@ -93,6 +104,13 @@ class PromptSet(NamedTuple):
     def images(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """The records' own images at a size, uint8[P, height, width, 3]; see `given_image`."""
         return np.stack([given_image(self.folder, self.records[row], size) for row in rows])
+
+
+class Data(NamedTuple):
+    """Both prompt sets of a task, tokenised."""
+
+    train: PromptSet
+    heldout: PromptSet
 
 
 def given_image(folder: pathlib.Path, record: Record, size: tuple[int, int] | None) -> np.ndarray:
@@ -291,3 +309,54 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def start_place(config: Config) -> Place:
+    """The place before the first step."""
+    queue = None
+    if any(tasks.TASKS[name].refines for name in config.tasks):
+        capacity = config.srr.queue_prompts + config.train.prompts_per_step
+        queue = Queue.empty(capacity, config.model.height, config.model.width)
+    return Place(dict.fromkeys(config.tasks, 0), queue)
+
+
+def tasks_at(config: Config, step: int) -> list[tasks.Task]:
+    """The tasks of the batches of an update, drawn by weight."""
+    if config.task != "mixed":
+        return [tasks.TASKS[config.task]]
+    weights = np.array(config.mixed.weights)
+    rng = np.random.default_rng([config.seed, TASK_STREAM, step])
+    drawn = rng.choice(len(weights), config.mixed.batches, p=weights / weights.sum())
+    return [tasks.TASKS[config.mixed.tasks[index]] for index in drawn]
+
+
+def take_batches(config: Config, data: Mapping[str, Data], step: int, place: Place) -> list[Batch]:
+    """Stage 1: the prompts of an update; moves `place` on.
+
+    Task srr takes them from the queue of initial images, which `initial_images.fill` has filled.
+    """
+    batches = []
+    count = config.train.prompts_per_step
+    size = (config.model.height, config.model.width)
+    for number, task in enumerate(tasks_at(config, step)):
+        if task.refines:
+            initial = place.queue.take(count)
+            batches.append(Batch(number, task, initial.row, initial.image, initial))
+            continue
+        prompt_set, position = data[task.name].train, place.positions[task.name]
+        rows = order(position, count, size=len(prompt_set.records), seed=config.seed)
+        images = prompt_set.images(rows, size) if task.image == "record" else None
+        batches.append(Batch(number, task, rows, images, None))
+        place.positions[task.name] += count
+    return batches
+
+
+def image_block(loaded: Loaded, images: np.ndarray) -> ImageBlock:
+    """Given images uint8[P, Hpx, Wpx, 3] as both encoders see them; the VAE's size is theirs."""
+    height, width = images.shape[1:3]
+    sizes = loaded.config.vit_transform
+    seen = images
+    if images_lib.fitted_size(width, height, sizes) != (width, height):
+        resized = [images_lib.resize(Image.fromarray(image), sizes) for image in images]
+        seen = np.stack([np.asarray(image) for image in resized])
+    return ImageBlock(images, seen)

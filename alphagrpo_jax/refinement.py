@@ -2,8 +2,6 @@
 then, and the queue in which initial images wait. numpy in, numpy out.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -108,74 +106,3 @@ def outcomes(initial: np.ndarray, refined: np.ndarray) -> dict[str, float]:
         "kept": float(np.mean(change == 0)),
         "spoilt": float(np.mean(change < 0)),
     }
-
-
-@dataclasses.dataclass
-class Queue:
-    """Initial images that wait for their refinement, oldest first; part of a checkpoint.
-
-    Arrays have a fixed capacity; the first `count` entries wait.
-    """
-
-    count: np.ndarray  # int64[]
-    row: np.ndarray  # int64[N], of the prompt in its file
-    image: np.ndarray  # uint8[N, Hpx, Wpx, 3]
-    reward: np.ndarray  # float64[N]
-    lowest: np.ndarray  # float64[N], the lowest reward of the prompt's initial images
-
-    @classmethod
-    def empty(cls, capacity: int, height: int, width: int) -> "Queue":
-        """A queue in which nothing waits."""
-        return cls(
-            count=np.zeros((), np.int64),
-            row=np.zeros(capacity, np.int64),
-            image=np.zeros((capacity, height, width, 3), np.uint8),
-            reward=np.zeros(capacity),
-            lowest=np.zeros(capacity),
-        )
-
-    def add(
-        self, row: np.ndarray, image: np.ndarray, reward: np.ndarray, lowest: np.ndarray
-    ) -> None:
-        """Appends N entries.
-
-        Raises:
-          ValueError: the queue has no room for them.
-        """
-        begin = int(self.count)
-        end = begin + len(row)
-        if end > len(self.row):
-            raise ValueError(
-                f"got {len(row)} entries for a queue with {len(self.row) - begin} free"
-            )
-        for name, new in (("row", row), ("image", image), ("reward", reward), ("lowest", lowest)):
-            vars(self)[name][begin:end] = new
-        self.count = np.array(end, np.int64)
-
-    def take(self, count: int) -> "Queue":
-        """Removes and returns the oldest `count` entries."""
-        taken = Queue(
-            np.array(count, np.int64),
-            *(vars(self)[name][:count].copy() for name in ("row", "image", "reward", "lowest")),
-        )
-        for name in ("row", "image", "reward", "lowest"):
-            array = vars(self)[name]
-            array[:-count] = array[count:].copy()
-            array[-count:] = 0
-        self.count = self.count - count
-        return taken
-
-    def progress(self) -> dict[str, list]:
-        """Its numbers for a checkpoint's JSON part, which keeps every bit of them."""
-        names = ("row", "reward", "lowest")
-        return {name: vars(self)[name][: int(self.count)].tolist() for name in names}
-
-    @classmethod
-    def restored(cls, image: np.ndarray, progress: Mapping[str, list]) -> "Queue":
-        """The queue with these images uint8[N, Hpx, Wpx, 3], and what `progress` gave."""
-        queue = cls.empty(*image.shape[:3])
-        count = len(progress["row"])
-        numbers = (np.asarray(progress[name]) for name in ("row", "reward", "lowest"))
-        row, reward, lowest = numbers
-        queue.add(row, np.asarray(image)[:count], reward, lowest)
-        return queue

@@ -19,6 +19,7 @@ Adding a task is adding an entry to `TASKS`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 THINK_SYSTEM_PROMPT = (
     "You should first think about the planning process in the mind and then generate the image. \n"
@@ -250,3 +251,8 @@ def plan(events: tuple[str, ...]) -> Plan:
             node = None if last else gen[-1]
             steps.append(PlannedStep(kind, event, index, *before, node, edits))
     return Plan(tuple(events), tuple(nodes), tuple(steps))
+
+
+def think_texts(task: Task, texts: Sequence[list[str]]) -> list[list[str]]:
+    """Of what each text step wrote, the think steps'."""
+    return [own for own, kind in zip(texts, task.text_kinds, strict=True) if kind == THINK]

@@ -19,27 +19,23 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax import initial_images
 from alphagrpo_jax.config import Config, ConfigError, MeshShape
 from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
-from alphagrpo_jax.learner import old_scores, update_policy
+from alphagrpo_jax.prompts import start_place, take_batches
+from alphagrpo_jax.reward import advantage_of, score_batch, score_reflections
 from alphagrpo_jax.rewards.workers.pool import PoolError
+from alphagrpo_jax.rollout import draw_batch
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.metrics import merge_metrics, say
 from alphagrpo_jax.runtime.stopping import StopFlag
-from alphagrpo_jax.trainer import (
-    advantage_of,
-    draw_batch,
-    score_batch,
-    score_reflections,
-    start_place,
-    take_batches,
-)
 from alphagrpo_jax.training import run_folder, setup
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.training.checks import TrainingError, check_end, early_decay
 from alphagrpo_jax.training.context import Run
+from alphagrpo_jax.update import old_scores, update_policy
 
 DONE, STOPPED, FAILED, WRONG_USAGE = 0, 75, 1, 2
 
@@ -105,7 +101,8 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         while done < config.train.steps and not distributed.any_process(stop.requested):
             step, started = done + 1, time.monotonic()
             kept.hold(state, done, place)
-            batches = take_batches(run, state, step, place)
+            initial_images.fill(run, state, step, place)
+            batches = take_batches(config, data, step, place)
             given = time.monotonic()
             drawn = [draw_batch(run, state, step, batch) for batch in batches]
             rolled = time.monotonic()

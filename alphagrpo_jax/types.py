@@ -9,14 +9,19 @@ Conventions: sigma = 1 is noise, sigma = 0 the image; rewards lie in [0, 1]; an 
 log-prob is a mean over the latent, a text log-prob is one token's.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from alphagrpo_jax.advantage import Advantages
 from alphagrpo_jax.models.kv_cache import Segment
+from alphagrpo_jax.runtime.records import Record
+from alphagrpo_jax.tasks import Task, think_texts
 
 
 @struct.dataclass
@@ -152,3 +157,117 @@ def map_rows(
 def join_rows(parts: list[Rollout], *, shared: tuple[int, ...]) -> Rollout:
     """Rollouts of one update, one after the other."""
     return map_rows(lambda axis, *arrays: jnp.concatenate(arrays, axis=axis), *parts, shared=shared)
+
+
+@dataclasses.dataclass
+class Queue:
+    """Initial images that wait for their refinement, oldest first; part of a checkpoint.
+
+    Arrays have a fixed capacity; the first `count` entries wait.
+    """
+
+    count: np.ndarray  # int64[]
+    row: np.ndarray  # int64[N], of the prompt in its file
+    image: np.ndarray  # uint8[N, Hpx, Wpx, 3]
+    reward: np.ndarray  # float64[N]
+    lowest: np.ndarray  # float64[N], the lowest reward of the prompt's initial images
+
+    @classmethod
+    def empty(cls, capacity: int, height: int, width: int) -> "Queue":
+        """A queue in which nothing waits."""
+        return cls(
+            count=np.zeros((), np.int64),
+            row=np.zeros(capacity, np.int64),
+            image=np.zeros((capacity, height, width, 3), np.uint8),
+            reward=np.zeros(capacity),
+            lowest=np.zeros(capacity),
+        )
+
+    def add(
+        self, row: np.ndarray, image: np.ndarray, reward: np.ndarray, lowest: np.ndarray
+    ) -> None:
+        """Appends N entries.
+
+        Raises:
+          ValueError: the queue has no room for them.
+        """
+        begin = int(self.count)
+        end = begin + len(row)
+        if end > len(self.row):
+            raise ValueError(
+                f"got {len(row)} entries for a queue with {len(self.row) - begin} free"
+            )
+        for name, new in (("row", row), ("image", image), ("reward", reward), ("lowest", lowest)):
+            vars(self)[name][begin:end] = new
+        self.count = np.array(end, np.int64)
+
+    def take(self, count: int) -> "Queue":
+        """Removes and returns the oldest `count` entries."""
+        taken = Queue(
+            np.array(count, np.int64),
+            *(vars(self)[name][:count].copy() for name in ("row", "image", "reward", "lowest")),
+        )
+        for name in ("row", "image", "reward", "lowest"):
+            array = vars(self)[name]
+            array[:-count] = array[count:].copy()
+            array[-count:] = 0
+        self.count = self.count - count
+        return taken
+
+    def progress(self) -> dict[str, list]:
+        """Its numbers for a checkpoint's JSON part, which keeps every bit of them."""
+        names = ("row", "reward", "lowest")
+        return {name: vars(self)[name][: int(self.count)].tolist() for name in names}
+
+    @classmethod
+    def restored(cls, image: np.ndarray, progress: Mapping[str, list]) -> "Queue":
+        """The queue with these images uint8[N, Hpx, Wpx, 3], and what `progress` gave."""
+        queue = cls.empty(*image.shape[:3])
+        count = len(progress["row"])
+        numbers = (np.asarray(progress[name]) for name in ("row", "reward", "lowest"))
+        row, reward, lowest = numbers
+        queue.add(row, np.asarray(image)[:count], reward, lowest)
+        return queue
+
+
+@dataclasses.dataclass
+class Place:
+    """How far a run has come in its data; part of a checkpoint."""
+
+    positions: dict[str, int]  # prompts taken so far, by task
+    queue: Queue | None  # initial images that task srr has yet to repair
+
+
+class Batch(NamedTuple):
+    """P prompts of one task, and what is given beside them."""
+
+    number: int  # in the update
+    task: Task
+    rows: np.ndarray  # int64[P], into the task's training prompts
+    images: np.ndarray | None  # uint8[P, Hpx, Wpx, 3]
+    initial: Queue | None  # rewards of the images to be repaired
+
+
+class Drawn(NamedTuple):
+    """The trajectories of one batch, their images under way to the verifiers."""
+
+    batch: Batch
+    trajectories: Rollout
+    records: list[Record]  # one per trajectory
+    ids: list[tuple[int, int, int]]  # of the samples in the pool
+    texts: list[list[str]]  # what each text step wrote
+    text_metrics: dict[str, float]
+
+    @property
+    def thinks(self) -> list[list[str]]:
+        """What each think step wrote."""
+        return think_texts(self.batch.task, self.texts)
+
+
+class Scored(NamedTuple):
+    """Advantages of one batch."""
+
+    text: Advantages
+    image: np.ndarray  # float32[P, G]
+    metrics: dict[str, float]
+    left_out: bool = False  # nothing improved: the batch is no part of the update

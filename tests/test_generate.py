@@ -11,10 +11,10 @@ import tiny_world
 from PIL import Image
 
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax import export, generate, inference, trained
+from alphagrpo_jax import export, generate, inference
 from alphagrpo_jax.models.bagel_weights import load_model, save_model
+from alphagrpo_jax.prompts import start_place
 from alphagrpo_jax.runtime import checkpoint, sharding
-from alphagrpo_jax.trainer import start_place
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training.run_folder import CONFIG_FILE, payload
@@ -52,7 +52,7 @@ def write_run(root: pathlib.Path) -> pathlib.Path:
 
 
 def test_a_run_is_restored(run_folder: pathlib.Path):
-    policy = trained.from_run(run_folder)
+    policy = inference.from_run(run_folder)
     assert policy.step == 3
     assert policy.params.lora_scale == 2.0  # alpha 8, rank 4
     for leaf in jax.tree.leaves(policy.params.lora):
@@ -63,7 +63,7 @@ def test_a_run_is_restored(run_folder: pathlib.Path):
 def test_exported_weights_draw_the_same(run: str, request, tmp_path: pathlib.Path):
     run_folder, out = request.getfixturevalue(run), tmp_path / "model"
     assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 0
-    policy = trained.from_run(run_folder)
+    policy = inference.from_run(run_folder)
     reloaded = load_model(out)
     expected = export.merged(policy)
     jax.tree.map(np.testing.assert_array_equal, reloaded.base, expected)
@@ -89,7 +89,7 @@ def test_export_rounds_only_when_told_to(run_folder: pathlib.Path, tmp_path: pat
     assert export.main([*flags, "--dtype", "bfloat16"]) == 0
     rounded = jax.tree.map(
         lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32),
-        export.merged(trained.from_run(run_folder)),
+        export.merged(inference.from_run(run_folder)),
     )
     again = load_model(tmp_path / "half")
     jax.tree.map(np.testing.assert_array_equal, again.base, rounded)
@@ -111,7 +111,7 @@ def test_generate_writes_a_grid_and_prints_the_texts(
 
 
 def test_one_image_is_the_first_of_many(run_folder: pathlib.Path):
-    policy = trained.from_run(run_folder)
+    policy = inference.from_run(run_folder)
     one = inference.draw(policy, "a red circle", think=False, count=1, seed=7)
     many = inference.draw(policy, "a red circle", think=False, count=3, seed=7)
     other = inference.draw(policy, "a red circle", think=False, count=1, seed=8)

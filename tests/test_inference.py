@@ -9,7 +9,7 @@ import tiny_world
 from PIL import Image
 
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax import inference, tasks, trained
+from alphagrpo_jax import inference, tasks
 from alphagrpo_jax.inference import perform, refine
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime.records import parse_record
@@ -19,7 +19,7 @@ from alphagrpo_jax.runtime.records import parse_record
 def policy():
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
     loaded = tiny_world.model()
-    return trained.Trained(config, loaded, PolicyParams(loaded.base), 0)
+    return inference.Trained(config, loaded, PolicyParams(loaded.base), 0)
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)

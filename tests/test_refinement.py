@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from alphagrpo_jax import refinement
-from alphagrpo_jax.refinement import Queue, choose_initial, outcomes, rectify
+from alphagrpo_jax.refinement import choose_initial, outcomes, rectify
+from alphagrpo_jax.types import Queue
 
 REWARD = np.array([[0.9, 0.2, 0.2, 0.5], [0.1, 0.8, 0.7, 0.6], [0.3, 0.3, 0.3, 0.3]])
 VALID = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], bool)

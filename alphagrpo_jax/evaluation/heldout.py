@@ -22,23 +22,20 @@ from alphagrpo_jax.evaluation.metrics import (
 )
 from alphagrpo_jax.evaluation.samples import write_samples
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.prompts import image_block
+from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.metrics import say
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
-from alphagrpo_jax.trainer import (
-    Place,
-    decode_steps,
-    image_block,
-    think_texts,
-)
+from alphagrpo_jax.tasks import think_texts
 from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.training import run_folder, setup
+from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState
+from alphagrpo_jax.types import ImageBlock, Place, TextBlock, TrainState
 
 # By `tasks.Task.data`.
 HELDOUT_FIELDS = {
@@ -48,7 +45,7 @@ HELDOUT_FIELDS = {
 }
 
 
-def check_heldout(config: Config, data: Mapping[str, setup.Data]) -> None:
+def check_heldout(config: Config, data: Mapping[str, prompts.Data]) -> None:
     """Tries the exact checker on all held-out records before anything is drawn.
 
     Raises:

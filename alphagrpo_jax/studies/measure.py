@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import config_checks, policy, tasks, trained
+from alphagrpo_jax import config_checks, inference, policy, tasks
+from alphagrpo_jax.inference import Trained
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.sampling.trajectory import pixels, rollout
 from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
 from alphagrpo_jax.studies import measure_skills
-from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import TextBlock
 
@@ -133,7 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     if args.text_guidance is not None:
         changed = dataclasses.replace(config.eval, text_guidance=args.text_guidance)
         config = dataclasses.replace(config, eval=changed)
-    policy_ = trained.from_config(config)
+    policy_ = inference.from_config(config)
     if args.skills:
         return measure_skills.measure(policy_, args.examples)
     found = heldout_records(args.per_type, args.implied)

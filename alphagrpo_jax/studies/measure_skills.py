@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from alphagrpo_jax import tasks
-from alphagrpo_jax.inference import Performed, perform
+from alphagrpo_jax.inference import Performed, Trained, perform
 from alphagrpo_jax.shapes import (
     checker,
     examples,
@@ -31,7 +31,6 @@ from alphagrpo_jax.shapes import (
     scenes,
     specs,
 )  # fmt: skip
-from alphagrpo_jax.trained import Trained
 
 SEED = 31
 

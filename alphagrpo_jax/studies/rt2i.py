@@ -29,16 +29,16 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from alphagrpo_jax import config_checks, trained
+from alphagrpo_jax import config_checks, inference
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import from_config_dict
+from alphagrpo_jax.inference import Trained
 from alphagrpo_jax.models.name_table import AE, EMA
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.shapes import checker, prompts, requests, riddles, scenes, specs
 from alphagrpo_jax.studies.measure import judge
-from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.training import run_folder
 
 PER_PLAIN_TYPE, IMPLIED, HELDOUT_RIDDLES = 300, 800, 240
@@ -208,7 +208,7 @@ def end_of(run: Finished, config: Config) -> Trained:
     Raises:
       ValueError: its newest checkpoint is of another step.
     """
-    policy = trained.from_run(run.folder)
+    policy = inference.from_run(run.folder)
     if policy.step != run.step:
         raise ValueError(
             f"the newest checkpoint in {run.folder} is of step {policy.step}, expected {run.step}, "
@@ -404,7 +404,7 @@ def study(args: argparse.Namespace) -> dict:
         GREEDY: sampled | {"temperature": 0.0},
         AGAIN: sampled | {"seed": OTHER_SEED},
     }
-    pretrained = functools.partial(trained.from_config, config)
+    pretrained = functools.partial(inference.from_config, config)
     untrained = {name: judged(name, pretrained, how) for name, how in ways.items()}
     after = [
         judged(

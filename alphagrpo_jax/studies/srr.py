@@ -28,15 +28,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alphagrpo_jax import config_checks, tasks, trained
-from alphagrpo_jax.inference import perform
+from alphagrpo_jax import config_checks, inference, tasks
+from alphagrpo_jax.inference import Trained, perform
 from alphagrpo_jax.runtime import checkpoint
 from alphagrpo_jax.runtime.images import from_data_url
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.shapes import checker, image_records
 from alphagrpo_jax.studies import measure
 from alphagrpo_jax.studies import rt2i as study_lib
-from alphagrpo_jax.trained import Trained
 from alphagrpo_jax.training import run_folder
 
 SEED = 47
@@ -308,14 +307,14 @@ def study(options: argparse.Namespace) -> dict:
                 "it to its end first"
             )
     config = config_checks.read_config()
-    base = trained.from_config(config)
+    base = inference.from_config(config)
     records = measure.heldout_records(options.per_type, options.implied)
     edits = image_records.records("edit", "heldout", options.edits, seed=SEED)
     options.out.mkdir(parents=True, exist_ok=True)
     first = first_images(base, records)
     policies: dict[str, list[dict[str, np.ndarray]]] = {}
     for name, folder in [(UNTRAINED, None), *options.run]:
-        policy = base if folder is None else trained.from_run(folder)._replace(config=config)
+        policy = base if folder is None else inference.from_run(folder)._replace(config=config)
         label = name if folder is None else f"{name}_{folder.resolve().name}"
         path = options.out / f"refine_{label}.json"
         found = measured(path, policy, records, first, edits, drew_first=folder is None)

@@ -3,11 +3,11 @@
 import pathlib
 from typing import NamedTuple
 
+from alphagrpo_jax import prompts
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.self_verifier import PolicyJudge
 from alphagrpo_jax.types import TrainState
@@ -18,7 +18,7 @@ class Run(NamedTuple):
 
     config: Config
     loaded: Loaded
-    data: dict[str, setup.Data]  # by task
+    data: dict[str, prompts.Data]  # by task
     steps: steps_lib.Steps
     pool: scoring.Judge
     workdir: pathlib.Path

@@ -12,16 +12,14 @@ import jax
 import numpy as np
 
 from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax import prompts
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import from_saved
-from alphagrpo_jax.refinement import Queue
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows, replace_text
-from alphagrpo_jax.trainer import Place
-from alphagrpo_jax.training import setup
 from alphagrpo_jax.training.checks import TrainingError
-from alphagrpo_jax.types import TrainState
+from alphagrpo_jax.types import Place, Queue, TrainState
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
 
@@ -33,20 +31,20 @@ def payload(state: TrainState, place: Place) -> dict[str, Any]:
     return arrays if place.queue is None else arrays | {"queue": place.queue.image}
 
 
-def progress(step: int, place: Place, data: Mapping[str, setup.Data]) -> dict[str, Any]:
+def progress(step: int, place: Place, data: Mapping[str, prompts.Data]) -> dict[str, Any]:
     """The numbers of a checkpoint: steps done, the place in the data, and what data it is."""
     queue = {} if place.queue is None else {"queue": place.queue.progress()}
     return {"step": step, "positions": place.positions} | queue | fingerprint(data)
 
 
 def content(
-    state: TrainState, step: int, place: Place, data: Mapping[str, setup.Data]
+    state: TrainState, step: int, place: Place, data: Mapping[str, prompts.Data]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint holds: arrays, and a JSON object."""
     return payload(state, place), progress(step, place, data)
 
 
-def fingerprint(data: Mapping[str, setup.Data]) -> dict[str, str]:
+def fingerprint(data: Mapping[str, prompts.Data]) -> dict[str, str]:
     """The contents of the prompt files, which a resumed run must find again."""
     return {
         f"data.{part}.{task}": one.digest
@@ -59,7 +57,7 @@ def restore(
     saves: checkpoint.Checkpoints,
     state: TrainState,
     place: Place,
-    data: Mapping[str, setup.Data],
+    data: Mapping[str, prompts.Data],
 ) -> tuple[TrainState, int, Place]:
     """The newest checkpoint's state, steps done and place in the data; what is given if none.
 
@@ -110,7 +108,7 @@ class Kept:
     def save(
         self,
         saves: checkpoint.Checkpoints,
-        data: Mapping[str, setup.Data],
+        data: Mapping[str, prompts.Data],
         record: Callable[[int, Mapping[str, Any]], None],
     ) -> None:
         """Writes the row that waits, marked so, and the checkpoint, where there is anything new."""
@@ -125,7 +123,7 @@ class Kept:
 @contextlib.contextmanager
 def saved_on_error(
     saves: checkpoint.Checkpoints,
-    data: Mapping[str, setup.Data],
+    data: Mapping[str, prompts.Data],
     record: Callable[[int, Mapping[str, Any]], None],
 ) -> Iterator[Kept]:
     """Where a run's updates happen: an error in there costs none that is done.

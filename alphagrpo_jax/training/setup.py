@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,12 @@ from jax.sharding import Mesh
 from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
+from alphagrpo_jax.prompts import Data
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
 from alphagrpo_jax.types import TrainState
-
-
-class Data(NamedTuple):
-    """Both prompt sets of a task, tokenised."""
-
-    train: prompts.PromptSet
-    heldout: prompts.PromptSet
 
 
 def load_policy(config: Config, mesh: Mesh) -> Loaded:

@@ -6,10 +6,9 @@ import pytest
 
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
-from alphagrpo_jax.trainer import Place
 from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training.checks import TrainingError
-from alphagrpo_jax.types import TrainState
+from alphagrpo_jax.types import Place, TrainState
 
 
 class Saves:

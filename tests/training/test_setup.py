@@ -5,7 +5,6 @@ import pytest
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import ConfigError
-from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
 
@@ -38,7 +37,9 @@ def test_endpoints_stand_beside_local_workers():
 
 def test_the_pool_is_made_as_configured(tmp_path, monkeypatch):
     made = {}
-    monkeypatch.setattr(setup, "Pool", lambda factories, options: made.update(options=options))
+    monkeypatch.setattr(
+        verifiers_lib, "Pool", lambda factories, options: made.update(options=options)
+    )
     verifiers_lib.make_pool(
         config_of(cache_size=7, audit=str(tmp_path / "log.jsonl"), max_attempts=3)
     )

@@ -94,8 +94,8 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
 
     monkeypatch.setattr(srr, "perform", idle)
     monkeypatch.setattr(srr, "weights_digest", lambda policy: "own")
-    monkeypatch.setattr(srr.trained, "from_config", lambda config: None)
-    monkeypatch.setattr(srr.trained, "from_run", lambda folder: Performed(None, []))
+    monkeypatch.setattr(srr.inference, "from_config", lambda config: None)
+    monkeypatch.setattr(srr.inference, "from_run", lambda folder: Performed(None, []))
     monkeypatch.setattr(Performed, "_replace", lambda self, **_: None)
     run = tmp_path / "run"
     run.mkdir()

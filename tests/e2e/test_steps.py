@@ -12,8 +12,7 @@ import tiny_world
 from PIL import Image
 
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax import learner, tasks, trainer
-from alphagrpo_jax.refinement import Queue
+from alphagrpo_jax import initial_images, prompts, reward, rollout, tasks, types, update
 from alphagrpo_jax.rewards.workers.ledger import Scored as Answered
 from alphagrpo_jax.runtime import metrics
 from alphagrpo_jax.runtime.records import parse_record
@@ -22,7 +21,7 @@ from alphagrpo_jax.training import context, setup
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import steps as steps_lib
-from alphagrpo_jax.types import TextSample, TrainState
+from alphagrpo_jax.types import Queue, TextSample, TrainState
 
 SECOND_LOOK = tasks.Task(
     "second_look",
@@ -85,21 +84,23 @@ def one_step(world, name):
         state = state.replace(trainable=moved)
         steps = steps_lib.jit_steps(config, loaded, state, optimizer, mesh)
         run = context.Run(config, loaded, data, steps, Judge(), world)
-        (batch,) = trainer.take_batches(run, state, 1, trainer.start_place(config))
-        drawn = trainer.draw_batch(run, state, 1, batch)
-        old = learner.old_scores(run, state, drawn)
-        scores = trainer.score_batch(run, drawn, None, 1)
-        scored = trainer.advantage_of(config, drawn, scores)
+        place = prompts.start_place(config)
+        initial_images.fill(run, state, 1, place)
+        (batch,) = prompts.take_batches(config, data, 1, place)
+        drawn = rollout.draw_batch(run, state, 1, batch)
+        old = update.old_scores(run, state, drawn)
+        scores = reward.score_batch(run, drawn, None, 1)
+        scored = reward.advantage_of(config, drawn, scores)
         # A random model's answers may all be wrong, its repairs all worse: given advantages then.
         given = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
         own = scored.text._replace(advantage=given, used=np.ones((2, 4), bool))
-        given = trainer.Scored(own, given, {})
-        whole = learner._UpdateBatch.of(run, drawn, old, given)
-        together = learner._TaskBatches.of(run, [whole])
+        given = types.Scored(own, given, {})
+        whole = update._UpdateBatch.of(run, drawn, old, given)
+        together = update._TaskBatches.of(run, [whole])
         gradient, _ = together.gradient(run, state, jnp.float32(1.0))
         gradient = jax.tree.map(np.asarray, gradient)
         by_score = cotangents(config, loaded, together)
-        _, learned, (metrics,) = learner.update_policy(run, state, [drawn], [old], [given], 1)
+        _, learned, (metrics,) = update.update_policy(run, state, [drawn], [old], [given], 1)
     return {
         "name": name, "run": run, "batch": batch, "drawn": drawn, "scores": scores,
         "gradient": gradient, "by_score": by_score, "learned": learned, "metrics": metrics,
@@ -179,7 +180,7 @@ def test_a_cut_answer_counts_though_no_think_text_was_cut():
         scored = np.ones((4, 3), bool)
         return TextSample(None, None, scored, None, np.array(truncated))
 
-    found = trainer._text_metrics([sample([False] * 4), sample([True, True, False, False])])
+    found = rollout._text_metrics([sample([False] * 4), sample([True, True, False, False])])
     assert found == {"text/length": 3.0, "text/truncated_fraction": 0.25}
 
 
@@ -193,7 +194,7 @@ def test_the_worst_initial_image_is_repaired(step):
     for place, row in enumerate(batch.rows):
         record = run.data["srr"].train.records[row]
         own = [image for image, asked in samples.values() if asked == tuple(record.asked)]
-        found = [trainer.scoring.dvreward(*record.split(
+        found = [rollout.scoring.dvreward(*record.split(
             [answer.p_yes for answer in run.pool.honest.answer(image, record.asked)]
         )).reward for image in own]  # fmt: skip
         assert batch.initial.reward[place] == pytest.approx(min(found))
@@ -216,16 +217,17 @@ def test_own_initial_images_are_those_of_the_files(world):
     data = setup.load_data(config, loaded, world / "cache")
     run = context.Run(config, loaded, data, NoModel(), Judge(), world)
     state = TrainState(None, None, jax.random.key(0))
-    place, seen = trainer.start_place(config), set()
+    place, seen = prompts.start_place(config), set()
     for step in (1, 2, 3):
-        (batch,) = trainer.take_batches(run, state, step, place)
+        initial_images.fill(run, state, step, place)
+        (batch,) = prompts.take_batches(config, data, step, place)
         for index, row in enumerate(batch.rows):
             seen.add(int(row))
             with Image.open(world / f"edit_{row}.png") as image:
                 np.testing.assert_array_equal(batch.images[index], np.asarray(image))
             record = data["srr"].train.records[row]
             answers = run.pool.honest.answer(batch.images[index], record.asked)
-            reward = trainer.scoring.dvreward(
+            reward = rollout.scoring.dvreward(
                 *record.split([each.p_yes for each in answers])
             ).reward
             assert batch.initial.reward[index] == pytest.approx(reward)
@@ -244,10 +246,10 @@ def refining(mode, texts, pool=None):
     parsed = config_lib.from_config_dict(config)
     numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
     initial = Queue(np.array(1), *numbers, np.array([0.5]), np.array([0.5]))
-    batch = trainer.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), numbers[1], initial)
+    batch = types.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), numbers[1], initial)
     records = [parse_record(tiny_world.record("a red circle"))] * 4
     ids = [(1, 0, number) for number in range(4)]
-    drawn = trainer.Drawn(batch, None, records, ids, [texts], {})
+    drawn = types.Drawn(batch, None, records, ids, [texts], {})
     return context.Run(parsed, None, {}, None, pool, None), drawn
 
 
@@ -271,14 +273,14 @@ def test_a_reflection_is_well_formed_if_every_verdict_is_yes():
     answers = {(1, 0, number): (0.64, 0.64, 0.64) for number in range(4)}
     answers |= {(1, 0, number, "reflection"): own for number, own in enumerate(verdicts)}
     run, drawn = refining("verifier", ["<think> a </think>"] * 4, pool=Given(answers))
-    found = trainer.score_reflections(run, drawn)
+    found = reward.score_reflections(run, drawn)
     np.testing.assert_array_equal(found, [1.0, 0.0, np.nan, 1.0])
-    scores = trainer.score_batch(run, drawn, found, 1)
+    scores = reward.score_batch(run, drawn, found, 1)
     assert scores.valid.tolist() == [True, True, False, True]
     np.testing.assert_allclose(scores.reward, [0.64, 0.64, np.nan, 0.64])
     assert scores.failures == {"no verdict on the reflection": 1}
     assert scores.reasons[2] == "no verdict on the reflection"
-    scored = trainer.advantage_of(run.config, drawn, scores, found)
+    scored = reward.advantage_of(run.config, drawn, scores, found)
     # Text: reward + 0.5 (format + reflection) / 2; the image's reward is alone.
     np.testing.assert_allclose(scored.text.advantage, [[1 / 12, -1 / 6, 0.0, 1 / 12]], atol=1e-6)
     np.testing.assert_allclose(scored.image, np.zeros((1, 4)), atol=1e-6)
@@ -288,14 +290,14 @@ def test_a_reflection_is_well_formed_if_every_verdict_is_yes():
 def test_reflections_by_rule():
     good = "<think> the cross is blue. make the cross red. red cross top left </think>"
     run, drawn = refining("rule", [good, *["<think> red cross </think>"] * 3])
-    found = trainer.score_reflections(run, drawn)
+    found = reward.score_reflections(run, drawn)
     assert found.tolist() == [1.0, 0.0, 0.0, 0.0]
     scores = dataclasses.replace(scores_of([0.6] * 4), format=np.ones(4))
-    scored = trainer.advantage_of(run.config, drawn, scores, found)
+    scored = reward.advantage_of(run.config, drawn, scores, found)
     np.testing.assert_allclose(scored.text.advantage[0], [0.1875, -0.0625, -0.0625, -0.0625])
     assert not scored.image.any()
     run, drawn = refining("none", [good] * 4)
-    assert trainer.score_reflections(run, drawn) is None
+    assert reward.score_reflections(run, drawn) is None
 
 
 @pytest.mark.parametrize(
@@ -311,9 +313,9 @@ def test_initial_and_repairs_are_compared_on_one_scale(baseline, expected):
     parsed = config_lib.from_config_dict(config)
     numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
     initial = Queue(np.array(1), *numbers, np.array([0.55]), np.array([0.1]))
-    batch = trainer.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
-    drawn = trainer.Drawn(batch, None, [], [], [["<think> a </think>"] * 4], {})
-    found = trainer.advantage_of(parsed, drawn, scores_of([0.6, 0.5, 0.5, 0.5]))
+    batch = types.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
+    drawn = types.Drawn(batch, None, [], [], [["<think> a </think>"] * 4], {})
+    found = reward.advantage_of(parsed, drawn, scores_of([0.6, 0.5, 0.5, 0.5]))
     np.testing.assert_allclose(found.text.advantage[0], expected, atol=1e-6)
     np.testing.assert_allclose(found.image[0], expected, atol=1e-6)
 
@@ -321,7 +323,7 @@ def test_initial_and_repairs_are_compared_on_one_scale(baseline, expected):
 def scores_of(rewards):
     count = len(rewards)
     nothing, valid = np.zeros(count), ~np.isnan(rewards)
-    return trainer.scoring.Scores(np.array(rewards), nothing, nothing, np.ones(count), valid, {})
+    return rollout.scoring.Scores(np.array(rewards), nothing, nothing, np.ones(count), valid, {})
 
 
 def test_nothing_improved_means_no_advantages():
@@ -329,16 +331,16 @@ def test_nothing_improved_means_no_advantages():
     config = dataclasses.replace(config, task="srr")
     numbers = (np.zeros(2, int), np.zeros((2, 2, 2, 3), np.uint8))
     initial = Queue(np.array(2), *numbers, np.array([0.6, 0.9]), np.array([0.1, 0.2]))
-    batch = trainer.Batch(0, tasks.TASKS["srr"], np.zeros(2, int), None, initial)
-    drawn = trainer.Drawn(batch, None, [], [], [["<think> a </think>"] * 8], {})
+    batch = types.Batch(0, tasks.TASKS["srr"], np.zeros(2, int), None, initial)
+    drawn = types.Drawn(batch, None, [], [], [["<think> a </think>"] * 8], {})
     worse = scores_of([0.6, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, 0.4])
-    found = trainer.advantage_of(config, drawn, worse)
+    found = reward.advantage_of(config, drawn, worse)
     assert found.text.all_zero
     assert not found.image.any()
     assert found.left_out
     assert found.metrics["srr/improved_fraction"] == 0.0
     better = scores_of([0.7, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, np.nan])
-    found = trainer.advantage_of(config, drawn, better)
+    found = reward.advantage_of(config, drawn, better)
     assert not found.left_out
     advantage = found.text.advantage
     assert advantage[0, 0] > 0 > advantage[0, 1]
@@ -353,9 +355,9 @@ def test_tasks_are_drawn_by_weight_and_by_the_step_alone():
     config.task, config.mixed.tasks, config.mixed.batches = "mixed", ("rt2i", "ti2t"), 2
     config.mixed.weights = (3.0, 1.0)
     parsed = config_lib.from_config_dict(config)
-    drawn = [task.name for at in range(1, 2001) for task in trainer.tasks_at(parsed, at)]
+    drawn = [task.name for at in range(1, 2001) for task in prompts.tasks_at(parsed, at)]
     assert drawn.count("rt2i") / len(drawn) == pytest.approx(0.75, abs=0.03)
-    again = [task.name for task in trainer.tasks_at(parsed, 7)]
+    again = [task.name for task in prompts.tasks_at(parsed, 7)]
     assert again == drawn[12:14]
 
 

@@ -9,12 +9,11 @@ import numpy as np
 
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import distributed
-from alphagrpo_jax.trainer import Drawn, Scored
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.gradient import Totals
-from alphagrpo_jax.types import StepScores, TrainState, UpdateBatch
+from alphagrpo_jax.types import Drawn, Scored, StepScores, TrainState, UpdateBatch
 
 # Metrics of a batch's first optimizer step; of its others the last one's are kept.
 FIRST_ONLY = {"text/ratio_max_dev", "image/ratio_max_dev", "logp/rollout_update_max_abs_diff"}

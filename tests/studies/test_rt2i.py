@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from alphagrpo_jax import config_checks, trained
+from alphagrpo_jax import config_checks, inference
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.runtime.metrics import METRICS
 from alphagrpo_jax.studies import rt2i
@@ -206,13 +206,13 @@ def test_runs_that_do_not_fit_are_refused(tmp_path: pathlib.Path):
 
 
 def test_another_checkpoint_than_the_last_state_is_refused(monkeypatch):
-    policy = trained.Trained(CONFIG, None, None, step=1)
-    monkeypatch.setattr(trained, "from_run", lambda folder: policy)
+    policy = inference.Trained(CONFIG, None, None, step=1)
+    monkeypatch.setattr(inference, "from_run", lambda folder: policy)
     run = rt2i.Finished(pathlib.Path("runs/x"), 2, "d", [])
     with pytest.raises(ValueError, match="is of step 1, expected 2"):
         rt2i.end_of(run, CONFIG)
     other = policy._replace(config=None)
-    monkeypatch.setattr(trained, "from_run", lambda folder: other)
+    monkeypatch.setattr(inference, "from_run", lambda folder: other)
     assert rt2i.end_of(run._replace(step=1), CONFIG).config is CONFIG
 
 
@@ -226,7 +226,7 @@ def test_the_command(tmp_path: pathlib.Path, monkeypatch, capsys):
     plain, implied = {"kind": "plain", "combination": "x"}, {"kind": "implied", "riddles": ["r"]}
     monkeypatch.setattr(rt2i, "study_records", lambda: ([plain] * 6 + [implied] * 4, GROUPS))
     monkeypatch.setattr(rt2i, "judge", judge)
-    monkeypatch.setattr(trained, "from_config", lambda config: "untrained")
+    monkeypatch.setattr(inference, "from_config", lambda config: "untrained")
     monkeypatch.setattr(rt2i, "end_of", lambda run, config: run.name)
     runs = [write_run(tmp_path / "runs" / name) for name in ("seed0", "seed1")]
     flags = ["--out", str(tmp_path / "out"), *(f"--run={run}" for run in runs)]

@@ -15,7 +15,6 @@ from alphagrpo_jax.rewards.scoring import Scores, ScoringOptions
 from alphagrpo_jax.rewards.workers.ledger import Scored
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import TASKS
-from alphagrpo_jax.training import setup
 
 KINDS = [("plain", "count"), ("plain", "count"), ("plain", "relation"), ("implied", "number")]
 FACTS = [
@@ -67,7 +66,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
         TASKS["rt2i"], tuple(map(parse_record, (good, bad))), (), pathlib.Path(), ""
     )
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
-    check_heldout(config, {"rt2i": setup.Data(None, prompts)})  # without a checker
+    check_heldout(config, {"rt2i": prompts.Data(None, prompts)})  # without a checker
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, checker="shapes"))
     for name, source in (
         ("rt2i", "data.heldout=unused/held"),
@@ -76,7 +75,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
         own = prompts._replace(task=TASKS[name])
         message = f"{source}.*record 2 .'a blue square'.*eval.checker=''"
         with pytest.raises(ValueError, match=message):
-            check_heldout(config, {name: setup.Data(None, own)})
+            check_heldout(config, {name: prompts.Data(None, own)})
 
 
 def test_without_facts_there_are_only_rewards():

@@ -1,0 +1,282 @@
+"""Updates of a stored rollout: exactness, micro-batches, gradients, guards."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_world
+
+from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax.sampling import trajectory
+from alphagrpo_jax.tasks import TASKS
+from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.types import Rollout, TextBlock, TrainState, UpdateBatch, map_rows
+
+ROWS, ONE = 4, jnp.float32(1.0)
+
+
+class Setting(NamedTuple):
+    loaded: object
+    options: gradient_lib.UpdateOptions
+    rollout_options: trajectory.RolloutOptions
+    trainable: dict
+    stored: Rollout
+    batch: UpdateBatch
+
+
+def configuration(tmp_path=None):
+    config = tiny_world.config(tmp_path or tiny_world.pathlib.Path("unused"))
+    config.train.prompts_per_step, config.train.group_size = 2, 2
+    config.train.micro_batch = config.rollout.micro_batch = ROWS
+    return config_lib.from_config_dict(config)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """A rollout of two prompts by two, under adapters that are not zero."""
+    config, loaded = configuration(), tiny_world.model()
+    own = options_lib.rollout_options(config, loaded, TASKS["rt2i"])
+    trainable = gradient_lib.init_trainable(
+        loaded.base, jax.random.key(2), rank=4, targets=config.lora.targets, full_targets=None
+    )
+    trainable = jax.tree.map(
+        lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), trainable
+    )
+    params = gradient_lib.policy_params(loaded.base, trainable, lora_scale=2.0)
+    rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
+    block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
+    run = jax.jit(functools.partial(trajectory.rollout, loaded.model, options=own))
+    numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
+    stored, _ = run(params, (block,), *numbers)
+    advantage = jnp.array([1.0, -0.5, 0.75, -1.25])
+    batch = UpdateBatch(stored, advantage, advantage, jnp.array([True, True, True, False]))
+    options = options_lib.update_options(config, loaded, TASKS["rt2i"])
+    return Setting(loaded, options, own, trainable, stored, batch)
+
+
+def gradient_of(setting, options, *, trainable=None, batch=None, old=None, base=None):
+    """Gradient, metrics and new scores of the whole update, by the options' micro-batches."""
+    base = setting.loaded.base if base is None else base
+    trainable = setting.trainable if trainable is None else trainable
+    batch = setting.batch if batch is None else batch
+    forward = _jitted("forward", setting.loaded.model, options)
+    backward = _jitted("backward", None, options)
+    totals = gradient_lib.count(batch, None, options=options)
+    summed, scores = None, []
+    for part in range(ROWS // options.micro_batch):
+        new, pullback = forward(trainable, base, batch.rollout, jnp.int32(part))
+        before = None if old is None else old[part]
+        own = backward(pullback, new, before, None, batch, jnp.int32(part), totals, ONE)
+        summed = own if summed is None else gradient_lib.accumulate(summed, own)
+        scores.append(new)
+    return *summed, scores
+
+
+@functools.cache
+def _jitted(name, model, options):
+    own = {"options": options} | ({} if model is None else {"model": model})
+    return jax.jit(functools.partial(vars(gradient_lib)[name], **own))
+
+
+def assert_close(first, second, **tolerance):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), first, second)
+
+
+def test_old_scores_are_the_new_ones_bit_for_bit(setting):
+    _, _, scores = gradient_of(setting, setting.options)
+    _, metrics, again = gradient_of(setting, setting.options, old=scores)
+    jax.tree.map(np.testing.assert_array_equal, scores, again)
+    assert metrics["text/ratio_max_dev"] == 0.0
+    assert metrics["image/ratio_max_dev"] == 0.0
+    assert metrics["logp/rollout_update_max_abs_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level):
+    loss = dataclasses.replace(setting.options.loss, level=level)
+    whole = dataclasses.replace(setting.options, loss=loss)
+    expected, metrics, _ = gradient_of(setting, whole)
+    for size in (1, 2):
+        cut = dataclasses.replace(whole, micro_batch=size)
+        gradient, own, _ = gradient_of(setting, cut)
+        assert_close(gradient, expected, atol=2e-6, rtol=2e-4)
+        assert_close(own, metrics, atol=2e-6, rtol=2e-4)
+
+
+def test_invalid_trajectories_do_not_count(setting):
+    other = setting.batch.replace(advantage=setting.batch.advantage.at[3].set(100.0))
+    expected, _, _ = gradient_of(setting, setting.options)
+    gradient, _, _ = gradient_of(setting, setting.options, batch=other)
+    jax.tree.map(np.testing.assert_array_equal, gradient, expected)
+
+
+def test_gradients_reach_every_adapter_of_both_experts(setting):
+    gradient, _, _ = gradient_of(setting, setting.options)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        assert float(jnp.abs(leaf).max()) > 0, path
+
+
+def test_text_alone_does_not_move_the_image_expert(setting):
+    loss = dataclasses.replace(setting.options.loss, image=False)
+    gradient, _, _ = gradient_of(setting, dataclasses.replace(setting.options, loss=loss))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        moved = float(jnp.abs(leaf).max()) > 0
+        is_gen = "_moe_gen" in jax.tree_util.keystr(path)
+        assert moved != is_gen, path
+
+
+def test_gradient_against_finite_differences(setting):
+    gradient, _, old = gradient_of(setting, setting.options)
+    key = jax.random.key(8)
+    leaves, structure = jax.tree.flatten(setting.trainable)
+    keys = jax.random.split(key, len(leaves))
+    direction = structure.unflatten(
+        [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+    # The image clip of 1e-5 would bind at any finite step.
+    loss = dataclasses.replace(setting.options.loss, image_clip=0.9)
+    open_clip = dataclasses.replace(setting.options, loss=loss)
+    step = 1e-3
+    losses = []
+    for distance in (step, -step):
+        offset = jax.tree.map(functools.partial(jnp.multiply, distance), direction)
+        moved = jax.tree.map(jnp.add, setting.trainable, offset)
+        _, metrics, _ = gradient_of(setting, open_clip, trainable=moved, old=old)
+        losses.append(float(metrics["loss/total"]))
+    slope = (losses[0] - losses[1]) / (2 * step)
+    expected = sum(
+        float(jnp.vdot(g, d))
+        for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    )
+    assert slope == pytest.approx(expected, rel=2e-2)
+
+
+def test_context_gradient_gives_the_same_scores_and_another_gradient(setting):
+    flowing = dataclasses.replace(setting.options, context_gradient=True)
+    detached, _, scores = gradient_of(setting, setting.options)
+    gradient, _, again = gradient_of(setting, flowing)
+    assert_close(again, scores, atol=2e-5)
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, detached))
+    assert float(distance) > 0.05 * float(optax.tree.norm(detached))
+
+
+def test_rebuilt_contexts_are_the_stored_ones(setting):
+    params = gradient_lib.policy_params(setting.loaded.base, setting.trainable, lora_scale=2.0)
+    own = setting.rollout_options
+    pieces = jax.jit(
+        functools.partial(
+            trajectory.rebuild,
+            setting.loaded.model,
+            plan=own.plan,
+            system_tokens=own.system_tokens,
+            grid=own.image.grid,
+        )
+    )(params, setting.stored)
+    for stored, rebuilt in zip(setting.stored.pieces, pieces, strict=True):
+        np.testing.assert_array_equal(stored.advance, rebuilt.advance)
+        (one,), (other,) = stored.segments, rebuilt.segments
+        np.testing.assert_array_equal(one.valid, other.valid)
+        held = np.asarray(one.valid)
+        for name in ("k", "v"):
+            pair = (np.asarray(vars(each)[name])[:, held] for each in (one, other))
+            np.testing.assert_allclose(*pair, atol=2e-5)
+
+
+def test_kl_to_the_reference_grows_with_the_adapters(setting):
+    loss = dataclasses.replace(setting.options.loss, text_beta=0.1, image_beta=0.1)
+    options = dataclasses.replace(setting.options, loss=loss)
+    reference = jax.jit(
+        functools.partial(gradient_lib.score_reference, model=setting.loaded.model, options=options)
+    )(setting.loaded.base, setting.stored, jnp.int32(0))
+    zero = jax.tree.map(jnp.zeros_like, setting.trainable)
+    values = []
+    for trainable in (zero, setting.trainable):
+        forward = _jitted("forward", setting.loaded.model, options)
+        new, _ = forward(trainable, setting.loaded.base, setting.stored, jnp.int32(0))
+        totals = gradient_lib.count(setting.batch, None, options=options)
+        _, metrics = gradient_lib.micro_loss(
+            new, new, reference, setting.batch, totals, options=options
+        )
+        values.append((float(metrics["text/kl"]), float(metrics["image/kl"])))
+    # The stored contexts are those of the adapters, hence not exactly zero.
+    assert values[0][0] < values[1][0]
+    assert values[0][1] < values[1][1]
+
+
+def test_full_training_replaces_part_of_the_base(setting):
+    base = setting.loaded.base
+    chosen = gradient_lib.init_trainable(
+        base, jax.random.key(0), rank=1, targets="", full_targets=r"language_model/layers/.*"
+    )
+    assert set(chosen) == {"language_model"}
+    doubled = jax.tree.map(lambda x: 2 * x, chosen)
+    params = gradient_lib.policy_params(base, doubled, lora_scale=None)
+    kernel = "language_model", "layers", "self_attn", "q_proj", "kernel"
+    found, before = params.base, base
+    for name in kernel:
+        found, before = found[name], before[name]
+    np.testing.assert_array_equal(found, 2 * before)
+    assert params.base["lm_head"]["kernel"] is base["lm_head"]["kernel"]
+    with pytest.raises(ValueError, match="matches none of"):
+        gradient_lib.init_trainable(
+            base, jax.random.key(0), rank=1, targets="", full_targets="nothing"
+        )
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    optimizer = optax.adamw(0.1)
+    trainable = {"a": jnp.ones(3)}
+    state = TrainState(trainable, optimizer.init(trainable), jax.random.key(0))
+    apply = functools.partial(gradient_lib.apply, optimizer=optimizer)
+    for gradient, loss in (([jnp.nan, 1, 1], 0.0), ([1.0, 1, 1], jnp.inf)):
+        metrics = {"loss/total": jnp.float32(loss)}
+        after, metrics = apply(state, {"a": jnp.array(gradient)}, metrics)
+        assert metrics["update/finite"] == 0
+        jax.tree.map(np.testing.assert_array_equal, after.trainable, state.trainable)
+        jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
+    after, metrics = apply(state, {"a": jnp.ones(3)}, {"loss/total": jnp.float32(1)})
+    assert metrics["update/finite"] == 1
+    np.testing.assert_allclose(after.trainable["a"], 0.9 - 1e-5, rtol=1e-6)
+
+
+def test_only_the_most_uncertain_tokens_are_trained(setting):
+    loss = dataclasses.replace(setting.options.loss, entropy_fraction=0.5)
+    options = dataclasses.replace(setting.options, loss=loss)
+    _, _, scores = gradient_of(setting, setting.options)
+    (entropy,) = gradient_lib.join_entropy(scores)
+    totals = gradient_lib.count(setting.batch, (entropy,), options=options)
+    mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
+    values = np.sort(np.asarray(entropy)[mask])
+    kept = values[values >= np.quantile(values, 0.5)]
+    assert totals.tokens.tolist() == [len(kept)]
+    assert totals.entropy_threshold.tolist() == [kept[0]]
+
+
+def test_parts_are_strided(setting):
+    whole = np.asarray(setting.stored.texts[0].tokens)
+    part = gradient_lib.take_part(
+        setting.stored, jnp.int32(1), 2, shared=setting.options.plan.shared
+    )
+    np.testing.assert_array_equal(part.texts[0].tokens, whole[1::2])
+    keys = np.asarray(setting.stored.pieces[2].segments[0].k)
+    np.testing.assert_array_equal(part.pieces[2].segments[0].k, keys[:, 1::2])
+    assert part.pieces[0].advance.shape == (1,)
+    (joined,) = gradient_lib.join_entropy(
+        [gradient_lib.StepScores((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
+    )
+    np.testing.assert_array_equal(joined[:, 0], np.arange(4.0))
+
+
+def test_map_rows_leaves_shared_pieces(setting):
+    halved = map_rows(
+        lambda axis, x: jax.lax.slice_in_dim(x, 0, 2, axis=axis), setting.stored, shared=(0,)
+    )
+    assert halved.pieces[0].advance.shape == (1,)
+    assert halved.pieces[1].segments[0].v.shape[1] == 2
+    assert halved.images[0].start.shape == ()
