@@ -1,6 +1,6 @@
 """Measures the policy's functions against what the device can do, with random weights.
 
-    python -m alphagrpo_jax.bench_policy [--sizes=DIR] [--rows=8] [--side=512] [--out=FILE.json]
+    python -m benchmarks.policy_speed [--sizes=DIR] [--rows=8] [--side=512] [--out=FILE.json]
 
 Without `--sizes` the model has the sizes of BAGEL-7B-MoT, 29 GB in bfloat16; otherwise those of the
 JSON files of a folder in the official layout. Weights are never read: only speed is measured. Each
@@ -319,7 +319,7 @@ def time_of(run: Callable[[], Any], repeat: int) -> tuple[float, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m alphagrpo_jax.bench_policy",
+        prog="python -m benchmarks.policy_speed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -359,10 +359,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out:
             replace_text(options.out, json.dumps(figures, indent=2) + "\n")
     except jax.errors.JaxRuntimeError as error:
-        print(f"bench_policy: {error}; fewer --rows, a smaller --side?", file=sys.stderr)
+        print(f"policy_speed: {error}; fewer --rows, a smaller --side?", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
-        print(f"bench_policy: {error}", file=sys.stderr)
+        print(f"policy_speed: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 import tiny_world
 
-from alphagrpo_jax import bench_policy, policy
+from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.bagel_config import BagelConfig
+from benchmarks import policy_speed
 
 NAMES = (
     "prefill",
@@ -40,7 +41,7 @@ def test_operations_are_those_that_the_compiler_counts():
     fields = {"vit": tiny_world.VIT, "vae": tiny_world.VAE, "bagel": bagel}
     config = BagelConfig.from_dicts(llm=llm | {"vocab_size": 300}, **fields, tokens=tokens)
     model = Bagel(config)
-    params = policy.PolicyParams(base=bench_policy.random_params(model, 0).base)
+    params = policy.PolicyParams(base=policy_speed.random_params(model, 0).base)
     rows, grid, context = 2, (8, 8), 16
     x = jnp.zeros((rows, grid[0] * grid[1], config.latent_width))
     ctx, _ = policy.extend_text(
@@ -52,29 +53,29 @@ def test_operations_are_those_that_the_compiler_counts():
     )
     flow = jax.jit(functools.partial(policy.velocity, model, grid=grid))
     compiled = flow.lower(params, ctx, x, jnp.ones((rows,))).compile()
-    expected = bench_policy.decoder_flops(config, rows, x.shape[1], context)
+    expected = policy_speed.decoder_flops(config, rows, x.shape[1], context)
     assert compiled.cost_analysis()["flops"] == pytest.approx(expected, rel=0.1)
 
 
 def test_operations_and_bytes_of_bagel():
     """28 layers of 4 * 3584^2 * (1 + 1/7) / 2 + 3 * 3584 * 18944 weights, counted by hand."""
     tokens = tiny_world.tokenizer().special
-    model = Bagel(BagelConfig.from_dicts(**bench_policy.BAGEL_7B, tokens=tokens), jnp.bfloat16)
+    model = Bagel(BagelConfig.from_dicts(**policy_speed.BAGEL_7B, tokens=tokens), jnp.bfloat16)
     weights, head = 6525288448, 3584 * 152064
-    assert bench_policy.layer_weights(model.config) == weights
-    one = bench_policy.decoder_flops(model.config, rows=1, tokens=1, context=0)
+    assert policy_speed.layer_weights(model.config) == weights
+    one = policy_speed.decoder_flops(model.config, rows=1, tokens=1, context=0)
     assert one == 2 * weights + 28 * 4 * 3584
-    more = bench_policy.decoder_flops(model.config, rows=3, tokens=5, context=7)
+    more = policy_speed.decoder_flops(model.config, rows=3, tokens=5, context=7)
     assert more == 3 * 5 * (2 * weights + 28 * 4 * 3584 * 12)
-    sizes = bench_policy.Sizes(rows=2, side=32, prompt=4, text=3, points=3)
-    written = bench_policy.least_for_text(model, sizes)
+    sizes = policy_speed.Sizes(rows=2, side=32, prompt=4, text=3, points=3)
+    written = policy_speed.least_for_text(model, sizes)
     assert written.flops == 6 * (2 * weights + 28 * 4 * 3584 * 7 + 2 * head)
     assert written.bytes == 3 * 2 * (weights + head + 2 * 7 * 4 * 128 * 28 * 2)
 
 
 def test_the_command(tmp_path, capsys):
     folder, out = tiny_world.write_model(tmp_path / "model"), tmp_path / "figures.json"
-    assert bench_policy.main([f"--sizes={folder}", *SMALL, f"--out={out}"]) == 0
+    assert policy_speed.main([f"--sizes={folder}", *SMALL, f"--out={out}"]) == 0
     figures, printed = json.loads(out.read_text()), capsys.readouterr().out
     for name in NAMES:
         assert name in printed
@@ -88,7 +89,7 @@ def test_the_command(tmp_path, capsys):
 
 def test_some_functions_alone(tmp_path, capsys):
     folder = tiny_world.write_model(tmp_path / "model")
-    assert bench_policy.main([f"--sizes={folder}", *SMALL, "--only=pre", "--unroll=2"]) == 0
+    assert policy_speed.main([f"--sizes={folder}", *SMALL, "--only=pre", "--unroll=2"]) == 0
     printed = capsys.readouterr().out
     assert [name for name in NAMES if name in printed] == ["prefill"]
 
@@ -104,7 +105,7 @@ def test_some_functions_alone(tmp_path, capsys):
 )
 def test_wrong_usage(arguments, code, message, capsys):
     try:
-        got = bench_policy.main(arguments)
+        got = policy_speed.main(arguments)
     except SystemExit as error:
         got = error.code
     assert got == code

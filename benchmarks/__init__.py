@@ -1,0 +1,1 @@
+"""Benchmarks: speed of the model at the 7B sizes."""
