@@ -21,20 +21,20 @@ import numpy as np
 
 from alphagrpo_jax import config_checks, initial_images
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.prompts import take_batches
-from alphagrpo_jax.reward import advantage_of, score_batch
+from alphagrpo_jax.prompts import next_batches
+from alphagrpo_jax.reward import advantage_of, gather
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
-from alphagrpo_jax.rollout import draw_batch
+from alphagrpo_jax.rollout import sample
 from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.training.steps import jit_steps
-from alphagrpo_jax.types import Batch, Drawn, Place, TrainState
-from alphagrpo_jax.update import old_scores, update_policy
+from alphagrpo_jax.training.steps import compile_fns
+from alphagrpo_jax.types import DataPosition, PromptBatch, RolloutBatch, TrainState
+from alphagrpo_jax.update import old_log_probs
 
 TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
 
@@ -77,7 +77,7 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     data = setup.load_data(config, loaded, folder / "data")
     optimizer = setup.make_optimizer(config)
     state = setup.initial_state(config, loaded.base, optimizer, mesh)
-    steps_ = jit_steps(config, loaded, state, optimizer, mesh)
+    steps_ = compile_fns(config, loaded, state, optimizer, mesh)
     with verifiers_lib.make_pool(config) as pool:
         pool.wait_ready()
         run = Run(config, loaded, data, steps_, pool, folder)
@@ -111,15 +111,15 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     }
 
 
-def _batch(run: Run, state: TrainState, step: int) -> Batch:
-    place = Place({run.config.task: (step - 1) * run.config.train.prompts_per_step}, None)
+def _batch(run: Run, state: TrainState, step: int) -> PromptBatch:
+    place = DataPosition({run.config.task: (step - 1) * run.config.train.prompts_per_step}, None)
     initial_images.fill(run, state, step, place)
-    (batch,) = take_batches(run.config, run.data, step, place)
+    (batch,) = next_batches(run.config, run.data, step, place)
     return batch
 
 
-def _draw(run: Run, state: TrainState, step: int) -> Drawn:
-    drawn = draw_batch(run, state, step, _batch(run, state, step))
+def _draw(run: Run, state: TrainState, step: int) -> RolloutBatch:
+    drawn = sample(run, state, step, _batch(run, state, step))
     jax.block_until_ready(drawn.trajectories)
     return drawn
 
@@ -129,11 +129,11 @@ def _step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
     marks = [time.monotonic()]
     drawn = _draw(run, state, step)
     marks.append(time.monotonic())
-    old = old_scores(run, state, drawn)
-    scores = score_batch(run, drawn, None, step)
+    old = old_log_probs(run, state, drawn)
+    scores = gather(run, drawn, None, step)
     marks.append(time.monotonic())
     advantages = advantage_of(run.config, drawn, scores)
-    state, *_ = update_policy(run, state, [drawn], [old], [advantages], step)
+    state, *_ = step(run, state, [drawn], [old], [advantages], step)
     jax.block_until_ready(state.trainable)
     marks.append(time.monotonic())
     return state, Seconds(*np.diff(marks).tolist())

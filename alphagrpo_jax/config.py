@@ -103,7 +103,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class GuidanceScales:
+class GuidanceOptions:
     text_scale: float
     image_scale: float
     interval: tuple[float, ...]  # (lo, hi]: guidance is on while lo < sigma <= hi
@@ -126,8 +126,8 @@ class RolloutOptions:
     top_p: float
     micro_batch: int  # trajectories drawn at a time
     merge_lora: bool  # fold the adapters into a copy of the weights while drawing
-    guidance: GuidanceScales
-    edit_guidance: GuidanceScales  # of images drawn behind another: edits and refinements
+    guidance: GuidanceOptions
+    edit_guidance: GuidanceOptions  # of images drawn behind another: edits and refinements
 
 
 @dataclasses.dataclass(frozen=True)

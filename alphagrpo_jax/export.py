@@ -18,7 +18,7 @@ from alphagrpo_jax.models.bagel_weights import memory_dtypes, save_model
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 
 
-def merged(policy: inference.Trained) -> dict:
+def merged(policy: inference.Policy) -> dict:
     """The policy's weights as one base tree, float as loaded."""
     params = policy.params
     if params.lora is None:

@@ -93,7 +93,7 @@ def read_config(options: argparse.Namespace) -> Config:
     return changed(config, options)
 
 
-def open_policy(options: argparse.Namespace, config: Config) -> inference.Trained:
+def open_policy(options: argparse.Namespace, config: Config) -> inference.Policy:
     """The policy that the flags name; what it draws with is in `config`."""
     if not options.checkpoint:
         return inference.from_config(config)
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
         pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     policy = open_policy(options, config)
     if options.ask is not None:
-        think, answer = inference.ask(policy, image, options.ask, seed=options.seed)
+        think, answer = inference.answer_question(policy, image, options.ask, seed=options.seed)
         print(f"thinks: {think}\n{answer}")
         return
     out = pathlib.Path(options.out)
@@ -145,9 +145,11 @@ def run(options: argparse.Namespace) -> None:
         _refine(policy, options, image, record, out)
         return
     if options.edit is not None:
-        drawn = inference.edit(policy, image, options.edit, count=options.n, seed=options.seed)
+        drawn = inference.edit_image(
+            policy, image, options.edit, count=options.n, seed=options.seed
+        )
     else:
-        drawn = inference.draw(
+        drawn = inference.generate_images(
             policy, options.prompt, think=options.think, count=options.n, seed=options.seed
         )
     picture(drawn.images).save(out)
@@ -157,7 +159,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _refine(
-    policy: inference.Trained,
+    policy: inference.Policy,
     options: argparse.Namespace,
     image: Image.Image | None,
     record: Record | None,

@@ -13,14 +13,14 @@ from PIL import Image
 from alphagrpo_jax import policy, tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import Loaded
-from alphagrpo_jax.prompts import image_block, start_place
+from alphagrpo_jax.prompts import image_block, start_position
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import checkpoint, distributed, sharding
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.records import Record
-from alphagrpo_jax.sampling.trajectory import RolloutOptions, rollout
+from alphagrpo_jax.sampling.trajectory import RolloutOptions, sample_trajectories
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
@@ -29,12 +29,12 @@ from alphagrpo_jax.training.run_folder import payload, run_config
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
 KEEPS = ("last", "best", "gated")
-BATCH = 100  # rows of `perform` at a time
+BATCH = 100  # rows of `run_task` at a time
 
-_rollout = jax.jit(rollout, static_argnames=("model", "options"))
+_rollout = jax.jit(sample_trajectories, static_argnames=("model", "options"))
 
 
-class Trained(NamedTuple):
+class Policy(NamedTuple):
     """A policy, and what it came from."""
 
     config: Config
@@ -43,13 +43,13 @@ class Trained(NamedTuple):
     step: int  # updates done; 0 without a checkpoint
 
 
-def from_config(config: Config) -> Trained:
+def from_config(config: Config) -> Policy:
     """The pretrained policy of a configuration, on one device."""
     loaded = setup.load_policy(config, _one_device())
-    return Trained(config, loaded, policy.PolicyParams(loaded.base), 0)
+    return Policy(config, loaded, policy.PolicyParams(loaded.base), 0)
 
 
-def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Trained:
+def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Policy:
     """The policy of a run's newest checkpoint, on one device.
 
     Args:
@@ -71,26 +71,26 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Tr
     step = saves.latest()
     if step is None:
         raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
-    trainable = saves.state(step, payload(state, start_place(config)))["trainable"]
+    trainable = saves.state(step, payload(state, start_position(config)))["trainable"]
     saves.close()
     params = gradient_lib.policy_params(
         loaded.base, trainable, lora_scale=options_lib.lora_scale(config)
     )
-    return Trained(config, loaded, params, step)
+    return Policy(config, loaded, params, step)
 
 
 def _one_device() -> jax.sharding.Mesh:
     return sharding.make_mesh(1, 1, 1, jax.devices()[:1])
 
 
-class Performed(NamedTuple):
+class TaskOutput(NamedTuple):
     """What a task's steps made of N inputs."""
 
     images: np.ndarray | None  # uint8[N, H, W, 3], of the last image step if there is one
     texts: list[list[str]]  # of each text step
 
 
-class Drawn(NamedTuple):
+class GeneratedImages(NamedTuple):
     """N images of one prompt."""
 
     images: np.ndarray  # uint8[N, H, W, 3]
@@ -106,7 +106,9 @@ class Round(NamedTuple):
     kept: bool = False  # whether it is the one to keep, of the rounds so far
 
 
-def draw(policy: Trained, prompt: str, *, think: bool, count: int, seed: int) -> Drawn:
+def generate_images(
+    policy: Policy, prompt: str, *, think: bool, count: int, seed: int
+) -> GeneratedImages:
     """Draws `count` images of a prompt.
 
     Args:
@@ -119,22 +121,26 @@ def draw(policy: Trained, prompt: str, *, think: bool, count: int, seed: int) ->
     return _run(policy, "rt2i" if think else "t2i", prompt, None, count=count, seed=seed)
 
 
-def edit(policy: Trained, image: Image.Image, wish: str, *, count: int, seed: int) -> Drawn:
-    """Changes an image `count` times, each after a think text; see `draw`.
+def edit_image(
+    policy: Policy, image: Image.Image, wish: str, *, count: int, seed: int
+) -> GeneratedImages:
+    """Changes an image `count` times, each after a think text; see `generate_images`.
 
     The result has the size that the VAE's transform gives the image.
     """
     return _run(policy, "ti2i", wish, image, count=count, seed=seed)
 
 
-def ask(policy: Trained, image: Image.Image, question: str, *, seed: int) -> tuple[str, str]:
-    """The think text and the answer to a question about an image; see `draw`."""
+def answer_question(
+    policy: Policy, image: Image.Image, question: str, *, seed: int
+) -> tuple[str, str]:
+    """The think text and the answer to a question about an image; see `generate_images`."""
     texts = _texts(policy, "ti2t", question, image, seed=seed)
     return texts[0][0], texts[1][0]
 
 
 def refine(
-    policy: Trained,
+    policy: Policy,
     prompt: str,
     *,
     rounds: int,
@@ -195,17 +201,17 @@ def refine(
 
 
 def _first(
-    policy: Trained, prompt: str, image: Image.Image | None, *, think: bool, seed: int
+    policy: Policy, prompt: str, image: Image.Image | None, *, think: bool, seed: int
 ) -> Round:
     if image is not None:
         pixels, _ = _sizes(policy.loaded, image)
         return Round(pixels, "(given)")
-    drawn = draw(policy, prompt, think=think, count=1, seed=seed)
+    drawn = generate_images(policy, prompt, think=think, count=1, seed=seed)
     return Round(drawn.images[0], drawn.texts[0] if think else "")
 
 
-def perform(
-    policy: Trained,
+def run_task(
+    policy: Policy,
     task: tasks.Task,
     asked: Sequence[str],
     images: np.ndarray | None = None,
@@ -213,7 +219,7 @@ def perform(
     seed: int,
     temperature: float,
     batch: int = BATCH,
-) -> Performed:
+) -> TaskOutput:
     """Runs a task once for each of N inputs, in batches; for measurements.
 
     Args:
@@ -244,13 +250,13 @@ def perform(
             drawn.append(distributed.to_host(made)[:count])
         for mine, new in zip(texts, decode_steps(loaded.tokenizer, trajectories), strict=True):
             mine += new[:count]
-    return Performed(np.concatenate(drawn) if drawn else None, texts)
+    return TaskOutput(np.concatenate(drawn) if drawn else None, texts)
 
 
 class _Judge:
     """The configured verifier, asked about one image at a time."""
 
-    def __init__(self, policy: Trained, record: Record) -> None:
+    def __init__(self, policy: Policy, record: Record) -> None:
         verifier = dataclasses.replace(policy.config.verifier, workers=1)
         config = dataclasses.replace(policy.config, verifier=verifier)
         self.record, self.asked = record, 0
@@ -276,18 +282,18 @@ class _Judge:
 
 
 def _run(
-    policy: Trained, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
-) -> Drawn:
+    policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
+) -> GeneratedImages:
     options, inputs = _prepared(policy, name, text, image, count=count)
     trajectories, images = _call(
         policy, options, inputs, seed=seed, temperature=policy.config.eval.temperature
     )
     texts = decode_steps(policy.loaded.tokenizer, trajectories)
-    return Drawn(np.asarray(images), texts[0] if texts else [])
+    return GeneratedImages(np.asarray(images), texts[0] if texts else [])
 
 
 def _texts(
-    policy: Trained, name: str, text: str, image: Image.Image, *, seed: int
+    policy: Policy, name: str, text: str, image: Image.Image, *, seed: int
 ) -> list[list[str]]:
     options, inputs = _prepared(policy, name, text, image, count=1)
     trajectories, _ = _call(
@@ -297,7 +303,7 @@ def _texts(
 
 
 def _prepared(
-    policy: Trained, name: str, text: str, image: Image.Image | None, *, count: int
+    policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int
 ) -> tuple[RolloutOptions, tuple[TextBlock | ImageBlock, ...]]:
     """What to compile, and the inputs of one prompt."""
     loaded, task = policy.loaded, tasks.TASKS[name]
@@ -321,7 +327,7 @@ def _sizes(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _call(
-    policy: Trained,
+    policy: Policy,
     options: RolloutOptions,
     inputs: tuple[TextBlock | ImageBlock, ...],
     *,

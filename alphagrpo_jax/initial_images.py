@@ -14,12 +14,12 @@ from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.checks import TrainingError, check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import Place, TextBlock, TrainState
+from alphagrpo_jax.types import DataPosition, TextBlock, TrainState
 
 CHOICE_STREAM = 2  # host-side random numbers, beside the data order's
 
 
-def fill(run: Run, state: TrainState, step: int, place: Place) -> None:
+def fill(run: Run, state: TrainState, step: int, place: DataPosition) -> None:
     """Fills the queue until it holds what the update's refining batches take.
 
     Raises:
@@ -30,10 +30,10 @@ def fill(run: Run, state: TrainState, step: int, place: Place) -> None:
         if task.refines:
             needed += run.config.train.prompts_per_step
             while place.queue.count < needed:
-                fill_queue(run, state, step, place, task.name)
+                _fill_once(run, state, step, place, task.name)
 
 
-def fill_queue(run: Run, state: TrainState, step: int, place: Place, name: str) -> None:
+def _fill_once(run: Run, state: TrainState, step: int, place: DataPosition, name: str) -> None:
     """Stage 1 of a refining task: draws (or reads) initial images, scores and queues one of each.
 
     Prompts whose images all stay without a reward are left out.
@@ -47,7 +47,7 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place, name: str) 
         images = data.images(rows, run.size)[:, None]
     else:
         key = jax.random.fold_in(jax.random.fold_in(state.key, 0), position)
-        images = draw_initial(run, state, records, key)
+        images = sample_initial_images(run, state, records, key)
     prompts_, each = images.shape[:2]
     ids = [("initial", position, number) for number in range(prompts_ * each)]
     repeated = [record for record in records for _ in range(each)]
@@ -70,7 +70,7 @@ def fill_queue(run: Run, state: TrainState, step: int, place: Place, name: str) 
     place.positions[name] += srr.queue_prompts
 
 
-def draw_initial(
+def sample_initial_images(
     run: Run, state: TrainState, records: Sequence[Record], key: jax.Array
 ) -> np.ndarray:
     """`srr.initial_images` images of each prompt, without thinking: uint8[P, K, Hpx, Wpx, 3]."""

@@ -22,10 +22,10 @@ from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.tasks import TEXT, Task
 from alphagrpo_jax.types import (
-    Batch,
+    DataPosition,
     ImageBlock,
-    Place,
-    Queue,
+    InitialImageQueue,
+    PromptBatch,
     TextBlock,
 )
 
@@ -106,7 +106,7 @@ class PromptSet(NamedTuple):
         return np.stack([given_image(self.folder, self.records[row], size) for row in rows])
 
 
-class Data(NamedTuple):
+class TaskData(NamedTuple):
     """Both prompt sets of a task, tokenised."""
 
     train: PromptSet
@@ -311,13 +311,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def start_place(config: Config) -> Place:
+def start_position(config: Config) -> DataPosition:
     """The place before the first step."""
     queue = None
     if any(tasks.TASKS[name].refines for name in config.tasks):
         capacity = config.srr.queue_prompts + config.train.prompts_per_step
-        queue = Queue.empty(capacity, config.model.height, config.model.width)
-    return Place(dict.fromkeys(config.tasks, 0), queue)
+        queue = InitialImageQueue.empty(capacity, config.model.height, config.model.width)
+    return DataPosition(dict.fromkeys(config.tasks, 0), queue)
 
 
 def tasks_at(config: Config, step: int) -> list[tasks.Task]:
@@ -330,7 +330,9 @@ def tasks_at(config: Config, step: int) -> list[tasks.Task]:
     return [tasks.TASKS[config.mixed.tasks[index]] for index in drawn]
 
 
-def take_batches(config: Config, data: Mapping[str, Data], step: int, place: Place) -> list[Batch]:
+def next_batches(
+    config: Config, data: Mapping[str, TaskData], step: int, place: DataPosition
+) -> list[PromptBatch]:
     """Stage 1: the prompts of an update; moves `place` on.
 
     Task srr takes them from the queue of initial images, which `initial_images.fill` has filled.
@@ -341,12 +343,12 @@ def take_batches(config: Config, data: Mapping[str, Data], step: int, place: Pla
     for number, task in enumerate(tasks_at(config, step)):
         if task.refines:
             initial = place.queue.take(count)
-            batches.append(Batch(number, task, initial.row, initial.image, initial))
+            batches.append(PromptBatch(number, task, initial.row, initial.image, initial))
             continue
         prompt_set, position = data[task.name].train, place.positions[task.name]
         rows = order(position, count, size=len(prompt_set.records), seed=config.seed)
         images = prompt_set.images(rows, size) if task.image == "record" else None
-        batches.append(Batch(number, task, rows, images, None))
+        batches.append(PromptBatch(number, task, rows, images, None))
         place.positions[task.name] += count
     return batches
 

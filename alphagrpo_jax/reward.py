@@ -10,10 +10,10 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import Drawn, Queue, Scored
+from alphagrpo_jax.types import BatchAdvantages, InitialImageQueue, RolloutBatch
 
 
-def _submit_reflections(run: Run, drawn: Drawn) -> None:
+def _submit_reflections(run: Run, drawn: RolloutBatch) -> None:
     """Asks the verifiers about the reflections, beside the images that they speak of."""
     group = run.config.train.group_size
     for index in distributed.own_rows(len(drawn.ids)):
@@ -22,13 +22,15 @@ def _submit_reflections(run: Run, drawn: Drawn) -> None:
         run.pool.submit((*drawn.ids[index], "reflection"), image, asked)
 
 
-def score_batch(run: Run, drawn: Drawn, reflection: np.ndarray | None, step: int) -> scoring.Scores:
+def gather(
+    run: Run, drawn: RolloutBatch, reflection: np.ndarray | None, step: int
+) -> scoring.Rewards:
     """Stage 3: the rewards of a batch.
 
     Args:
       run: the run.
       drawn: the batch.
-      reflection: from `score_reflections`; a sample without a verdict is invalid.
+      reflection: from `gather_reflections`; a sample without a verdict is invalid.
       step: number of the update.
     Raises:
       TrainingError: the verifiers failed too often.
@@ -44,7 +46,7 @@ def score_batch(run: Run, drawn: Drawn, reflection: np.ndarray | None, step: int
     return scores
 
 
-def score_reflections(run: Run, drawn: Drawn) -> np.ndarray | None:
+def gather_reflections(run: Run, drawn: RolloutBatch) -> np.ndarray | None:
     """1 where a reflection has the form that is asked for, else 0; None where none is asked for.
 
     float64[B]; NaN where the verifier gave no answer.
@@ -64,15 +66,18 @@ def score_reflections(run: Run, drawn: Drawn) -> np.ndarray | None:
 
 
 def advantage_of(
-    config: Config, drawn: Drawn, scores: scoring.Scores, reflection: np.ndarray | None = None
-) -> Scored:
+    config: Config,
+    drawn: RolloutBatch,
+    scores: scoring.Rewards,
+    reflection: np.ndarray | None = None,
+) -> BatchAdvantages:
     """Stage 4: advantages within each prompt's group.
 
     Args:
       config: the run's.
       drawn: a batch.
       scores: its rewards.
-      reflection: from `score_reflections`; known for every valid sample.
+      reflection: from `gather_reflections`; known for every valid sample.
     """
     shape = (config.train.prompts_per_step, config.train.group_size)
     task, initial = drawn.batch.task, drawn.batch.initial
@@ -111,14 +116,14 @@ def advantage_of(
 
     own = advantages(text)
     other = own.advantage if image is text else advantages(image).advantage
-    return Scored(own, other, metrics | own.metrics, left_out=not moves)
+    return BatchAdvantages(own, other, metrics | own.metrics, left_out=not moves)
 
 
 def _refinement_metrics(
-    scores: scoring.Scores,
+    scores: scoring.Rewards,
     valid: np.ndarray,
     improved: np.ndarray,
-    initial: Queue,
+    initial: InitialImageQueue,
     shape: tuple[int, int],
 ) -> dict[str, float]:
     gain = scores.reward.reshape(shape) - initial.reward[:, None]

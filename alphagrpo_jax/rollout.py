@@ -15,10 +15,10 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import Batch, Drawn, Rollout, TextSample, TrainState
+from alphagrpo_jax.types import PromptBatch, Rollout, RolloutBatch, TextSample, TrainState
 
 
-def draw_batch(run: Run, state: TrainState, step: int, batch: Batch) -> Drawn:
+def sample(run: Run, state: TrainState, step: int, batch: PromptBatch) -> RolloutBatch:
     """Stage 2 and the start of stage 3: draws a batch's trajectories, micro-batch by micro-batch.
 
     The images of one micro-batch go to the verifiers while the device draws the next.
@@ -52,7 +52,7 @@ def draw_batch(run: Run, state: TrainState, step: int, batch: Batch) -> Drawn:
     whole = parts[0] if len(parts) == 1 else steps.join(parts)
     samples = distributed.to_host(whole.texts)
     texts = [decode_texts(run.loaded.tokenizer, each.tokens, each.mask) for each in samples]
-    drawn = Drawn(batch, whole, records, ids, texts, _text_metrics(samples))
+    drawn = RolloutBatch(batch, whole, records, ids, texts, _text_metrics(samples))
     if batch.task.refines and config.srr.reflection_format == "verifier":
         _submit_reflections(run, drawn)
     return drawn

@@ -22,20 +22,20 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import initial_images
 from alphagrpo_jax.config import Config, ConfigError, MeshShape
 from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
-from alphagrpo_jax.prompts import start_place, take_batches
-from alphagrpo_jax.reward import advantage_of, score_batch, score_reflections
+from alphagrpo_jax.prompts import next_batches, start_position
+from alphagrpo_jax.reward import advantage_of, gather, gather_reflections
 from alphagrpo_jax.rewards.workers.pool import PoolError
-from alphagrpo_jax.rollout import draw_batch
+from alphagrpo_jax.rollout import sample
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
-from alphagrpo_jax.runtime.metrics import merge_metrics, say
+from alphagrpo_jax.runtime.metrics import merge_metrics, notify
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.training import run_folder, setup
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.training.checks import TrainingError, check_end, early_decay
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.update import old_scores, update_policy
+from alphagrpo_jax.update import old_log_probs
 
 DONE, STOPPED, FAILED, WRONG_USAGE = 0, 75, 1, 2
 
@@ -57,24 +57,24 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     checkpoint.check_writable(workdir, state_bytes=0)
     run_folder.check_folder(config, workdir)
     if notice := early_decay(config):
-        say(notice)
+        notify(notice)
     loaded = setup.load_policy(config, mesh)
     data = setup.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
     check_heldout(config, data)
     optimizer = setup.make_optimizer(config)
     state = setup.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
-    steps = steps_lib.jit_steps(config, loaded, state, optimizer, mesh)
+    steps = steps_lib.compile_fns(config, loaded, state, optimizer, mesh)
 
     # ---------------------------------------------------------------- restore
     saves = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
-    state, done, place = run_folder.restore(saves, state, start_place(config), data)
+    state, done, place = run_folder.restore(saves, state, start_position(config), data)
     log = metrics_lib.MetricsLog(workdir, last_step=done, writes=distributed.is_primary())
     if done >= config.train.steps > 0 and run_folder.is_finished(workdir):
-        say(f"{workdir} is finished: {done} steps are done")
+        notify(f"{workdir} is finished: {done} steps are done")
         return DONE
     check_end(config, log, done)
-    board = metrics_lib.Board(
+    board = metrics_lib.TensorBoardWriter(
         workdir, enabled=config.log.tensorboard and distributed.is_primary(), step=done
     )
     bar = metrics_lib.Progress(
@@ -89,7 +89,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         bar.show(row, advance=int(step > done))
 
     with (
-        verifiers_lib.opened(config, loaded) as (pool, second),
+        verifiers_lib.open_verifiers(config, loaded) as (pool, second),
         run_folder.saved_on_error(saves, data, record) as kept,
     ):
         if config.train.steps > 0 or not run_folder.holds_run(workdir):
@@ -102,19 +102,19 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             step, started = done + 1, time.monotonic()
             kept.hold(state, done, place)
             initial_images.fill(run, state, step, place)
-            batches = take_batches(config, data, step, place)
+            batches = next_batches(config, data, step, place)
             given = time.monotonic()
-            drawn = [draw_batch(run, state, step, batch) for batch in batches]
+            drawn = [sample(run, state, step, batch) for batch in batches]
             rolled = time.monotonic()
-            old = [old_scores(run, state, each) for each in drawn]
-            verdicts = [score_reflections(run, each) for each in drawn]
-            scores = [score_batch(run, *each, step) for each in zip(drawn, verdicts, strict=True)]
+            old = [old_log_probs(run, state, each) for each in drawn]
+            verdicts = [gather_reflections(run, each) for each in drawn]
+            scores = [gather(run, *each, step) for each in zip(drawn, verdicts, strict=True)]
             rewarded = time.monotonic()
             advantages = [
                 advantage_of(config, *each) for each in zip(drawn, scores, verdicts, strict=True)
             ]
             kept.drop()
-            state, learned, parts = update_policy(run, state, drawn, old, advantages, step)
+            state, learned, parts = step(run, state, drawn, old, advantages, step)
             updated = time.monotonic()
             parts = [
                 score.metrics() | each.text_metrics | advantage.metrics | part
@@ -155,10 +155,10 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     if config.train.steps == 0:
         return DONE if settled else STOPPED
     if done < config.train.steps or not settled:
-        say(f"stopped after step {done}; the same command continues")
+        notify(f"stopped after step {done}; the same command continues")
         return STOPPED
     run_folder.mark_finished(workdir, done)
-    say(f"{workdir}: {done} steps are done")
+    notify(f"{workdir}: {done} steps are done")
     return DONE
 
 

@@ -84,7 +84,7 @@ class Rollout:
 
 
 @struct.dataclass
-class StepScores:
+class LogProbs:
     """Log-probs of a rollout's own tokens and transitions under some policy."""
 
     text_log_prob: tuple[jax.Array, ...]  # float32[B, T - 1] per text step
@@ -160,7 +160,7 @@ def join_rows(parts: list[Rollout], *, shared: tuple[int, ...]) -> Rollout:
 
 
 @dataclasses.dataclass
-class Queue:
+class InitialImageQueue:
     """Initial images that wait for their refinement, oldest first; part of a checkpoint.
 
     Arrays have a fixed capacity; the first `count` entries wait.
@@ -173,7 +173,7 @@ class Queue:
     lowest: np.ndarray  # float64[N], the lowest reward of the prompt's initial images
 
     @classmethod
-    def empty(cls, capacity: int, height: int, width: int) -> "Queue":
+    def empty(cls, capacity: int, height: int, width: int) -> "InitialImageQueue":
         """A queue in which nothing waits."""
         return cls(
             count=np.zeros((), np.int64),
@@ -201,9 +201,9 @@ class Queue:
             vars(self)[name][begin:end] = new
         self.count = np.array(end, np.int64)
 
-    def take(self, count: int) -> "Queue":
+    def take(self, count: int) -> "InitialImageQueue":
         """Removes and returns the oldest `count` entries."""
-        taken = Queue(
+        taken = InitialImageQueue(
             np.array(count, np.int64),
             *(vars(self)[name][:count].copy() for name in ("row", "image", "reward", "lowest")),
         )
@@ -220,7 +220,7 @@ class Queue:
         return {name: vars(self)[name][: int(self.count)].tolist() for name in names}
 
     @classmethod
-    def restored(cls, image: np.ndarray, progress: Mapping[str, list]) -> "Queue":
+    def restored(cls, image: np.ndarray, progress: Mapping[str, list]) -> "InitialImageQueue":
         """The queue with these images uint8[N, Hpx, Wpx, 3], and what `progress` gave."""
         queue = cls.empty(*image.shape[:3])
         count = len(progress["row"])
@@ -231,27 +231,27 @@ class Queue:
 
 
 @dataclasses.dataclass
-class Place:
+class DataPosition:
     """How far a run has come in its data; part of a checkpoint."""
 
     positions: dict[str, int]  # prompts taken so far, by task
-    queue: Queue | None  # initial images that task srr has yet to repair
+    queue: InitialImageQueue | None  # initial images that task srr has yet to repair
 
 
-class Batch(NamedTuple):
+class PromptBatch(NamedTuple):
     """P prompts of one task, and what is given beside them."""
 
     number: int  # in the update
     task: Task
     rows: np.ndarray  # int64[P], into the task's training prompts
     images: np.ndarray | None  # uint8[P, Hpx, Wpx, 3]
-    initial: Queue | None  # rewards of the images to be repaired
+    initial: InitialImageQueue | None  # rewards of the images to be repaired
 
 
-class Drawn(NamedTuple):
+class RolloutBatch(NamedTuple):
     """The trajectories of one batch, their images under way to the verifiers."""
 
-    batch: Batch
+    batch: PromptBatch
     trajectories: Rollout
     records: list[Record]  # one per trajectory
     ids: list[tuple[int, int, int]]  # of the samples in the pool
@@ -264,7 +264,7 @@ class Drawn(NamedTuple):
         return think_texts(self.batch.task, self.texts)
 
 
-class Scored(NamedTuple):
+class BatchAdvantages(NamedTuple):
     """Advantages of one batch."""
 
     text: Advantages

@@ -12,14 +12,14 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.training.gradient import Totals
-from alphagrpo_jax.types import Drawn, Scored, StepScores, TrainState, UpdateBatch
+from alphagrpo_jax.training.gradient import LossNormalizers
+from alphagrpo_jax.types import BatchAdvantages, LogProbs, RolloutBatch, TrainState, UpdateBatch
 
 # Metrics of a batch's first optimizer step; of its others the last one's are kept.
 FIRST_ONLY = {"text/ratio_max_dev", "image/ratio_max_dev", "logp/rollout_update_max_abs_diff"}
 
 
-def old_scores(run: Run, state: TrainState, drawn: Drawn) -> list[StepScores] | None:
+def old_log_probs(run: Run, state: TrainState, drawn: RolloutBatch) -> list[LogProbs] | None:
     """The log-probs before the update, per micro-batch; None where the policy's own are used."""
     if run.config.train.old_logprob == "self":
         return None
@@ -30,12 +30,12 @@ def old_scores(run: Run, state: TrainState, drawn: Drawn) -> list[StepScores] | 
     ]
 
 
-def update_policy(
+def step(
     run: Run,
     state: TrainState,
-    drawn: Sequence[Drawn],
-    old: Sequence[list[StepScores] | None],
-    advantages: Sequence[Scored],
+    drawn: Sequence[RolloutBatch],
+    old: Sequence[list[LogProbs] | None],
+    advantages: Sequence[BatchAdvantages],
     step: int,
 ) -> tuple[TrainState, dict[str, float], list[dict[str, float]]]:
     """Stages 5 and 6: the optimizer steps of one update; the state as it was if nothing differs.
@@ -98,15 +98,15 @@ def update_policy(
 class _UpdateBatch(NamedTuple):
     """One batch with everything that its gradient needs."""
 
-    steps: steps_lib.TaskSteps
+    steps: steps_lib.TaskFns
     batch: UpdateBatch
-    old: list[StepScores] | None
-    reference: list[StepScores] | None
+    old: list[LogProbs] | None
+    reference: list[LogProbs] | None
     entropy: tuple[jax.Array, ...] | None
 
     @classmethod
     def of(
-        cls, run: Run, drawn: Drawn, old: list[StepScores] | None, scored: Scored
+        cls, run: Run, drawn: RolloutBatch, old: list[LogProbs] | None, scored: BatchAdvantages
     ) -> "_UpdateBatch":
         steps, config = run.steps.tasks[drawn.batch.task.name], run.config
         flat = (jnp.asarray(x.ravel()) for x in (scored.text.advantage, scored.image))
@@ -124,7 +124,7 @@ class _TaskBatches(NamedTuple):
     """All batches of one task in an update, and the denominators of their common means."""
 
     batches: list[_UpdateBatch]
-    totals: Totals
+    totals: LossNormalizers
 
     @classmethod
     def of(cls, run: Run, batches: list[_UpdateBatch]) -> "_TaskBatches":
@@ -135,13 +135,15 @@ class _TaskBatches(NamedTuple):
         tokens, trajectories, thresholds = (
             np.stack(values) for values in zip(*distributed.to_host(counted), strict=True)
         )
-        joint = Totals(tokens.sum(axis=0), trajectories.sum(axis=0), thresholds.max(axis=0))
+        joint = LossNormalizers(
+            tokens.sum(axis=0), trajectories.sum(axis=0), thresholds.max(axis=0)
+        )
         if batches[0].entropy is not None:
             joint = _most_uncertain(batches, joint, run.config.loss.entropy_fraction)
         placed = (
             jax.device_put(x, like.sharding) for x, like in zip(joint, counted[0], strict=True)
         )
-        return cls(batches, Totals(*placed))
+        return cls(batches, LossNormalizers(*placed))
 
     def gradient(self, run: Run, state: TrainState, weight: jax.Array) -> tuple:
         """Gradient and metrics, summed over the micro-batches of all batches."""
@@ -160,7 +162,9 @@ class _TaskBatches(NamedTuple):
         return summed
 
 
-def _most_uncertain(batches: Sequence[_UpdateBatch], joint: Totals, fraction: float) -> Totals:
+def _most_uncertain(
+    batches: Sequence[_UpdateBatch], joint: LossNormalizers, fraction: float
+) -> LossNormalizers:
     """`update.count`'s tokens and thresholds over several batches of one task."""
     tokens, thresholds = joint.tokens.copy(), joint.entropy_threshold.copy()
     for k in range(len(tokens)):
@@ -175,7 +179,7 @@ def _most_uncertain(batches: Sequence[_UpdateBatch], joint: Totals, fraction: fl
             continue
         chosen = known[known >= np.quantile(known, 1.0 - fraction)]
         tokens[k], thresholds[k] = chosen.size, chosen.min()
-    return Totals(tokens, joint.trajectories, thresholds)
+    return LossNormalizers(tokens, joint.trajectories, thresholds)
 
 
 def _parts(config: Config) -> list[jax.Array]:

@@ -165,14 +165,14 @@ class Functions:
 
     def _write(self, params: policy.PolicyParams, ctx: Context, keys: jax.Array) -> Any:
         own = {"max_tokens": self.sizes.text, "temperature": jnp.float32(1.0), "top_p": 1.0}
-        return text.write(self.model, params, ctx, keys, **own)[0]
+        return text.sample_text(self.model, params, ctx, keys, **own)[0]
 
     def _draw(
         self, params: policy.PolicyParams, ctx: Context, noise: jax.Array, keys: jax.Array
     ) -> ImageSample:
         start = jnp.zeros((), jnp.int32)
         given = (self.model, params, self._contexts(ctx), noise, keys, start)
-        return image.draw(*given, options=self.options)
+        return image.sample_image(*given, options=self.options)
 
     def _decode(self, params: policy.PolicyParams, latents: jax.Array) -> jax.Array:
         return policy.decode_latents(self.model, params, latents, self.grid)
@@ -188,7 +188,9 @@ class Functions:
         self, adapters: dict, params: policy.PolicyParams, ctx: Context, sample: ImageSample
     ) -> jax.Array:
         own = params.replace(lora=adapters)
-        found = image.score(self.model, own, self._contexts(ctx), sample, options=self.options)
+        found = image.image_log_probs(
+            self.model, own, self._contexts(ctx), sample, options=self.options
+        )
         return found[0].sum()
 
     def _contexts(self, ctx: Context) -> GuidanceContexts:

@@ -238,7 +238,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
     task = tasks.Task("own", events, system_prompt="think", texts=texts, image=image)
     options = options_lib.rollout_options(config, loaded, task)
     params, inputs = PolicyParams(loaded.base), inputs_of(loaded, config, events)
-    run = jax.jit(functools.partial(trajectory.rollout, loaded.model, options=options))
+    run = jax.jit(functools.partial(trajectory.sample_trajectories, loaded.model, options=options))
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
     drawn, _ = run(params, inputs, *numbers)
     blocks = event_blocks(loaded, drawn, options, events)

@@ -13,7 +13,7 @@ from PIL import Image
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import export, generate, inference
 from alphagrpo_jax.models.bagel_weights import load_model, save_model
-from alphagrpo_jax.prompts import start_place
+from alphagrpo_jax.prompts import start_position
 from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import setup
@@ -45,7 +45,7 @@ def write_run(root: pathlib.Path) -> pathlib.Path:
     state = state.replace(trainable=jax.tree.unflatten(tree, noisy))
     folder = root / "run"
     saves = checkpoint.Checkpoints(folder, keep=1)
-    saves.save(3, payload(state, start_place(config)), {"step": 3})
+    saves.save(3, payload(state, start_position(config)), {"step": 3})
     saves.close()
     (folder / CONFIG_FILE).write_text(config_lib.to_json(config))
     return folder
@@ -77,8 +77,8 @@ def test_exported_weights_draw_the_same(run: str, request, tmp_path: pathlib.Pat
     merged = policy._replace(
         loaded=reloaded, params=gradient_lib.policy.PolicyParams(reloaded.base)
     )
-    first = inference.draw(policy, "a red circle", think=True, count=2, seed=1)
-    second = inference.draw(merged, "a red circle", think=True, count=2, seed=1)
+    first = inference.generate_images(policy, "a red circle", think=True, count=2, seed=1)
+    second = inference.generate_images(merged, "a red circle", think=True, count=2, seed=1)
     assert first.texts == second.texts
     np.testing.assert_allclose(first.images.astype(int), second.images.astype(int), atol=1)
     assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 1
@@ -112,9 +112,9 @@ def test_generate_writes_a_grid_and_prints_the_texts(
 
 def test_one_image_is_the_first_of_many(run_folder: pathlib.Path):
     policy = inference.from_run(run_folder)
-    one = inference.draw(policy, "a red circle", think=False, count=1, seed=7)
-    many = inference.draw(policy, "a red circle", think=False, count=3, seed=7)
-    other = inference.draw(policy, "a red circle", think=False, count=1, seed=8)
+    one = inference.generate_images(policy, "a red circle", think=False, count=1, seed=7)
+    many = inference.generate_images(policy, "a red circle", think=False, count=3, seed=7)
+    other = inference.generate_images(policy, "a red circle", think=False, count=1, seed=8)
     assert one.texts == []
     np.testing.assert_allclose(one.images[0].astype(int), many.images[0].astype(int), atol=1)
     assert np.any(one.images != other.images)

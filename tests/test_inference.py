@@ -10,7 +10,7 @@ from PIL import Image
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import inference, tasks
-from alphagrpo_jax.inference import perform, refine
+from alphagrpo_jax.inference import refine, run_task
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime.records import parse_record
 
@@ -19,7 +19,7 @@ from alphagrpo_jax.runtime.records import parse_record
 def policy():
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
     loaded = tiny_world.model()
-    return inference.Trained(config, loaded, PolicyParams(loaded.base), 0)
+    return inference.Policy(config, loaded, PolicyParams(loaded.base), 0)
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
@@ -28,10 +28,10 @@ ASKED = ["a red circle", "a", "two green crosses"]
 
 def test_a_row_depends_on_its_own_input_and_number_only(policy):
     task = tasks.TASKS["ti2t"]
-    whole = perform(policy, task, ASKED, IMAGES, seed=3, temperature=1.0)
+    whole = run_task(policy, task, ASKED, IMAGES, seed=3, temperature=1.0)
     assert whole.images is None
     assert len(whole.texts) == 2
-    cut = perform(policy, task, ASKED, IMAGES, seed=3, temperature=1.0, batch=2)
+    cut = run_task(policy, task, ASKED, IMAGES, seed=3, temperature=1.0, batch=2)
     assert cut.texts == whole.texts
     assert len(set(whole.texts[0])) > 1
 
@@ -57,7 +57,7 @@ def rounds(monkeypatch):
 
     def step(policy, name, text, image, *, count, seed):
         value = int(np.asarray(image)[0, 0, 0]) + 10
-        return inference.Drawn(np.full((1, 2, 2, 3), value, np.uint8), [f"seed {seed}"])
+        return inference.GeneratedImages(np.full((1, 2, 2, 3), value, np.uint8), [f"seed {seed}"])
 
     def run(keep, *rewards):
         judge = Verdicts(*rewards)

@@ -7,7 +7,7 @@ import pytest
 
 from alphagrpo_jax import refinement
 from alphagrpo_jax.refinement import choose_initial, outcomes, rectify
-from alphagrpo_jax.types import Queue
+from alphagrpo_jax.types import InitialImageQueue
 
 REWARD = np.array([[0.9, 0.2, 0.2, 0.5], [0.1, 0.8, 0.7, 0.6], [0.3, 0.3, 0.3, 0.3]])
 VALID = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], bool)
@@ -90,12 +90,12 @@ def entries(first: int, count: int) -> tuple:
 
 
 def test_a_queue_hands_out_the_oldest_first_and_survives_a_checkpoint():
-    queue = Queue.empty(6, 2, 2)
+    queue = InitialImageQueue.empty(6, 2, 2)
     queue.add(*entries(0, 4))
     assert queue.take(3).row.tolist() == [0, 1, 2]
     queue.add(*entries(4, 3))
     numbers = json.loads(json.dumps(queue.progress()))
-    again = Queue.restored(queue.image.copy(), numbers)
+    again = InitialImageQueue.restored(queue.image.copy(), numbers)
     for one in (queue, again):
         assert int(one.count) == 4
         taken = one.take(4)
@@ -109,7 +109,7 @@ def test_a_queue_hands_out_the_oldest_first_and_survives_a_checkpoint():
 
 
 def test_a_full_queue_refuses_more():
-    queue = Queue.empty(3, 2, 2)
+    queue = InitialImageQueue.empty(3, 2, 2)
     queue.add(*entries(0, 2))
     with pytest.raises(ValueError, match="2 entries for a queue with 1 free"):
         queue.add(*entries(2, 2))

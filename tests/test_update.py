@@ -40,7 +40,7 @@ class World:
             state.trainable,
         )
         self.state = state.replace(trainable=moved)
-        steps = steps_lib.jit_steps(self.config, loaded, state, optimizer, mesh)
+        steps = steps_lib.compile_fns(self.config, loaded, state, optimizer, mesh)
         steps = steps._replace(apply=self.apply)
         self.run = context.Run(self.config, loaded, data, steps, Silent(), root)
 
@@ -49,18 +49,18 @@ class World:
         return state, metrics | {"update/finite": 1.0, "update/grad_norm": 0.0}
 
     def update(self, drawn, advantages):
-        old = [update.old_scores(self.run, self.state, each) for each in drawn]
-        _, whole, parts = update.update_policy(self.run, self.state, drawn, old, advantages, 1)
+        old = [update.old_log_probs(self.run, self.state, each) for each in drawn]
+        _, whole, parts = update.step(self.run, self.state, drawn, old, advantages, 1)
         return self.gradient, whole, parts
 
 
 def scored(advantage, used, **options):
     advantage = np.where(used, advantage, 0.0).astype(np.float32)
-    return types.Scored(Advantages(advantage, used, {}), advantage, {}, **options)
+    return types.BatchAdvantages(Advantages(advantage, used, {}), advantage, {}, **options)
 
 
 def batch(number, rows):
-    return types.Batch(number, tasks.TASKS["rt2i"], np.array(rows), None, None)
+    return types.PromptBatch(number, tasks.TASKS["rt2i"], np.array(rows), None, None)
 
 
 def cut(drawn):
@@ -78,12 +78,11 @@ def worlds(tmp_path_factory):
     root = tiny_world.write_all(tmp_path_factory.mktemp("world"))
     single, double = World(root, 1), World(root, 2)
     first, second = (
-        rollout.draw_batch(single.run, single.state, 1, batch(number, [number]))
-        for number in (0, 1)
+        rollout.sample(single.run, single.state, 1, batch(number, [number])) for number in (0, 1)
     )
     second = cut(second)
     both = single.run.steps.tasks["rt2i"].join([first.trajectories, second.trajectories])
-    joined = types.Drawn(batch(0, [0, 1]), both, [], [], [], {})
+    joined = types.RolloutBatch(batch(0, [0, 1]), both, [], [], [], {})
     return single, double, (first, second), joined
 
 

@@ -15,7 +15,7 @@ from alphagrpo_jax.config import Config
 from alphagrpo_jax.evaluation.checkers import CHECKERS, check_records
 from alphagrpo_jax.evaluation.metrics import (
     Evaluation,
-    Made,
+    Sampled,
     evaluate_answers,
     evaluate_images,
     refinement_metrics,
@@ -26,7 +26,7 @@ from alphagrpo_jax.prompts import image_block
 from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
-from alphagrpo_jax.runtime.metrics import say
+from alphagrpo_jax.runtime.metrics import notify
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.tasks import think_texts
@@ -35,7 +35,7 @@ from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import ImageBlock, Place, TextBlock, TrainState
+from alphagrpo_jax.types import DataPosition, ImageBlock, TextBlock, TrainState
 
 # By `tasks.Task.data`.
 HELDOUT_FIELDS = {
@@ -45,7 +45,7 @@ HELDOUT_FIELDS = {
 }
 
 
-def check_heldout(config: Config, data: Mapping[str, prompts.Data]) -> None:
+def check_heldout(config: Config, data: Mapping[str, prompts.TaskData]) -> None:
     """Tries the exact checker on all held-out records before anything is drawn.
 
     Raises:
@@ -148,7 +148,7 @@ def evaluate_task(
     config, task = run.config, tasks.TASKS[name]
     heldout, steps = run.data[name].heldout, run.steps.tasks[name]
     rows, records = _chosen(run, name)
-    draw = _Drawer(run, run.weights(state), temperature, stop)
+    draw = _Sampler(run, run.weights(state), temperature, stop)
     root, size = jax.random.key(config.eval.seed), config.eval.micro_batch
     first_images = None
     if initial is not None:
@@ -180,7 +180,7 @@ def evaluate_task(
     return found._replace(metrics=found.metrics | refined)
 
 
-class _Drawer(NamedTuple):
+class _Sampler(NamedTuple):
     """Draws micro-batches of an evaluation."""
 
     run: Run
@@ -190,13 +190,13 @@ class _Drawer(NamedTuple):
 
     def draw(
         self,
-        drawing: steps_lib.Drawing,
+        drawing: steps_lib.SampleFns,
         key: jax.Array,
         inputs: Callable[[np.ndarray], tuple],
         task: tasks.Task,
         part: np.ndarray,
         first: int,
-    ) -> Made:
+    ) -> Sampled:
         """A task's steps for the prompts `part`, int64[N]; see `evaluation.Draw`."""
         if self.stop is not None and distributed.any_process(self.stop.requested):
             raise StoppedError
@@ -207,7 +207,7 @@ class _Drawer(NamedTuple):
         )
         texts = decode_steps(self.run.loaded.tokenizer, drawn)
         answers = texts[-1] if task.reward == "answer" else []
-        return Made(distributed.to_host(images), think_texts(task, texts), answers)
+        return Sampled(distributed.to_host(images), think_texts(task, texts), answers)
 
 
 def initial_images(
@@ -228,13 +228,13 @@ def initial_images(
     if config.srr.source == "record":
         images = run.data[name].heldout.images(rows, run.size)
 
-        def make(part: np.ndarray, first: int) -> Made:
+        def make(part: np.ndarray, first: int) -> Sampled:
             del first
-            return Made(images[part], (), [])
+            return Sampled(images[part], (), [])
 
     else:
         key = jax.random.fold_in(jax.random.key(config.eval.seed), 1)
-        draw = _Drawer(run, weights, 0.0, stop)
+        draw = _Sampler(run, weights, 0.0, stop)
         inputs = _plain_inputs(run, records)
         make = functools.partial(draw.draw, run.steps.eval_initial, key, inputs, plain)
     initial = evaluate_images(
@@ -282,7 +282,7 @@ def evaluate_first(
     run: Run,
     state: TrainState,
     done: int,
-    place: Place,
+    place: DataPosition,
     log: metrics_lib.MetricsLog,
     record: Callable[[int, Mapping[str, Any]], None],
     stop: StopFlag,
@@ -303,7 +303,7 @@ def evaluate_first(
     try:
         row = evaluate_row(run, state, done, greedy=done in (0, config.train.steps), stop=stop)
     except StoppedError:
-        say(f"stopped before the evaluation of step {done} was done; it is done again")
+        notify(f"stopped before the evaluation of step {done} was done; it is done again")
         return False
     if done and is_regular(config, config.checkpoint.every, done):
         row["state/digest"] = checkpoint.digest(*run_folder.content(state, done, place, run.data))

@@ -12,7 +12,7 @@ from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.runtime.records import Record
 
 
-class Made(NamedTuple):
+class Sampled(NamedTuple):
     """What a micro-batch of N prompts gave."""
 
     images: np.ndarray | None  # uint8[N, H, W, 3]
@@ -21,7 +21,7 @@ class Made(NamedTuple):
 
 
 # (numbers of N prompts, int64[N]; number of the first) -> what was made
-Draw = Callable[[np.ndarray, int], Made]
+Draw = Callable[[np.ndarray, int], Sampled]
 
 
 # Metrics of scores that stand in an evaluation's rows, beside the means by tag.
@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     images: np.ndarray | None  # uint8[N, H, W, 3]
     captions: list[dict[str, Any]]  # prompt, text, reward, exact, per image or answer
-    scores: scoring.Scores
+    scores: scoring.Rewards
     records: Sequence[Record]
 
 
@@ -47,7 +47,7 @@ def evaluate_images(
     scoring_options: scoring.ScoringOptions,
     check: FactCheck,
     prefix: str,
-    second: scoring.Judge | None = None,
+    second: scoring.VerifierPool | None = None,
 ) -> Evaluation:
     """Draws one image per prompt, while the pool answers about those drawn before.
 
@@ -149,7 +149,7 @@ def _joined(parts: Sequence[Sequence[list[str]]]) -> list[list[str]]:
 def _captions(
     records: Sequence[Record],
     texts: Sequence[str | None],
-    scores: scoring.Scores,
+    scores: scoring.Rewards,
     exact: Sequence[bool | None],
 ) -> list[dict[str, Any]]:
     return [
@@ -167,7 +167,7 @@ def _named(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
-def compare_verifiers(scores: scoring.Scores, other: scoring.Scores) -> dict[str, float]:
+def compare_verifiers(scores: scoring.Rewards, other: scoring.Rewards) -> dict[str, float]:
     """What a second verifier says of the same images, over those that both have judged.
 
     A reward that rises while `second_minus_reward` falls is learnt against the training verifier.
@@ -188,7 +188,7 @@ def compare_verifiers(scores: scoring.Scores, other: scoring.Scores) -> dict[str
 
 
 def summarise(
-    scores: scoring.Scores,
+    scores: scoring.Rewards,
     facts: Sequence[Mapping[str, bool] | None],
     records: Sequence[Record],
 ) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from alphagrpo_jax.rewards.scoring import HOLISTIC, Scores, ScoringOptions
+from alphagrpo_jax.rewards.scoring import HOLISTIC, Rewards, ScoringOptions
 from alphagrpo_jax.runtime.records import Record
 
 TEMPLATE = "report.html.jinja"
@@ -115,7 +115,7 @@ def rows(
     names: Sequence[str],
     images: Sequence[str],
     records: Sequence[Record],
-    scores: Scores,
+    scores: Rewards,
     options: ScoringOptions,
     *,
     thinks: Sequence[str | None] | None = None,
@@ -208,7 +208,9 @@ def to_json(report: Report) -> str:
 FORMATS = {".html": to_html, ".csv": to_csv, ".json": to_json}  # by a file's ending
 
 
-def _lines(record: Record, scores: Scores, index: int, options: ScoringOptions) -> tuple[Line, ...]:
+def _lines(
+    record: Record, scores: Rewards, index: int, options: ScoringOptions
+) -> tuple[Line, ...]:
     answers, ratings = scores.p_yes[index], scores.ratings[index]
     asked = record.asked_questions if answers else []
     cut = len(record.asked_semantic)

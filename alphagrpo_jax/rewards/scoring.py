@@ -22,7 +22,7 @@ SATURATED = 0.02  # P(yes) so near 0 or 1 tells samples of a group apart no long
 ELSEWHERE = "judged on another host"
 
 
-class Judge(Protocol):
+class VerifierPool(Protocol):
     """What answers questions about images: a `pool.Pool`, or the policy itself."""
 
     def submit(
@@ -35,7 +35,7 @@ class Judge(Protocol):
         """Takes a sample, see `pool.Pool.submit`."""
         ...
 
-    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, ledger.Scored]:
+    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, ledger.VerifierResult]:
         """Hands out outcomes, see `pool.Pool.gather`."""
         ...
 
@@ -77,7 +77,7 @@ class ScoringOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class Rewards:
     """Rewards of N samples; NaN where not valid."""
 
     reward: np.ndarray  # float64[N], DVReward (or what the options say) in [0, 1]
@@ -114,7 +114,7 @@ class Scores:
 
 
 def submit(
-    pool: Judge,
+    pool: VerifierPool,
     sample_ids: Sequence[Hashable],
     images: Sequence[np.ndarray],
     records: Sequence[Record],
@@ -139,12 +139,12 @@ def submit(
 
 
 def gather(
-    pool: Judge,
+    pool: VerifierPool,
     sample_ids: Sequence[Hashable],
     records: Sequence[Record],
     thinks: Sequence[Sequence[str]],
     options: ScoringOptions,
-) -> Scores:
+) -> Rewards:
     """Waits for the samples' answers and combines them; a missing answer makes a sample invalid.
 
     Args:
@@ -171,7 +171,7 @@ def gather(
     table, parts, answers, ratings = np.split(merged, np.cumsum(lengths)[:-1], axis=1)
     valid = table[:, 3] > 0
     p_yes = _known(answers)
-    return Scores(
+    return Rewards(
         reward=table[:, 0],
         semantic=table[:, 1],
         quality=table[:, 2],
@@ -188,7 +188,7 @@ def gather(
 
 def answer_scores(
     records: Sequence[Record], answers: Sequence[str], thinks: Sequence[Sequence[str]]
-) -> Scores:
+) -> Rewards:
     """Rewards of answers: 1 where an answer is right, else 0, by rule and without a verifier.
 
     Args:
@@ -198,7 +198,7 @@ def answer_scores(
     """
     pairs = zip(answers, records, strict=True)
     nothing = np.full(len(records), np.nan)
-    return Scores(
+    return Rewards(
         reward=np.array([answer_reward(text, record.answers) for text, record in pairs]),
         semantic=nothing,
         quality=nothing,
@@ -209,7 +209,7 @@ def answer_scores(
 
 
 def totals(
-    scores: Scores,
+    scores: Rewards,
     options: ScoringOptions,
     *,
     reward: np.ndarray | None = None,
@@ -234,7 +234,7 @@ def totals(
     return text, reward if options.isolate else text
 
 
-def without(scores: Scores, failed: np.ndarray, reason: str) -> Scores:
+def without(scores: Rewards, failed: np.ndarray, reason: str) -> Rewards:
     """The scores with further samples invalid, bool[N], for one reason."""
     new = failed & scores.valid
     if not new.any():
@@ -261,7 +261,7 @@ def _forms(thinks: Sequence[Sequence[str]], count: int) -> np.ndarray:
 
 
 def _judge(
-    record: Record, outcome: ledger.Scored, options: ScoringOptions
+    record: Record, outcome: ledger.VerifierResult, options: ScoringOptions
 ) -> tuple[Reward, list[float]]:
     """A sample's reward, with the first score's means, and every score by itself."""
     if not outcome.valid:
@@ -275,7 +275,9 @@ def _judge(
     return parts[0]._replace(reward=total), values
 
 
-def _score(name: str, record: Record, outcome: ledger.Scored, options: ScoringOptions) -> Reward:
+def _score(
+    name: str, record: Record, outcome: ledger.VerifierResult, options: ScoringOptions
+) -> Reward:
     if name == HOLISTIC:
         cut = len(options.rate_semantic)
         semantic, quality = outcome.ratings[:cut], outcome.ratings[cut:]

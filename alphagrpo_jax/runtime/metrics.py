@@ -104,7 +104,7 @@ def replace_text(path: str | os.PathLike, text: str) -> None:
     beside.replace(path)
 
 
-class Board:
+class TensorBoardWriter:
     """TensorBoard events of the same numbers; does nothing where it is switched off."""
 
     def __init__(self, folder: str | os.PathLike, *, enabled: bool, step: int) -> None:
@@ -229,6 +229,6 @@ def _merged(each: Sequence[dict]) -> dict[str, float]:
     return merged
 
 
-def say(message: str) -> None:
+def notify(message: str) -> None:
     """A notice for whoever watches the run."""
     print(message, file=sys.stderr, flush=True)

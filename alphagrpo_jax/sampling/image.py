@@ -36,7 +36,7 @@ class ImageOptions:
         return schedule.sigmas(self.num_points, shift=self.shift)
 
 
-def draw(
+def sample_image(
     model: Bagel,
     params: policy.PolicyParams,
     contexts: GuidanceContexts,
@@ -98,7 +98,7 @@ def draw(
     return ImageSample(before=before, after=after, log_prob=logp, start=start, latents=x)
 
 
-def score(
+def image_log_probs(
     model: Bagel,
     params: policy.PolicyParams,
     contexts: GuidanceContexts,

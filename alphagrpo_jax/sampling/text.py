@@ -26,7 +26,7 @@ class _State(NamedTuple):
     active: jax.Array  # bool[B], the slot `step` holds a token that the cache lacks
 
 
-def write(
+def sample_text(
     model: Bagel,
     params: policy.PolicyParams,
     ctx: Context,
@@ -74,7 +74,7 @@ def write(
         cache, logits = policy.decode_step(model, params, ctx, state.cache, token, state.active)
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
         log_p = jax.nn.log_softmax(scaled, axis=-1)
-        drawn = draw_tokens(log_p, keys, state.step, temperature=temperature, top_p=top_p)
+        drawn = sample_tokens(log_p, keys, state.step, temperature=temperature, top_p=top_p)
         picked = jnp.take_along_axis(log_p, drawn[:, None], axis=1)[:, 0]
         room = state.step < max_tokens
         new = jnp.where(state.open, jnp.where(room, drawn, end), 0)
@@ -104,7 +104,7 @@ def write(
     return sample, policy.end_decode(ctx, final.cache)
 
 
-def draw_tokens(
+def sample_tokens(
     log_p: jax.Array, keys: jax.Array, step: jax.Array, *, temperature: jax.Array, top_p: float
 ) -> jax.Array:
     """One token per row, int32[B], from log-probs float32[B, V]; row i uses key i and the step.

@@ -55,7 +55,7 @@ class RolloutOptions:
     merge_lora: bool  # fold the adapters into a copy of the weights first
 
 
-def rollout(
+def sample_trajectories(
     model: Bagel,
     params: policy.PolicyParams,
     inputs: Inputs,
@@ -83,12 +83,12 @@ def rollout(
     Returns:
       The trajectories, and uint8[B, Hpx, Wpx, 3], what the last image step drew, if any.
     """
-    params = drawing_params(params, merge_lora=options.merge_lora)
+    params = sampling_params(params, merge_lora=options.merge_lora)
     given = prefill(model, params, inputs, options=options)
     return generate(model, params, given, key, first, start, temperature, options=options)
 
 
-def drawing_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.PolicyParams:
+def sampling_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.PolicyParams:
     """The weights that rollouts use: adapters folded into a copy of the base, or as they are."""
     if not merge_lora or params.lora is None:
         return params
@@ -132,7 +132,7 @@ def generate(
     *,
     options: RolloutOptions,
 ) -> tuple[Rollout, jax.Array | None]:
-    """The task's steps over what `prefill` has made; see `rollout`."""
+    """The task's steps over what `prefill` has made; see `sample_trajectories`."""
     plan, grid = options.plan, options.image.grid
     pieces = list(given.pieces)
     rows = first + jnp.arange(row_count(given.inputs), dtype=jnp.int32)
@@ -153,13 +153,13 @@ def generate(
     for step in plan.steps:
         fill((*step.gen, *step.cfg_text, *step.cfg_img))
         if step.kind == IMAGE:
-            images.append(_draw(model, params, step, pieces, key, rows, start, options))
+            images.append(_sample_image(model, params, step, pieces, key, rows, start, options))
             if step.node is not None:
                 shown = pixels(model, params, images[-1].latents, grid)
                 drawn[step.event] = image_block(model, shown)
             continue
         ctx = context(pieces, step.gen, rows.shape[0])
-        sample, after = text.write(
+        sample, after = text.sample_text(
             model,
             params,
             ctx,
@@ -300,7 +300,7 @@ def _floats(images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
-def _draw(
+def _sample_image(
     model: Bagel,
     params: policy.PolicyParams,
     step: PlannedStep,
@@ -320,7 +320,7 @@ def _draw(
     initial = jax.vmap(lambda each: jax.random.normal(each, shape, jnp.float32))(initial_keys)
     contexts = guidance_contexts(pieces, step, rows.shape[0])
     own = step_options(options.image, options.edit_guidance, step)
-    return image.draw(model, params, contexts, initial, noise_keys, start, options=own)
+    return image.sample_image(model, params, contexts, initial, noise_keys, start, options=own)
 
 
 def step_options(

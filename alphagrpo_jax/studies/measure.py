@@ -26,10 +26,10 @@ import numpy as np
 import tqdm
 
 from alphagrpo_jax import config_checks, inference, policy, tasks
-from alphagrpo_jax.inference import Trained
+from alphagrpo_jax.inference import Policy
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metrics import replace_text
-from alphagrpo_jax.sampling.trajectory import pixels, rollout
+from alphagrpo_jax.sampling.trajectory import pixels, sample_trajectories
 from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
 from alphagrpo_jax.studies import measure_skills
 from alphagrpo_jax.training import options as options_lib
@@ -40,7 +40,7 @@ CHUNK = 50  # reconstructions at a time
 BATCH = 100  # drawings at a time
 
 
-def reconstruction(policy_: Trained, count: int) -> float:
+def reconstruction(policy_: Policy, count: int) -> float:
     """Share of `count` random scenes that are the same after encoding and decoding."""
     model, params = policy_.loaded.model, policy_.params
     grid = model.config.latent_grid(scenes.RESOLUTION, scenes.RESOLUTION)
@@ -61,7 +61,7 @@ def reconstruction(policy_: Trained, count: int) -> float:
 
 
 def draw_all(
-    policy_: Trained, records: Sequence[Mapping], *, temperature: float, seed: int
+    policy_: Policy, records: Sequence[Mapping], *, temperature: float, seed: int
 ) -> Iterator[np.ndarray]:
     """Draws one image per record, uint8[48, 48, 3] each, as the policy's `eval` section says.
 
@@ -86,14 +86,14 @@ def draw_all(
 
 
 def _draw(params, block, key, first, temperature, *, model, options) -> jax.Array:
-    _, images = rollout(
+    _, images = sample_trajectories(
         model, params, (block,), key, first, jnp.int32(0), temperature, options=options
     )
     return images
 
 
 def judge(
-    policy_: Trained, records: Sequence[Mapping], *, temperature: float, seed: int
+    policy_: Policy, records: Sequence[Mapping], *, temperature: float, seed: int
 ) -> np.ndarray:
     """Whether all facts hold in each record's image, bool[N]; see `draw_all`."""
     drawn = draw_all(policy_, records, temperature=temperature, seed=seed)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from alphagrpo_jax import tasks
-from alphagrpo_jax.inference import Performed, Trained, perform
+from alphagrpo_jax.inference import Policy, TaskOutput, run_task
 from alphagrpo_jax.shapes import (
     checker,
     examples,
@@ -40,7 +40,7 @@ SEED = 31
 CAPTION = tasks.Task("caption", (tasks.SEEN_IMAGE, tasks.TEXT, tasks.ANSWER), image="record")
 
 
-def tell(policy_: Trained, images: np.ndarray, asked: Sequence[str], task: tasks.Task) -> list[str]:
+def tell(policy_: Policy, images: np.ndarray, asked: Sequence[str], task: tasks.Task) -> list[str]:
     """What the policy answers about each image, greedily.
 
     Args:
@@ -49,12 +49,12 @@ def tell(policy_: Trained, images: np.ndarray, asked: Sequence[str], task: tasks
       asked: B questions or instructions.
       task: `CAPTION`, at once, or `tasks.TASKS["ti2t"]`, after a think text.
     """
-    return perform(policy_, task, asked, images, seed=SEED, temperature=0.0).texts[-1]
+    return run_task(policy_, task, asked, images, seed=SEED, temperature=0.0).texts[-1]
 
 
 def redraw(
-    policy_: Trained, images: np.ndarray, asked: Sequence[str], task: tasks.Task
-) -> Performed:
+    policy_: Policy, images: np.ndarray, asked: Sequence[str], task: tasks.Task
+) -> TaskOutput:
     """Thinks greedily about each image and what is asked, then draws another.
 
     Args:
@@ -63,7 +63,7 @@ def redraw(
       asked: B instructions of "ti2i", or prompts of "srr".
       task: one of these two.
     """
-    return perform(policy_, task, asked, images, seed=SEED, temperature=0.0)
+    return run_task(policy_, task, asked, images, seed=SEED, temperature=0.0)
 
 
 # ---------------------------------------------------------------- the skills
@@ -103,7 +103,7 @@ def captions(instruction: str, scene: scenes.Scene) -> set[str]:
     }
 
 
-def captioning(policy_: Trained, count: int) -> dict[str, float]:
+def captioning(policy_: Policy, count: int) -> dict[str, float]:
     """Share of `count` captions that are true and complete, and by instruction."""
     rng = np.random.default_rng((SEED, 0))
     asked, drawn = [], []
@@ -124,7 +124,7 @@ def captioning(policy_: Trained, count: int) -> dict[str, float]:
     return _means(found)
 
 
-def answering(policy_: Trained, count: int) -> dict[str, float]:
+def answering(policy_: Policy, count: int) -> dict[str, float]:
     """Share of `count` questions answered with the right words, at once and after thinking."""
     rng = np.random.default_rng((SEED, 1))
     drawn = [image_records.split_scene(rng, "heldout") for _ in range(count)]
@@ -149,7 +149,7 @@ def edit(rng: np.random.Generator) -> tuple[scenes.Scene, str, scenes.Scene]:
     return scene, *examples.change(rng, scene, specs.pick(rng, examples.operations(scene)))
 
 
-def editing(policy_: Trained, count: int) -> dict[str, float]:
+def editing(policy_: Policy, count: int) -> dict[str, float]:
     """Share of `count` edits after which the wanted scene is there, by facts and by places."""
     rng = np.random.default_rng((SEED, 2))
     before, asked, targets = zip(*(edit(rng) for _ in range(count)), strict=True)
@@ -165,7 +165,7 @@ def editing(policy_: Trained, count: int) -> dict[str, float]:
     )
 
 
-def repairing(policy_: Trained, count: int) -> dict[str, float]:
+def repairing(policy_: Policy, count: int) -> dict[str, float]:
     """Of `count` failed pictures: the share whose reflection begins with what is wrong, and the
     share that fulfil their prompt after it.
     """
@@ -187,7 +187,7 @@ def repairing(policy_: Trained, count: int) -> dict[str, float]:
     )
 
 
-def measure(policy_: Trained, count: int) -> dict[str, float]:
+def measure(policy_: Policy, count: int) -> dict[str, float]:
     """All skills, `count` examples of each."""
     skills = (captioning, answering, editing, repairing)
     return {name: share for skill in skills for name, share in skill(policy_, count).items()}

@@ -53,7 +53,7 @@ class Judged(NamedTuple):
     failures: dict[str, int]
 
 
-def judge(pool: scoring.Judge, images: np.ndarray, records: Sequence[Record]) -> Judged:
+def judge(pool: scoring.VerifierPool, images: np.ndarray, records: Sequence[Record]) -> Judged:
     """All scores of drawings uint8[N, 48, 48, 3]."""
     for number in tqdm.trange(len(images), desc="judging"):
         part = slice(number, number + 1)

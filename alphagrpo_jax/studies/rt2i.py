@@ -32,7 +32,7 @@ import tqdm
 from alphagrpo_jax import config_checks, inference
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import from_config_dict
-from alphagrpo_jax.inference import Trained
+from alphagrpo_jax.inference import Policy
 from alphagrpo_jax.models.name_table import AE, EMA
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
@@ -202,7 +202,7 @@ def finished(folder: pathlib.Path, config: Config, model: str) -> Finished:
     return Finished(folder, states[-1]["step"], states[-1]["state/digest"], rows)
 
 
-def end_of(run: Finished, config: Config) -> Trained:
+def end_of(run: Finished, config: Config) -> Policy:
     """The policy at a run's end, drawing with the settings of the study.
 
     Raises:
@@ -391,7 +391,7 @@ def study(args: argparse.Namespace) -> dict:
         "settings": settings(config),
     }
 
-    def judged(name: str, policy: Callable[[], Trained], how: dict, **about: object) -> np.ndarray:
+    def judged(name: str, policy: Callable[[], Policy], how: dict, **about: object) -> np.ndarray:
         return kept(
             args.out / f"{name}.json",
             lambda: judge(policy(), records, **how),

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from alphagrpo_jax import config_checks, inference, tasks
-from alphagrpo_jax.inference import Trained, perform
+from alphagrpo_jax.inference import Policy, run_task
 from alphagrpo_jax.runtime import checkpoint
 from alphagrpo_jax.runtime.images import from_data_url
 from alphagrpo_jax.runtime.metrics import replace_text
@@ -61,14 +61,14 @@ def share_right(images: np.ndarray, records: Sequence[Mapping]) -> np.ndarray:
     )
 
 
-def first_images(policy: Trained, records: Sequence[Mapping]) -> np.ndarray:
+def first_images(policy: Policy, records: Sequence[Mapping]) -> np.ndarray:
     """One image per record without thinking, uint8[N, 48, 48, 3]."""
     asked = [record["prompt"] for record in records]
-    return perform(policy, tasks.TASKS["t2i"], asked, seed=SEED, temperature=0.0).images
+    return run_task(policy, tasks.TASKS["t2i"], asked, seed=SEED, temperature=0.0).images
 
 
 def judge(
-    policy: Trained,
+    policy: Policy,
     records: Sequence[Mapping],
     first: np.ndarray,
     edits: Sequence[Mapping],
@@ -87,7 +87,7 @@ def judge(
     asked = [record["prompt"] for record in records]
 
     def refined(images: np.ndarray) -> np.ndarray:
-        made = perform(policy, tasks.TASKS["srr"], asked, images, seed=SEED + 1, temperature=1.0)
+        made = run_task(policy, tasks.TASKS["srr"], asked, images, seed=SEED + 1, temperature=1.0)
         return share_right(made.images, records)
 
     found = {"first": share_right(first, records), "refined": refined(first)}
@@ -98,7 +98,7 @@ def judge(
         found |= {"own_first": share_right(own, records), "own_refined": refined(own)}
     sources = np.stack([np.asarray(from_data_url(record["image"])) for record in edits])
     wishes = [record["prompt"] for record in edits]
-    edited = perform(policy, tasks.TASKS["ti2i"], wishes, sources, seed=SEED + 2, temperature=1.0)
+    edited = run_task(policy, tasks.TASKS["ti2i"], wishes, sources, seed=SEED + 2, temperature=1.0)
     found["edit"] = share_right(edited.images, edits)
     return {name: np.round(values, 6).tolist() for name, values in found.items()}
 
@@ -241,7 +241,7 @@ def _gain(gain: Mapping) -> str:
 
 def measured(
     path: pathlib.Path,
-    policy: Trained,
+    policy: Policy,
     records: list,
     first: np.ndarray,
     edits: list,
@@ -287,7 +287,7 @@ def _digest(records: Sequence[Mapping]) -> str:
     return hashlib.sha256(json.dumps(records).encode()).hexdigest()
 
 
-def weights_digest(policy: Trained) -> str:
+def weights_digest(policy: Policy) -> str:
     """sha256 over a policy's weights and adapters."""
     params = policy.params
     adapters = {} if params.lora is None else {"lora": params.lora}

@@ -46,7 +46,7 @@ def early_decay(config: Config) -> str:
     )
 
 
-def check_validity(config: Config, scores: scoring.Scores, where: str) -> None:
+def check_validity(config: Config, scores: scoring.Rewards, where: str) -> None:
     """Stops a run whose verifiers fail too often.
 
     Raises:

@@ -9,7 +9,7 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.training import steps as steps_lib
-from alphagrpo_jax.training.self_verifier import PolicyJudge
+from alphagrpo_jax.training.self_verifier import PolicyVerifier
 from alphagrpo_jax.types import TrainState
 
 
@@ -18,11 +18,11 @@ class Run(NamedTuple):
 
     config: Config
     loaded: Loaded
-    data: dict[str, prompts.Data]  # by task
-    steps: steps_lib.Steps
-    pool: scoring.Judge
+    data: dict[str, prompts.TaskData]  # by task
+    steps: steps_lib.CompiledFns
+    pool: scoring.VerifierPool
     workdir: pathlib.Path
-    second: scoring.Judge | None = None  # asked at evaluations only
+    second: scoring.VerifierPool | None = None  # asked at evaluations only
 
     @property
     def size(self) -> tuple[int, int]:
@@ -32,6 +32,6 @@ class Run(NamedTuple):
     def weights(self, state: TrainState) -> PolicyParams:
         """What rollouts read; a policy that judges its own images judges by them too."""
         found = self.steps.weights(self.loaded.base, state.trainable)
-        if isinstance(self.pool, PolicyJudge):
+        if isinstance(self.pool, PolicyVerifier):
             self.pool.follow(found)
         return found

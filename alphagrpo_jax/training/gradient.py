@@ -22,8 +22,8 @@ from alphagrpo_jax.sampling import image
 from alphagrpo_jax.sampling.trajectory import context, guidance_contexts, rebuild, step_options
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
+    LogProbs,
     Rollout,
-    StepScores,
     TrainState,
     UpdateBatch,
     map_rows,
@@ -64,7 +64,7 @@ class UpdateOptions:
     loss: LossOptions
 
 
-class Totals(NamedTuple):
+class LossNormalizers(NamedTuple):
     """What a micro-batch has to know of the whole update."""
 
     tokens: jax.Array  # float32[K], trained tokens of each text step of valid trajectories
@@ -115,9 +115,9 @@ def init_trainable(
     return traverse_util.unflatten_dict(chosen, sep="/")
 
 
-def score(
+def log_probs(
     model: Bagel, params: policy.PolicyParams, trajectories: Rollout, *, options: UpdateOptions
-) -> StepScores:
+) -> LogProbs:
     """Log-probs of all text and image steps of B trajectories, in their stored contexts.
 
     The stored contexts are constants; with `context_gradient` they are computed again here, so
@@ -146,7 +146,7 @@ def score(
         for step in plan.text_steps
     ]
     images = [
-        image.score(
+        image.image_log_probs(
             model,
             params,
             guidance_contexts(pieces, step, rows),
@@ -155,7 +155,7 @@ def score(
         )
         for step in plan.image_steps
     ]
-    return StepScores(
+    return LogProbs(
         text_log_prob=tuple(each.log_prob for each in texts),
         text_entropy=tuple(each.entropy for each in texts),
         image_log_prob=tuple(logp for logp, _ in images),
@@ -171,7 +171,7 @@ def forward(
     *,
     model: Bagel,
     options: UpdateOptions,
-) -> tuple[StepScores, Callable]:
+) -> tuple[LogProbs, Callable]:
     """Scores one micro-batch, and what its backward pass needs.
 
     Old and new log-probs both come from this one function, compiled once: before the first step
@@ -186,33 +186,33 @@ def forward(
       The scores, and the function from their cotangents to the gradient (a pytree).
     """
     parts = row_count(trajectories.inputs) // options.micro_batch
-    micro = take_part(trajectories, part, parts, shared=options.plan.shared)
+    micro = take_micro_batch(trajectories, part, parts, shared=options.plan.shared)
 
-    def scores(tree: Any) -> StepScores:
+    def scores(tree: Any) -> LogProbs:
         params = policy_params(base, tree, lora_scale=options.lora_scale)
-        return score(model, params, micro, options=options)
+        return log_probs(model, params, micro, options=options)
 
     return jax.vjp(scores, trainable)
 
 
-def score_reference(
+def reference_log_probs(
     base: dict, trajectories: Rollout, part: jax.Array, *, model: Bagel, options: UpdateOptions
-) -> StepScores:
+) -> LogProbs:
     """Scores of a micro-batch under the base alone, in contexts that it builds from the tokens."""
     parts = row_count(trajectories.inputs) // options.micro_batch
-    micro = take_part(trajectories, part, parts, shared=options.plan.shared)
+    micro = take_micro_batch(trajectories, part, parts, shared=options.plan.shared)
     rebuilt = dataclasses.replace(options, context_gradient=True)
-    return score(model, policy.PolicyParams(base=base), micro, options=rebuilt)
+    return log_probs(model, policy.PolicyParams(base=base), micro, options=rebuilt)
 
 
 def backward(
     pullback: Callable,
-    new: StepScores,
-    old: StepScores | None,
-    reference: StepScores | None,
+    new: LogProbs,
+    old: LogProbs | None,
+    reference: LogProbs | None,
     batch: UpdateBatch,
     part: jax.Array,
-    totals: Totals,
+    totals: LossNormalizers,
     weight: jax.Array,
     *,
     options: UpdateOptions,
@@ -225,16 +225,16 @@ def backward(
       reference: of this part, if the loss has a KL term.
       batch: of the whole update.
       part: int32[].
-      totals: from `count`, over all batches of this task in the update.
+      totals: from `count_normalizers`, over all batches of this task in the update.
       weight: float32[], the task's share of the update's trajectories: 1 unless the update holds
         several tasks. Scales the gradient, not the metrics.
       options: static.
     """
     parts = batch.advantage.shape[0] // options.micro_batch
-    micro = take_part(batch, part, parts, shared=options.plan.shared)
+    micro = take_micro_batch(batch, part, parts, shared=options.plan.shared)
     old = jax.lax.stop_gradient(new) if old is None else old
 
-    def share(scores: StepScores) -> tuple[jax.Array, loss.Metrics]:
+    def share(scores: LogProbs) -> tuple[jax.Array, loss.Metrics]:
         own, metrics = micro_loss(scores, old, reference, micro, totals, options=options)
         return weight * own, metrics
 
@@ -272,7 +272,9 @@ def accumulate(
     return gradient, loss.merge_metrics(first[1], second[1])
 
 
-def take_part(tree: Any, part: jax.Array, parts: int, *, shared: tuple[int, ...] = ()) -> Any:
+def take_micro_batch(
+    tree: Any, part: jax.Array, parts: int, *, shared: tuple[int, ...] = ()
+) -> Any:
     """Rows part, part + parts, part + 2 parts, ... of a batch.
 
     Strided, so that on a mesh every device holds its share of each micro-batch already.
@@ -285,7 +287,7 @@ def take_part(tree: Any, part: jax.Array, parts: int, *, shared: tuple[int, ...]
     return map_rows(one, tree, shared=shared)
 
 
-def join_entropy(scores: list[StepScores]) -> tuple[jax.Array, ...]:
+def join_entropy(scores: list[LogProbs]) -> tuple[jax.Array, ...]:
     """Entropies float32[B, T - 1] of each text step, from the scores of all parts."""
     stacked = [
         jnp.stack(parts, axis=1)
@@ -294,9 +296,9 @@ def join_entropy(scores: list[StepScores]) -> tuple[jax.Array, ...]:
     return tuple(each.reshape(-1, each.shape[-1]) for each in stacked)
 
 
-def count(
+def count_normalizers(
     batch: UpdateBatch, entropy: tuple[jax.Array, ...] | None, *, options: UpdateOptions
-) -> Totals:
+) -> LossNormalizers:
     """The denominators of the means over a batch.
 
     Args:
@@ -314,7 +316,7 @@ def count(
             mask = loss.top_entropy_mask(entropy[index], mask, fraction=fraction)
             thresholds[-1] = jnp.min(jnp.where(mask, entropy[index], jnp.inf))
         tokens.append(jnp.sum(mask, dtype=jnp.float32))
-    return Totals(
+    return LossNormalizers(
         jnp.array(tokens, jnp.float32),
         jnp.sum(batch.valid, dtype=jnp.float32),
         jnp.array(thresholds, jnp.float32),
@@ -322,11 +324,11 @@ def count(
 
 
 def micro_loss(
-    new: StepScores,
-    old: StepScores,
-    reference: StepScores | None,
+    new: LogProbs,
+    old: LogProbs,
+    reference: LogProbs | None,
     micro: UpdateBatch,
-    totals: Totals,
+    totals: LossNormalizers,
     *,
     options: UpdateOptions,
 ) -> tuple[jax.Array, loss.Metrics]:
@@ -377,8 +379,8 @@ def micro_loss(
 
 def _image_kl(
     index: int,
-    new: StepScores,
-    reference: StepScores,
+    new: LogProbs,
+    reference: LogProbs,
     trajectories: Rollout,
     options: UpdateOptions,
 ) -> jax.Array:
@@ -393,7 +395,7 @@ def _image_kl(
     return jnp.stack(columns, axis=1)
 
 
-def _sampler_gap(old: StepScores, trajectories: Rollout) -> jax.Array:
+def _sampler_gap(old: LogProbs, trajectories: Rollout) -> jax.Array:
     """Largest difference between the sampler's own log-probs and the update's, float32[]."""
     gaps = [
         jnp.max(jnp.where(sample.scored, jnp.abs(sample.log_prob - logp), 0.0))

@@ -19,32 +19,34 @@ from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows, replace_text
 from alphagrpo_jax.training.checks import TrainingError
-from alphagrpo_jax.types import Place, Queue, TrainState
+from alphagrpo_jax.types import DataPosition, InitialImageQueue, TrainState
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
 
 
-def payload(state: TrainState, place: Place) -> dict[str, Any]:
+def payload(state: TrainState, place: DataPosition) -> dict[str, Any]:
     """The arrays of a checkpoint: the train state, and the images that wait in queues."""
     key = jax.random.key_data(state.key)
     arrays = {"trainable": state.trainable, "opt_state": state.opt_state, "key": key}
     return arrays if place.queue is None else arrays | {"queue": place.queue.image}
 
 
-def progress(step: int, place: Place, data: Mapping[str, prompts.Data]) -> dict[str, Any]:
+def progress(
+    step: int, place: DataPosition, data: Mapping[str, prompts.TaskData]
+) -> dict[str, Any]:
     """The numbers of a checkpoint: steps done, the place in the data, and what data it is."""
     queue = {} if place.queue is None else {"queue": place.queue.progress()}
     return {"step": step, "positions": place.positions} | queue | fingerprint(data)
 
 
 def content(
-    state: TrainState, step: int, place: Place, data: Mapping[str, prompts.Data]
+    state: TrainState, step: int, place: DataPosition, data: Mapping[str, prompts.TaskData]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint holds: arrays, and a JSON object."""
     return payload(state, place), progress(step, place, data)
 
 
-def fingerprint(data: Mapping[str, prompts.Data]) -> dict[str, str]:
+def fingerprint(data: Mapping[str, prompts.TaskData]) -> dict[str, str]:
     """The contents of the prompt files, which a resumed run must find again."""
     return {
         f"data.{part}.{task}": one.digest
@@ -56,9 +58,9 @@ def fingerprint(data: Mapping[str, prompts.Data]) -> dict[str, str]:
 def restore(
     saves: checkpoint.Checkpoints,
     state: TrainState,
-    place: Place,
-    data: Mapping[str, prompts.Data],
-) -> tuple[TrainState, int, Place]:
+    place: DataPosition,
+    data: Mapping[str, prompts.TaskData],
+) -> tuple[TrainState, int, DataPosition]:
     """The newest checkpoint's state, steps done and place in the data; what is given if none.
 
     Raises:
@@ -77,19 +79,23 @@ def restore(
     arrays = saves.state(latest, payload(state, place))
     queue = place.queue
     if queue is not None:
-        queue = Queue.restored(np.asarray(arrays.pop("queue")), saved["queue"])
+        queue = InitialImageQueue.restored(np.asarray(arrays.pop("queue")), saved["queue"])
     key = jax.random.wrap_key_data(arrays.pop("key"))
-    return TrainState(key=key, **arrays), saved["step"], Place(saved["positions"], queue)
+    return TrainState(key=key, **arrays), saved["step"], DataPosition(saved["positions"], queue)
 
 
-class Kept:
+class EmergencyCheckpoint:
     """The newest point that a run can go on from, for an error that ends it between checkpoints."""
 
     def __init__(self) -> None:
-        self._held: tuple[TrainState, int, Place, dict[str, Any] | None] | None = None
+        self._held: tuple[TrainState, int, DataPosition, dict[str, Any] | None] | None = None
 
     def hold(
-        self, state: TrainState, done: int, place: Place, row: Mapping[str, Any] | None = None
+        self,
+        state: TrainState,
+        done: int,
+        place: DataPosition,
+        row: Mapping[str, Any] | None = None,
     ) -> None:
         """Takes a point, in place of the one before.
 
@@ -108,7 +114,7 @@ class Kept:
     def save(
         self,
         saves: checkpoint.Checkpoints,
-        data: Mapping[str, prompts.Data],
+        data: Mapping[str, prompts.TaskData],
         record: Callable[[int, Mapping[str, Any]], None],
     ) -> None:
         """Writes the row that waits, marked so, and the checkpoint, where there is anything new."""
@@ -123,9 +129,9 @@ class Kept:
 @contextlib.contextmanager
 def saved_on_error(
     saves: checkpoint.Checkpoints,
-    data: Mapping[str, prompts.Data],
+    data: Mapping[str, prompts.TaskData],
     record: Callable[[int, Mapping[str, Any]], None],
-) -> Iterator[Kept]:
+) -> Iterator[EmergencyCheckpoint]:
     """Where a run's updates happen: an error in there costs none that is done.
 
     Args:
@@ -133,7 +139,7 @@ def saved_on_error(
       data: see `content`.
       record: writes a row of the metrics.
     """
-    kept = Kept()
+    kept = EmergencyCheckpoint()
     try:
         yield kept
     except (TrainingError, PoolError) as error:

@@ -21,8 +21,8 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, bare
-from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, normalize_word
+from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling.trajectory import image_block
 
@@ -30,8 +30,8 @@ IMAGES = 8  # that are looked at at a time
 QUESTIONS = 48  # about these, asked at a time
 
 
-class PolicyJudge:
-    """The policy as verifier, a `scoring.Judge`; every sample is answered when it is gathered."""
+class PolicyVerifier:
+    """The policy as verifier, a `scoring.VerifierPool`: samples are answered when gathered."""
 
     def __init__(self, loaded: Loaded, *, question_tokens: int) -> None:
         """Finds the tokens that spell yes and no.
@@ -56,8 +56,8 @@ class PolicyJudge:
                 "least one each; use another verifier"
             )
         self._words = tuple(jnp.array(ids, jnp.int32) for ids in words)
-        self._see = jax.jit(functools.partial(see, loaded.model))
-        self._ask = jax.jit(functools.partial(masses, loaded.model))
+        self._see = jax.jit(functools.partial(encode_images, loaded.model))
+        self._ask = jax.jit(functools.partial(yes_no_probs, loaded.model))
         self._weights: PolicyParams | None = None
         self._waiting: dict[Hashable, tuple[np.ndarray, tuple[str, ...]]] = {}
 
@@ -92,7 +92,7 @@ class PolicyJudge:
             raise ValueError(f"sample {sample_id!r} was submitted before and not yet gathered")
         self._waiting[sample_id] = (image, tuple(questions))
 
-    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, Scored]:
+    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, VerifierResult]:
         """Answers these samples, each once, in the order given; the images must be of one size.
 
         Raises:
@@ -105,7 +105,7 @@ class PolicyJudge:
                 f"got sample ids {unknown[:5]} that are not waiting, expected ids submitted and "
                 "not yet gathered, and weights from `follow`"
             )
-        found: dict[Hashable, Scored] = {}
+        found: dict[Hashable, VerifierResult] = {}
         for first in range(0, len(sample_ids), IMAGES):
             part = sample_ids[first : first + IMAGES]
             found |= self._judge({each: self._waiting.pop(each) for each in part})
@@ -113,7 +113,7 @@ class PolicyJudge:
 
     def _judge(
         self, samples: dict[Hashable, tuple[np.ndarray, tuple[str, ...]]]
-    ) -> dict[Hashable, Scored]:
+    ) -> dict[Hashable, VerifierResult]:
         """The outcomes of at most `IMAGES` samples."""
         images = np.stack([image for image, _ in samples.values()])
         rows = np.resize(np.arange(len(images)), IMAGES)  # always as many: compiled once
@@ -163,7 +163,7 @@ class PolicyJudge:
         return ids
 
 
-def see(model: Bagel, params: PolicyParams, images: jax.Array) -> Context:
+def encode_images(model: Bagel, params: PolicyParams, images: jax.Array) -> Context:
     """The contexts of images uint8[I, Hpx, Wpx, 3] that are to be understood, one row each."""
     seen = image_block(model, images).seen
     floats = seen.astype(jnp.float32) / 127.5 - 1.0
@@ -172,7 +172,7 @@ def see(model: Bagel, params: PolicyParams, images: jax.Array) -> Context:
     return policy.extend_vit(model, params, kv_cache.empty(len(images)), patches, grid)
 
 
-def masses(
+def yes_no_probs(
     model: Bagel,
     params: PolicyParams,
     seen: Context,
@@ -204,7 +204,11 @@ def masses(
 
 
 def _spellings(tokenizer: Tokenizer, word: str) -> list[int]:
-    return [index for index in range(len(tokenizer)) if bare(tokenizer.decode([index])) == word]
+    return [
+        index
+        for index in range(len(tokenizer))
+        if normalize_word(tokenizer.decode([index])) == word
+    ]
 
 
 def _share(yes: float, no: float) -> float | str:
@@ -214,8 +218,8 @@ def _share(yes: float, no: float) -> float | str:
     return yes / (yes + no)
 
 
-def _outcome(answers: Sequence[float | str]) -> Scored:
+def _outcome(answers: Sequence[float | str]) -> VerifierResult:
     """All answers of a sample, or its first failure."""
     failures = [each for each in answers if isinstance(each, str)]
     p_yes = None if failures else tuple(answers)
-    return Scored(p_yes, not failures, failures[0] if failures else None, 1, None, 0.0)
+    return VerifierResult(p_yes, not failures, failures[0] if failures else None, 1, None, 0.0)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
-from alphagrpo_jax.prompts import Data
+from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.training import gradient as gradient_lib
@@ -69,7 +69,7 @@ def make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[str, Data]:
+def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[str, TaskData]:
     """Both prompt sets of every task of a configuration; see `prompts.load`."""
     found = {}
     for name in config.tasks:
@@ -82,7 +82,7 @@ def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[
             cache=cache,
             own_images=task.image == "record" or (task.refines and config.srr.source == "record"),
         )
-        found[name] = Data(*(read(resolve(path)) for path in config.data.pair(task.data)))
+        found[name] = TaskData(*(read(resolve(path)) for path in config.data.pair(task.data)))
     return found
 
 

@@ -17,10 +17,10 @@ from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.sampling.trajectory import (
     RolloutOptions,
-    drawing_params,
     generate,
     image_block,
     prefill,
+    sampling_params,
 )
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
@@ -35,18 +35,18 @@ from alphagrpo_jax.training.setup import make_schedule
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState, join_rows, map_rows
 
 
-class Drawing(NamedTuple):
+class SampleFns(NamedTuple):
     """The jitted halves of a rollout."""
 
     prefill: Callable
     generate: Callable
 
 
-class TaskSteps(NamedTuple):
+class TaskFns(NamedTuple):
     """The jitted functions of one task; each compiles once."""
 
-    train: Drawing  # of a training micro-batch
-    eval: Drawing  # its `generate` is that of training where evaluation draws alike
+    train: SampleFns  # of a training micro-batch
+    eval: SampleFns  # its `generate` is that of training where evaluation draws alike
     join: Callable  # micro-batches of rollouts -> one
     forward: Callable
     reference: Callable
@@ -55,28 +55,28 @@ class TaskSteps(NamedTuple):
     backward: Callable
 
 
-class Steps(NamedTuple):
+class CompiledFns(NamedTuple):
     """The jitted functions of a run."""
 
     weights: Callable  # base, trainable -> what rollouts read
-    tasks: dict[str, TaskSteps]
-    initial: Drawing | None  # the images that task srr repairs, several per prompt
-    eval_initial: Drawing | None  # one per prompt
+    tasks: dict[str, TaskFns]
+    initial: SampleFns | None  # the images that task srr repairs, several per prompt
+    eval_initial: SampleFns | None  # one per prompt
     accumulate: Callable
     add: Callable  # gradients of two batches
     apply: Callable
 
 
-def jit_steps(
+def compile_fns(
     config: Config,
     loaded: Loaded,
     state: TrainState,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> Steps:
+) -> CompiledFns:
     """Every device-side function of a run, jitted once with its shardings."""
     weights = functools.partial(
-        drawing_weights, scale=lora_scale(config), merge_lora=config.rollout.merge_lora
+        sampling_weights, scale=lora_scale(config), merge_lora=config.rollout.merge_lora
     )
     params = jax.eval_shape(weights, loaded.base, state.trainable)
     setting = _Setting(config, loaded, params, state.key, mesh)
@@ -84,12 +84,12 @@ def jit_steps(
     initial = eval_initial = None
     if any(_needs_initial(config, task) for task in named.values()):
         plain = tasks.TASKS["t2i"]
-        initial, *_ = _drawing(setting, plain, initial_options(config, loaded))
-        eval_initial, *_ = _drawing(setting, plain, eval_options(config, loaded, plain))
+        initial, *_ = _sample_fns(setting, plain, initial_options(config, loaded))
+        eval_initial, *_ = _sample_fns(setting, plain, eval_options(config, loaded, plain))
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    return Steps(
+    return CompiledFns(
         weights=jax.jit(weights) if config.rollout.merge_lora else weights,
-        tasks={name: _task_steps(setting, task, state) for name, task in named.items()},
+        tasks={name: _task_fns(setting, task, state) for name, task in named.items()},
         initial=initial,
         eval_initial=eval_initial,
         accumulate=jax.jit(gradient_lib.accumulate, donate_argnums=0),
@@ -130,9 +130,9 @@ class _Setting(NamedTuple):
     mesh: Mesh
 
 
-def _drawing(
+def _sample_fns(
     setting: _Setting, task: tasks.Task, options: RolloutOptions
-) -> tuple[Drawing, Any, Any]:
+) -> tuple[SampleFns, Any, Any]:
     """The jitted halves of a rollout, rows over the mesh, and the shapes of what they give."""
     filling = functools.partial(prefill, setting.loaded.model, options=options)
     generating = functools.partial(generate, setting.loaded.model, options=options)
@@ -140,7 +140,7 @@ def _drawing(
     kinds = (jnp.int32, jnp.int32, jnp.float32)
     scalars = (setting.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
     drawn = jax.eval_shape(generating, setting.params, given, *scalars)
-    drawing = Drawing(
+    drawing = SampleFns(
         *(
             jax.jit(half, out_shardings=_row_shardings(out, options.plan, setting.mesh))
             for half, out in ((filling, given), (generating, drawn))
@@ -149,19 +149,19 @@ def _drawing(
     return drawing, given, drawn
 
 
-def _task_steps(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskSteps:
+def _task_fns(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskFns:
     """The jitted functions of one task."""
     config, loaded, mesh = setting.config, setting.loaded, setting.mesh
     options = rollout_options(config, loaded, task)
     for_eval = eval_options(config, loaded, task)
     for_update, model = update_options(config, loaded, task), loaded.model
-    own, _, drawn = _drawing(setting, task, options)
+    own, _, drawn = _sample_fns(setting, task, options)
     same = dataclasses.replace(options.image, window=0) == for_eval.image and (
         options.top_p == for_eval.top_p and not options.shared_noise
     )
-    eval_drawing, *_ = _drawing(setting, task, for_eval)
+    eval_drawing, *_ = _sample_fns(setting, task, for_eval)
     kept = jax.tree.map(lambda x: x.sharding, state.trainable)
-    return TaskSteps(
+    return TaskFns(
         train=own,
         eval=eval_drawing._replace(generate=own.generate) if same else eval_drawing,
         join=jax.jit(
@@ -170,9 +170,9 @@ def _task_steps(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskS
         ),
         forward=jax.jit(functools.partial(gradient_lib.forward, model=model, options=for_update)),
         reference=jax.jit(
-            functools.partial(gradient_lib.score_reference, model=model, options=for_update)
+            functools.partial(gradient_lib.reference_log_probs, model=model, options=for_update)
         ),
-        count=jax.jit(functools.partial(gradient_lib.count, options=for_update)),
+        count=jax.jit(functools.partial(gradient_lib.count_normalizers, options=for_update)),
         entropy=jax.jit(gradient_lib.join_entropy),
         backward=jax.jit(
             functools.partial(gradient_lib.backward, options=for_update), out_shardings=(kept, None)
@@ -199,12 +199,12 @@ def _input_shapes(setting: _Setting, task: tasks.Task) -> tuple[TextBlock | Imag
     return tuple(blocks)
 
 
-def drawing_weights(
+def sampling_weights(
     base: dict, trainable: Any, *, scale: float | None, merge_lora: bool
 ) -> PolicyParams:
     """The weights of rollouts under a train state."""
     params = gradient_lib.policy_params(base, trainable, lora_scale=scale)
-    return drawing_params(params, merge_lora=merge_lora)
+    return sampling_params(params, merge_lora=merge_lora)
 
 
 def _row_shardings(tree: Any, plan: tasks.Plan, mesh: Mesh) -> Any:

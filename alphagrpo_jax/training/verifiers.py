@@ -10,13 +10,13 @@ import numpy as np
 
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.models.bagel_weights import Loaded
-from alphagrpo_jax.rewards.scoring import Judge
+from alphagrpo_jax.rewards.scoring import VerifierPool
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import checked_urls
 from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 from alphagrpo_jax.rewards.workers.worker import Factory
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.paths import model_folder
-from alphagrpo_jax.training.self_verifier import PolicyJudge
+from alphagrpo_jax.training.self_verifier import PolicyVerifier
 
 ENDPOINT_SHARE = 0.9  # of the pool's deadlines, for what an endpoint worker does by itself
 
@@ -115,7 +115,9 @@ def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
 
 
 @contextlib.contextmanager
-def opened(config: Config, loaded: Loaded) -> Iterator[tuple[Judge, Judge | None]]:
+def open_verifiers(
+    config: Config, loaded: Loaded
+) -> Iterator[tuple[VerifierPool, VerifierPool | None]]:
     """The verifier of the training, and the one that only evaluations ask, if any; both ready.
 
     Raises:
@@ -126,7 +128,9 @@ def opened(config: Config, loaded: Loaded) -> Iterator[tuple[Judge, Judge | None
     with contextlib.ExitStack() as stack:
         second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
         if config.verifier.kind == "self":
-            first: Judge = PolicyJudge(loaded, question_tokens=config.rollout.prompt_tokens)
+            first: VerifierPool = PolicyVerifier(
+                loaded, question_tokens=config.rollout.prompt_tokens
+            )
         else:
             first = stack.enter_context(make_pool(config))
             first.wait_ready()
@@ -154,7 +158,7 @@ class PoolCounts:
     Under `time/`, since faults differ from run to run while rewards do not.
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: VerifierPool) -> None:
         """Counts from now on; of a judge without a pool there is nothing to count."""
         self._pool = judge if isinstance(judge, Pool) else None
         self._before = self._pool.counters() if self._pool else {}

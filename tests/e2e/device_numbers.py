@@ -17,7 +17,7 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import MeshShape
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.training import setup
-from alphagrpo_jax.training.steps import jit_steps
+from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import TextBlock, UpdateBatch
 
 
@@ -27,7 +27,7 @@ def numbers(config, mesh, root, stored=None):
         loaded = setup.load_policy(config, mesh)
         optimizer = setup.make_optimizer(config)
         state = setup.initial_state(config, loaded.base, optimizer, mesh)
-        whole = jit_steps(config, loaded, state, optimizer, mesh)
+        whole = compile_fns(config, loaded, state, optimizer, mesh)
         steps = whole.tasks["rt2i"]
         rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
         block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import initial_images, prompts, reward, rollout, tasks, types, update
-from alphagrpo_jax.rewards.workers.ledger import Scored as Answered
+from alphagrpo_jax.rewards.workers.ledger import VerifierResult as Answered
 from alphagrpo_jax.runtime import metrics
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
@@ -21,7 +21,7 @@ from alphagrpo_jax.training import context, setup
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import steps as steps_lib
-from alphagrpo_jax.types import Queue, TextSample, TrainState
+from alphagrpo_jax.types import InitialImageQueue, TextSample, TrainState
 
 SECOND_LOOK = tasks.Task(
     "second_look",
@@ -82,25 +82,25 @@ def one_step(world, name):
             state.trainable,
         )
         state = state.replace(trainable=moved)
-        steps = steps_lib.jit_steps(config, loaded, state, optimizer, mesh)
+        steps = steps_lib.compile_fns(config, loaded, state, optimizer, mesh)
         run = context.Run(config, loaded, data, steps, Judge(), world)
-        place = prompts.start_place(config)
+        place = prompts.start_position(config)
         initial_images.fill(run, state, 1, place)
-        (batch,) = prompts.take_batches(config, data, 1, place)
-        drawn = rollout.draw_batch(run, state, 1, batch)
-        old = update.old_scores(run, state, drawn)
-        scores = reward.score_batch(run, drawn, None, 1)
+        (batch,) = prompts.next_batches(config, data, 1, place)
+        drawn = rollout.sample(run, state, 1, batch)
+        old = update.old_log_probs(run, state, drawn)
+        scores = reward.gather(run, drawn, None, 1)
         scored = reward.advantage_of(config, drawn, scores)
         # A random model's answers may all be wrong, its repairs all worse: given advantages then.
         given = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
         own = scored.text._replace(advantage=given, used=np.ones((2, 4), bool))
-        given = types.Scored(own, given, {})
+        given = types.BatchAdvantages(own, given, {})
         whole = update._UpdateBatch.of(run, drawn, old, given)
         together = update._TaskBatches.of(run, [whole])
         gradient, _ = together.gradient(run, state, jnp.float32(1.0))
         gradient = jax.tree.map(np.asarray, gradient)
         by_score = cotangents(config, loaded, together)
-        _, learned, (metrics,) = update.update_policy(run, state, [drawn], [old], [given], 1)
+        _, learned, (metrics,) = update.step(run, state, [drawn], [old], [given], 1)
     return {
         "name": name, "run": run, "batch": batch, "drawn": drawn, "scores": scores,
         "gradient": gradient, "by_score": by_score, "learned": learned, "metrics": metrics,
@@ -113,7 +113,9 @@ def cotangents(config, loaded, together):
     task = tasks.TASKS[config.task]
     options = options_lib.update_options(config, loaded, task)
     parts = config.trajectories // config.train.micro_batch
-    micro = gradient_lib.take_part(whole.batch, jnp.int32(0), parts, shared=options.plan.shared)
+    micro = gradient_lib.take_micro_batch(
+        whole.batch, jnp.int32(0), parts, shared=options.plan.shared
+    )
     found = jax.grad(
         lambda new: gradient_lib.micro_loss(
             new, whole.old[0], None, micro, together.totals, options=options
@@ -217,10 +219,10 @@ def test_own_initial_images_are_those_of_the_files(world):
     data = setup.load_data(config, loaded, world / "cache")
     run = context.Run(config, loaded, data, NoModel(), Judge(), world)
     state = TrainState(None, None, jax.random.key(0))
-    place, seen = prompts.start_place(config), set()
+    place, seen = prompts.start_position(config), set()
     for step in (1, 2, 3):
         initial_images.fill(run, state, step, place)
-        (batch,) = prompts.take_batches(config, data, step, place)
+        (batch,) = prompts.next_batches(config, data, step, place)
         for index, row in enumerate(batch.rows):
             seen.add(int(row))
             with Image.open(world / f"edit_{row}.png") as image:
@@ -245,11 +247,11 @@ def refining(mode, texts, pool=None):
     config.train.micro_batch = config.rollout.micro_batch = 4
     parsed = config_lib.from_config_dict(config)
     numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
-    initial = Queue(np.array(1), *numbers, np.array([0.5]), np.array([0.5]))
-    batch = types.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), numbers[1], initial)
+    initial = InitialImageQueue(np.array(1), *numbers, np.array([0.5]), np.array([0.5]))
+    batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(1, int), numbers[1], initial)
     records = [parse_record(tiny_world.record("a red circle"))] * 4
     ids = [(1, 0, number) for number in range(4)]
-    drawn = types.Drawn(batch, None, records, ids, [texts], {})
+    drawn = types.RolloutBatch(batch, None, records, ids, [texts], {})
     return context.Run(parsed, None, {}, None, pool, None), drawn
 
 
@@ -273,9 +275,9 @@ def test_a_reflection_is_well_formed_if_every_verdict_is_yes():
     answers = {(1, 0, number): (0.64, 0.64, 0.64) for number in range(4)}
     answers |= {(1, 0, number, "reflection"): own for number, own in enumerate(verdicts)}
     run, drawn = refining("verifier", ["<think> a </think>"] * 4, pool=Given(answers))
-    found = reward.score_reflections(run, drawn)
+    found = reward.gather_reflections(run, drawn)
     np.testing.assert_array_equal(found, [1.0, 0.0, np.nan, 1.0])
-    scores = reward.score_batch(run, drawn, found, 1)
+    scores = reward.gather(run, drawn, found, 1)
     assert scores.valid.tolist() == [True, True, False, True]
     np.testing.assert_allclose(scores.reward, [0.64, 0.64, np.nan, 0.64])
     assert scores.failures == {"no verdict on the reflection": 1}
@@ -290,14 +292,14 @@ def test_a_reflection_is_well_formed_if_every_verdict_is_yes():
 def test_reflections_by_rule():
     good = "<think> the cross is blue. make the cross red. red cross top left </think>"
     run, drawn = refining("rule", [good, *["<think> red cross </think>"] * 3])
-    found = reward.score_reflections(run, drawn)
+    found = reward.gather_reflections(run, drawn)
     assert found.tolist() == [1.0, 0.0, 0.0, 0.0]
     scores = dataclasses.replace(scores_of([0.6] * 4), format=np.ones(4))
     scored = reward.advantage_of(run.config, drawn, scores, found)
     np.testing.assert_allclose(scored.text.advantage[0], [0.1875, -0.0625, -0.0625, -0.0625])
     assert not scored.image.any()
     run, drawn = refining("none", [good] * 4)
-    assert reward.score_reflections(run, drawn) is None
+    assert reward.gather_reflections(run, drawn) is None
 
 
 @pytest.mark.parametrize(
@@ -312,9 +314,9 @@ def test_initial_and_repairs_are_compared_on_one_scale(baseline, expected):
     config.rollout.micro_batch = config.train.micro_batch = 4
     parsed = config_lib.from_config_dict(config)
     numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
-    initial = Queue(np.array(1), *numbers, np.array([0.55]), np.array([0.1]))
-    batch = types.Batch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
-    drawn = types.Drawn(batch, None, [], [], [["<think> a </think>"] * 4], {})
+    initial = InitialImageQueue(np.array(1), *numbers, np.array([0.55]), np.array([0.1]))
+    batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
+    drawn = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 4], {})
     found = reward.advantage_of(parsed, drawn, scores_of([0.6, 0.5, 0.5, 0.5]))
     np.testing.assert_allclose(found.text.advantage[0], expected, atol=1e-6)
     np.testing.assert_allclose(found.image[0], expected, atol=1e-6)
@@ -330,9 +332,9 @@ def test_nothing_improved_means_no_advantages():
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
     config = dataclasses.replace(config, task="srr")
     numbers = (np.zeros(2, int), np.zeros((2, 2, 2, 3), np.uint8))
-    initial = Queue(np.array(2), *numbers, np.array([0.6, 0.9]), np.array([0.1, 0.2]))
-    batch = types.Batch(0, tasks.TASKS["srr"], np.zeros(2, int), None, initial)
-    drawn = types.Drawn(batch, None, [], [], [["<think> a </think>"] * 8], {})
+    initial = InitialImageQueue(np.array(2), *numbers, np.array([0.6, 0.9]), np.array([0.1, 0.2]))
+    batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(2, int), None, initial)
+    drawn = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 8], {})
     worse = scores_of([0.6, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, 0.4])
     found = reward.advantage_of(config, drawn, worse)
     assert found.text.all_zero

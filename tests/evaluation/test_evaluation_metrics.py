@@ -11,8 +11,8 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.evaluation import metrics
 from alphagrpo_jax.evaluation.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet
-from alphagrpo_jax.rewards.scoring import Scores, ScoringOptions
-from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.rewards.scoring import Rewards, ScoringOptions
+from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import TASKS
 
@@ -34,7 +34,7 @@ def records():
 
 def scores(reward, valid):
     zeros = np.zeros(len(reward))
-    return Scores(np.array(reward), zeros, zeros, zeros, np.array(valid), {})
+    return Rewards(np.array(reward), zeros, zeros, zeros, np.array(valid), {})
 
 
 def test_exact_scores_by_kind_and_type():
@@ -94,7 +94,7 @@ class Brightness:
 
     def gather(self, ids):
         return {
-            each: Scored((image.mean() / self.unit,) * count, True, None, 1, 0, 0.0)
+            each: VerifierResult((image.mean() / self.unit,) * count, True, None, 1, 0, 0.0)
             for each, (image, count) in ((each, self.images[each]) for each in list(ids))
         }
 
@@ -118,7 +118,7 @@ def test_micro_batches_are_filled_up_and_cut():
         calls.append((numbers.tolist(), first))
         images = np.broadcast_to(numbers[:, None, None, None] * 51, (len(numbers), 1, 1, 3))
         thinks = [[f"<think>{n}</think>" for n in numbers]]
-        return metrics.Made(images.astype(np.uint8), thinks, [])
+        return metrics.Sampled(images.astype(np.uint8), thinks, [])
 
     found = metrics.evaluate_images(
         draw,
@@ -150,7 +150,7 @@ def test_answers_are_judged_by_rule_and_cut_to_their_number():
     rows = [parse_record(fields, form="answer")] * 3
 
     def write(numbers, first):
-        return metrics.Made(
+        return metrics.Sampled(
             None, [["<think> a </think>"] * len(numbers)], ["yes" if n else "no" for n in numbers]
         )
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax.rewards import report, scoring
-from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
 
 URL = "data:image/png;base64,AAAA"
@@ -55,10 +55,10 @@ def made(*outcomes, prompts=None, extra=(), **known):
 
 
 def answered(*p_yes, ratings=()):
-    return Scored(p_yes, True, None, 1, 0, 0.1, ratings)
+    return VerifierResult(p_yes, True, None, 1, 0, 0.1, ratings)
 
 
-FAILED = Scored(None, False, "server away <b>", 4, None, 9.0)
+FAILED = VerifierResult(None, False, "server away <b>", 4, None, 9.0)
 
 
 @pytest.fixture

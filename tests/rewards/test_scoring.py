@@ -11,7 +11,7 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import tasks
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.verifiers import instructions
-from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.training import options as options_lib
 from configs import grpo
@@ -31,10 +31,10 @@ class Answers:
 
 
 def scored(*p_yes):
-    return Scored(p_yes, True, None, 1, 0, 0.1)
+    return VerifierResult(p_yes, True, None, 1, 0, 0.1)
 
 
-FAILED = Scored(None, False, "server away", 4, None, 9.0)
+FAILED = VerifierResult(None, False, "server away", 4, None, 9.0)
 
 
 def test_rewards_of_a_batch():
@@ -133,7 +133,7 @@ def test_dependencies_count_if_asked_for():
 def made(reward, form):
     nothing = np.zeros(len(reward))
     valid = np.ones(len(reward), bool)
-    return scoring.Scores(np.array(reward), nothing, nothing, np.array(form), valid, {})
+    return scoring.Rewards(np.array(reward), nothing, nothing, np.array(form), valid, {})
 
 
 def test_the_form_may_count_for_the_text_alone():
@@ -166,7 +166,7 @@ def test_answers_are_rewarded_by_rule():
 
 
 def rated(*ratings, p_yes=()):
-    return Scored(p_yes, True, None, 1, 0, 0.1, ratings)
+    return VerifierResult(p_yes, True, None, 1, 0, 0.1, ratings)
 
 
 def test_holistic_scores_ask_for_ratings_only():

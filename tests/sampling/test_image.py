@@ -49,7 +49,7 @@ def setting(tiny):
 
 @pytest.fixture(scope="module")
 def draw(tiny):
-    return jax.jit(functools.partial(image.draw, tiny.model), static_argnames="options")
+    return jax.jit(functools.partial(image.sample_image, tiny.model), static_argnames="options")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_scores_are_the_samplers_own_log_probs(tiny, setting, draw, sampler, gui
         OPTIONS, sampler=sampler, guidance=guidance, window_range=(0, 4), noise_level=0.6
     )
     sample = draw(params, contexts, initial, keys, jnp.int32(1), options=options)
-    score = jax.jit(functools.partial(image.score, tiny.model, options=options))
+    score = jax.jit(functools.partial(image.image_log_probs, tiny.model, options=options))
     logp, mean = score(params, contexts, sample)
     np.testing.assert_allclose(logp, sample.log_prob, rtol=1e-4, atol=1e-5)
     levels = options.sigmas

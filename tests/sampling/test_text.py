@@ -32,7 +32,7 @@ def setting(tiny, extend):
     prompts = ("a red circle", "two", "a blue square, please")
     tokens, mask = tiny.tokenizer.batch([tiny.tokenizer.wrap(each) for each in prompts], 24)
     ctx, _ = extend(params, kv_cache.empty(3), tokens, mask)
-    write = functools.partial(text.write, tiny.model, max_tokens=MAX_TOKENS, top_p=0.9)
+    write = functools.partial(text.sample_text, tiny.model, max_tokens=MAX_TOKENS, top_p=0.9)
     return params, ctx, jax.jit(write)
 
 
@@ -148,7 +148,7 @@ def test_frequencies_follow_the_distribution():
     count = 4000
     log_p = jnp.broadcast_to(jnp.log(probability)[None], (count, 3))
     many = jax.random.split(jax.random.key(0), count)
-    draw = functools.partial(text.draw_tokens, log_p, many, jnp.int32(0), top_p=1.0)
+    draw = functools.partial(text.sample_tokens, log_p, many, jnp.int32(0), top_p=1.0)
     drawn = draw(temperature=jnp.float32(1.0))
     share = np.bincount(np.asarray(drawn), minlength=3) / count
     np.testing.assert_allclose(share, probability, atol=4 * np.sqrt(0.25 / count))

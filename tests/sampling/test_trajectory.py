@@ -35,7 +35,9 @@ def setting():
 @pytest.fixture(scope="module")
 def run(setting):
     loaded = setting[0]
-    jitted = jax.jit(functools.partial(trajectory.rollout, loaded.model), static_argnames="options")
+    jitted = jax.jit(
+        functools.partial(trajectory.sample_trajectories, loaded.model), static_argnames="options"
+    )
 
     def run(block, *, first=0, start=1, options=setting[1]):
         numbers = (jax.random.key(5), jnp.int32(first), jnp.int32(start), jnp.float32(1.0))
@@ -99,9 +101,9 @@ def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
     adapters = lora.init(jax.random.key(0), loaded.base, lora.TARGETS, rank=2)
     adapters = jax.tree.map(lambda x: x + 0.02, adapters)
     params = PolicyParams(loaded.base, adapters, 2.0)
-    merged = trajectory.drawing_params(params, merge_lora=True)
+    merged = trajectory.sampling_params(params, merge_lora=True)
     assert merged.lora is None
-    assert trajectory.drawing_params(params, merge_lora=False) is params
+    assert trajectory.sampling_params(params, merge_lora=False) is params
     fill = jax.jit(functools.partial(trajectory.prefill, loaded.model, options=options))
     first, second = (fill(each, (block,)) for each in (params, merged))
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):

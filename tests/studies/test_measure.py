@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alphagrpo_jax.inference import Performed
+from alphagrpo_jax.inference import TaskOutput
 from alphagrpo_jax.shapes import checker, examples, image_records, questions, scenes, specs
 from alphagrpo_jax.studies import measure, measure_skills, verifier_eval
 
@@ -67,7 +67,7 @@ def test_edits_change_the_scene(rng):
 
 def test_skills_of_a_policy_that_does_nothing(monkeypatch):
     def idle(policy_, task, asked, images, **_):
-        return Performed(images, [["yes"] * len(asked)])
+        return TaskOutput(images, [["yes"] * len(asked)])
 
     monkeypatch.setattr(measure_skills, "perform", idle)
     found = measure_skills.measure(None, 40)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.shapes import grammar, scenes
 from alphagrpo_jax.studies import measure, reward_figures
@@ -30,9 +30,9 @@ class Answers:
         for each in ids:
             p, asked, rated = self.taken[each]
             found[each] = (
-                Scored(None, False, "away", 1, None, 0.0)
+                VerifierResult(None, False, "away", 1, None, 0.0)
                 if p is None
-                else Scored((p,) * asked, True, None, 1, 0, 0.0, (10 * p,) * rated)
+                else VerifierResult((p,) * asked, True, None, 1, 0, 0.0, (10 * p,) * rated)
             )
         return found
 

@@ -206,7 +206,7 @@ def test_runs_that_do_not_fit_are_refused(tmp_path: pathlib.Path):
 
 
 def test_another_checkpoint_than_the_last_state_is_refused(monkeypatch):
-    policy = inference.Trained(CONFIG, None, None, step=1)
+    policy = inference.Policy(CONFIG, None, None, step=1)
     monkeypatch.setattr(inference, "from_run", lambda folder: policy)
     run = rt2i.Finished(pathlib.Path("runs/x"), 2, "d", [])
     with pytest.raises(ValueError, match="is of step 1, expected 2"):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alphagrpo_jax.inference import Performed
+from alphagrpo_jax.inference import TaskOutput
 from alphagrpo_jax.shapes import image_records, scenes
 from alphagrpo_jax.studies import measure, rt2i, srr
 
@@ -90,13 +90,13 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
 
     def idle(policy_, task, asked, images=None, **_):
         calls.append(task.name)
-        return Performed(np.stack([EMPTY] * len(asked)) if images is None else images, [])
+        return TaskOutput(np.stack([EMPTY] * len(asked)) if images is None else images, [])
 
     monkeypatch.setattr(srr, "perform", idle)
     monkeypatch.setattr(srr, "weights_digest", lambda policy: "own")
     monkeypatch.setattr(srr.inference, "from_config", lambda config: None)
-    monkeypatch.setattr(srr.inference, "from_run", lambda folder: Performed(None, []))
-    monkeypatch.setattr(Performed, "_replace", lambda self, **_: None)
+    monkeypatch.setattr(srr.inference, "from_run", lambda folder: TaskOutput(None, []))
+    monkeypatch.setattr(TaskOutput, "_replace", lambda self, **_: None)
     run = tmp_path / "run"
     run.mkdir()
     command = ["--out", str(tmp_path), "--run", f"srr={run}", "--per_type", "1", "--implied", "1"]

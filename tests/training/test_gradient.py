@@ -51,7 +51,7 @@ def setting():
     params = gradient_lib.policy_params(loaded.base, trainable, lora_scale=2.0)
     rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
     block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
-    run = jax.jit(functools.partial(trajectory.rollout, loaded.model, options=own))
+    run = jax.jit(functools.partial(trajectory.sample_trajectories, loaded.model, options=own))
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
     stored, _ = run(params, (block,), *numbers)
     advantage = jnp.array([1.0, -0.5, 0.75, -1.25])
@@ -67,7 +67,7 @@ def gradient_of(setting, options, *, trainable=None, batch=None, old=None, base=
     batch = setting.batch if batch is None else batch
     forward = _jitted("forward", setting.loaded.model, options)
     backward = _jitted("backward", None, options)
-    totals = gradient_lib.count(batch, None, options=options)
+    totals = gradient_lib.count_normalizers(batch, None, options=options)
     summed, scores = None, []
     for part in range(ROWS // options.micro_batch):
         new, pullback = forward(trainable, base, batch.rollout, jnp.int32(part))
@@ -192,14 +192,16 @@ def test_kl_to_the_reference_grows_with_the_adapters(setting):
     loss = dataclasses.replace(setting.options.loss, text_beta=0.1, image_beta=0.1)
     options = dataclasses.replace(setting.options, loss=loss)
     reference = jax.jit(
-        functools.partial(gradient_lib.score_reference, model=setting.loaded.model, options=options)
+        functools.partial(
+            gradient_lib.reference_log_probs, model=setting.loaded.model, options=options
+        )
     )(setting.loaded.base, setting.stored, jnp.int32(0))
     zero = jax.tree.map(jnp.zeros_like, setting.trainable)
     values = []
     for trainable in (zero, setting.trainable):
         forward = _jitted("forward", setting.loaded.model, options)
         new, _ = forward(trainable, setting.loaded.base, setting.stored, jnp.int32(0))
-        totals = gradient_lib.count(setting.batch, None, options=options)
+        totals = gradient_lib.count_normalizers(setting.batch, None, options=options)
         _, metrics = gradient_lib.micro_loss(
             new, new, reference, setting.batch, totals, options=options
         )
@@ -250,7 +252,7 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     options = dataclasses.replace(setting.options, loss=loss)
     _, _, scores = gradient_of(setting, setting.options)
     (entropy,) = gradient_lib.join_entropy(scores)
-    totals = gradient_lib.count(setting.batch, (entropy,), options=options)
+    totals = gradient_lib.count_normalizers(setting.batch, (entropy,), options=options)
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
     kept = values[values >= np.quantile(values, 0.5)]
@@ -260,7 +262,7 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
 
 def test_parts_are_strided(setting):
     whole = np.asarray(setting.stored.texts[0].tokens)
-    part = gradient_lib.take_part(
+    part = gradient_lib.take_micro_batch(
         setting.stored, jnp.int32(1), 2, shared=setting.options.plan.shared
     )
     np.testing.assert_array_equal(part.texts[0].tokens, whole[1::2])

@@ -8,7 +8,7 @@ from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training.checks import TrainingError
-from alphagrpo_jax.types import Place, TrainState
+from alphagrpo_jax.types import DataPosition, TrainState
 
 
 class Saves:
@@ -46,7 +46,7 @@ def stopped_by(error: Exception, saves: Saves, act) -> dict[int, dict]:
 
 @pytest.mark.parametrize("error", [TrainingError("x"), PoolError("x")], ids=type)
 def test_the_newest_point_is_saved_with_its_place(error):
-    saves, place = Saves(), Place({"rt2i": 16}, None)
+    saves, place = Saves(), DataPosition({"rt2i": 16}, None)
 
     def act(kept):
         kept.hold(state(1.0), 2, place)
@@ -61,14 +61,16 @@ def test_the_newest_point_is_saved_with_its_place(error):
 def test_a_row_waits_for_its_evaluation():
     saves, row = Saves(), {"loss/total": 0.5}
     rows = stopped_by(
-        TrainingError("x"), saves, lambda kept: kept.hold(state(1.0), 3, Place({}, None), row)
+        TrainingError("x"),
+        saves,
+        lambda kept: kept.hold(state(1.0), 3, DataPosition({}, None), row),
     )
     assert rows == {3: {"loss/total": 0.5, "eval/pending": 1}}
     assert list(saves.kept) == [3]
 
 
 def test_nothing_is_saved_where_nothing_can_be():
-    place = Place({}, None)
+    place = DataPosition({}, None)
 
     def in_the_update(kept):
         kept.hold(state(1.0), 2, place)
@@ -86,5 +88,7 @@ def test_nothing_is_saved_where_nothing_can_be():
 
 def test_a_full_disk_does_not_hide_the_error(capsys):
     saves = Saves(full=True)
-    stopped_by(TrainingError("x"), saves, lambda kept: kept.hold(state(1.0), 2, Place({}, None)))
+    stopped_by(
+        TrainingError("x"), saves, lambda kept: kept.hold(state(1.0), 2, DataPosition({}, None))
+    )
     assert "since the last checkpoint are lost: the disk is full" in capsys.readouterr().err

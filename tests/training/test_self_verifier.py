@@ -37,7 +37,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def judge(loaded):
-    made = self_verifier.PolicyJudge(loaded, question_tokens=LENGTH)
+    made = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH)
     made.follow(PolicyParams(loaded.base))
     return made
 
@@ -129,7 +129,7 @@ def test_wrong_samples(judge, images):
 def test_a_tokenizer_without_the_words_is_refused(loaded):
     wordless = dataclasses.replace(loaded, tokenizer=tiny_world.tokenizer(words=("no",)))
     with pytest.raises(ConfigError, match="has 0 that spell yes and 1 that spell no"):
-        self_verifier.PolicyJudge(wordless, question_tokens=LENGTH)
+        self_verifier.PolicyVerifier(wordless, question_tokens=LENGTH)
 
 
 def test_a_second_verifier_may_be_an_endpoint(images, tmp_path):
@@ -138,7 +138,7 @@ def test_a_second_verifier_may_be_an_endpoint(images, tmp_path):
     fields.verifier.model, fields.verifier.workers = bad_server.MODEL, 1
     with BadServer(tmp_path) as server:
         fields.verifier.second = f"openai:{server.url}"
-        with verifiers_lib.opened(config_lib.from_config_dict(fields), None) as (_, second):
+        with verifiers_lib.open_verifiers(config_lib.from_config_dict(fields), None) as (_, second):
             second.submit(0, images[0], QUESTIONS)
             told = second.gather([0])[0].p_yes
     assert told == pytest.approx([bad_server.truth(images[0], each) for each in QUESTIONS])
@@ -153,7 +153,7 @@ def test_a_second_verifier_stands_beside_the_first(images):
     fields.verifier.kind, fields.verifier.path = "callable", "tiny_verifiers:Honest"
     fields.verifier.second, fields.verifier.workers = "tiny_verifiers:Constant", 1
     config = config_lib.from_config_dict(fields)
-    with verifiers_lib.opened(config, None) as (first, second):
+    with verifiers_lib.open_verifiers(config, None) as (first, second):
         for pool in (first, second):
             pool.submit(0, images[0], QUESTIONS)
         assert first.gather([0])[0].p_yes != (0.5,) * 3
@@ -169,7 +169,7 @@ def test_a_second_verifier_stands_beside_the_first(images):
         assert once.keys() == nothing.keys() >= {"time/pool/retries", "time/pool/lost_workers"}
         assert set(nothing.values()) == {0.0}
     verifier = dataclasses.replace(config.verifier, second="")
-    with verifiers_lib.opened(dataclasses.replace(config, verifier=verifier), None) as (
+    with verifiers_lib.open_verifiers(dataclasses.replace(config, verifier=verifier), None) as (
         first,
         second,
     ):

@@ -19,17 +19,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.passes import Passes
-from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS, RATINGS, bare
+from alphagrpo_jax.rewards.verifiers.spelling import (
+    FALLBACK_TOKENS,
+    MIN_MASS,
+    RATINGS,
+    normalize_word,
+)
 
 
-def bare_tokens(tokenizer: object) -> list[str]:
+def normalized_tokens(tokenizer: object) -> list[str]:
     """What each token spells, as `bare` has it: "Yes" and " yes" are both "yes"."""
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-    return [bare(text) for text in texts]
+    return [normalize_word(text) for text in texts]
 
 
 def token_sets(tokens: Sequence[str], words: Sequence[str]) -> list[list[int]]:
-    """For each word the ids of all tokens that spell it; `tokens` are those of `bare_tokens`."""
+    """Returns for each word the ids of all tokens that spell it (see `normalized_tokens`)."""
     return [[index for index, text in enumerate(tokens) if text == word] for word in words]
 
 
@@ -131,7 +136,7 @@ class HFVerifier:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.device, self.top_k, self.text_fallback = device, top_k, text_fallback
         self.max_batch = max_batch
-        tokens = bare_tokens(self.tokenizer)
+        tokens = normalized_tokens(self.tokenizer)
         self.yes, self.no = token_sets(tokens, ("yes", "no"))
         if not (self.yes and self.no) and not text_fallback:
             raise VerifierLoadError(
@@ -240,7 +245,7 @@ class HFVerifier:
         if yes + no >= MIN_MASS:
             return Answer(yes / (yes + no))
         if self.text_fallback:
-            text = bare(self._reply(image, question))
+            text = normalize_word(self._reply(image, question))
             if text in ("yes", "no"):
                 return Answer(float(text == "yes"))
             return Answer(None, f"neither yes nor no: the reply is {text!r}")

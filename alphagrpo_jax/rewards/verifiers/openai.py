@@ -23,7 +23,12 @@ from alphagrpo_jax.rewards.verifiers.chat.client import ChatClient, ChatError
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 from alphagrpo_jax.rewards.verifiers.chat.replies import Candidate, Completion
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
-from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS, RATINGS, bare
+from alphagrpo_jax.rewards.verifiers.spelling import (
+    FALLBACK_TOKENS,
+    MIN_MASS,
+    RATINGS,
+    normalize_word,
+)
 
 RATING_CANDIDATES = 20  # as many as servers commonly allow
 RATING_TOKENS = 3  # "10" may be two
@@ -227,7 +232,7 @@ def read_answer(reply: Completion, *, text_fallback: bool) -> Answer:
     yes, no = (_mass(reply.candidates, word) for word in ("yes", "no"))
     if yes + no >= MIN_MASS:
         return Answer(yes / (yes + no))
-    text = bare(reply.text)
+    text = normalize_word(reply.text)
     if text_fallback and text in ("yes", "no"):
         return Answer(float(text == "yes"))
     shown = [candidate.token[:40] for candidate in reply.candidates[:5]]
@@ -248,13 +253,13 @@ def read_rating(reply: Completion, *, text_fallback: bool) -> Rating:
             return Rating(_mean(mass))
         if reply.later and _is_one(reply):
             ten = mass[1] * _mass(reply.later[0], "0")
-            rest = (c for c in reply.later[0] if not bare(c.token)[:1].isdigit())
+            rest = (c for c in reply.later[0] if not normalize_word(c.token)[:1].isdigit())
             mass[1], mass[10] = mass[1] * sum(math.exp(c.logprob) for c in rest), ten
             if sum(mass) >= MIN_MASS:
                 return Rating(_mean(mass))
         elif mass[1] <= MAX_UNSPLIT * total:
             return Rating(_mean(mass))
-    text = bare(reply.text)
+    text = normalize_word(reply.text)
     if text_fallback and text in RATINGS:
         return Rating(float(text))
     return Rating(None, f"no number from 0 to 10 can be read (mass {total:.2g})")
@@ -262,11 +267,11 @@ def read_rating(reply: Completion, *, text_fallback: bool) -> Rating:
 
 def _is_one(reply: Completion) -> bool:
     """Whether the token taken, i.e. the likeliest, is "1"."""
-    return bare(max(reply.candidates, key=lambda c: c.logprob).token) == "1"
+    return normalize_word(max(reply.candidates, key=lambda c: c.logprob).token) == "1"
 
 
 def _mass(candidates: Iterable[Candidate], word: str) -> float:
-    return sum(math.exp(c.logprob) for c in candidates if bare(c.token) == word)
+    return sum(math.exp(c.logprob) for c in candidates if normalize_word(c.token) == word)
 
 
 def _mean(mass: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ RATINGS = tuple(str(value) for value in range(11))
 FALLBACK_TOKENS = 8  # of a reply whose text is read
 
 
-def bare(text: str) -> str:
+def normalize_word(text: str) -> str:
     """Lower case, without blanks and punctuation at both ends: " Yes." -> "yes"."""
     text = text.lower()
     drop = {c for c in text if c.isspace() or unicodedata.category(c)[0] in "PZC" or c in "▁Ġ"}

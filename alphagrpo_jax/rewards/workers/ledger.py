@@ -30,7 +30,7 @@ COUNTERS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class VerifierResult:
     """What became of a sample."""
 
     p_yes: tuple[float, ...] | None  # one per yes/no question; None if not valid
@@ -80,7 +80,7 @@ class Ledger:
         self.unaudited: str | None = None  # why the audit log does not account for everything
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.under_way: set[Hashable] = set()  # waiting or being tried
-        self.results: dict[Hashable, Scored] = {}
+        self.results: dict[Hashable, VerifierResult] = {}
         self._queue: list[Job] = []  # waiting for a worker
         # Numbers by `Job.keys`; the verifier is one, so it has no place in the key.
         self._cache: collections.OrderedDict[tuple, float] = collections.OrderedDict()
@@ -183,7 +183,7 @@ class Ledger:
         valid = numbers is not None
         self.counters["answered" if valid else "invalid"] += 1
         self.under_way.discard(job.sample_id)
-        self.results[job.sample_id] = Scored(
+        self.results[job.sample_id] = VerifierResult(
             p_yes=numbers[: job.cut] if valid else None,
             valid=valid,
             failure=None if valid else job.failure,

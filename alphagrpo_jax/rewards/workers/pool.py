@@ -22,7 +22,7 @@ import numpy as np
 from alphagrpo_jax.rewards.workers import ledger as ledger_lib
 from alphagrpo_jax.rewards.workers import worker as worker_lib
 from alphagrpo_jax.rewards.workers.audit import AuditLog
-from alphagrpo_jax.rewards.workers.ledger import Scored
+from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 
 LONGEST_PAUSE = 50.0  # of a worker that fails again and again, in units of backoff_seconds
 
@@ -166,7 +166,7 @@ class Pool:
                 self._ledger.reject_waiting(self._lost_message())
             self._changed.notify_all()
 
-    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, Scored]:
+    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, VerifierResult]:
         """Waits for these samples and hands out their outcomes, each once, in the order given.
 
         Raises:

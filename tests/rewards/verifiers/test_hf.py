@@ -50,7 +50,7 @@ def test_bare_strips_blanks_punctuation_and_case():
 
 def test_token_sets_hold_every_spelling():
     decoder = Decoder(["Yes", " yes", "yes.", "yesterday", "No", "\n no", "not", "now", "yes"])
-    assert hf.token_sets(hf.bare_tokens(decoder), ("yes", "no")) == [[0, 1, 2, 8], [4, 5]]
+    assert hf.token_sets(hf.normalized_tokens(decoder), ("yes", "no")) == [[0, 1, 2, 8], [4, 5]]
 
 
 def test_candidates_keep_only_the_likeliest():
