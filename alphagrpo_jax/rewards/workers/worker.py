@@ -22,7 +22,8 @@ Factory = tuple[str, Mapping[str, Any]]  # (kind, options), see `verifiers.build
 _BOOT = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    "from alphagrpo_jax.rewards import worker; worker.serve(int(sys.argv[1]), int(sys.argv[2]))"
+    "from alphagrpo_jax.rewards.workers import worker; "
+    "worker.serve(int(sys.argv[1]), int(sys.argv[2]))"
 )
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
