@@ -325,7 +325,7 @@ def test_initial_and_repairs_are_compared_on_one_scale(baseline, expected):
 def scores_of(rewards):
     count = len(rewards)
     nothing, valid = np.zeros(count), ~np.isnan(rewards)
-    return rollout.scoring.Scores(np.array(rewards), nothing, nothing, np.ones(count), valid, {})
+    return rollout.scoring.Rewards(np.array(rewards), nothing, nothing, np.ones(count), valid, {})
 
 
 def test_nothing_improved_means_no_advantages():

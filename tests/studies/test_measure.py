@@ -69,7 +69,7 @@ def test_skills_of_a_policy_that_does_nothing(monkeypatch):
     def idle(policy_, task, asked, images, **_):
         return TaskOutput(images, [["yes"] * len(asked)])
 
-    monkeypatch.setattr(measure_skills, "perform", idle)
+    monkeypatch.setattr(measure_skills, "run_task", idle)
     found = measure_skills.measure(None, 40)
     assert found["caption"] == found["repair"] == found["reflection"] == 0.0
     assert found["edit/places"] == 0.0

@@ -92,7 +92,7 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
         calls.append(task.name)
         return TaskOutput(np.stack([EMPTY] * len(asked)) if images is None else images, [])
 
-    monkeypatch.setattr(srr, "perform", idle)
+    monkeypatch.setattr(srr, "run_task", idle)
     monkeypatch.setattr(srr, "weights_digest", lambda policy: "own")
     monkeypatch.setattr(srr.inference, "from_config", lambda config: None)
     monkeypatch.setattr(srr.inference, "from_run", lambda folder: TaskOutput(None, []))

@@ -270,7 +270,7 @@ def test_parts_are_strided(setting):
     np.testing.assert_array_equal(part.pieces[2].segments[0].k, keys[:, 1::2])
     assert part.pieces[0].advance.shape == (1,)
     (joined,) = gradient_lib.join_entropy(
-        [gradient_lib.StepScores((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
+        [gradient_lib.LogProbs((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
     )
     np.testing.assert_array_equal(joined[:, 0], np.arange(4.0))
 
