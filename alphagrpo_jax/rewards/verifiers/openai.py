@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import tenacity
 from PIL import Image
 
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
@@ -169,31 +170,59 @@ class OpenAIVerifier:
         return list(self._threads.map(ask, questions))
 
     def _await_servers(self, seconds: float, *, must_serve: bool) -> None:
-        """Waits until an endpoint serves the model; the others may come later."""
-        end = time.monotonic() + seconds
-        while True:
-            failures = []
-            left = max(end - time.monotonic(), POLL_SECONDS)  # one look at least
-            for url, found in self._client.models(left).items():
-                if isinstance(found, ChatError):
-                    failures.append(found)
-                elif self._client.model not in found:
-                    raise VerifierLoadError(
-                        f"{url} serves {found[:5]}, expected {self._client.model!r} among its "
-                        "models; set verifier.model to the served name"
-                    )
-                else:
-                    return
-            passing = [error for error in failures if error.retryable]
-            if not passing or time.monotonic() + POLL_SECONDS > end:
-                if passing and not must_serve:
-                    return
+        """Waits until an endpoint serves the model; the others may come later.
+
+        Raises:
+          VerifierLoadError: none does in time although one must, none can come to do so, or one
+            serves other models only.
+        """
+        polling = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_NoServerYetError),
+            stop=tenacity.stop_before_delay(seconds),
+            wait=tenacity.wait_fixed(POLL_SECONDS),
+            reraise=True,
+        )
+        try:
+            polling(self._check_servers, time.monotonic() + seconds, seconds)
+        except _NoServerYetError as error:
+            if must_serve:
+                raise VerifierLoadError(str(error)) from error
+
+    def _check_servers(self, end: float, seconds: float) -> None:
+        """Returns if an endpoint serves the model now.
+
+        Args:
+          end: of the waiting, `time.monotonic()`.
+          seconds: of the waiting in all, for messages.
+        Raises:
+          _NoServerYetError: none does, but one may be starting.
+          VerifierLoadError: an endpoint serves other models only, or each refuses.
+        """
+        failures = []
+        # Even with no time left a reachable server must get the chance to be found.
+        request_seconds = max(end - time.monotonic(), POLL_SECONDS)
+        for url, models in self._client.models(request_seconds).items():
+            if isinstance(models, ChatError):
+                failures.append(models)
+            elif self._client.model not in models:
                 raise VerifierLoadError(
-                    f"no endpoint serves {self._client.model!r} after {seconds:.3g} s: "
-                    + "; ".join(str(error) for error in failures)
-                    + "; start a server (launch/verifiers.sh) or correct verifier.endpoints"
+                    f"{url} serves {models[:5]}, expected {self._client.model!r} among its "
+                    "models; set verifier.model to the served name"
                 )
-            time.sleep(POLL_SECONDS)
+            else:
+                return
+        message = (
+            f"no endpoint serves {self._client.model!r} after {seconds:.3g} s: "
+            + "; ".join(str(error) for error in failures)
+            + "; start a server (launch/verifiers.sh) or correct verifier.endpoints"
+        )
+        if any(error.retryable for error in failures):
+            raise _NoServerYetError(message)
+        raise VerifierLoadError(message)
+
+
+class _NoServerYetError(Exception):
+    """No endpoint serves the model, but one may be starting."""
 
 
 def data_url(image: np.ndarray) -> str:

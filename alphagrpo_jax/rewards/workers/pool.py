@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import math
 import pickle
-import random
 import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
@@ -23,6 +22,7 @@ from alphagrpo_jax.rewards.workers import ledger as ledger_lib
 from alphagrpo_jax.rewards.workers import worker as worker_lib
 from alphagrpo_jax.rewards.workers.audit import AuditLog
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
+from alphagrpo_jax.runtime.backoff import Backoff
 
 LONGEST_PAUSE = 50.0  # of a worker that fails again and again, in units of backoff_seconds
 
@@ -90,7 +90,7 @@ class Pool:
         self._ready: set[int] = set()  # workers that have been started once
         self._lost: dict[int, str] = {}  # workers given up, and why
         self._closing = False
-        self._jitter = random.Random(0)  # no answer depends on it
+        self._backoff = Backoff(self._options.backoff_seconds)
         self._workers = [
             worker_lib.Worker(each, threads=self._options.threads) for each in factories
         ]
@@ -227,7 +227,7 @@ class Pool:
                 fruitless = 0 if answered else fruitless + 1
                 if fruitless > 1:  # not the sample's fault: leave the next ones to others
                     longest = LONGEST_PAUSE * self._options.backoff_seconds
-                    self._pause(min(self._backoff(fruitless - 1), longest))
+                    self._pause(min(self._backoff.seconds(fruitless - 1), longest))
         except _GivenUpError as error:
             self._give_up(index, str(error))
         except Exception as error:  # a thread that ends unheard would leave everyone waiting
@@ -246,7 +246,7 @@ class Pool:
         if failures > self._options.max_restarts:
             raise _GivenUpError(f"it failed {failures} times in a row")
         if failures:
-            self._pause(self._backoff(failures))
+            self._pause(self._backoff.seconds(failures))
         try:
             self._workers[index].start(self._options.start_seconds)
         except (
@@ -323,7 +323,7 @@ class Pool:
             if job.attempts >= self._options.max_attempts or now >= job.deadline:
                 self._ledger.reject(job)
             else:
-                not_before = now + self._backoff(job.attempts)
+                not_before = now + self._backoff.seconds(job.attempts)
                 self._ledger.retry(
                     job,
                     avoid=index,
@@ -340,10 +340,6 @@ class Pool:
             if self._all_lost():
                 self._ledger.reject_waiting(self._lost_message())
             self._changed.notify_all()
-
-    def _backoff(self, failures: int) -> float:
-        doubled = self._options.backoff_seconds * 2.0 ** min(failures - 1, 32)
-        return doubled * self._jitter.uniform(0.5, 1.5)
 
     def _pause(self, seconds: float) -> None:
         """Sleeps, but not through the pool's closing."""

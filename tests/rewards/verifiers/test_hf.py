@@ -38,14 +38,10 @@ class Decoder:
         return [self.texts[index] for (index,) in rows]
 
 
-def test_bare_strips_blanks_punctuation_and_case():
-    assert [hf.bare(text) for text in (" Yes.", "NO!\n", "\u2581yes", "y es", "**No**")] == [
-        "yes",
-        "no",
-        "yes",
-        "y es",
-        "no",
-    ]
+def test_normalize_word_strips_blanks_punctuation_and_case():
+    texts = (" Yes.", "NO!\n", "\u2581yes", "y es", "**No**")
+    words = ["yes", "no", "yes", "y es", "no"]
+    assert [hf.normalize_word(text) for text in texts] == words
 
 
 def test_token_sets_hold_every_spelling():

@@ -5,10 +5,11 @@ tried again. Used by one event loop only, so nothing here is locked. Times are `
 """
 
 import dataclasses
-import random
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
+
+from alphagrpo_jax.runtime.backoff import Backoff
 
 LONGEST_REST = 150.0  # in units of the first: 30 s by default
 
@@ -39,7 +40,7 @@ class Endpoints:
         """
         self.all = [Endpoint(url) for url in checked_urls(urls)]
         self._rest_seconds = rest_seconds
-        self._jitter = random.Random(0)  # no answer depends on it
+        self._backoff = Backoff(rest_seconds)
 
     def pick(self, avoid: Endpoint | None = None) -> Endpoint:
         """The least loaded server that works, else the one whose rest ends first.
@@ -71,9 +72,8 @@ class Endpoints:
         if started > endpoint.marked:
             endpoint.marked = now
             endpoint.failures += 1
-            doubled = self._rest_seconds * 2.0 ** min(endpoint.failures - 1, 16)
-            rest = min(doubled * self._jitter.uniform(0.5, 1.5), LONGEST_REST * self._rest_seconds)
-            endpoint.rests_until = now + rest
+            rest = self._backoff.seconds(endpoint.failures)
+            endpoint.rests_until = now + min(rest, LONGEST_REST * self._rest_seconds)
         if retry_after is not None:
             endpoint.rests_until = max(endpoint.rests_until, now + retry_after)
 
