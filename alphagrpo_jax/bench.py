@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alphagrpo_jax import config_checks, initial_images
+from alphagrpo_jax import config_checks, initial_images, update
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.prompts import next_batches
 from alphagrpo_jax.reward import advantage_of, gather
@@ -34,7 +34,6 @@ from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import DataPosition, PromptBatch, RolloutBatch, TrainState
-from alphagrpo_jax.update import old_log_probs
 
 TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
 
@@ -129,11 +128,11 @@ def _step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
     marks = [time.monotonic()]
     drawn = _draw(run, state, step)
     marks.append(time.monotonic())
-    old = old_log_probs(run, state, drawn)
+    old = update.old_log_probs(run, state, drawn)
     scores = gather(run, drawn, None, step)
     marks.append(time.monotonic())
     advantages = advantage_of(run.config, drawn, scores)
-    state, *_ = step(run, state, [drawn], [old], [advantages], step)
+    state, *_ = update.step(run, state, [drawn], [old], [advantages], step)
     jax.block_until_ready(state.trainable)
     marks.append(time.monotonic())
     return state, Seconds(*np.diff(marks).tolist())

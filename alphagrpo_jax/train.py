@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax import initial_images
+from alphagrpo_jax import initial_images, update
 from alphagrpo_jax.config import Config, ConfigError, MeshShape
 from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
 from alphagrpo_jax.prompts import next_batches, start_position
@@ -35,7 +35,6 @@ from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.training.checks import TrainingError, check_end, early_decay
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.update import old_log_probs
 
 DONE, STOPPED, FAILED, WRONG_USAGE = 0, 75, 1, 2
 
@@ -106,7 +105,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             given = time.monotonic()
             drawn = [sample(run, state, step, batch) for batch in batches]
             rolled = time.monotonic()
-            old = [old_log_probs(run, state, each) for each in drawn]
+            old = [update.old_log_probs(run, state, each) for each in drawn]
             verdicts = [gather_reflections(run, each) for each in drawn]
             scores = [gather(run, *each, step) for each in zip(drawn, verdicts, strict=True)]
             rewarded = time.monotonic()
@@ -114,7 +113,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
                 advantage_of(config, *each) for each in zip(drawn, scores, verdicts, strict=True)
             ]
             kept.drop()
-            state, learned, parts = step(run, state, drawn, old, advantages, step)
+            state, learned, parts = update.step(run, state, drawn, old, advantages, step)
             updated = time.monotonic()
             parts = [
                 score.metrics() | each.text_metrics | advantage.metrics | part
