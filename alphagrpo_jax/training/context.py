@@ -9,7 +9,7 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.training import steps as steps_lib
-from alphagrpo_jax.training.self_verifier import PolicyVerifier
+from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.types import TrainState
 
 
@@ -32,6 +32,5 @@ class Run(NamedTuple):
     def weights(self, state: TrainState) -> PolicyParams:
         """What rollouts read; a policy that judges its own images judges by them too."""
         found = self.steps.weights(self.loaded.base, state.trainable)
-        if isinstance(self.pool, PolicyVerifier):
-            self.pool.follow(found)
+        verifiers_lib.follow(self.pool, found)
         return found

@@ -1,13 +1,13 @@
-"""Who rates a run's images: a pool of verifiers, a second one beside it, or the policy itself.
+"""The policy as its own verifier (self-reward).
 
-The policy as its own verifier (self-reward) sees an image as ViT tokens, then the question, and
-P(yes) / (P(yes) + P(no)) is read off the first token of its answer. It follows the policy as it is
-trained, in this process and without overlap with rollouts.
+It encodes an image as ViT tokens, then the question, and reads P(yes) / (P(yes) + P(no)) off the
+first token of its answer. It answers with the weights of the policy in training, in this process
+and without overlap with rollouts.
 """
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,33 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, normalize_word
-from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling.trajectory import image_block
 
-IMAGES = 8  # that are looked at at a time
-QUESTIONS = 48  # about these, asked at a time
+IMAGES = 8  # encoded at once
+QUESTIONS = 48  # about these images, answered at once
 
 
 class PolicyVerifier:
-    """The policy as verifier, a `scoring.VerifierPool`: samples are answered when gathered."""
+    """The policy as a `BatchVerifier`; `workers.in_process.InProcessPool` makes a pool of it."""
 
     def __init__(self, loaded: Loaded, *, question_tokens: int) -> None:
         """Finds the tokens that spell yes and no.
 
         Args:
-          loaded: the pretrained model; whose weights judge is said by `follow`.
+          loaded: the pretrained model; `follow` sets the weights that answer.
           question_tokens: most tokens of a question with its delimiters.
         Raises:
           ConfigError: no token spells one of the two, or there are several processes, each of
-            which would judge images of its own while the model lies on all of them.
+            which would answer about images of its own while the model lies on all of them.
         """
         if jax.process_count() > 1:
             raise ConfigError(
                 "verifier.kind=self runs in a single process; use hf or openai with several"
             )
+        # One more token: the beginning of the answer, from which its first token is predicted.
         self._tokenizer, self._length = loaded.tokenizer, question_tokens + 1
         words = [_spellings(loaded.tokenizer, word) for word in ("yes", "no")]
         if not all(words):
@@ -55,139 +56,142 @@ class PolicyVerifier:
                 f"{len(words[0])} that spell yes and {len(words[1])} that spell no, expected at "
                 "least one each; use another verifier"
             )
-        self._words = tuple(jnp.array(ids, jnp.int32) for ids in words)
-        self._see = jax.jit(functools.partial(encode_images, loaded.model))
-        self._ask = jax.jit(functools.partial(yes_no_probs, loaded.model))
-        self._weights: PolicyParams | None = None
-        self._waiting: dict[Hashable, tuple[np.ndarray, tuple[str, ...]]] = {}
+        self._yes, self._no = (jnp.array(ids, jnp.int32) for ids in words)
+        self._encode_images = jax.jit(functools.partial(encode_images, loaded.model))
+        self._yes_no_probs = jax.jit(functools.partial(yes_no_probs, loaded.model))
+        self._params: PolicyParams | None = None
 
-    def follow(self, weights: PolicyParams) -> None:
-        """Judges by these weights from now on."""
-        self._weights = weights
+    def follow(self, params: PolicyParams) -> None:
+        """Answers with these weights from now on."""
+        self._params = params
 
-    def submit(
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        """Answers about one image uint8[H, W, 3]; see `answer_batch`.
+
+        Raises:
+          ValueError: no weights yet.
+        """
+        return self.answer_batch([image], [questions])[0]
+
+    def rate(self, image: np.ndarray, questions: Sequence[str]) -> list[Rating]:
+        """Refuses: the policy is not asked for ratings.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError("got questions to be rated, expected yes/no questions of the policy")
+
+    def answer_batch(
+        self, images: Sequence[np.ndarray], questions: Sequence[Sequence[str]]
+    ) -> list[list[Answer]]:
+        """Answers each image's questions, `IMAGES` images at once.
+
+        Args:
+          images: N of uint8[H, W, 3], all of one size.
+          questions: N lists.
+        Returns:
+          N lists, one `Answer` per question.
+        Raises:
+          ValueError: no weights yet.
+        """
+        if self._params is None:
+            raise ValueError("got no weights to answer with, expected a call of `follow` before")
+        answers: list[list[Answer]] = []
+        for first in range(0, len(images), IMAGES):
+            batch = slice(first, first + IMAGES)
+            answers += self._answer_batch(self._params, images[batch], questions[batch])
+        return answers
+
+    def _answer_batch(
         self,
-        sample_id: Hashable,
-        image: np.ndarray,
-        questions: Sequence[str],
-        rated: Sequence[str] = (),
-    ) -> None:
-        """Takes a sample, see `pool.Pool.submit`.
-
-        Raises:
-          ValueError: wrong image or questions, the id is in use, or a rating is asked for.
-        """
-        if rated or not questions or isinstance(questions, str):
-            raise ValueError(
-                f"sample {sample_id!r}: got questions {questions!r} and {rated!r} to be rated, "
-                "expected a list of yes/no questions only: the policy gives no ratings"
-            )
-        image = np.array(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"sample {sample_id!r}: got an image {image.dtype}{list(image.shape)}, expected "
-                "uint8[H, W, 3]"
-            )
-        if sample_id in self._waiting:
-            raise ValueError(f"sample {sample_id!r} was submitted before and not yet gathered")
-        self._waiting[sample_id] = (image, tuple(questions))
-
-    def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, VerifierResult]:
-        """Answers these samples, each once, in the order given; the images must be of one size.
-
-        Raises:
-          ValueError: an id that was not submitted, or was gathered before; no weights yet.
-        """
-        sample_ids = list(dict.fromkeys(sample_ids))
-        unknown = [each for each in sample_ids if each not in self._waiting]
-        if unknown or self._weights is None:
-            raise ValueError(
-                f"got sample ids {unknown[:5]} that are not waiting, expected ids submitted and "
-                "not yet gathered, and weights from `follow`"
-            )
-        found: dict[Hashable, VerifierResult] = {}
-        for first in range(0, len(sample_ids), IMAGES):
-            part = sample_ids[first : first + IMAGES]
-            found |= self._judge({each: self._waiting.pop(each) for each in part})
-        return found
-
-    def _judge(
-        self, samples: dict[Hashable, tuple[np.ndarray, tuple[str, ...]]]
-    ) -> dict[Hashable, VerifierResult]:
-        """The outcomes of at most `IMAGES` samples."""
-        images = np.stack([image for image, _ in samples.values()])
-        rows = np.resize(np.arange(len(images)), IMAGES)  # always as many: compiled once
-        context = self._see(self._weights, jnp.asarray(images[rows]))
-        asked = [
-            (number, self._tokens(question))
-            for number, (_, questions) in enumerate(samples.values())
-            for question in questions
+        params: PolicyParams,
+        images: Sequence[np.ndarray],
+        questions: Sequence[Sequence[str]],
+    ) -> list[list[Answer]]:
+        """Answers about at most `IMAGES` images."""
+        # Padded by repetition to a fixed number of images, so that it is compiled once.
+        rows = np.resize(np.arange(len(images)), IMAGES)
+        contexts = self._encode_images(params, jnp.asarray(np.stack(images)[rows]))
+        pairs = [
+            (row, question)
+            for row, image_questions in enumerate(questions)
+            for question in image_questions
         ]
-        answers: list[list[float | str]] = [[] for _ in samples]
-        for first in range(0, len(asked), QUESTIONS):
-            part = asked[first : first + QUESTIONS]
-            for (number, _), answer in zip(part, self._answers(context, part), strict=True):
-                answers[number].append(answer)
-        return {sample_id: _outcome(own) for sample_id, own in zip(samples, answers, strict=True)}
+        answers: list[list[Answer]] = [[] for _ in images]
+        for first in range(0, len(pairs), QUESTIONS):
+            batch = pairs[first : first + QUESTIONS]
+            for (row, _), answer in zip(
+                batch, self._answer_pairs(params, contexts, batch), strict=True
+            ):
+                answers[row].append(answer)
+        return answers
 
-    def _answers(
-        self, context: Context, asked: Sequence[tuple[int, list[int] | str]]
-    ) -> list[float | str]:
-        """P(yes), or why there is none, of at most `QUESTIONS` (image, question) pairs."""
+    def _answer_pairs(
+        self, params: PolicyParams, contexts: Context, pairs: Sequence[tuple[int, str]]
+    ) -> list[Answer]:
+        """Answers at most `QUESTIONS` pairs of an image's row and a question."""
         rows = np.zeros(QUESTIONS, np.int32)
-        rows[: len(asked)] = [number for number, _ in asked]
-        ids = [[] if isinstance(tokens, str) else tokens for _, tokens in asked]
-        start = [self._tokenizer.special.im_start]
-        filled = [each or start for each in ids] + [start] * (QUESTIONS - len(asked))
-        tokens, mask = self._tokenizer.batch(filled, self._length)
-        found = jax.device_get(
-            self._ask(self._weights, context, jnp.asarray(rows), tokens, mask, *self._words)
+        rows[: len(pairs)] = [row for row, _ in pairs]
+        prompts = [self._prompt_ids(question) for _, question in pairs]
+        # What cannot be asked, and the padding, is one token whose answer nobody reads.
+        filler = [self._tokenizer.special.im_start]
+        ids = [filler if isinstance(prompt, Answer) else prompt for prompt in prompts]
+        ids += [filler] * (QUESTIONS - len(pairs))
+        tokens, mask = self._tokenizer.batch(ids, self._length)
+        yes, no = jax.device_get(
+            self._yes_no_probs(
+                params, contexts, jnp.asarray(rows), tokens, mask, self._yes, self._no
+            )
         )
         return [
-            own if isinstance(own, str) else _share(float(yes), float(no))
-            for (_, own), yes, no in zip(asked, *found, strict=False)
+            prompt if isinstance(prompt, Answer) else _answer(float(yes_prob), float(no_prob))
+            for prompt, yes_prob, no_prob in zip(prompts, yes, no, strict=False)
         ]
 
-    def _tokens(self, question: str) -> list[int] | str:
-        """The ids of a question and of the beginning of its answer, or why it cannot be asked."""
+    def _prompt_ids(self, question: str) -> list[int] | Answer:
+        """Returns the ids of a question and of its answer's beginning, or a failed answer."""
         special = self._tokenizer.special
-        own = self._tokenizer.encode(question)
-        if set(own) & set(dataclasses.asdict(special).values()):
-            return f"got control tokens in the question {question!r}; a question is plain text"
-        ids = [special.im_start, *own, special.im_end, special.im_start]
+        question_ids = self._tokenizer.encode(question)
+        # With control tokens a question could end its own turn and begin the answer itself.
+        if set(question_ids) & set(dataclasses.asdict(special).values()):
+            return Answer(
+                None, f"got control tokens in the question {question!r}; a question is plain text"
+            )
+        ids = [special.im_start, *question_ids, special.im_end, special.im_start]
         if len(ids) > self._length:
-            return (
+            return Answer(
+                None,
                 f"the question {question!r} has {len(ids) - 1} tokens with its delimiters, at most "
-                f"{self._length - 1} fit (rollout.prompt_tokens)"
+                f"{self._length - 1} fit (rollout.prompt_tokens)",
             )
         return ids
 
 
 def encode_images(model: Bagel, params: PolicyParams, images: jax.Array) -> Context:
-    """The contexts of images uint8[I, Hpx, Wpx, 3] that are to be understood, one row each."""
-    seen = image_block(model, images).seen
-    floats = seen.astype(jnp.float32) / 127.5 - 1.0
+    """Encodes images uint8[I, Hpx, Wpx, 3] by the ViT alone; returns their contexts, I rows."""
+    pixels = image_block(model, images).seen
+    floats = pixels.astype(jnp.float32) / 127.5 - 1.0
     patches = patchify(floats, model.config.vit.patch_size)
-    grid = model.config.vit_grid(*seen.shape[1:3])
+    grid = model.config.vit_grid(*pixels.shape[1:3])
     return policy.extend_vit(model, params, kv_cache.empty(len(images)), patches, grid)
 
 
 def yes_no_probs(
     model: Bagel,
     params: PolicyParams,
-    seen: Context,
+    contexts: Context,
     rows: jax.Array,
     tokens: jax.Array,
     mask: jax.Array,
     yes: jax.Array,
     no: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The probabilities that an answer begins with yes and with no, over all spellings.
+    """Computes the probabilities that an answer begins with yes and with no, over all spellings.
 
     Args:
       model: static.
       params: the policy.
-      seen: contexts of the images.
+      contexts: of the images, I rows.
       rows: int32[Q], the image of each question.
       tokens: int32[Q, T], each question and the `<|im_start|>` of its answer, padded on the right.
       mask: bool[Q, T].
@@ -195,7 +199,7 @@ def yes_no_probs(
     Returns:
       float32[Q] and float32[Q].
     """
-    context = kv_cache.take(seen, rows)
+    context = kv_cache.take(contexts, rows)
     _, hidden = policy.extend_text(model, params, context, tokens, mask)
     last = jnp.sum(mask, axis=1) - 1
     at_end = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
@@ -204,6 +208,7 @@ def yes_no_probs(
 
 
 def _spellings(tokenizer: Tokenizer, word: str) -> list[int]:
+    """Returns the ids of all tokens that spell a word."""
     return [
         index
         for index in range(len(tokenizer))
@@ -211,15 +216,8 @@ def _spellings(tokenizer: Tokenizer, word: str) -> list[int]:
     ]
 
 
-def _share(yes: float, no: float) -> float | str:
-    """P(yes) among the two, or why there is none."""
+def _answer(yes: float, no: float) -> Answer:
+    """Returns P(yes) among yes and no, or a failure if both are improbable."""
     if not yes + no >= MIN_MASS:  # also true for NaN
-        return f"neither yes nor no begins the answer (mass {yes + no:.2g})"
-    return yes / (yes + no)
-
-
-def _outcome(answers: Sequence[float | str]) -> VerifierResult:
-    """All answers of a sample, or its first failure."""
-    failures = [each for each in answers if isinstance(each, str)]
-    p_yes = None if failures else tuple(answers)
-    return VerifierResult(p_yes, not failures, failures[0] if failures else None, 1, None, 0.0)
+        return Answer(None, f"neither yes nor no begins the answer (mass {yes + no:.2g})")
+    return Answer(yes / (yes + no))

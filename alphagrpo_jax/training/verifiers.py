@@ -10,8 +10,10 @@ import numpy as np
 
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.scoring import VerifierPool
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import checked_urls
+from alphagrpo_jax.rewards.workers.in_process import InProcessPool
 from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 from alphagrpo_jax.rewards.workers.worker import Factory
 from alphagrpo_jax.runtime import distributed
@@ -128,8 +130,8 @@ def open_verifiers(
     with contextlib.ExitStack() as stack:
         second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
         if config.verifier.kind == "self":
-            first: VerifierPool = PolicyVerifier(
-                loaded, question_tokens=config.rollout.prompt_tokens
+            first: VerifierPool = InProcessPool(
+                PolicyVerifier(loaded, question_tokens=config.rollout.prompt_tokens)
             )
         else:
             first = stack.enter_context(make_pool(config))
@@ -137,6 +139,12 @@ def open_verifiers(
         if second is not None:
             second.wait_ready()
         yield first, second
+
+
+def follow(verifier: VerifierPool, params: PolicyParams) -> None:
+    """Points a policy that is its own verifier at its current weights; others stay as they are."""
+    if isinstance(verifier, InProcessPool) and isinstance(verifier.verifier, PolicyVerifier):
+        verifier.verifier.follow(params)
 
 
 def _second_pool(config: Config) -> Pool:

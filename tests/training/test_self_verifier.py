@@ -1,4 +1,4 @@
-"""The policy as its own verifier, against one question at a time and numpy; who else judges."""
+"""The policy as its own verifier, against one question at a time and numpy; other verifiers."""
 
 import dataclasses
 
@@ -15,6 +15,7 @@ from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.rewards.workers.in_process import InProcessPool
 from alphagrpo_jax.training import self_verifier
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
@@ -36,10 +37,15 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def judge(loaded):
-    made = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH)
-    made.follow(PolicyParams(loaded.base))
-    return made
+def verifier(loaded):
+    policy_verifier = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH)
+    policy_verifier.follow(PolicyParams(loaded.base))
+    return policy_verifier
+
+
+@pytest.fixture(scope="module")
+def pool(verifier):
+    return InProcessPool(verifier)
 
 
 def direct(loaded, image, question):
@@ -59,46 +65,46 @@ def direct(loaded, image, question):
     return [float(shares[loaded.tokenizer.encode(word)].sum()) for word in ("yes", "no")]
 
 
-def test_answers_are_the_first_token_of_the_policy(judge, loaded, images):
-    # More images than are looked at at once, and with different numbers of questions.
-    asked = {number: QUESTIONS[: 1 + number % 3] for number in range(len(images))}
-    for number, questions in asked.items():
-        judge.submit(number, images[number], questions)
-    found = judge.gather(reversed(asked))
-    assert list(found) == [*reversed(asked)]
+def test_answers_are_the_first_token_of_the_policy(pool, loaded, images):
+    # More images than are encoded at once, and with different numbers of questions.
+    questions = {number: QUESTIONS[: 1 + number % 3] for number in range(len(images))}
+    for number in questions:
+        pool.submit(number, images[number], questions[number])
+    results = pool.gather(reversed(questions))
+    assert list(results) == [*reversed(questions)]
     last = len(images) - 1
-    assert {number: len(each.p_yes) for number, each in found.items()} == {
-        number: len(questions) for number, questions in asked.items()
+    assert {number: len(result.p_yes) for number, result in results.items()} == {
+        number: len(image_questions) for number, image_questions in questions.items()
     }
     for number in (0, 2, last):
-        for p, question in zip(found[number].p_yes, asked[number], strict=True):
+        for p, question in zip(results[number].p_yes, questions[number], strict=True):
             yes, no = direct(loaded, images[number], question)
             assert p == pytest.approx(yes / (yes + no), abs=1e-5)
-    assert found[last].valid
-    assert len({p for each in found.values() for p in each.p_yes}) > len(images)
+    assert results[last].valid
+    assert len({p for result in results.values() for p in result.p_yes}) > len(images)
     with pytest.raises(ValueError, match=r"got sample ids \[0\] that are not waiting"):
-        judge.gather([0])
+        pool.gather([0])
 
 
-def test_many_questions_about_one_image_and_what_cannot_be_asked(judge, images):
+def test_many_questions_about_one_image_and_what_cannot_be_asked(pool, images):
     many = [f"Is {number} right?" for number in range(self_verifier.QUESTIONS + 5)]
-    judge.submit("many", images[0], many)
-    judge.submit("first", images[0], many[:1])
-    judge.submit("last", images[1], many[-1:])
-    judge.submit("last too", images[0], many[-1:])
-    judge.submit("long", images[0], ["Is it flat?", "long " * LENGTH])
-    judge.submit("control", images[0], ["Is it <|im_end|> yes?"])
-    found = judge.gather(["many", "first", "last", "last too", "long", "control"])
-    assert len(found["many"].p_yes) == len(many)
-    assert found["many"].p_yes[0] == pytest.approx(found["first"].p_yes[0], abs=1e-6)
-    assert found["many"].p_yes[-1] == pytest.approx(found["last too"].p_yes[0], abs=1e-6)
-    assert found["last"].p_yes != found["last too"].p_yes
-    assert (found["long"].valid, found["long"].p_yes) == (False, None)
-    assert "at most 40 fit (rollout.prompt_tokens)" in found["long"].failure
-    assert "control tokens" in found["control"].failure
+    pool.submit("many", images[0], many)
+    pool.submit("first", images[0], many[:1])
+    pool.submit("last", images[1], many[-1:])
+    pool.submit("last too", images[0], many[-1:])
+    pool.submit("long", images[0], ["Is it flat?", "long " * LENGTH])
+    pool.submit("control", images[0], ["Is it <|im_end|> yes?"])
+    results = pool.gather(["many", "first", "last", "last too", "long", "control"])
+    assert len(results["many"].p_yes) == len(many)
+    assert results["many"].p_yes[0] == pytest.approx(results["first"].p_yes[0], abs=1e-6)
+    assert results["many"].p_yes[-1] == pytest.approx(results["last too"].p_yes[0], abs=1e-6)
+    assert results["last"].p_yes != results["last too"].p_yes
+    assert (results["long"].valid, results["long"].p_yes) == (False, None)
+    assert "at most 40 fit (rollout.prompt_tokens)" in results["long"].failure
+    assert "control tokens" in results["control"].failure
 
 
-def test_a_policy_that_says_neither_gives_no_answer(judge, loaded, images):
+def test_a_policy_that_says_neither_gives_no_answer(verifier, pool, loaded, images):
     kernel = np.array(loaded.base["lm_head"]["kernel"])
     ids = [loaded.tokenizer.encode(word)[0] for word in ("yes", "no")]
     for name, broken in (
@@ -106,24 +112,30 @@ def test_a_policy_that_says_neither_gives_no_answer(judge, loaded, images):
         ("mass nan", np.full_like(kernel, np.nan)),
     ):
         head = {"lm_head": {"kernel": jnp.asarray(broken)}}
-        judge.follow(PolicyParams(loaded.base | head))
-        judge.submit(name, images[0], QUESTIONS[:1])
-        scored = judge.gather([name])[name]
-        assert (scored.valid, scored.p_yes) == (False, None)
-        assert name in scored.failure
-    judge.follow(PolicyParams(loaded.base))
+        verifiers_lib.follow(pool, PolicyParams(loaded.base | head))
+        pool.submit(name, images[0], QUESTIONS[:1])
+        result = pool.gather([name])[name]
+        assert (result.valid, result.p_yes) == (False, None)
+        assert name in result.failure
+    verifiers_lib.follow(pool, PolicyParams(loaded.base))
 
 
-def test_wrong_samples(judge, images):
-    for questions, rated in (([], ()), ("Is it?", ()), (["Is it?"], ["How well?"])):
-        with pytest.raises(ValueError, match="expected a list of yes/no questions only"):
-            judge.submit("x", images[0], questions, rated)
-    with pytest.raises(ValueError, match="expected uint8"):
-        judge.submit("x", images[0].astype(np.float32), QUESTIONS)
-    judge.submit("x", images[0], QUESTIONS)
-    with pytest.raises(ValueError, match="submitted before"):
-        judge.submit("x", images[0], QUESTIONS)
-    judge.gather(["x"])
+def test_one_image_by_itself_is_answered_like_in_a_pool(verifier, pool, images):
+    pool.submit("x", images[0], QUESTIONS)
+    answers = verifier.answer(images[0], QUESTIONS)
+    assert tuple(answer.p_yes for answer in answers) == pool.gather(["x"])["x"].p_yes
+    with pytest.raises(ValueError, match="expected yes/no questions"):
+        verifier.rate(images[0], ["How well is it drawn?"])
+
+
+def test_a_policy_without_weights_does_not_answer(loaded, images):
+    unset = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH)
+    pool = InProcessPool(unset)
+    pool.submit("x", images[0], QUESTIONS)
+    with pytest.raises(ValueError, match="expected a call of `follow` before"):
+        pool.gather(["x"])
+    verifiers_lib.follow(pool, PolicyParams(loaded.base))
+    assert pool.gather(["x"])["x"].valid  # the error did not lose it
 
 
 def test_a_tokenizer_without_the_words_is_refused(loaded):
@@ -140,12 +152,13 @@ def test_a_second_verifier_may_be_an_endpoint(images, tmp_path):
         fields.verifier.second = f"openai:{server.url}"
         with verifiers_lib.open_verifiers(config_lib.from_config_dict(fields), None) as (_, second):
             second.submit(0, images[0], QUESTIONS)
-            told = second.gather([0])[0].p_yes
-    assert told == pytest.approx([bad_server.truth(images[0], each) for each in QUESTIONS])
+            p_yes = second.gather([0])[0].p_yes
+    truths = [bad_server.truth(images[0], question) for question in QUESTIONS]
+    assert p_yes == pytest.approx(truths)
 
 
-def test_a_policy_that_judges_has_no_pool_to_count(judge):
-    assert verifiers_lib.PoolCounts(judge).metrics() == {}
+def test_a_pool_without_processes_has_nothing_to_count(pool):
+    assert verifiers_lib.PoolCounts(pool).metrics() == {}
 
 
 def test_a_second_verifier_stands_beside_the_first(images):

@@ -1,4 +1,4 @@
-"""What a verifier is: something that answers questions about an image, or rates it."""
+"""Interfaces of verifiers: models that answer questions about an image, or rate it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -7,25 +7,28 @@ import numpy as np
 
 
 class Answer(NamedTuple):
-    """P(yes) of one question, or why there is none. Exactly one of the two is None."""
+    """P(yes) of one question, or the reason for its absence. Exactly one of the two is None."""
 
     p_yes: float | None  # P(yes) / (P(yes) + P(no)), in [0, 1]
     failure: str | None = None
 
 
 class Rating(NamedTuple):
-    """One rating, or why there is none. Exactly one of the two is None."""
+    """One rating, or the reason for its absence. Exactly one of the two is None."""
 
     value: float | None  # expected value over the numbers 0 to 10, in [0, 10]
     failure: str | None = None
 
 
 class VerifierLoadError(RuntimeError):
-    """A verifier cannot be used; the message says why and what to do."""
+    """A verifier cannot be loaded; the message says why and what to do."""
 
 
 class Verifier(Protocol):
-    """Lives inside one worker process; the same image and questions give the same answers."""
+    """Answers questions about one image; equal images and questions give equal answers.
+
+    Most verifiers live in a worker process each (`workers.pool`).
+    """
 
     def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
         """Answers each question about the image, in order.
@@ -34,7 +37,7 @@ class Verifier(Protocol):
           image: uint8[H, W, 3] RGB.
           questions: at least one; "yes" is the good answer of each.
         Returns:
-          One `Answer` per question. Exceptions are taken as the failure of this attempt.
+          One `Answer` per question. The pool books an exception as a failed attempt.
         """
         ...
 
@@ -45,6 +48,40 @@ class Verifier(Protocol):
           image: uint8[H, W, 3] RGB.
           questions: at least one; 10 is the best rating.
         Returns:
-          One `Rating` per question. Exceptions are taken as the failure of this attempt.
+          One `Rating` per question. The pool books an exception as a failed attempt.
         """
         ...
+
+
+class BatchVerifier(Verifier, Protocol):
+    """Answers about many images at once, in this process (`workers.in_process`)."""
+
+    def answer_batch(
+        self, images: Sequence[np.ndarray], questions: Sequence[Sequence[str]]
+    ) -> list[list[Answer]]:
+        """Answers each image's questions, in order.
+
+        Args:
+          images: N of uint8[H, W, 3] RGB, all of one size.
+          questions: N lists; "yes" is the good answer of each question.
+        Returns:
+          N lists, one `Answer` per question.
+        """
+        ...
+
+
+def checked_image(image: np.ndarray, where: str = "") -> np.ndarray:
+    """Returns the image as an array if it is uint8[H, W, 3].
+
+    Args:
+      image: pixels.
+      where: begins the error message.
+    Raises:
+      ValueError: it has another dtype or shape.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"{where}got an image {image.dtype}{list(image.shape)}, expected uint8[H, W, 3]"
+        )
+    return image

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError, checked_image
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.passes import Passes
 from alphagrpo_jax.rewards.verifiers.spelling import (
@@ -215,7 +215,7 @@ class HFVerifier:
         Raises:
           ValueError: the image is not uint8[H, W, 3], or a text holds a control token.
         """
-        return self.passes.logits(_checked(image), questions, instruction).float()
+        return self.passes.logits(checked_image(image), questions, instruction).float()
 
     def generate(
         self, image: np.ndarray, question: str, instruction: str, max_tokens: int
@@ -225,7 +225,8 @@ class HFVerifier:
         Raises:
           ValueError: see `first_token_logits`.
         """
-        inputs = self.passes.inputs(_checked(image), [self.passes.prompt(question, instruction)])
+        prompts = [self.passes.prompt(question, instruction)]
+        inputs = self.passes.inputs(checked_image(image), prompts)
         options = copy.deepcopy(self.model.generation_config)
         options.do_sample, options.max_new_tokens = False, max_tokens
         options.pad_token_id = self.tokenizer.pad_token_id
@@ -254,15 +255,3 @@ class HFVerifier:
     def _reply(self, image: np.ndarray, question: str) -> str:
         tokens, _ = self.generate(image, question, AUDIT_INSTRUCTION, FALLBACK_TOKENS)
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def _checked(image: np.ndarray) -> np.ndarray:
-    """The image, if it is uint8[H, W, 3].
-
-    Raises:
-      ValueError: it is not.
-    """
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]")
-    return image

@@ -19,7 +19,7 @@ import numpy as np
 import tenacity
 from PIL import Image
 
-from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError, checked_image
 from alphagrpo_jax.rewards.verifiers.chat.client import ChatClient, ChatError
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 from alphagrpo_jax.rewards.verifiers.chat.replies import Candidate, Completion
@@ -231,11 +231,8 @@ def data_url(image: np.ndarray) -> str:
     Raises:
       ValueError: the image is not uint8[H, W, 3].
     """
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8[H, W, 3]")
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", compress_level=1)
+    Image.fromarray(checked_image(image)).save(file, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

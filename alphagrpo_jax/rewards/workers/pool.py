@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
+from alphagrpo_jax.rewards.verifiers.base import checked_image
 from alphagrpo_jax.rewards.workers import ledger as ledger_lib
 from alphagrpo_jax.rewards.workers import worker as worker_lib
 from alphagrpo_jax.rewards.workers.audit import AuditLog
@@ -139,7 +140,7 @@ class Pool:
           ValueError: wrong image or questions, or the id is in use.
           PoolError: the pool is closed, or the audit log cannot be written.
         """
-        image = _checked_image(sample_id, image)
+        image = checked_image(image, f"sample {sample_id!r}: ").copy()
         if isinstance(questions, str) or isinstance(rated, str) or not (questions or rated):
             raise ValueError(
                 f"sample {sample_id!r}: got questions {questions!r} and {rated!r}, expected a list "
@@ -399,21 +400,6 @@ def _factories(
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"got a verifier factory that cannot be pickled: {error}") from error
     return factories
-
-
-def _checked_image(sample_id: Hashable, image: np.ndarray) -> np.ndarray:
-    """A copy of the image.
-
-    Raises:
-      ValueError: it is not uint8[H, W, 3].
-    """
-    image = np.array(image, order="C")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"sample {sample_id!r}: got an image {image.dtype}{list(image.shape)}, "
-            "expected uint8[H, W, 3]"
-        )
-    return image
 
 
 def _checked_answers(
