@@ -1,1 +1,1 @@
-"""Verifier worker processes: the pool, its ledger of samples, the process itself, the audit log."""
+"""Verifier pools: worker processes with their ledger and audit log, and a pool in this process."""

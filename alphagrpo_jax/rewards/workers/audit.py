@@ -1,4 +1,4 @@
-"""The audit log: JSON Lines that account for every number a pool hands out."""
+"""Audit log: JSON Lines with an entry for every answer that a pool returns."""
 
 import json
 import os
@@ -8,20 +8,23 @@ from typing import Any
 
 
 class AuditLog:
-    """Appends rows to a file, each in one piece and at once: nothing waits in a buffer.
+    """Appends rows to a file, unbuffered, one JSON object per line.
 
-    A process that is killed may leave a torn row; the next one starts a line of its own, so that a
-    reader loses nothing else.
+    The rows of a process that is killed are in the file, except that the last may be torn.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        """Opens the file, new or to be continued.
+        """Opens the file and creates it if it does not exist.
 
         Raises:
           OSError: it cannot be opened or written.
         """
         self.path = pathlib.Path(path)
+        # Unbuffered: a row must outlive a process that is killed right behind `write`. Without an
+        # fsync it need not outlive the machine.
         self._file = self.path.open("a+b", buffering=0)
+        # A killed process may have left a torn row. The next row starts a line of its own, so that
+        # a reader loses only the torn one. Devices and pipes have no last byte to look at.
         if self._file.seekable() and self._file.seek(0, os.SEEK_END):
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
@@ -31,7 +34,7 @@ class AuditLog:
         """Appends one row.
 
         Raises:
-          OSError: it is not whole in the file, e.g. because the disk is full.
+          OSError: the row is not completely in the file, e.g. because the disk is full.
         """
         self._write(json.dumps(row).encode() + b"\n")
 
@@ -40,5 +43,5 @@ class AuditLog:
         self._file.close()
 
     def _write(self, line: bytes) -> None:
-        while line:  # a file system may take a part only
+        while line:  # an unbuffered write may take fewer bytes than it was given
             line = line[self._file.write(line) :]

@@ -1,4 +1,4 @@
-"""The pool's books: which samples wait, what became of the others, and counts that add up.
+"""Ledger of a pool: samples that wait, results, cached answers, counters and the audit log.
 
 Not thread-safe: the pool calls everything here with its lock held. Times are `time.monotonic()`.
 """
@@ -13,16 +13,17 @@ import numpy as np
 
 from alphagrpo_jax.rewards.workers.audit import AuditLog
 
+# The two equations hold at every moment; the fault tests check them after every kind of failure.
 COUNTERS = (
-    "submitted",  # = answered + invalid + those still under way
+    "submitted",  # samples = answered + invalid + those under way
     "answered",
     "invalid",
-    "cached",  # of the answered: without asking a worker
+    "cached",  # answered samples for which no worker was asked
     "attempts",  # = answered - cached + timeouts + deaths + bad_answers
     "retries",
     "timeouts",
     "deaths",
-    "bad_answers",  # the verifier raised, or gave no number, a wrong one, or too many or too few
+    "bad_answers",  # the verifier raised, or gave no number, a wrong one, too many or too few
     "starts",  # of worker processes
     "questions",  # answered by workers
     "busy_seconds",  # summed over workers
@@ -31,68 +32,85 @@ COUNTERS = (
 
 @dataclasses.dataclass(frozen=True)
 class VerifierResult:
-    """What became of a sample."""
+    """Outcome of a sample: its answers, or the reason why it is invalid."""
 
     p_yes: tuple[float, ...] | None  # one per yes/no question; None if not valid
     valid: bool
     failure: str | None  # of the last attempt, if not valid
     attempts: int
-    worker: int | None  # that gave the answers
+    worker: int | None  # index of the worker that answered; None if cached or not valid
     latency_s: float  # from submission to outcome
-    ratings: tuple[float, ...] = ()  # in [0, 10], one per question that asks for one
+    ratings: tuple[float, ...] = ()  # in [0, 10], one per question that asks for a rating
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A sample under way."""
+    """A sample that waits for a worker or is being tried by one."""
 
     sample_id: Hashable
     image: np.ndarray  # uint8[H, W, 3]
     questions: tuple[str, ...]  # the yes/no questions, then those that ask for a rating
-    rated: int  # how many of them ask for a rating
+    rating_count: int  # number of questions that ask for a rating
     image_key: str  # see `image_key`
     submitted: float
     deadline: float  # no attempt starts later
-    not_before: float
+    not_before: float  # end of the back-off after a failed attempt
     attempts: int = 0
-    avoid: int | None = None  # the worker that failed last; others go first until avoid_until
-    avoid_until: float = 0.0
+    avoid: int | None = None  # worker that failed last; it leaves the sample to others ...
+    avoid_until: float = 0.0  # ... until this moment
     failure: str = "no worker was free"
 
     @property
-    def cut(self) -> int:
-        """The number of yes/no questions, which come first."""
-        return len(self.questions) - self.rated
+    def yes_no_count(self) -> int:
+        """Number of yes/no questions, which come first."""
+        return len(self.questions) - self.rating_count
 
     @property
     def keys(self) -> list[tuple[str, bool, str]]:
-        """By what the answers are remembered: image, whether a rating is asked for, question."""
+        """Cache keys, one per question: image, True if a rating is asked for, question.
+
+        Both kinds may use the same words, but a rating is never an answer.
+        """
         return [
-            (self.image_key, number >= self.cut, question)
+            (self.image_key, number >= self.yes_no_count, question)
             for number, question in enumerate(self.questions)
         ]
 
 
 class Ledger:
-    """Samples waiting, under way and finished; remembered answers; counters; audit log."""
+    """Samples, results, cached answers, counters and audit log of one pool.
+
+    Attributes:
+      unaudited: why the audit log is incomplete; None while it is complete.
+      counters: totals by the names in `COUNTERS`.
+      under_way: ids of samples that wait or are being tried.
+      results: outcomes by id that nobody has gathered yet.
+    """
 
     def __init__(self, *, cache_size: int, audit: AuditLog | None) -> None:
-        self.unaudited: str | None = None  # why the audit log does not account for everything
+        """Starts empty.
+
+        Args:
+          cache_size: most answers to remember; the least recently used go first.
+          audit: log of every attempt and every cached answer, if any.
+        """
+        self.unaudited: str | None = None
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
-        self.under_way: set[Hashable] = set()  # waiting or being tried
+        self.under_way: set[Hashable] = set()
         self.results: dict[Hashable, VerifierResult] = {}
         self._queue: list[Job] = []  # waiting for a worker
-        # Numbers by `Job.keys`; the verifier is one, so it has no place in the key.
+        # Numbers by `Job.keys`. All workers serve the same model, so it is not part of the key.
         self._cache: collections.OrderedDict[tuple, float] = collections.OrderedDict()
         self._cache_size = cache_size
         self._audit = audit
 
     def add(self, job: Job) -> None:
-        """Takes a new sample: answers it from memory or queues it."""
+        """Answers a new sample from the cache, or queues it."""
         self.counters["submitted"] += 1
         self.under_way.add(job.sample_id)
         keys = job.keys
-        # An image is asked all its questions or none: the answers of one batch belong together.
+        # All of an image's questions are asked, or none: they are one padded batch, and a batch of
+        # another size may give other bits.
         if all(key in self._cache for key in keys):
             self.counters["cached"] += 1
             numbers = tuple(self._cache[key] for key in keys)
@@ -101,29 +119,33 @@ class Ledger:
         else:
             self._queue.append(job)
 
-    def take(self, worker: int, *, alone: bool) -> Job | None:
-        """The first sample that this worker may try now, no longer waiting.
+    def take(self, worker: int, *, is_only: bool) -> Job | None:
+        """Removes the first sample that this worker may try now from the queue and returns it.
 
         Args:
           worker: its index.
-          alone: whether there is no other worker, so that it may not avoid what it failed at.
+          is_only: True if no other worker is left that could try what this one failed at.
+        Returns:
+          The sample; None if there is none now.
         """
         now = time.monotonic()
         for job in self._queue:
-            avoided = job.avoid == worker and now < job.avoid_until and not alone
+            # A worker leaves a sample that it failed at to the others, but only for a while: they
+            # may be busy or broken themselves, and the sample's deadline goes on.
+            avoided = job.avoid == worker and now < job.avoid_until and not is_only
             if job.not_before <= now and not avoided:
                 self._queue.remove(job)
                 return job
         return None
 
     def answered(self, job: Job, worker: int, numbers: tuple[float, ...], seconds: float) -> None:
-        """Books a successful attempt; `numbers` are one per question, in their order."""
+        """Books a successful attempt; `numbers` holds one per question, in their order."""
         self._book_attempt(job, worker, seconds, numbers=numbers, failure=None)
         self.counters["questions"] += len(numbers)
         self._finish(job, numbers, worker)
 
     def failed(self, job: Job, worker: int, kind: str, failure: str, seconds: float) -> None:
-        """Books a failed attempt; `kind` is the counter it goes to."""
+        """Books a failed attempt; `kind` names the counter."""
         self._book_attempt(job, worker, seconds, numbers=None, failure=failure)
         self.counters[kind] += 1
         job.failure = f"worker {worker}, attempt {job.attempts}: {failure}"
@@ -135,11 +157,11 @@ class Ledger:
         self._queue.append(job)
 
     def reject(self, job: Job) -> None:
-        """Finishes a sample as invalid, with the failure it carries."""
+        """Finishes a sample as invalid; the reason is its last failure."""
         self._finish(job, None, None)
 
     def abandon(self, job: Job, reason: str) -> None:
-        """Finishes a sample as invalid in whatever state an unexpected error left it."""
+        """Finishes a sample as invalid, in whatever state an unexpected error left it."""
         if job in self._queue:
             self._queue.remove(job)
         if job.sample_id in self.under_way:
@@ -154,7 +176,10 @@ class Ledger:
         self._queue.clear()
 
     def expire(self) -> bool:
-        """Finishes the waiting samples whose time is over as invalid; whether there were any."""
+        """Finishes waiting samples past their deadline as invalid; returns True if there were any.
+
+        A sample that a worker is trying is left to it: its attempt has a deadline of its own.
+        """
         now = time.monotonic()
         late = [job for job in self._queue if job.deadline <= now]
         for job in late:
@@ -164,7 +189,10 @@ class Ledger:
         return bool(late)
 
     def seconds_to_next_event(self) -> float | None:
-        """Until something in the queue changes by the clock alone; None if nothing will."""
+        """Returns the seconds until the clock alone changes something; None if it never will.
+
+        Waiting threads sleep for so long: later a sample expires, or a worker may take one.
+        """
         now = time.monotonic()
         moments = [
             moment
@@ -180,19 +208,19 @@ class Ledger:
             self._audit.close()
 
     def _finish(self, job: Job, numbers: tuple[float, ...] | None, worker: int | None) -> None:
-        valid = numbers is not None
-        self.counters["answered" if valid else "invalid"] += 1
+        """Moves a sample to the results; `numbers` None makes it invalid."""
+        self.counters["invalid" if numbers is None else "answered"] += 1
         self.under_way.discard(job.sample_id)
         self.results[job.sample_id] = VerifierResult(
-            p_yes=numbers[: job.cut] if valid else None,
-            valid=valid,
-            failure=None if valid else job.failure,
+            p_yes=None if numbers is None else numbers[: job.yes_no_count],
+            valid=numbers is not None,
+            failure=job.failure if numbers is None else None,
             attempts=job.attempts,
             worker=worker,
             latency_s=time.monotonic() - job.submitted,
-            ratings=numbers[job.cut :] if valid else (),
+            ratings=() if numbers is None else numbers[job.yes_no_count :],
         )
-        if valid and self._cache_size:
+        if numbers is not None and self._cache_size:
             for key, number in zip(job.keys, numbers, strict=True):
                 self._cache[key] = number
                 self._cache.move_to_end(key)
@@ -208,6 +236,7 @@ class Ledger:
         numbers: tuple[float, ...] | None,
         failure: str | None,
     ) -> None:
+        """Counts an attempt and writes its row."""
         job.attempts += 1
         self.counters["attempts"] += 1
         self.counters["busy_seconds"] += seconds
@@ -221,27 +250,29 @@ class Ledger:
         numbers: tuple[float, ...] | None,
         failure: str | None,
     ) -> None:
-        """Writes a row of the audit log; `worker` is None where the answers were remembered."""
+        """Writes a row of the audit log; `worker` is None where the answers are cached."""
         if self._audit is None:
             return
         row = {
             "sample": str(job.sample_id),
             "image": job.image_key,
-            "questions": job.questions[: job.cut],
+            "questions": job.questions[: job.yes_no_count],
             "worker": worker,
             "attempt": job.attempts,
-            "p_yes": numbers and numbers[: job.cut],
+            "p_yes": numbers and numbers[: job.yes_no_count],
             "failure": failure,
             "cached": worker is None,
         }
-        if job.rated:
+        if job.rating_count:
             row |= {
-                "rated": job.questions[job.cut :],
-                "ratings": numbers and numbers[job.cut :],
+                "rated": job.questions[job.yes_no_count :],
+                "ratings": numbers and numbers[job.yes_no_count :],
             }
         try:
             self._audit.write(row)
         except OSError as error:
+            # Kept instead of raised: this runs in a worker's thread, where nobody would hear of
+            # it. The pool refuses to return any number from now on.
             self.unaudited = (
                 f"the audit log cannot be written: {self._audit.path}: {error}; make room there, "
                 "or choose another file or none (verifier.audit), and run the command again"
@@ -249,7 +280,7 @@ class Ledger:
 
 
 def image_key(image: np.ndarray) -> str:
-    """sha256 over the image's shape and pixels."""
+    """Returns the sha256 of the image's shape and pixels."""
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

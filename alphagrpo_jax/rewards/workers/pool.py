@@ -1,11 +1,10 @@
-"""A pool of verifier workers that answers questions about images and never makes up an answer.
+"""Pool of verifier worker processes: answers questions about images, never by a made-up number.
 
-Every worker process is driven by one thread of the caller's process. A sample (one image and its
-questions) is tried until a worker gives a number in [0, 1] for each question, at most
-`max_attempts` times; after that it is invalid. A failed attempt is repeated after an exponential
-back-off, on another worker if there is one. A worker that dies is restarted; one that does not
-answer in time is killed and restarted; one that fails again and again pauses. None holds up the
-others.
+One thread of the caller's process drives each worker. A sample (one image and its questions) is
+tried until a worker gives a number in [0, 1] for each question, at most `max_attempts` times; then
+it is invalid. A failed attempt is repeated after an exponential back-off, on another worker if
+there is one. A worker that dies is restarted; one that does not answer in time is killed and
+restarted; one that fails repeatedly pauses. No worker holds up the others.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from alphagrpo_jax.rewards.workers.audit import AuditLog
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.backoff import Backoff
 
-LONGEST_PAUSE = 50.0  # of a worker that fails again and again, in units of backoff_seconds
+LONGEST_PAUSE = 50.0  # of a worker that fails repeatedly, in units of backoff_seconds
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,19 +35,19 @@ class PoolError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class PoolOptions:
-    """How the pool runs. Durations in seconds."""
+    """Size, deadlines and retries of a pool. Durations in seconds."""
 
     workers: int = 2
-    threads: int = 1  # compute threads of each worker; fixed, so that answers are reproducible
-    capacity: int = 1024  # samples under way; `submit` waits while there are so many
-    attempt_seconds: float = 60.0  # for one attempt, from the moment a worker has it
-    total_seconds: float = 600.0  # after its submission, no further attempt at a sample starts
-    start_seconds: float = 300.0  # for starting a worker and building its verifier
+    threads: int = 1  # compute threads per worker; fixed, so that answers are reproducible
+    capacity: int = 1024  # most samples under way; `submit` blocks while there are so many
+    attempt_seconds: float = 60.0  # deadline of one attempt, from the moment a worker has it
+    total_seconds: float = 600.0  # after its submission no further attempt at a sample starts
+    start_seconds: float = 300.0  # deadline for starting a worker and building its verifier
     max_attempts: int = 4
     max_restarts: int = 5  # of one worker without an answer in between; then it is given up
     backoff_seconds: float = 0.2  # before the first retry; doubles, with jitter of +-50%
-    cache_size: int = 0  # answers that are remembered, least recently used go first
-    audit_path: str | None = None  # JSON Lines of every attempt and every remembered answer
+    cache_size: int = 0  # most answers to remember; the least recently used go first
+    audit_path: str | None = None  # JSON Lines of every attempt and every cached answer
 
     def __post_init__(self) -> None:
         for field in ("workers", "threads", "capacity", "max_attempts"):
@@ -64,7 +63,7 @@ class PoolOptions:
 class Pool:
     """Worker processes that answer questions about images; a context manager.
 
-    All public methods may be called from any thread.
+    All public methods are thread-safe.
     """
 
     def __init__(
@@ -76,24 +75,27 @@ class Pool:
 
         Args:
           factory: (kind, options) of `verifiers.build`, resolved inside each worker; or a list with
-            one for each worker, which must all be the same model: who answers is left to chance.
+            one per worker. Requests go to whichever worker is free, so all must serve the same
+            model.
           options: defaults if None.
         Raises:
-          ValueError: a factory cannot be pickled, or there are not as many as workers.
+          ValueError: a factory cannot be pickled, or their number differs from that of workers.
           OSError: the audit log cannot be opened.
         """
         self._options = options or PoolOptions()
         factories = _factories(factory, self._options.workers)
         path = self._options.audit_path
         audit = None if path is None else AuditLog(path)
-        self._changed = threading.Condition()  # guards the ledger and the next three
+        # Guards the ledger and the next three; notified at every change that someone may wait for.
+        self._changed = threading.Condition()
         self._ledger = ledger_lib.Ledger(cache_size=self._options.cache_size, audit=audit)
-        self._ready: set[int] = set()  # workers that have been started once
+        self._ready: set[int] = set()  # workers that have started at least once
         self._lost: dict[int, str] = {}  # workers given up, and why
         self._closing = False
         self._backoff = Backoff(self._options.backoff_seconds)
         self._workers = [
-            worker_lib.Worker(each, threads=self._options.threads) for each in factories
+            worker_lib.Worker(worker_factory, threads=self._options.threads)
+            for worker_factory in factories
         ]
         self._drivers = [
             threading.Thread(target=self._drive, args=(index,), daemon=True, name=f"worker-{index}")
@@ -128,14 +130,14 @@ class Pool:
         questions: Sequence[str],
         rated: Sequence[str] = (),
     ) -> None:
-        """Queues a sample; waits while `capacity` samples are under way.
+        """Queues a sample; blocks while `capacity` samples are under way.
 
         Args:
-          sample_id: what `gather` will ask for; any hashable.
+          sample_id: the key for `gather`; any hashable.
           image: uint8[H, W, 3], copied.
-          questions: to be answered by yes or no, e.g. `Record.asked`.
-          rated: questions to be answered by a number from 0 to 10; the sample is valid only if
-            all of both kinds have an answer.
+          questions: yes/no questions, e.g. `Record.asked`.
+          rated: questions that ask for a number from 0 to 10; the sample is valid only if all
+            questions of both kinds have an answer.
         Raises:
           ValueError: wrong image or questions, or the id is in use.
           PoolError: the pool is closed, or the audit log cannot be written.
@@ -156,64 +158,71 @@ class Pool:
                 sample_id=sample_id,
                 image=image,
                 questions=(*questions, *rated),
-                rated=len(rated),
+                rating_count=len(rated),
                 image_key=key,
                 submitted=now,
                 deadline=now + self._options.total_seconds,
                 not_before=now,
             )
             self._ledger.add(job)
+            # Nobody would ever take it from the queue: `gather` would wait until its deadline.
             if self._all_lost():
                 self._ledger.reject_waiting(self._lost_message())
             self._changed.notify_all()
 
     def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, VerifierResult]:
-        """Waits for these samples and hands out their outcomes, each once, in the order given.
+        """Waits for these samples and returns their results, each once, in the order of the ids.
 
         Raises:
           ValueError: an id that was not submitted, or was gathered before.
-          PoolError: the pool was closed before all had an outcome, or the audit log cannot be
-            written: no number leaves the pool unaccounted for.
+          PoolError: the pool was closed before all had a result, or the audit log cannot be
+            written: the pool returns no number that is not in the log.
         """
         sample_ids = list(dict.fromkeys(sample_ids))
         with self._changed:
             ledger = self._ledger
-            known = ledger.under_way | ledger.results.keys()
-            unknown = [sample_id for sample_id in sample_ids if sample_id not in known]
+            submitted = ledger.under_way | ledger.results.keys()
+            unknown = [sample_id for sample_id in sample_ids if sample_id not in submitted]
             if unknown:
                 raise ValueError(
                     f"got sample ids {unknown[:5]}, expected ids submitted and not yet gathered"
                 )
             while not ledger.under_way.isdisjoint(sample_ids):
                 self._check_open()
+                # Callers expire samples too: all workers may be busy with one that hangs.
                 if not ledger.expire():
                     self._changed.wait(ledger.seconds_to_next_event())
+            # Again: the last row may have failed to be written since.
             self._check_audit()
             return {sample_id: ledger.results.pop(sample_id) for sample_id in sample_ids}
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start, see `ledger.COUNTERS`, and `lost_workers`, those given up."""
+        """Returns totals since the start: `ledger.COUNTERS`, and `lost_workers` (given up)."""
         with self._changed:
             return self._ledger.counters | {"lost_workers": len(self._lost)}
 
     def close(self) -> None:
-        """Ends all workers at once; samples under way have no outcome. May be called twice."""
+        """Ends all workers at once; samples under way get no result. May be called twice."""
+        # First the mark, then the kills: a driver that finds its worker dead must know that the
+        # pool did it, and neither book a failure nor start another process.
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         for worker, driver in zip(self._workers, self._drivers, strict=True):
-            while driver.is_alive():  # it may be just about to start a process: kill again
+            # One kill may come too early: the driver may be just about to start a process.
+            while driver.is_alive():
                 worker.kill()
                 driver.join(timeout=0.1)
+        # Last, when no driver can write a row any more.
         with self._changed:
             self._ledger.close()
 
-    # The thread of one worker.
+    # On the thread of one worker.
 
     def _drive(self, index: int) -> None:
         """Keeps one worker running and feeds it samples until the pool closes."""
         worker = self._workers[index]
-        failures = 0  # of the process, since the last answer
+        failures = 0  # starts and deaths of the process since the last answer
         fruitless = 0  # attempts since the last answer
         try:
             while not self._closing:
@@ -226,23 +235,24 @@ class Pool:
                 answered = self._attempt(index, job)
                 failures = 0 if answered else failures + (not worker.running)
                 fruitless = 0 if answered else fruitless + 1
-                if fruitless > 1:  # not the sample's fault: leave the next ones to others
+                # Two in a row are hardly the samples' fault. A broken worker fails fast, so without
+                # a pause it would use up the attempts of samples that others could answer.
+                if fruitless > 1:
                     longest = LONGEST_PAUSE * self._options.backoff_seconds
                     self._pause(min(self._backoff.seconds(fruitless - 1), longest))
         except _GivenUpError as error:
             self._give_up(index, str(error))
-        except Exception as error:  # a thread that ends unheard would leave everyone waiting
+        except Exception as error:  # a thread that ended silently would leave everyone waiting
             self._give_up(index, f"unexpected {type(error).__name__}: {error}")
             raise
         finally:
             worker.stop()
 
     def _start(self, index: int, failures: int) -> bool:
-        """Starts the worker's process; false if that failed and may be tried again.
+        """Starts the worker's process; returns False if that failed and may be tried again.
 
         Raises:
-          _GivenUpError: too many failures, or its verifier could not be built at the first start
-            (a wrong path or setting rather than an accident).
+          _GivenUpError: too many failures, or its verifier could not be built at the first start.
         """
         if failures > self._options.max_restarts:
             raise _GivenUpError(f"it failed {failures} times in a row")
@@ -256,6 +266,8 @@ class Pool:
             worker_lib.WorkerTimeoutError,
             OSError,
         ) as error:
+            # At the first start a failed build is a wrong path or setting, which no retry mends;
+            # later it is an accident, e.g. memory that another process took.
             if isinstance(error, worker_lib.WorkerBuildError) and index not in self._ready:
                 raise _GivenUpError(str(error)) from error
             if not self._closing:
@@ -268,35 +280,36 @@ class Pool:
         return True
 
     def _take(self, index: int) -> ledger_lib.Job | None:
-        """Waits for a sample that this worker may try now; None when the pool closes."""
+        """Waits for a sample that this worker may try now; returns None when the pool closes."""
         with self._changed:
             while not self._closing:
                 if self._ledger.expire():
                     self._changed.notify_all()
-                alone = len(self._workers) - len(self._lost) <= 1
-                job = self._ledger.take(index, alone=alone)
+                is_only = len(self._workers) - len(self._lost) <= 1
+                job = self._ledger.take(index, is_only=is_only)
                 if job is not None:
                     return job
                 self._changed.wait(self._ledger.seconds_to_next_event())
         return None
 
     def _attempt(self, index: int, job: ledger_lib.Job) -> bool:
-        """Tries a sample once and settles what becomes of it; whether it was answered."""
+        """Tries a sample once and books the outcome; returns True if it was answered."""
         try:
             return self._ask(index, job)
-        except Exception as error:  # nobody else would settle the sample: `gather` would hang
+        except Exception as error:  # nobody else knows of this sample: `gather` would hang
             with self._changed:
                 self._ledger.abandon(job, f"unexpected {type(error).__name__}: {error}")
                 self._changed.notify_all()
             raise
 
     def _ask(self, index: int, job: ledger_lib.Job) -> bool:
+        """Asks the worker and books its answers or its failure; returns True if it answered."""
         started = time.monotonic()
         try:
             answers = self._workers[index].ask(
-                job.image, job.questions, job.rated, self._options.attempt_seconds
+                job.image, job.questions, job.rating_count, self._options.attempt_seconds
             )
-            numbers = _checked_answers(answers, len(job.questions), job.rated)
+            numbers = _checked_answers(answers, len(job.questions), job.rating_count)
         except worker_lib.WorkerTimeoutError as error:
             self._settle_failure(index, job, "timeouts", str(error), started)
             return False
@@ -318,12 +331,14 @@ class Pool:
         now = time.monotonic()
         with self._changed:
             if self._closing:
-                return  # the pool itself killed the worker
+                return  # the pool itself killed the worker: not a failure of the sample
             self._ledger.failed(job, index, kind, failure, now - started)
             _LOG.warning("sample %r: %s", job.sample_id, job.failure)
             if job.attempts >= self._options.max_attempts or now >= job.deadline:
                 self._ledger.reject(job)
             else:
+                # For one attempt's time behind the back-off the sample waits for another worker;
+                # if that one is busy or lost, this one may try again.
                 not_before = now + self._backoff.seconds(job.attempts)
                 self._ledger.retry(
                     job,
@@ -334,7 +349,7 @@ class Pool:
             self._changed.notify_all()
 
     def _give_up(self, index: int, reason: str) -> None:
-        """Leaves a worker out from now on; without any worker all waiting samples are invalid."""
+        """Leaves a worker out for good; if it was the last, all waiting samples become invalid."""
         _LOG.error("verifier worker %d is given up: %s", index, reason)
         with self._changed:
             self._lost[index] = reason
@@ -343,15 +358,16 @@ class Pool:
             self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:
-        """Sleeps, but not through the pool's closing."""
+        """Sleeps; returns at once when the pool closes."""
         end = time.monotonic() + seconds
         with self._changed:
-            while not self._closing and (left := end - time.monotonic()) > 0:
-                self._changed.wait(left)
+            while not self._closing and (remaining := end - time.monotonic()) > 0:
+                self._changed.wait(remaining)
 
     # Called with the lock held.
 
     def _wait_for_room(self) -> None:
+        """Waits until fewer than `capacity` samples are under way."""
         self._check_open()
         while len(self._ledger.under_way) >= self._options.capacity:
             if not self._ledger.expire():
@@ -376,23 +392,23 @@ class Pool:
 
 
 class _BadAnswerError(Exception):
-    """A reply that is not one number per question, in [0, 1], or in [0, 10] for a rating."""
+    """The answers are not one number in [0, 1] per question, or in [0, 10] per rating."""
 
 
 class _GivenUpError(Exception):
-    """A worker is not to be started again."""
+    """The worker must not be started again."""
 
 
 def _factories(
     factory: worker_lib.Factory | Sequence[worker_lib.Factory], workers: int
 ) -> list[worker_lib.Factory]:
-    """One factory per worker.
+    """Returns one factory per worker.
 
     Raises:
-      ValueError: another number of them, or they cannot be pickled.
+      ValueError: their number differs from `workers`, or they cannot be pickled.
     """
-    one_for_all = bool(factory) and isinstance(factory[0], str)
-    factories = [factory] * workers if one_for_all else list(factory)
+    is_single = bool(factory) and isinstance(factory[0], str)
+    factories = [factory] * workers if is_single else list(factory)
     if len(factories) != workers:
         raise ValueError(f"got {len(factories)} verifier factories, expected workers={workers}")
     try:
@@ -403,22 +419,22 @@ def _factories(
 
 
 def _checked_answers(
-    answers: Sequence[tuple[float | None, str | None]], expected: int, rated: int
+    answers: Sequence[tuple[float | None, str | None]], expected: int, rating_count: int
 ) -> tuple[float, ...]:
-    """The numbers of a verifier's reply, of which the last `rated` are ratings.
+    """Returns the numbers of a worker's answers, the last `rating_count` of which are ratings.
 
     Raises:
-      _BadAnswerError: another number of answers than of questions, or one that is no probability
-        or rating.
+      _BadAnswerError: their number differs from `expected`, or one is no probability or rating.
     """
     if len(answers) != expected:
         raise _BadAnswerError(f"got {len(answers)} answers, expected {expected}")
     numbers = []
     for position, (number, failure) in enumerate(answers):
-        is_rating = position >= expected - rated
-        most, what = (10.0, "a rating of") if is_rating else (1.0, "P(yes) =")
+        is_rating = position >= expected - rating_count
+        most, kind = (10.0, "a rating of") if is_rating else (1.0, "P(yes) =")
+        # The comparison is false for NaN too.
         if failure is not None or number is None or not 0.0 <= number <= most:
-            why = failure or f"got {what} {number}, expected a number in [0, {most:.0f}]"
-            raise _BadAnswerError(f"question {position}: {why}")
+            reason = failure or f"got {kind} {number}, expected a number in [0, {most:.0f}]"
+            raise _BadAnswerError(f"question {position}: {reason}")
         numbers.append(number)
     return tuple(numbers)

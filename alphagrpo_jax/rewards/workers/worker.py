@@ -1,9 +1,9 @@
-"""One verifier worker: a Python process of its own, and the handle by which the pool drives it.
+"""Verifier worker: a separate Python process, and the handle that the pool drives it by.
 
 The process imports neither JAX nor the caller's main module. It gets its thread count by
-environment variables (they count only before torch is imported), ignores Ctrl-C and SIGTERM (a
-scheduler sends them to the whole group, while the parent still wants answers), and ends when its
-parent is gone.
+environment variables, which take effect only before torch is imported. It ignores Ctrl-C and
+SIGTERM, since a scheduler sends them to the whole process group while the parent still needs
+answers, and ends when its parent is gone.
 """
 
 import multiprocessing.connection
@@ -18,7 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from alphagrpo_jax.rewards import verifiers
+from alphagrpo_jax.rewards.verifiers.base import Verifier
+
 Factory = tuple[str, Mapping[str, Any]]  # (kind, options), see `verifiers.build`
+# A program of its own rather than `multiprocessing`, which would import the caller's main module.
+# The signals come first: an import may take seconds, and a Ctrl-C would end it.
 _BOOT = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -29,23 +34,23 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 
 class WorkerError(Exception):
-    """A request that a worker could not answer; the process is alive."""
+    """The worker could not answer a request; its process is alive."""
 
 
 class WorkerBuildError(WorkerError):
-    """The verifier could not be built; the process has ended."""
+    """The worker could not build its verifier; its process has ended."""
 
 
 class WorkerDiedError(Exception):
-    """The process ended before it answered."""
+    """The worker's process ended before it answered."""
 
 
 class WorkerTimeoutError(Exception):
-    """The process did not answer in time and was killed."""
+    """The worker's process did not answer in time and was killed."""
 
 
 class Worker:
-    """Handle of one worker process; used by one thread, except `kill`."""
+    """Handle of one worker process; all but `kill` is used by one thread only."""
 
     def __init__(self, factory: Factory, *, threads: int) -> None:
         self._factory = factory
@@ -55,27 +60,30 @@ class Worker:
 
     @property
     def running(self) -> bool:
-        """Whether there is a live process."""
+        """True while the process is alive."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int | None:
-        """Process id, None before the first start."""
+        """Process id; None without a process."""
         return None if self._process is None else self._process.pid
 
     def start(self, seconds: float) -> None:
         """Starts a process and waits until its verifier is built.
 
         Raises:
-          WorkerBuildError: building failed; WorkerDiedError, WorkerTimeoutError: as they say.
+          WorkerBuildError: the verifier could not be built.
+          WorkerDiedError, WorkerTimeoutError: see the classes.
         """
         self.stop()
-        self._connection, theirs = multiprocessing.Pipe(duplex=True)
-        with theirs:
-            arguments = [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(os.getpid())]
+        self._connection, child_end = multiprocessing.Pipe(duplex=True)
+        # Our copy of the child's end is closed at once: only then does the pipe break when the
+        # child dies, and `recv` does not wait for ever.
+        with child_end:
+            arguments = [sys.executable, "-c", _BOOT, str(child_end.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
                 arguments,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
             )
@@ -85,47 +93,47 @@ class Worker:
             raise WorkerBuildError(value)
 
     def ask(
-        self, image: np.ndarray, questions: Sequence[str], rated: int, seconds: float
+        self, image: np.ndarray, questions: Sequence[str], rating_count: int, seconds: float
     ) -> list[tuple[float | None, str | None]]:
-        """The verifier's answers to the questions, as (number, failure) pairs, unchecked.
+        """Returns the verifier's answers as (number, failure) pairs, unchecked.
 
         Args:
           image: uint8[H, W, 3].
-          questions: the last `rated` of them ask for a rating, the others for yes or no.
-          rated: how many.
-          seconds: after which the process is killed.
+          questions: yes/no questions first, then those that ask for a rating.
+          rating_count: number of questions that ask for a rating.
+          seconds: deadline, after which the process is killed.
         Raises:
-          WorkerError: the verifier raised; WorkerDiedError, WorkerTimeoutError: as they say.
+          WorkerError: the verifier raised.
+          WorkerDiedError, WorkerTimeoutError: see the classes.
         """
-        kind, value = self._exchange((image, list(questions), rated), seconds)
+        kind, value = self._exchange((image, list(questions), rating_count), seconds)
         if kind != "answers":
             raise WorkerError(value)
         return value
 
     def kill(self) -> None:
-        """Ends the process at once; safe from any thread."""
+        """Ends the process at once; thread-safe."""
         process = self._process
         if process is not None and process.poll() is None:
             process.kill()
 
     def stop(self) -> None:
-        """Ends the process if there is one, and frees what it held."""
+        """Ends the process if there is one, and closes the connection."""
         self.kill()
         if self._process is not None:
-            self._process.wait()
+            self._process.wait()  # else it would stay as a zombie
         if self._connection is not None:
             self._connection.close()
         self._process = self._connection = None
 
     def _exchange(self, message: Any, seconds: float) -> tuple[str, Any]:
-        """Sends a message and waits for the reply; a process that takes too long is killed.
-
-        The timer, rather than `poll`, also covers a process that stops reading or replies in part.
-        """
+        """Sends a message and waits for the reply; kills a process that takes too long."""
+        # A timer that kills, instead of `poll` with a timeout: `send` blocks if the process stops
+        # reading, and `recv` if it writes half a reply. Killing also works on a stopped process.
         expired = threading.Event()
 
         def expire() -> None:
-            expired.set()
+            expired.set()  # before the kill, whose effect the other thread explains by it
             self.kill()
 
         timer = threading.Timer(seconds, expire)
@@ -144,13 +152,21 @@ class Worker:
             timer.cancel()
 
     def _environment(self) -> dict[str, str]:
-        search = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        """Returns this process' environment with the thread count and the module search path."""
+        # The child must find "callable" verifiers wherever the caller does ("" is the current one).
+        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         threads = dict.fromkeys(_THREAD_VARIABLES, str(self._threads))
-        return {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": search}
+        threads["TOKENIZERS_PARALLELISM"] = "false"
+        return {**os.environ, **threads, "PYTHONPATH": search_path}
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Main function of a worker process: builds a verifier, then answers until the pipe closes."""
+    """Runs a worker process: builds a verifier, then answers until the pipe closes.
+
+    Args:
+      descriptor: file descriptor of this process' end of the pipe.
+      parent: process id of the pool's process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     connection = multiprocessing.connection.Connection(descriptor)
@@ -165,41 +181,44 @@ def serve(descriptor: int, parent: int) -> None:
 
 def _build(
     connection: multiprocessing.connection.Connection, kind: str, options: Mapping[str, Any]
-) -> Any:
-    """The verifier, after reporting "ready"; None after reporting "failed"."""
-    from alphagrpo_jax.rewards import verifiers  # here: a worker's import errors are reported too
-
+) -> Verifier | None:
+    """Builds the verifier and reports "ready"; reports "failed" and returns None if it cannot."""
     try:
         verifier = verifiers.build(kind, options)
-    except Exception as error:  # whatever it is, the parent must hear of it
+    except Exception as error:  # whatever it is, the parent's message should say it
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return None
     connection.send(("ready", None))
     return verifier
 
 
-def _answer(verifier: Any, image: np.ndarray, questions: list[str], rated: int) -> tuple[str, Any]:
-    cut = len(questions) - rated
+def _answer(
+    verifier: Verifier, image: np.ndarray, questions: list[str], rating_count: int
+) -> tuple[str, Any]:
+    """Returns ("answers", (number, failure) pairs), or ("error", message)."""
+    yes_no_count = len(questions) - rating_count
     try:
-        answers = verifier.answer(image, questions[:cut]) if cut else []
-        found = [(_plain(answer.p_yes), answer.failure) for answer in answers]
-        if len(found) != cut:  # ratings behind them could make up for it
-            return "error", f"got {len(found)} answers, expected {cut}"
-        if rated:
-            ratings = verifier.rate(image, questions[cut:])
-            found += [(_plain(rating.value), rating.failure) for rating in ratings]
-        return "answers", found
-    except Exception as error:  # the failure of one attempt, to be retried
+        answers = verifier.answer(image, questions[:yes_no_count]) if yes_no_count else []
+        pairs = [(_plain(answer.p_yes), answer.failure) for answer in answers]
+        # Checked here too: too few answers and too many ratings would add up to the right number.
+        if len(pairs) != yes_no_count:
+            return "error", f"got {len(pairs)} answers, expected {yes_no_count}"
+        if rating_count:
+            ratings = verifier.rate(image, questions[yes_no_count:])
+            pairs += [(_plain(rating.value), rating.failure) for rating in ratings]
+        return "answers", pairs
+    except Exception as error:  # fails this attempt only; the process and its model stay
         return "error", f"{type(error).__name__}: {error}"
 
 
 def _plain(number: Any) -> float | None:
-    """A python number, so that the parent needs no tensor library to read it."""
+    """Converts a number to Python's, so that the parent needs no tensor library to unpickle it."""
     return None if number is None else float(number)
 
 
 def _end_with_parent(parent: int) -> None:
     """Ends this process, even in the middle of an answer, soon after its parent has ended."""
+    # An idle worker notices the closed pipe; a busy one would go on for as long as its model does.
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
