@@ -153,6 +153,7 @@ def init_base(model: Bagel, key: jax.Array) -> dict:
     return jax.jit(functools.partial(model.init, method="initialise"))(key, images)["params"]
 
 
+@functools.cache
 def base_shapes(model: Bagel) -> dict:
     """The base tree with `jax.ShapeDtypeStruct` leaves, without computing anything."""
     return jax.eval_shape(functools.partial(init_base, model), jax.random.key(0))

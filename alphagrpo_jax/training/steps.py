@@ -75,7 +75,7 @@ def compile_fns(
     mesh: Mesh,
 ) -> CompiledFns:
     """Every device-side function of a run, jitted once with its shardings."""
-    weights = functools.partial(
+    weights = _bind(
         sampling_weights, scale=lora_scale(config), merge_lora=config.rollout.merge_lora
     )
     params = jax.eval_shape(weights, loaded.base, state.trainable)
@@ -100,6 +100,15 @@ def compile_fns(
             donate_argnums=0,
         ),
     )
+
+
+@functools.cache
+def _bind(function: Callable, *arguments: Any, **options: Any) -> Callable:
+    """Returns `functools.partial`, the same object for the same arguments.
+
+    jax.jit keys its caches by the function object: so a second run in one process traces nothing.
+    """
+    return functools.partial(function, *arguments, **options)
 
 
 def _apply(
@@ -134,8 +143,8 @@ def _sample_fns(
     setting: _Setting, task: tasks.Task, options: RolloutOptions
 ) -> tuple[SampleFns, Any, Any]:
     """The jitted halves of a rollout, rows over the mesh, and the shapes of what they give."""
-    filling = functools.partial(prefill, setting.loaded.model, options=options)
-    generating = functools.partial(generate, setting.loaded.model, options=options)
+    filling = _bind(prefill, setting.loaded.model, options=options)
+    generating = _bind(generate, setting.loaded.model, options=options)
     given = jax.eval_shape(filling, setting.params, _input_shapes(setting, task))
     kinds = (jnp.int32, jnp.int32, jnp.float32)
     scalars = (setting.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
@@ -165,17 +174,15 @@ def _task_fns(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskFns
         train=own,
         eval=eval_drawing._replace(generate=own.generate) if same else eval_drawing,
         join=jax.jit(
-            functools.partial(join_rows, shared=options.plan.shared),
+            _bind(join_rows, shared=options.plan.shared),
             out_shardings=_row_shardings(drawn[0], options.plan, mesh),
         ),
-        forward=jax.jit(functools.partial(gradient_lib.forward, model=model, options=for_update)),
-        reference=jax.jit(
-            functools.partial(gradient_lib.reference_log_probs, model=model, options=for_update)
-        ),
-        count=jax.jit(functools.partial(gradient_lib.count_normalizers, options=for_update)),
+        forward=jax.jit(_bind(gradient_lib.forward, model=model, options=for_update)),
+        reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, options=for_update)),
+        count=jax.jit(_bind(gradient_lib.count_normalizers, options=for_update)),
         entropy=jax.jit(gradient_lib.join_entropy),
         backward=jax.jit(
-            functools.partial(gradient_lib.backward, options=for_update), out_shardings=(kept, None)
+            _bind(gradient_lib.backward, options=for_update), out_shardings=(kept, None)
         ),
     )
 
@@ -194,7 +201,7 @@ def _input_shapes(setting: _Setting, task: tasks.Task) -> tuple[TextBlock | Imag
             block = TextBlock(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool)))
         else:
             image = jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)
-            block = jax.eval_shape(functools.partial(image_block, loaded.model), image)
+            block = jax.eval_shape(_bind(image_block, loaded.model), image)
         blocks.append(block)
     return tuple(blocks)
 
