@@ -19,7 +19,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["alphagrpo_jax", "alphagrpo_jax.*"]),
-    package_data={"alphagrpo_jax": ["shapes/assets/**", "rewards/templates/**"]},
+    package_data={"alphagrpo_jax": ["py.typed", "shapes/assets/**", "rewards/templates/**"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8,<0.9",
@@ -52,6 +52,7 @@ setuptools.setup(
     ],
     extras_require={
         "tests": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
+        "dev": ["pyright[nodejs]==1.1.414"],  # brings its own Node.js: nothing else to install
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
     },

@@ -53,7 +53,8 @@ def canonical(name: str) -> str:
 
 def test_constraints_lie_in_the_ranges_of_setup(setup_arguments):
     versions = pinned()
-    wanted = setup_arguments["install_requires"] + setup_arguments["extras_require"]["tests"]
+    extras = setup_arguments["extras_require"]
+    wanted = setup_arguments["install_requires"] + extras["tests"] + extras["dev"]
     for requirement in map(Requirement, wanted):
         version = versions[canonical(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}: {version} is pinned"

@@ -1,0 +1,13 @@
+from collections.abc import Mapping
+from typing import Any, overload
+
+# Leaves are arrays, shapes or whatever else the tree holds: Any.
+@overload
+def flatten_dict(
+    xs: Mapping[str, Any], keep_empty_nodes: bool = ..., is_leaf: Any = ..., *, sep: str
+) -> dict[str, Any]: ...
+@overload
+def flatten_dict(
+    xs: Mapping[str, Any], keep_empty_nodes: bool = ..., is_leaf: Any = ..., sep: None = ...
+) -> dict[tuple[str, ...], Any]: ...
+def unflatten_dict(xs: Mapping[Any, Any], sep: str | None = ...) -> dict[str, Any]: ...
