@@ -1,9 +1,9 @@
-"""Pretraining examples of the shapes world: drawing, captions, answers, edits and repairs.
+"""Samples pretraining examples of the shapes world: drawing, captions, answers, edits, repairs.
 
-Requests are of the train split only, and so are the combinations in pictures to describe, to ask
-about and to edit, before and after; pictures drawn for a request, or spoilt to be repaired, may
-happen to show any. An implied request's riddles are read as `requests.resolve` reads them, and
-the picture always agrees with the think text, right or wrong.
+Requests are of the train split only, and so are the combinations in images to caption, to ask
+about and to edit (before and after); images drawn for a request, or spoiled to be repaired, may
+show any combination. Riddles are read as `requests.resolve` reads them, and the image always
+agrees with the think text, correct or not.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from alphagrpo_jax.shapes.specs import (
 )
 
 IMPLIED_SHARE = 0.5
-RELATION_SHARE = 0.5  # of `plan`
-RIGHT_SHARE = 0.2  # repairs of pictures that need none
+RELATION_SHARE = 0.5  # of `plan_example`
+RIGHT_SHARE = 0.2  # repairs of images that need none
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class DrawExample:
     """Draw `scene` for `prompt`, planning it in `think`."""
 
     prompt: str
@@ -42,8 +42,8 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class Caption:
-    """Say about `scene` what `instruction` asks for."""
+class CaptionExample:
+    """Caption `scene` with `text` as `instruction` says."""
 
     instruction: str
     scene: scenes.Scene
@@ -51,8 +51,8 @@ class Caption:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """Answer `question` about `scene`; `think` names what is seen and may be left out."""
+class AnswerExample:
+    """Answer `question` about `scene`; the optional `think` describes the scene."""
 
     question: str
     scene: scenes.Scene
@@ -61,7 +61,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Edit:
+class EditExample:
     """Change `scene` into `target` as `instruction` says."""
 
     instruction: str
@@ -71,10 +71,10 @@ class Edit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reflect:
-    """Repair `scene`, drawn for `prompt`, into `target`; `think` says what is wrong.
+class ReflectExample:
+    """Repair `scene`, drawn for `prompt`, into `target`; `think` names the flaws.
 
-    `right`: the picture already fulfilled the request as read, and target equals scene.
+    `right`: the scene already fulfills the request as read, and target equals scene.
     """
 
     prompt: str
@@ -85,17 +85,17 @@ class Reflect:
     request: requests.Request
 
 
-Example = Draw | Caption | Answer | Edit | Reflect
+PretrainExample = DrawExample | CaptionExample | AnswerExample | EditExample | ReflectExample
 
 
-def seen_scene(rng: np.random.Generator) -> scenes.Scene:
-    """A random scene whose combination belongs to the train split."""
+def train_scene(rng: np.random.Generator) -> scenes.Scene:
+    """Samples a scene whose combination belongs to the train split."""
     while True:
-        scene = scenes.place(
+        scene = scenes.place_objects(
             rng,
             [
                 (pick(rng, scenes.SHAPES), pick(rng, COLORS))
-                for _ in range(int(rng.integers(1, scenes.MAX_THINGS + 1)))
+                for _ in range(int(rng.integers(1, scenes.MAX_OBJECTS + 1)))
             ],
             pick(rng, BACKGROUNDS),
         )
@@ -105,182 +105,204 @@ def seen_scene(rng: np.random.Generator) -> scenes.Scene:
 
 def _request(rng: np.random.Generator, implied_share: float) -> requests.Request:
     implied = rng.random() < implied_share
-    return requests.draw_implied(rng) if implied else requests.draw_plain(rng)
+    return requests.sample_implied(rng) if implied else requests.sample_plain(rng)
 
 
-def draw(rng: np.random.Generator, implied_share: float = IMPLIED_SHARE) -> Draw:
-    """A drawing example; `implied_share` of them are implied requests."""
-    return _drawn(_request(rng, implied_share), rng)
+def draw_example(rng: np.random.Generator, implied_share: float = IMPLIED_SHARE) -> DrawExample:
+    """Samples a drawing example; `implied_share` of them are implied requests."""
+    return _draw_request(_request(rng, implied_share), rng)
 
 
-def plan(rng: np.random.Generator) -> Draw:
-    """A drawing example of which only the think text is learned; `RELATION_SHARE` are relations."""
+def plan_example(rng: np.random.Generator) -> DrawExample:
+    """Samples a drawing example to learn the think text of; `RELATION_SHARE` are relations."""
     if rng.random() < RELATION_SHARE:
-        return _drawn(requests.draw_plain(rng, "relation"), rng)
-    return draw(rng)
+        return _draw_request(requests.sample_plain(rng, "relation"), rng)
+    return draw_example(rng)
 
 
-def _drawn(request: requests.Request, rng: np.random.Generator) -> Draw:
+def _draw_request(request: requests.Request, rng: np.random.Generator) -> DrawExample:
     spec, sentences = requests.resolve(request, rng)
     scene = sample_scene(spec, rng)
-    return Draw(request.text, language.think(scene, sentences), scene, request)
+    return DrawExample(request.text, language.think(scene, sentences), scene, request)
 
 
-def _grouped(scene: scenes.Scene) -> str:
+def caption_example(rng: np.random.Generator) -> CaptionExample:
+    """Samples a caption example: layout, kinds and counts, shapes, a relation, or background."""
+    scene = train_scene(rng)
+    form, objects = rng.random(), scene.objects
+    if form < 0.5:
+        return CaptionExample("Describe the layout.", scene, language.layout(scene))
+    if form < 0.65:
+        words = f"{counted_objects(scene)} on a {scene.background} background"
+        return CaptionExample("Describe the image.", scene, words)
+    if form < 0.75:
+        shapes = language.join([obj.shape for obj in objects])
+        return CaptionExample("List the shapes.", scene, shapes)
+    if form < 0.8:
+        return CaptionExample("Describe the background.", scene, f"{scene.background} background")
+    if len(objects) > 1 and form < 0.95:
+        words = pick(rng, relation_phrases(scene))
+        return CaptionExample("Describe how two shapes lie.", scene, words)
+    return CaptionExample("What is in the image?", scene, counted_objects(scene))
+
+
+def counted_objects(scene: scenes.Scene) -> str:
+    """Describes a scene's objects by kind: "two red circles and a blue square"."""
     return language.join([language.counted(group) for group in describe(scene).groups])
 
 
-def caption(rng: np.random.Generator) -> Caption:
-    """A caption example: layout, kinds and counts, shapes only, a relation, or background."""
-    scene = seen_scene(rng)
-    form, things = rng.random(), scene.things
-    if form < 0.5:
-        return Caption("Describe the layout.", scene, language.layout(scene))
-    if form < 0.65:
-        words = f"{_grouped(scene)} on a {scene.background} background"
-        return Caption("Describe the image.", scene, words)
-    if form < 0.75:
-        return Caption("List the shapes.", scene, language.join([t.shape for t in things]))
-    if form < 0.8:
-        return Caption("Describe the background.", scene, f"{scene.background} background")
-    if len(things) > 1 and form < 0.95:
-        first, second = things[:2]
-        holding = [r for r in RELATIONS if related(r, first, second)]
-        a, b = (article(name(t.shape, t.color)) for t in (first, second))
-        words = f"{a} {questions.WHERE[pick(rng, holding)]} {b}"
-        return Caption("Describe how two shapes lie.", scene, words)
-    return Caption("What is in the image?", scene, _grouped(scene))
+def relation_phrases(scene: scenes.Scene) -> list[str]:
+    """Describes all relations between a scene's first two objects."""
+    first, second = scene.objects[:2]
+    a, b = (article(name(obj.shape, obj.color)) for obj in (first, second))
+    holding = [relation for relation in RELATIONS if related(relation, first, second)]
+    return [f"{a} {questions.WHERE[relation]} {b}" for relation in holding]
 
 
-def answer(rng: np.random.Generator) -> Answer:
-    """An answering example: two thirds yes/no questions, one third open ones."""
-    scene = seen_scene(rng)
+def answer_example(rng: np.random.Generator) -> AnswerExample:
+    """Samples an answering example: two thirds yes/no questions, one third open ones."""
+    scene = train_scene(rng)
     think = language.think(scene)
     if rng.random() < 1 / 3:
         question, words = questions.open_question(scene, rng)
-        return Answer(question, scene, think, words)
+        return AnswerExample(question, scene, think, words)
     sound = dict.fromkeys(questions.QUALITY, True)
     type_ = pick(rng, questions.SEMANTIC)
     query = questions.sample_query(scene, type_, rng)
     wording = int(rng.integers(len(questions.WORDINGS[query.form])))
     yes = questions.truth(query, scene, sound)
-    return Answer(questions.text(query, wording), scene, think, "yes" if yes else "no")
+    return AnswerExample(questions.text(query, wording), scene, think, "yes" if yes else "no")
 
 
 def _replace(scene: scenes.Scene, index: int, **changes: object) -> scenes.Scene:
-    things = list(scene.things)
-    things[index] = dataclasses.replace(things[index], **changes)
-    return dataclasses.replace(scene, things=tuple(things))
+    objects = list(scene.objects)
+    objects[index] = dataclasses.replace(objects[index], **changes)
+    return dataclasses.replace(scene, objects=tuple(objects))
 
 
 def _remove(scene: scenes.Scene, index: int) -> scenes.Scene:
-    return dataclasses.replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
+    return dataclasses.replace(scene, objects=scene.objects[:index] + scene.objects[index + 1 :])
 
 
-def _other(rng: np.random.Generator, options: Sequence[str], used: str) -> str:
-    return pick(rng, [option for option in options if option != used])
+def _add(scene: scenes.Scene, obj: scenes.SceneObject) -> scenes.Scene:
+    return dataclasses.replace(scene, objects=(*scene.objects, obj))
 
 
-def _free_cell(rng: np.random.Generator, things: Sequence[scenes.Thing]) -> tuple[int, int]:
-    taken = {(thing.row, thing.col) for thing in things}
-    cells = [(r, c) for r in range(scenes.GRID) for c in range(scenes.GRID) if (r, c) not in taken]
-    return pick(rng, cells)
+def _pick_except(rng: np.random.Generator, options: Sequence[str], excluded: str) -> str:
+    return pick(rng, [option for option in options if option != excluded])
 
 
-def _new_thing(rng: np.random.Generator, things: Sequence[scenes.Thing]) -> scenes.Thing:
-    row, col = _free_cell(rng, things)
+def _free_cell(rng: np.random.Generator, scene: scenes.Scene) -> tuple[int, int]:
+    occupied = {(obj.row, obj.col) for obj in scene.objects}
+    cells = [(row, col) for row in range(scenes.GRID) for col in range(scenes.GRID)]
+    return pick(rng, [cell for cell in cells if cell not in occupied])
+
+
+def _new_object(rng: np.random.Generator, scene: scenes.Scene) -> scenes.SceneObject:
+    row, col = _free_cell(rng, scene)
     dx, dy = rng.uniform(-scenes.MAX_JITTER, scenes.MAX_JITTER, 2)
     shape, color = pick(rng, scenes.SHAPES), pick(rng, COLORS)
-    return scenes.Thing(shape, color, row, col, float(dx), float(dy))
+    return scenes.SceneObject(shape, color, row, col, float(dx), float(dy))
 
 
-def change(
+def edit_scene(
     rng: np.random.Generator, scene: scenes.Scene, operation: str
 ) -> tuple[str, scenes.Scene]:
-    """One edit of a random shape, named by colour and shape, or of the background."""
-    index = int(rng.integers(len(scene.things)))
-    thing = scene.things[index]
-    alone = sum(t.shape == thing.shape for t in scene.things) == 1
-    short = alone and rng.random() < 0.5
-    subject = f"the {thing.shape}" if short else f"the {thing.color} {thing.shape}"
+    """Edits a random object, named by color and shape, or the background.
+
+    Args:
+      rng: source of randomness.
+      scene: the scene to edit.
+      operation: one of `possible_operations`.
+    Returns:
+      The instruction and the edited scene.
+    """
+    index = int(rng.integers(len(scene.objects)))
+    obj = scene.objects[index]
+    is_unique = sum(candidate.shape == obj.shape for candidate in scene.objects) == 1
+    by_shape = is_unique and rng.random() < 0.5
+    subject = f"the {obj.shape}" if by_shape else f"the {obj.color} {obj.shape}"
     if operation == "color":
-        color = _other(rng, COLORS, thing.color)
+        color = _pick_except(rng, COLORS, obj.color)
         return f"make {subject} {color}", _replace(scene, index, color=color)
     if operation == "shape":
-        shape = _other(rng, scenes.SHAPES, thing.shape)
+        shape = _pick_except(rng, scenes.SHAPES, obj.shape)
         return f"turn {subject} into {article(shape)}", _replace(scene, index, shape=shape)
     if operation == "remove":
         return f"remove {subject}", _remove(scene, index)
     if operation == "move":
-        row, col = _free_cell(rng, scene.things)
-        changed = _replace(scene, index, row=row, col=col)
-        return f"move {subject} to {position(changed.things[index])}", changed
+        row, col = _free_cell(rng, scene)
+        target = _replace(scene, index, row=row, col=col)
+        return f"move {subject} to {position(target.objects[index])}", target
     if operation == "add":
-        new = _new_thing(rng, scene.things)
-        changed = dataclasses.replace(scene, things=(*scene.things, new))
-        return f"add {article(name(new.shape, new.color))} {position(new)}", changed
-    background = _other(rng, BACKGROUNDS, scene.background)
-    changed = dataclasses.replace(scene, background=background)
-    return f"change the background to {background}", changed
+        new = _new_object(rng, scene)
+        return f"add {article(name(new.shape, new.color))} {position(new)}", _add(scene, new)
+    background = _pick_except(rng, BACKGROUNDS, scene.background)
+    target = dataclasses.replace(scene, background=background)
+    return f"change the background to {background}", target
 
 
-def operations(scene: scenes.Scene) -> list[str]:
-    """The kinds of `change` that are possible."""
-    found = ["color", "shape", "move", "background"]
-    found += ["remove"] if len(scene.things) > 1 else []
-    return found + (["add"] if len(scene.things) < scenes.MAX_THINGS else [])
+def possible_operations(scene: scenes.Scene) -> list[str]:
+    """Returns the operations of `edit_scene` that a scene allows."""
+    operations = ["color", "shape", "move", "background"]
+    operations += ["remove"] if len(scene.objects) > 1 else []
+    return operations + (["add"] if len(scene.objects) < scenes.MAX_OBJECTS else [])
 
 
-def edit(rng: np.random.Generator) -> Edit:
-    """An editing example: one change that its instruction names without doubt."""
+def edit_example(rng: np.random.Generator) -> EditExample:
+    """Samples an editing example: one change that its instruction names unambiguously."""
     while True:
-        scene = seen_scene(rng)
+        scene = train_scene(rng)
         if any(group.count > 1 for group in describe(scene).groups):
             continue
-        instruction, target = change(rng, scene, pick(rng, operations(scene)))
+        instruction, target = edit_scene(rng, scene, pick(rng, possible_operations(scene)))
         if describe(target).split == "train":
-            return Edit(instruction, scene, language.think(target), target)
+            return EditExample(instruction, scene, language.think(target), target)
 
 
 def _spoil(
     rng: np.random.Generator, spec: Spec, scene: scenes.Scene, operation: str, index: int
 ) -> tuple[scenes.Scene, tuple[str, str]]:
-    """Undoes one fact of a scene; returns it with what is wrong and the wish that repairs it."""
-    thing = scene.things[index]
-    kind = name(thing.shape, thing.color)
+    """Breaks one fact of a scene.
+
+    Returns:
+      The spoiled scene, and the remark and the wish of a reflection upon it.
+    """
+    obj = scene.objects[index]
+    kind = name(obj.shape, obj.color)
     if operation == "color":
-        wrong = _other(rng, COLORS, thing.color)
-        remark = f"the {thing.shape} {position(thing)} is {wrong} but should be {thing.color}"
-        wish = f"make the {wrong} {thing.shape} {thing.color}"
+        wrong = _pick_except(rng, COLORS, obj.color)
+        remark = f"the {obj.shape} {position(obj)} is {wrong} but should be {obj.color}"
+        wish = f"make the {wrong} {obj.shape} {obj.color}"
         return _replace(scene, index, color=wrong), (remark, wish)
     if operation == "shape":
-        wrong = _other(rng, scenes.SHAPES, thing.shape)
-        remark = f"the {thing.color} {wrong} {position(thing)} should be {article(thing.shape)}"
-        wish = f"turn the {thing.color} {wrong} into {article(thing.shape)}"
+        wrong = _pick_except(rng, scenes.SHAPES, obj.shape)
+        remark = f"the {obj.color} {wrong} {position(obj)} should be {article(obj.shape)}"
+        wish = f"turn the {obj.color} {wrong} into {article(obj.shape)}"
         return _replace(scene, index, shape=wrong), (remark, wish)
     if operation == "missing":
         remark = f"{article(kind)} is missing"
-        return _remove(scene, index), (remark, f"add {article(kind)} {position(thing)}")
+        return _remove(scene, index), (remark, f"add {article(kind)} {position(obj)}")
     if operation == "extra":
-        new = _new_thing(rng, scene.things)
+        new = _new_object(rng, scene)
         extra = name(new.shape, new.color)
-        spoilt = dataclasses.replace(scene, things=(*scene.things, new))
-        return spoilt, (f"{article(extra)} too many", f"remove the {extra} {position(new)}")
-    if operation == "relation":
-        other = scene.things[1 - index]
+        remarks = (f"{article(extra)} too many", f"remove the {extra} {position(new)}")
+        return _add(scene, new), remarks
+    if operation == "relation" and spec.relation is not None:
+        second = scene.objects[1 - index]
         relation = spec.relation.name if index == 0 else INVERSE[spec.relation.name]
-        row, col = _free_cell(rng, scene.things)
-        where = f"{questions.WHERE[relation]} the {name(other.shape, other.color)}"
-        wish = f"move the {kind} to {position(thing)}"
+        row, col = _free_cell(rng, scene)
+        where = f"{questions.WHERE[relation]} the {name(second.shape, second.color)}"
+        wish = f"move the {kind} to {position(obj)}"
         return _replace(scene, index, row=row, col=col), (f"the {kind} is not {where}", wish)
-    wrong = _other(rng, BACKGROUNDS, scene.background)
+    wrong = _pick_except(rng, BACKGROUNDS, scene.background)
     remark = f"the background is {wrong} but should be {scene.background}"
     wish = f"change the background to {scene.background}"
     return dataclasses.replace(scene, background=wrong), (remark, wish)
 
 
 def _flaws(spec: Spec) -> list[str]:
-    """The ways in which a scene can fail a spec."""
+    """Returns the operations of `_spoil` that break a spec, the frequent ones repeatedly."""
     operations = []
     if any(group.color for group in spec.groups):
         operations += ["color"] * 2
@@ -288,7 +310,7 @@ def _flaws(spec: Spec) -> list[str]:
         operations += ["shape"] * 2
     if spec.total > 1:
         operations += ["missing"]
-    if spec.total < scenes.MAX_THINGS:
+    if spec.total < scenes.MAX_OBJECTS:
         operations += ["extra"]
     if spec.relation is not None:
         operations += ["relation"] * 3
@@ -297,43 +319,45 @@ def _flaws(spec: Spec) -> list[str]:
     return operations
 
 
-def flawed(
+def flawed_scene(
     rng: np.random.Generator, spec: Spec, target: scenes.Scene
 ) -> tuple[scenes.Scene, tuple[str, ...]]:
-    """A scene that fails `spec` in one fact, at times in two, and the remarks upon it."""
+    """Samples a scene that fails `spec` in one fact, at times in two, and remarks upon it."""
     operations = _flaws(spec)
     while True:
         first, second = pick(rng, operations), pick(rng, operations)
-        order = rng.permutation(len(target.things))
+        order = rng.permutation(len(target.objects))
         scene, remarks = _spoil(rng, spec, target, first, int(order[0]))
         if satisfied(spec, scene):
             continue
         if {first, second} <= {"color", "shape"} and len(order) > 1 and rng.random() < 0.5:
-            alone, more = _spoil(rng, spec, target, second, int(order[1]))
-            if not satisfied(spec, alone):
-                spoilt = dataclasses.asdict(alone.things[order[1]])
-                both = _replace(scene, int(order[1]), **spoilt)
-                return both, (remarks[0], more[0], remarks[1], more[1])
+            spoiled, more = _spoil(rng, spec, target, second, int(order[1]))
+            if not satisfied(spec, spoiled):
+                changes = dataclasses.asdict(spoiled.objects[order[1]])
+                spoiled_twice = _replace(scene, int(order[1]), **changes)
+                return spoiled_twice, (remarks[0], more[0], remarks[1], more[1])
         return scene, remarks
 
 
-def reflect(rng: np.random.Generator, implied_share: float = IMPLIED_SHARE) -> Reflect:
-    """A repair example: a picture that fails its prompt, or (`RIGHT_SHARE`) needs no repair."""
+def reflect_example(
+    rng: np.random.Generator, implied_share: float = IMPLIED_SHARE
+) -> ReflectExample:
+    """Samples a repair: an image that fails its prompt, or (`RIGHT_SHARE`) needs no repair."""
     while True:
         request = _request(rng, implied_share)
         spec, sentences = requests.resolve(request, rng)
-        if spec.clear:
+        if spec.unambiguous:
             break
     target = sample_scene(spec, rng)
     right = bool(rng.random() < RIGHT_SHARE)
     if right:
         scene, remarks = target, ("nothing is wrong", "keep it")
     else:
-        scene, remarks = flawed(rng, spec, target)
+        scene, remarks = flawed_scene(rng, spec, target)
     think = language.reflection((*sentences, *remarks), target)
-    return Reflect(request.text, scene, think, target, right, request)
+    return ReflectExample(request.text, scene, think, target, right, request)
 
 
-def images(batch: Sequence[scenes.Scene]) -> np.ndarray:
+def render_batch(batch: Sequence[scenes.Scene]) -> np.ndarray:
     """Renders scenes: uint8[N, 48, 48, 3]."""
     return np.stack([scenes.render(scene) for scene in batch])

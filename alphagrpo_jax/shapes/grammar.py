@@ -1,7 +1,7 @@
-"""Reads prompts of the shapes world back: the inverse of `language.prompt`.
+"""Parses prompts of the shapes world: the inverse of `language.prompt`.
 
-Understands what `language` writes, plain and with riddles, whatever the case; and writes the exact
-record of such a prompt, so that no language model is needed to decompose it.
+Understands all prompts that `language` writes, plain and with riddles, in any case; and writes the
+exact record of such a prompt, so that no language model is needed to decompose it.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ _RIDDLES = {
 
 
 class GrammarError(ValueError):
-    """A text that is no prompt of the shapes world; the message says which part."""
+    """A text that is no prompt of the shapes world; the message names the words that failed."""
 
 
 def _one_of(options: Mapping[str, object] | tuple[str, ...]) -> str:
     return "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True))
 
 
-def _template(text: str, **parts: str) -> str:
-    """A pattern of a wording, its fields replaced by patterns."""
-    escaped = re.escape(text).replace(r"\{", "{").replace(r"\}", "}")
-    return escaped.format(**parts)
+def _template(wording: str, **fields: str) -> str:
+    """Builds the pattern of a wording, its fields replaced by patterns."""
+    escaped = re.escape(wording).replace(r"\{", "{").replace(r"\}", "}")
+    return escaped.format(**fields)
 
 
 _NOUN = "|".join(
@@ -56,7 +56,7 @@ _WRAPPERS = [
     re.compile(_template(wrapper, **_FIELDS))
     for wrapper in sorted(language.RELATION_WRAPPERS, key=len, reverse=True)
 ]
-_BACKGROUNDS = [re.compile(_template(each, **_FIELDS)) for each in language.BACKGROUND_PHRASES]
+_BACKGROUNDS = [re.compile(_template(text, **_FIELDS)) for text in language.BACKGROUND_PHRASES]
 _RELATIONS = [
     (name, re.compile(_template(phrase, **_FIELDS)))
     for name, phrases in language.RELATION_PHRASES.items()
@@ -65,47 +65,56 @@ _RELATIONS = [
 
 
 def parse(text: str) -> Request:
-    """What a prompt asks for.
+    """Parses a prompt into a request.
 
     Args:
       text: the prompt; case, surplus blanks and a full stop at its end do not matter.
     Raises:
-      GrammarError: it is no prompt of the shapes world, or asks for what cannot be told apart or
-        drawn.
+      GrammarError: the text is no prompt of the shapes world, is ambiguous, or asks for more than
+        a scene can hold.
     """
-    words = " ".join(text.lower().split()).removesuffix(".")
-    for wrapper in _WRAPPERS:
-        found = wrapper.fullmatch(words)
-        if found:
-            words = found["x"]
-            break
-    words = words.removeprefix("there is ").removeprefix("there are ")
-    background = None
-    for pattern in _BACKGROUNDS:
-        found = pattern.fullmatch(words)
-        if found:
-            words, background = found["x"], found["c"]
-            break
-    words = words.removeprefix("there is ").removeprefix("there are ")
-    relation = None
-    parts = re.split(r", | and ", words)
-    for name, pattern in _RELATIONS:
-        found = pattern.fullmatch(words)
-        if found:
-            relation, parts = Relation(name, 0, 1), [found["a"], found["b"]]
-            break
-    read = [_group(part, text) for part in parts]
-    spec = Spec(tuple(group for group, _ in read), relation, background)
+    words, background = _without_background(_without_wrapper(text))
+    relation, phrases = _split_groups(words)
+    parsed = [_group(phrase, text) for phrase in phrases]
+    spec = Spec(tuple(group for group, _ in parsed), relation, background)
     _check(spec, text)
-    used = tuple(own for _, own in read)
-    kinds = [kind for own in used for kind in own]
+    group_riddles = tuple(riddles_of_group for _, riddles_of_group in parsed)
+    kinds = [kind for riddles_of_group in group_riddles for kind in riddles_of_group]
     if not kinds:
-        return Request(text, "plain", _plain_type(spec), spec, used)
-    return Request(text, "implied", kinds[0] if len(kinds) == 1 else "two", spec, used)
+        return Request(text, "plain", _plain_type(spec), spec, group_riddles)
+    return Request(text, "implied", kinds[0] if len(kinds) == 1 else "two", spec, group_riddles)
+
+
+def _without_wrapper(text: str) -> str:
+    words = " ".join(text.lower().split()).removesuffix(".")
+    match = next((m for m in (wrapper.fullmatch(words) for wrapper in _WRAPPERS) if m), None)
+    return _without_there_is(words if match is None else match["x"])
+
+
+def _without_background(words: str) -> tuple[str, str | None]:
+    """Splits off the background: the remaining words, and the background or None."""
+    for pattern in _BACKGROUNDS:
+        match = pattern.fullmatch(words)
+        if match:
+            return _without_there_is(match["x"]), match["c"]
+    return _without_there_is(words), None
+
+
+def _without_there_is(words: str) -> str:
+    return words.removeprefix("there is ").removeprefix("there are ")
+
+
+def _split_groups(words: str) -> tuple[Relation | None, list[str]]:
+    """Splits words into the phrases of their groups, and the relation between two of them."""
+    for name, pattern in _RELATIONS:
+        match = pattern.fullmatch(words)
+        if match:
+            return Relation(name, 0, 1), [match["a"], match["b"]]
+    return None, re.split(r", | and ", words)
 
 
 def record(text: str) -> dict:
-    """The record of a prompt, in the form of `prompts.record`; a function of the text alone.
+    """Writes the record of a prompt, in the form of `prompts.record`; depends on the text alone.
 
     Raises:
       GrammarError: see `parse`.
@@ -116,54 +125,61 @@ def record(text: str) -> dict:
 
 
 def _group(words: str, text: str) -> tuple[Group, dict[str, Riddle]]:
-    """A group in words, with its riddles by kind."""
-    found = _GROUP.fullmatch(words)
-    if found is None:
+    """Parses the words of a group: the group, and its riddles by kind."""
+    match = _GROUP.fullmatch(words)
+    if match is None:
         raise GrammarError(
             f"got {words!r} in the prompt {text!r}, which the grammar of the shapes world does not "
             f"know; expected the likes of {EXAMPLE!r}, with shapes {', '.join(scenes.SHAPES)} and "
             f"colours {', '.join(COLORS)}; another --llm takes any prompt"
         )
-    used: dict[str, Riddle] = {}
-    if found["shape_riddle"]:
-        used["shape"] = _RIDDLES["shape"][found["shape_riddle"]]
-    if found["color_riddle"]:
-        thing = re.sub(r"^\w+ the colou?r of ", "", found["color_riddle"])
-        used["color"] = _RIDDLES["color"][thing]
-    if found["number_riddle"]:
-        used["number"] = _RIDDLES["number"][found["number_riddle"]]
-    counted, noun = found["count"], _singular(found["noun"])
+    group_riddles = _group_riddles(match)
+    count_word, noun = match["count"], _singular(match["noun"])
     if (
-        (counted == "as many") != ("number" in used)
-        or ("color" in used and found["color"])
-        or ("shape" in used and noun != "shape")
-        or (found["noun"] == noun) != (counted in ("a", "an", "one"))
+        (count_word == "as many") != ("number" in group_riddles)
+        or ("color" in group_riddles and match["color"])
+        or ("shape" in group_riddles and noun != "shape")
+        or (match["noun"] == noun) != (count_word in ("a", "an", "one"))
     ):
         raise GrammarError(
             f"got {words!r} in the prompt {text!r}, which says a number, colour or shape twice or "
             "not at all, or a singular for a plural"
         )
-    count = 1 if counted in ("a", "an") else 0
-    if "number" in used:
-        count = NUMBERS.index(used["number"].meaning) + 1
-    elif counted in NUMBERS:
-        count = NUMBERS.index(counted) + 1
-    shape = used["shape"].meaning if "shape" in used else noun
-    color = used["color"].meaning if "color" in used else found["color"]
-    return Group(count, None if shape == "shape" else shape, color), used
+    count = 1 if count_word in ("a", "an") else 0
+    if "number" in group_riddles:
+        count = NUMBERS.index(group_riddles["number"].meaning) + 1
+    elif count_word in NUMBERS:
+        count = NUMBERS.index(count_word) + 1
+    shape = group_riddles["shape"].meaning if "shape" in group_riddles else noun
+    color = group_riddles["color"].meaning if "color" in group_riddles else match["color"]
+    return Group(count, None if shape == "shape" else shape, color), group_riddles
+
+
+def _group_riddles(match: re.Match[str]) -> dict[str, Riddle]:
+    """Looks up the riddles of a match of `_GROUP`, by kind."""
+    group_riddles: dict[str, Riddle] = {}
+    if match["shape_riddle"]:
+        group_riddles["shape"] = _RIDDLES["shape"][match["shape_riddle"]]
+    if match["color_riddle"]:
+        phrase = re.sub(r"^\w+ the colou?r of ", "", match["color_riddle"])
+        group_riddles["color"] = _RIDDLES["color"][phrase]
+    if match["number_riddle"]:
+        group_riddles["number"] = _RIDDLES["number"][match["number_riddle"]]
+    return group_riddles
 
 
 def _singular(noun: str) -> str:
-    return next(each for each in (*scenes.SHAPES, "shape") if noun in (each, language.plural(each)))
+    nouns = (*scenes.SHAPES, "shape")
+    return next(singular for singular in nouns if noun in (singular, language.plural(singular)))
 
 
 def _check(spec: Spec, text: str) -> None:
-    if spec.total > scenes.MAX_THINGS:
+    if spec.total > scenes.MAX_OBJECTS:
         raise GrammarError(
             f"the prompt {text!r} asks for {spec.total} shapes, expected at most "
-            f"{scenes.MAX_THINGS}"
+            f"{scenes.MAX_OBJECTS}"
         )
-    if not spec.clear:
+    if not spec.unambiguous:
         raise GrammarError(
             f"the prompt {text!r} is ambiguous: one shape could belong to two of its parts; give "
             "them different shapes or colours"
@@ -175,7 +191,7 @@ def _check(spec: Spec, text: str) -> None:
 
 
 def _plain_type(spec: Spec) -> str:
-    """The type under which `requests` would draw such a spec."""
+    """Returns the type under which `requests` would sample such a spec."""
     if spec.background is not None:
         return "background"
     if spec.relation is not None:

@@ -1,11 +1,10 @@
-"""Records of the shapes world with images: edits and questions, in the form that tasks ti2i and
-ti2t read.
+"""Writes the records with images: edits and questions, in the form that tasks ti2i and ti2t read.
 
     python -m alphagrpo_jax.shapes.image_records --out alphagrpo_jax/shapes/assets/data
 
-`image` is a data: URL. A record of an edit asks about the edited scene, whose `facts` it has; one
-of a question has its `answer`. Both scenes of an edit, and that of a question, are of the split's
-combinations; `kind` and `type` say what is asked.
+`image` is a data: URL. The record of an edit asks about the edited scene and has its `facts`; the
+record of a question has the `answer`. All scenes have combinations of the split: both scenes of an
+edit, and the scene of a question. `kind` and `type` name the request. Takes less than a minute.
 """
 
 import argparse
@@ -21,59 +20,59 @@ from alphagrpo_jax.runtime import images
 from alphagrpo_jax.shapes import examples, prompts, questions, scenes, specs
 
 SEED = 0
-# A move leaves every fact as it was, and facts are what records ask about.
+# No "move": it changes no fact, and records ask about facts.
 OPERATIONS = ("color", "shape", "background", "remove", "add")
 SIZES = {"train": 480, "heldout": 200}
 YES_NO_SHARE = 2 / 3  # of questions, as in pretraining
 
 
-def split_scene(rng: np.random.Generator, split: str) -> scenes.Scene:
-    """A random scene whose combination belongs to the split."""
+def scene_of_split(rng: np.random.Generator, split: str) -> scenes.Scene:
+    """Samples a scene whose combination belongs to the split."""
     while True:
         scene = scenes.random_scene(rng)
         if specs.describe(scene).split == split:
             return scene
 
 
-def whole(scene: scenes.Scene) -> specs.Spec:
-    """The spec that names every kind of shape in a scene, and the background."""
+def full_spec(scene: scenes.Scene) -> specs.Spec:
+    """Returns the spec that names every object of a scene, and the background."""
     return dataclasses.replace(specs.describe(scene), background=scene.background)
 
 
-def edit(rng: np.random.Generator, split: str) -> dict:
-    """The record of one edit; kinds are equally likely, and what is asked for is not yet there."""
+def edit_record(rng: np.random.Generator, split: str) -> dict:
+    """Samples the record of one edit; operations are equally likely, and none is already done."""
     operation = specs.pick(rng, OPERATIONS)
     while True:
-        scene = split_scene(rng, split)
+        scene = scene_of_split(rng, split)
         if any(group.count > 1 for group in specs.describe(scene).groups):
             continue
-        if operation not in examples.operations(scene):
+        if operation not in examples.possible_operations(scene):
             continue
-        instruction, target = examples.change(rng, scene, operation)
+        instruction, target = examples.edit_scene(rng, scene, operation)
         if specs.describe(target).split == split:
             break
-    wanted = whole(target)
-    asked = [
-        prompts.question("semantic", query, needs, rng)
-        for query, needs in prompts.semantic_queries(wanted, rng)
+    spec = full_spec(target)
+    semantic = [
+        prompts.question_fields("semantic", query, dependency, rng)
+        for query, dependency in prompts.semantic_queries(spec, rng)
     ]
-    kept = [
-        prompts.question("quality", questions.quality(type_), (), rng)
+    quality = [
+        prompts.question_fields("quality", questions.quality(type_), (), rng)
         for type_ in questions.QUALITY
     ]
     return {
         "prompt": instruction,
         "image": images.data_url(scenes.render(scene)),
-        "semantic_questions": asked,
-        "quality_questions": kept,
+        "semantic_questions": semantic,
+        "quality_questions": quality,
         "kind": "edit",
         "type": operation,
-        "facts": wanted.to_json(),
+        "facts": spec.to_json(),
     }
 
 
-def ask(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, str, str]:
-    """A question about a scene, its answer, and its type: of `questions.SEMANTIC`, or "open"."""
+def sample_question(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, str, str]:
+    """Samples a question, its answer, and its type: one of `questions.SEMANTIC`, or "open"."""
     if rng.random() >= YES_NO_SHARE:
         return *questions.open_question(scene, rng), "open"
     type_ = specs.pick(rng, questions.SEMANTIC)
@@ -83,10 +82,10 @@ def ask(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, str, str]:
     return questions.text(query, wording), answer, type_
 
 
-def question(rng: np.random.Generator, split: str) -> dict:
-    """The record of one question with its answer."""
-    scene = split_scene(rng, split)
-    text, answer, type_ = ask(scene, rng)
+def question_record(rng: np.random.Generator, split: str) -> dict:
+    """Samples the record of one question with its answer."""
+    scene = scene_of_split(rng, split)
+    text, answer, type_ = sample_question(scene, rng)
     return {
         "prompt": text,
         "image": images.data_url(scenes.render(scene)),
@@ -96,11 +95,14 @@ def question(rng: np.random.Generator, split: str) -> dict:
     }
 
 
-MAKERS: dict[str, Callable[[np.random.Generator, str], dict]] = {"edit": edit, "answer": question}
+MAKERS: dict[str, Callable[[np.random.Generator, str], dict]] = {
+    "edit": edit_record,
+    "answer": question_record,
+}
 
 
 def records(name: str, split: str, count: int, *, seed: int = SEED) -> list[dict]:
-    """Records of a kind and split; a function of the arguments alone.
+    """Generates records of a kind and split; the result depends on the arguments alone.
 
     Args:
       name: "edit" or "answer".

@@ -1,4 +1,4 @@
-"""The words of the shapes world: prompts, think texts, captions and edit wishes.
+"""Words of the shapes world: prompts, think texts, captions and edit instructions.
 
 All texts are lower case except questions; positions are always two words, row then column.
 """
@@ -40,35 +40,35 @@ COLOR_PHRASES = ("in the colour of {x}", "with the colour of {x}", "in the color
 
 
 def article(words: str) -> str:
-    """The words with their indefinite article: "an orange circle"."""
+    """Prepends the indefinite article: "an orange circle"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def plural(noun: str) -> str:
-    """The plural of a shape's name."""
+    """Returns the plural of a shape's name."""
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def position(thing: scenes.Thing) -> str:
-    """Row and column in words: "top left", "middle center"."""
-    return f"{scenes.ROWS[thing.row]} {scenes.COLUMNS[thing.col]}"
+def position(obj: scenes.SceneObject) -> str:
+    """Returns row and column in words: "top left", "middle center"."""
+    return f"{scenes.ROWS[obj.row]} {scenes.COLUMNS[obj.col]}"
 
 
 def name(shape: str | None, color: str | None, count: int = 1) -> str:
-    """Colour and shape in words without article: "red circles", "circle", "red shape"."""
+    """Returns color and shape in words, without article: "red circles", "circle", "red shape"."""
     noun = shape or "shape"
     noun = noun if count == 1 else plural(noun)
     return noun if color is None else f"{color} {noun}"
 
 
 def counted(group: Group) -> str:
-    """A group in words: "a red circle", "two crosses"."""
+    """Returns a group in words: "a red circle", "two crosses"."""
     words = name(group.shape, group.color, group.count)
     return article(words) if group.count == 1 else f"{NUMBERS[group.count - 1]} {words}"
 
 
 def implied(group: Group, riddles: GroupRiddles, rng: np.random.Generator) -> str:
-    """A group in words, with riddles in place of what they stand for."""
+    """Returns a group in words, with riddles in place of the attributes they imply."""
     if not riddles:
         return counted(group)
     many = group.count > 1 or "number" in riddles
@@ -84,29 +84,29 @@ def implied(group: Group, riddles: GroupRiddles, rng: np.random.Generator) -> st
     return f"{NUMBERS[group.count - 1]} {words}" if many else article(words)
 
 
-def join(parts: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def join(phrases: Sequence[str]) -> str:
+    """Joins phrases as an enumeration: "a", "a and b", "a, b and c"."""
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
 def prompt(spec: Spec, riddles: Sequence[GroupRiddles], rng: np.random.Generator) -> str:
-    """A prompt for `spec` in a random wording.
+    """Writes a prompt for `spec` in a random wording.
 
     Args:
-      spec: what is asked for.
-      riddles: one mapping per group, empty where the group is said plainly.
+      spec: meaning of the prompt.
+      riddles: one mapping per group, empty where the group is named plainly.
       rng: picks the wording.
     """
-    parts = [implied(group, r, rng) for group, r in zip(spec.groups, riddles, strict=True)]
+    phrases = [implied(group, r, rng) for group, r in zip(spec.groups, riddles, strict=True)]
     wrappers = WRAPPERS
     if spec.relation is not None:
         relation, first, second = spec.relation.name, spec.relation.first, spec.relation.second
-        if rng.random() < 0.15:  # the same said from the other side
+        if rng.random() < 0.15:  # the same relation told from its second object
             relation, first, second = INVERSE[relation], second, first
         phrase = pick(rng, RELATION_PHRASES[relation])
-        words, wrappers = phrase.format(a=parts[first], b=parts[second]), RELATION_WRAPPERS
+        words, wrappers = phrase.format(a=phrases[first], b=phrases[second]), RELATION_WRAPPERS
     else:
-        words = join(parts)
+        words = join(phrases)
     if spec.background is not None:
         words = pick(rng, BACKGROUND_PHRASES).format(x=words, c=spec.background)
     single = words.startswith(("a ", "an "))
@@ -117,16 +117,16 @@ def prompt(spec: Spec, riddles: Sequence[GroupRiddles], rng: np.random.Generator
 
 
 def layout(scene: scenes.Scene) -> str:
-    """The whole scene: "red circle top left, blue square middle right, white background"."""
-    things = [f"{t.color} {t.shape} {position(t)}" for t in scene.things]
-    return ", ".join([*things, f"{scene.background} background"])
+    """Describes a scene: "red circle top left, blue square middle right, white background"."""
+    objects = [f"{obj.color} {obj.shape} {position(obj)}" for obj in scene.objects]
+    return ", ".join([*objects, f"{scene.background} background"])
 
 
 def think(scene: scenes.Scene, resolutions: Sequence[str] = ()) -> str:
-    """The think text: riddles resolved first, then the layout."""
+    """Writes a think text: resolved riddles first, then the layout."""
     return f"<think> {', '.join([*resolutions, layout(scene)])} </think>"
 
 
 def reflection(remarks: Sequence[str], scene: scenes.Scene) -> str:
-    """The think text of a repair: remarks as sentences, then the layout wanted."""
+    """Writes the think text of a repair: remarks as sentences, then the target layout."""
     return f"<think> {'. '.join([*remarks, layout(scene)])} </think>"

@@ -1,11 +1,11 @@
-"""Prompt records of the shapes world, in the form that DVReward asks for.
+"""Writes the prompt records of the shapes world, in the form that DVReward asks for.
 
     python -m alphagrpo_jax.shapes.prompts --out alphagrpo_jax/shapes/assets/data
 
-A record has the fields of any record of questions, and besides: `kind` (plain or implied), `type`
-(see `requests`), `combination` (the meaning's canonical text), `facts` (the meaning as
-`checker.facts` reads it) and `riddles` (their clues). Questions about implied prompts ask for the
-true meaning. Splits are disjoint by combination, whatever the kind or the wording.
+A record has the fields of every record of questions, and in addition: `kind` (plain or implied),
+`type` (see `requests`), `combination` (the meaning's canonical text), `facts` (the meaning as
+`checker.facts` takes it) and `riddles` (their clues). Questions about implied prompts ask for the
+true meaning. Splits are disjoint by combination, across kinds and wordings.
 """
 
 import argparse
@@ -25,35 +25,41 @@ from alphagrpo_jax.shapes.riddles import Riddle
 from alphagrpo_jax.shapes.specs import SPLITS, Group, Spec
 
 KINDS = ("plain", "implied")
-MAX_SEMANTIC = 5  # questions per record; three questions of quality come on top
-CANDIDATES = 12  # implied requests drawn for each one kept, so that riddles occur evenly
-PLAIN_CANDIDATES = 4  # plain requests drawn for each one kept, so that combinations do
+MAX_SEMANTIC = 5  # questions per record; three quality questions come on top
+CANDIDATES = 12  # implied requests sampled per record, so that riddles occur evenly
+PLAIN_CANDIDATES = 4  # plain requests sampled per record, so that combinations occur evenly
 ONE_RIDDLE_FORMS = tuple(form for form in requests.IMPLIED_FORMS if "+" not in form)
-MAX_REPEATED = 5000  # draws for one record before giving up
+MAX_REPEATED = 5000  # samples for one record before giving up
 SEED = 0
 SIZES = {"train": 1600, "validation": 200, "heldout": 400}
 HELDOUT_RIDDLE_RECORDS = 60
 
 
 def semantic_queries(spec: Spec, rng: np.random.Generator) -> list[tuple[Query, tuple[int, ...]]]:
-    """The questions that are all answered yes exactly if a scene fulfils `spec`.
+    """Builds questions whose answers are all yes exactly if a scene fulfills `spec`.
 
     Returns:
       (question, indexes of the questions that it depends on) pairs.
     """
     result: list[tuple[Query, tuple[int, ...]]] = []
-    subjects: list[int] = []  # per group: the question that its presence hangs on
+    subjects: list[int] = []  # per group: index of the question that asks for its presence
     spare = MAX_SEMANTIC - len(spec.groups) - 1
     spare -= (spec.relation is not None) + (spec.background is not None)
     for group in spec.groups:
-        alone = sum(other.shape in (None, group.shape) for other in spec.groups) == 1
-        full = group.shape is not None and group.color is not None
+        shape, color = group.shape, group.color
+        is_unique = sum(g.shape in (None, shape) for g in spec.groups) == 1
         if group.count > 1:
             result.append((questions.counts(group), ()))
-        elif full and alone and spare > 0 and rng.random() < 0.5:
+        elif (
+            shape is not None
+            and color is not None
+            and is_unique
+            and spare > 0
+            and rng.random() < 0.5
+        ):
             spare -= 1
-            result.append((questions.exists(Group(1, group.shape, None)), ()))
-            result.append((questions.has_color(group.shape, group.color), (len(result) - 1,)))
+            result.append((questions.exists(Group(1, shape, None)), ()))
+            result.append((questions.has_color(shape, color), (len(result) - 1,)))
         else:
             result.append((questions.exists(group), ()))
         subjects.append(len(result) - 1)
@@ -67,8 +73,17 @@ def semantic_queries(spec: Spec, rng: np.random.Generator) -> list[tuple[Query, 
     return result
 
 
-def question(kind: str, query: Query, dependency: Sequence[int], rng: np.random.Generator) -> dict:
-    """A question of a record; `rng` picks its wording."""
+def question_fields(
+    kind: str, query: Query, dependency: Sequence[int], rng: np.random.Generator
+) -> dict:
+    """Writes a question of a record; `rng` picks its wording.
+
+    Args:
+      kind: "semantic" or "quality".
+      query: the question's meaning.
+      dependency: indexes of the semantic questions that this one depends on.
+      rng: picks the wording.
+    """
     wording = int(rng.integers(len(questions.WORDINGS[query.form])))
     fields = {
         "question_type": kind,
@@ -80,13 +95,15 @@ def question(kind: str, query: Query, dependency: Sequence[int], rng: np.random.
 
 
 def record(request: requests.Request, rng: np.random.Generator) -> dict:
-    """The record of a request, without id and index; `rng` picks the questions' wordings."""
+    """Writes the record of a request, without id and index; `rng` picks the wordings."""
     semantic = semantic_queries(request.spec, rng)
     quality = [questions.quality(type_) for type_ in questions.QUALITY]
     return {
         "prompt": request.text,
-        "semantic_questions": [question("semantic", q, needs, rng) for q, needs in semantic],
-        "quality_questions": [question("quality", query, (), rng) for query in quality],
+        "semantic_questions": [
+            question_fields("semantic", query, dependency, rng) for query, dependency in semantic
+        ],
+        "quality_questions": [question_fields("quality", query, (), rng) for query in quality],
         "kind": request.kind,
         "type": request.type,
         "combination": request.spec.combination,
@@ -95,45 +112,49 @@ def record(request: requests.Request, rng: np.random.Generator) -> dict:
     }
 
 
-class _Fresh:
-    """Draws requests whose texts have not been kept before, unless repeats are wanted."""
+class _UniqueRequests:
+    """Samples requests whose texts are not used yet, unless repeats are allowed."""
 
     def __init__(self, *, repeats: bool) -> None:
         self._repeats = repeats
-        self._kept: set[str] = set()
+        self._used: set[str] = set()
 
-    def draw(self, source: Callable[[], requests.Request], count: int) -> list[requests.Request]:
-        """`count` requests from `source`.
+    def sample(self, source: Callable[[], requests.Request], count: int) -> list[requests.Request]:
+        """Samples `count` requests from `source`.
 
         Raises:
-          ValueError: the source repeats itself.
+          ValueError: the source returns used texts only.
         """
         result: list[requests.Request] = []
         for _ in range(MAX_REPEATED):
             request = source()
-            if self._repeats or request.text not in self._kept:
+            if self._repeats or request.text not in self._used:
                 result.append(request)
             if len(result) == count:
                 return result
         raise ValueError(
-            f"found {len(self._kept)} different prompts and no more; ask for fewer or allow repeats"
+            f"found {len(self._used)} different prompts and no more; ask for fewer or allow repeats"
         )
 
-    def keep(self, request: requests.Request) -> None:
-        self._kept.add(request.text)
+    def use(self, request: requests.Request) -> None:
+        """Marks a request's text as used."""
+        self._used.add(request.text)
 
 
 def _plain(
-    split: str, rng: np.random.Generator, type_: str, fresh: _Fresh
+    split: str, rng: np.random.Generator, type_: str, unique: _UniqueRequests
 ) -> Iterator[requests.Request]:
-    """Endless plain requests of a type, the combinations evenly among those of one size."""
-    used: collections.Counter[str] = collections.Counter()
+    """Samples endless plain requests of a type, combinations of equal size evenly."""
+    uses: collections.Counter[str] = collections.Counter()
     while True:
-        drawn = fresh.draw(lambda: requests.draw_plain(rng, type_, split), PLAIN_CANDIDATES)
-        alike = [request for request in drawn if request.spec.total == drawn[0].spec.total]
-        chosen = min(alike, key=lambda request: used[request.spec.combination])
-        used[chosen.spec.combination] += 1
-        fresh.keep(chosen)
+        candidates = unique.sample(
+            lambda: requests.sample_plain(rng, type_, split), PLAIN_CANDIDATES
+        )
+        total = candidates[0].spec.total
+        same_size = [request for request in candidates if request.spec.total == total]
+        chosen = min(same_size, key=lambda request: uses[request.spec.combination])
+        uses[chosen.spec.combination] += 1
+        unique.use(chosen)
         yield chosen
 
 
@@ -142,27 +163,27 @@ def _implied(
     rng: np.random.Generator,
     pool: Sequence[Riddle],
     forms: Sequence[str],
-    fresh: _Fresh,
+    unique: _UniqueRequests,
 ) -> Iterator[requests.Request]:
-    """Endless implied requests: forms by their shares, riddles and then combinations evenly."""
+    """Samples endless implied requests: forms by share, riddles and then combinations evenly."""
     shares = np.array([requests.IMPLIED_FORMS[form] for form in forms])
-    owed = np.zeros(len(forms))
-    riddles_used: collections.Counter[str] = collections.Counter()
-    used: collections.Counter[str] = collections.Counter()
+    deficits = np.zeros(len(forms))  # requests by share minus requests so far
+    riddle_uses: collections.Counter[str] = collections.Counter()
+    uses: collections.Counter[str] = collections.Counter()
 
     def usage(request: requests.Request) -> tuple[int, int]:
         clues = (riddle.clue for riddle in request.all_riddles)
-        return sum(riddles_used[clue] for clue in clues), used[request.spec.combination]
+        return sum(riddle_uses[clue] for clue in clues), uses[request.spec.combination]
 
     while True:
-        owed += shares / shares.sum()
-        form = forms[int(owed.argmax())]
-        owed[forms.index(form)] -= 1
-        draw = functools.partial(requests.draw_implied, rng, form, split, pool)
-        chosen = min(fresh.draw(draw, CANDIDATES), key=usage)
-        riddles_used.update(riddle.clue for riddle in chosen.all_riddles)
-        used[chosen.spec.combination] += 1
-        fresh.keep(chosen)
+        deficits += shares / shares.sum()
+        form = forms[int(deficits.argmax())]
+        deficits[forms.index(form)] -= 1
+        source = functools.partial(requests.sample_implied, rng, form, split, pool)
+        chosen = min(unique.sample(source, CANDIDATES), key=usage)
+        riddle_uses.update(riddle.clue for riddle in chosen.all_riddles)
+        uses[chosen.spec.combination] += 1
+        unique.use(chosen)
         yield chosen
 
 
@@ -177,27 +198,27 @@ def records(
     name: str | None = None,
     repeats: bool = False,
 ) -> list[dict]:
-    """Records of a split; a function of the arguments alone.
+    """Generates records of a split; the result depends on the arguments alone.
 
     Args:
       split: "train", "validation" or "heldout".
       count: number of records; the kinds take turns, and within plain the types.
-      kinds: of `KINDS`.
+      kinds: subset of `KINDS`.
       seed: of everything random.
       pool: riddles that implied prompts may use.
-      forms: of `requests.IMPLIED_FORMS`, in their shares.
-      name: beginning of the ids; default: the split.
-      repeats: whether a prompt may occur twice, as in large studies; types with few
-        combinations have few different prompts.
+      forms: subset of `requests.IMPLIED_FORMS`, in their shares.
+      name: prefix of the ids; default: the split.
+      repeats: allow a prompt to occur twice, as large studies need: types with few combinations
+        have few different prompts.
     Raises:
       ValueError: unknown split or kind, or fewer such prompts than asked for.
     """
     if split not in SPLITS or not set(kinds) <= set(KINDS):
         raise ValueError(f"got split {split!r}, kinds {kinds}; expected of {SPLITS} and {KINDS}")
     rng = np.random.default_rng((seed, SPLITS.index(split)))
-    fresh = _Fresh(repeats=repeats)
-    plain = [_plain(split, rng, type_, fresh) for type_ in requests.PLAIN_TYPES]
-    implied = [_implied(split, rng, pool, forms, fresh)]
+    unique = _UniqueRequests(repeats=repeats)
+    plain = [_plain(split, rng, type_, unique) for type_ in requests.PLAIN_TYPES]
+    implied = [_implied(split, rng, pool, forms, unique)]
     sources = {"plain": itertools.cycle(plain), "implied": itertools.cycle(implied)}
     result: list[dict] = []
     for index in range(count):
@@ -208,7 +229,7 @@ def records(
 
 
 def files(seed: int = SEED) -> dict[str, list[dict]]:
-    """The shipped files: name -> records."""
+    """Generates the shipped files: name -> records."""
     result = {f"{split}.jsonl": records(split, SIZES[split], seed=seed) for split in SPLITS}
     result["heldout_riddles.jsonl"] = records(
         "heldout",

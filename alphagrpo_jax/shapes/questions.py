@@ -1,8 +1,8 @@
-"""Yes/no questions about a scene, with their truth; the forms which prompt records use.
+"""Yes/no questions about a scene and their true answers, in the forms that prompt records use.
 
-A `Query` is the question's meaning, `text` one of its wordings, `truth` its answer. Questions of
-quality are answered by an image's labels (see `corrupt.py`), all others by the scene. If the
-subjects of a question are absent its answer is no.
+A `Query` is the question's meaning, `text` one of its wordings, `truth` its answer. Quality
+questions are answered by an image's labels (see `corrupt.py`), all others by the scene. If the
+subjects of a question are absent, its answer is no.
 """
 
 import dataclasses
@@ -36,10 +36,8 @@ TAGS = {
     "coherence": "Coherence",
     "texture": "Texture",
 }
-# How often `sample_questions` asks each type.
-SHARES = (0.14, 0.18, 0.18, 0.2, 0.08, 0.08, 0.08, 0.06)
+SHARES = (0.14, 0.18, 0.18, 0.2, 0.08, 0.08, 0.08, 0.06)  # of `TYPES` in `sample_questions`
 
-# The first wording of each is the one that records use first; all occur in records.
 WORDINGS = {
     "exists": ("Is there {one}?", "Does the image show {one}?", "Can {one} be seen?"),
     "has_color": ("Is the {shape} {color}?", "Is {color} the colour of the {shape}?"),
@@ -65,148 +63,177 @@ class Query:
     Attributes:
       type: one of `TYPES`.
       form: a key of `WORDINGS`.
-      group: what is asked about; for "count" its count is the number asked for, for "has_color"
-        its colour is the colour asked for.
-      other: the second subject of a relation.
-      value: the relation's name or the background asked for.
+      group: the subject; for "count" its count, for "has_color" its color is the attribute in
+        question.
+      second_group: the second subject of a relation.
+      value: the relation's name, or the background in question.
     """
 
     type: str
     form: str
     group: Group | None = None
-    other: Group | None = None
+    second_group: Group | None = None
     value: str | None = None
+
+    @property
+    def subject(self) -> Group:
+        """Returns the group that the question is about.
+
+        Raises:
+          ValueError: questions about the background or the quality have none.
+        """
+        if self.group is None:
+            raise ValueError(f"a question of form {self.form!r} is about no group of objects")
+        return self.group
+
+    @property
+    def relation(self) -> tuple[str, Group]:
+        """Returns a relation question's relation and its second subject.
+
+        Raises:
+          ValueError: the question is about no relation.
+        """
+        if self.value is None or self.second_group is None:
+            raise ValueError(f"a question of form {self.form!r} is about no relation")
+        return self.value, self.second_group
 
 
 def exists(group: Group) -> Query:
-    """Is there such a shape? Of type attribute if shape and colour are given, else existence."""
+    """Asks if such an object exists; of type attribute if shape and color are set."""
     full = group.shape is not None and group.color is not None
     single = dataclasses.replace(group, count=1)
     return Query("attribute" if full else "existence", "exists", single)
 
 
 def has_color(shape: str, color: str) -> Query:
-    """Is the (only) shape of this form of this colour?"""
+    """Asks if the (only) object of this shape has this color."""
     return Query("attribute", "has_color", Group(1, shape, color))
 
 
 def counts(group: Group) -> Query:
-    """Are there exactly so many? A group without shape and colour means all shapes."""
+    """Asks if there are exactly `group.count` members; without shape and color: any objects."""
     return Query("count", "count", group)
 
 
 def relates(relation: str, first: Group, second: Group) -> Query:
-    """Does the relation hold between two kinds of shapes?"""
+    """Asks if the relation holds between two kinds of objects."""
     return Query("relation", "relation", first, second, relation)
 
 
 def has_background(background: str) -> Query:
-    """Is this the background's colour?"""
+    """Asks if this is the background's color."""
     return Query("background", "background", value=background)
 
 
 def quality(type_: str) -> Query:
-    """One of the three fixed questions of quality."""
+    """Returns one of the three fixed quality questions."""
     return Query(type_, type_)
 
 
 def text(query: Query, wording: int = 0) -> str:
-    """The question in words.
+    """Writes a question in words.
 
     Args:
       query: its meaning.
       wording: index into `WORDINGS[query.form]`.
     """
     template = WORDINGS[query.form][wording]
-    group = query.group
     if query.form == "exists":
-        return template.format(one=article(name(group.shape, group.color)))
+        return template.format(one=article(name(query.subject.shape, query.subject.color)))
     if query.form == "has_color":
-        return template.format(shape=group.shape, color=group.color)
+        return template.format(shape=query.subject.shape, color=query.subject.color)
     if query.form == "count":
-        one = group.count == 1
+        group = query.subject
         words = f"{NUMBERS[group.count - 1]} {name(group.shape, group.color, group.count)}"
-        return template.format(Is="Is" if one else "Are", many=words)
+        return template.format(Is="Is" if group.count == 1 else "Are", many=words)
     if query.form == "relation":
-        a, b = (name(g.shape, g.color) for g in (group, query.other))
-        return template.format(a=a, b=b, where=WHERE[query.value])
+        relation, second = query.relation
+        a, b = (name(group.shape, group.color) for group in (query.subject, second))
+        return template.format(a=a, b=b, where=WHERE[relation])
     return template.format(value=query.value)
 
 
 def truth(query: Query, scene: scenes.Scene, labels: Mapping[str, bool] | None = None) -> bool:
-    """The answer: for a quality question the image's label, else what the scene says.
+    """Answers a question: quality questions by the image's label, others by the scene.
 
     "Is the circle red?" holds if there are circles and all are red; a relation holds if both
-    kinds are there and it holds between all of them.
+    kinds are present and it holds between all of them.
+
     Raises:
       KeyError: a quality question about an image without that label.
     """
     if query.type in QUALITY:
         return bool((labels or {})[query.type])
-    things, group = scene.things, query.group
     if query.form == "background":
         return scene.background == query.value
-    members = [thing for thing in things if group.matches(thing)]
+    objects, group = scene.objects, query.subject
+    members = [obj for obj in objects if group.matches(obj)]
     if query.form == "exists":
         return bool(members)
     if query.form == "count":
         return len(members) == group.count
     if query.form == "has_color":
-        alike = [thing for thing in things if thing.shape == group.shape]
-        return bool(alike) and all(thing.color == group.color for thing in alike)
-    others = [thing for thing in things if query.other.matches(thing)]
-    pairs = [related(query.value, a, b) for a in members for b in others]
+        of_shape = [obj for obj in objects if obj.shape == group.shape]
+        return bool(of_shape) and all(obj.color == group.color for obj in of_shape)
+    relation, second = query.relation
+    second_members = [obj for obj in objects if second.matches(obj)]
+    pairs = [related(relation, a, b) for a in members for b in second_members]
     return bool(pairs) and all(pairs)
 
 
-def _kind(thing: scenes.Thing) -> Group:
-    return Group(1, thing.shape, thing.color)
+def _kind(obj: scenes.SceneObject) -> Group:
+    return Group(1, obj.shape, obj.color)
 
 
-def _another(rng: np.random.Generator, options: Sequence[str], *used: str) -> str:
-    return pick(rng, [option for option in options if option not in used])
+def _pick_except(rng: np.random.Generator, options: Sequence[str], excluded: str) -> str:
+    return pick(rng, [option for option in options if option != excluded])
 
 
-def _near_miss(scene: scenes.Scene, rng: np.random.Generator) -> Group:
-    """A fully specified kind that the scene nearly has: swapped or changed in one attribute."""
-    thing = pick(rng, scene.things)
-    other = pick(rng, scene.things)
-    if thing.shape != other.shape and thing.color != other.color and rng.random() < 0.6:
-        return Group(1, thing.shape, other.color)
+def _near_miss(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """Samples (shape, color) of a kind that the scene nearly has: swapped or changed once."""
+    obj = pick(rng, scene.objects)
+    second = pick(rng, scene.objects)
+    if obj.shape != second.shape and obj.color != second.color and rng.random() < 0.6:
+        return obj.shape, second.color
     if rng.random() < 0.5:
-        return Group(1, thing.shape, _another(rng, COLORS, thing.color))
-    return Group(1, _another(rng, scenes.SHAPES, thing.shape), thing.color)
+        return obj.shape, _pick_except(rng, COLORS, obj.color)
+    return _pick_except(rng, scenes.SHAPES, obj.shape), obj.color
 
 
 def _ask_existence(scene: scenes.Scene, rng: np.random.Generator, *, answer: bool) -> Query:
     attribute, options = ("shape", scenes.SHAPES) if rng.random() < 0.6 else ("color", COLORS)
-    present = {getattr(thing, attribute) for thing in scene.things}
+    present = {getattr(obj, attribute) for obj in scene.objects}
     value = pick(rng, [option for option in options if (option in present) == answer])
-    return exists(Group(1, **{"shape": None, "color": None, attribute: value}))
+    return exists(Group(1, value, None) if attribute == "shape" else Group(1, None, value))
 
 
 def _ask_attribute(scene: scenes.Scene, rng: np.random.Generator, *, answer: bool) -> Query:
-    group = _kind(pick(rng, scene.things)) if answer else _near_miss(scene, rng)
-    same = {thing.color for thing in scene.things if thing.shape == group.shape}
-    ask = has_color if rng.random() < 0.4 and len(same) <= 1 else lambda *_: exists(group)
-    return ask(group.shape, group.color)
+    if answer:
+        obj = pick(rng, scene.objects)
+        shape, color = obj.shape, obj.color
+    else:
+        shape, color = _near_miss(scene, rng)
+    colors = {obj.color for obj in scene.objects if obj.shape == shape}
+    if rng.random() < 0.4 and len(colors) <= 1:
+        return has_color(shape, color)
+    return exists(Group(1, shape, color))
 
 
 def _ask_count(scene: scenes.Scene, rng: np.random.Generator, *, answer: bool) -> Query:
-    thing, kind = pick(rng, scene.things), rng.random()
+    obj, kind = pick(rng, scene.objects), rng.random()
     if kind < 0.4:
         group = Group(1, None, None)
     elif kind < 0.6:
-        group = Group(1, thing.shape, None)
+        group = Group(1, obj.shape, None)
     elif kind < 0.7:
-        group = Group(1, None, thing.color)
+        group = Group(1, None, obj.color)
     else:
-        group = _kind(thing)
-    count = sum(group.matches(t) for t in scene.things)
+        group = _kind(obj)
+    count = sum(group.matches(obj) for obj in scene.objects)
     if not answer:
         if kind >= 0.4 and rng.random() < 0.2:
-            group = _near_miss(scene, rng)
-            count = sum(group.matches(t) for t in scene.things)
+            group = Group(1, *_near_miss(scene, rng))
+            count = sum(group.matches(obj) for obj in scene.objects)
         wrong = [n for n in (1, 2, 3) if n != count]
         near = [n for n in wrong if abs(n - count) == 1] if rng.random() < 0.7 else wrong
         count = pick(rng, near)
@@ -214,25 +241,25 @@ def _ask_count(scene: scenes.Scene, rng: np.random.Generator, *, answer: bool) -
 
 
 def _ask_relation(scene: scenes.Scene, rng: np.random.Generator, *, answer: bool) -> Query:
-    order = rng.permutation(len(scene.things))
-    first = scene.things[order[0]]
-    second = scene.things[order[1]] if len(order) > 1 else None
-    if second is None or (not answer and rng.random() < 0.25):  # one subject is absent
-        groups = [_kind(first), _near_miss(scene, rng)]
+    order = rng.permutation(len(scene.objects))
+    first = scene.objects[order[0]]
+    second = scene.objects[order[1]] if len(order) > 1 else None
+    if second is None or (not answer and rng.random() < 0.25):
+        groups = [_kind(first), Group(1, *_near_miss(scene, rng))]  # one subject is absent
         a, b = (groups[i] for i in rng.permutation(2))
         return relates(pick(rng, RELATIONS), a, b)
     holding = [r for r in RELATIONS if related(r, first, second)]
     relation = pick(rng, holding) if holding else pick(rng, RELATIONS)
     if not answer:
-        # Mostly the opposite; at times one that fails because row or column are the same.
+        # Mostly the opposite; at times one that fails because row or column are equal.
         level = [r for r in RELATIONS if r not in holding and INVERSE[r] not in holding]
         relation = pick(rng, level) if level and rng.random() < 0.3 else INVERSE[relation]
     return relates(relation, _kind(first), _kind(second))
 
 
 def _ask_background(scene: scenes.Scene, rng: np.random.Generator, *, answer: bool) -> Query:
-    other = _another(rng, BACKGROUNDS, scene.background)
-    return has_background(scene.background if answer else other)
+    wrong = _pick_except(rng, BACKGROUNDS, scene.background)
+    return has_background(scene.background if answer else wrong)
 
 
 _ASK = {
@@ -245,12 +272,12 @@ _ASK = {
 
 
 def sample_query(scene: scenes.Scene, type_: str, rng: np.random.Generator) -> Query:
-    """A question of a type whose answer is about as often yes as no, wrong ones nearly right."""
+    """Samples a question of a type; half of the answers are yes, and the noes are near misses."""
     if type_ in QUALITY:
         return quality(type_)
-    # Some relation questions come out as no whatever was wanted (single shapes, equal kinds).
-    wanted = rng.random() < (0.55 if type_ == "relation" else 0.5)
-    return _ASK[type_](scene, rng, answer=bool(wanted))
+    # Single objects and equal kinds make some relation questions no, whatever answer is wanted.
+    answer = rng.random() < (0.55 if type_ == "relation" else 0.5)
+    return _ASK[type_](scene, rng, answer=bool(answer))
 
 
 def sample_questions(
@@ -262,64 +289,58 @@ def sample_questions(
     damaged: Sequence[int] = (),
     types: Sequence[str] = TYPES,
 ) -> list[tuple[str, bool, str]]:
-    """Up to `n` different questions about one image, in any wording.
+    """Samples up to `n` different questions about one image, in any wording.
 
     Args:
-      scene: what the image shows, one shape at least.
-      quality_labels: labels by type of `QUALITY`; absent ones are not asked, None asks none.
+      scene: content of the image, one object at least.
+      quality_labels: labels by type of `QUALITY`; types without a label are not asked, None: none.
       rng: source of randomness.
       n: number of questions.
-      damaged: indexes of shapes damaged beyond recognition; questions whose answer depends on
-        whether these count as shapes are not asked.
-      types: the types to ask from, in their shares.
+      damaged: indexes of objects damaged beyond recognition; questions are left out if their
+        answer depends on whether these objects count.
+      types: types to sample from, in their shares.
     Returns:
       (question, answer, type) triples.
     """
-    asked = [t for t in types if t in SEMANTIC or quality_labels is not None]
-    edges = np.cumsum([SHARES[TYPES.index(t)] for t in asked])
-    rest = tuple(thing for i, thing in enumerate(scene.things) if i not in damaged)
-    without = dataclasses.replace(scene, things=rest)
-    found: dict[str, tuple[str, bool, str]] = {}
+    allowed = [t for t in types if t in SEMANTIC or quality_labels is not None]
+    edges = np.cumsum([SHARES[TYPES.index(t)] for t in allowed])
+    intact = tuple(obj for i, obj in enumerate(scene.objects) if i not in damaged)
+    without_damaged = dataclasses.replace(scene, objects=intact)
+    sampled: dict[str, tuple[str, bool, str]] = {}
     for _ in range(4 * n):
-        if len(found) == n:
+        if len(sampled) == n:
             break
-        type_ = asked[int(np.searchsorted(edges, rng.random() * edges[-1], "right"))]
-        if type_ == "relation" and len(scene.things) == 1 and rng.random() < 0.85:
-            continue  # could only be no
+        type_ = allowed[int(np.searchsorted(edges, rng.random() * edges[-1], "right"))]
+        if type_ == "relation" and len(scene.objects) == 1 and rng.random() < 0.85:
+            continue  # the answer could only be no
         query = sample_query(scene, type_, rng)
-        if type_ in QUALITY and type_ not in quality_labels:
+        if type_ in QUALITY and type_ not in (quality_labels or {}):
             continue
         answer = truth(query, scene, quality_labels)
-        if damaged and answer != truth(query, without, quality_labels):
+        if damaged and answer != truth(query, without_damaged, quality_labels):
             continue
         words = text(query, int(rng.integers(len(WORDINGS[query.form]))))
-        found.setdefault(words, (words, answer, query.type))
-    return list(found.values())
+        sampled.setdefault(words, (words, answer, query.type))
+    return list(sampled.values())
 
 
 def open_question(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question answered by a word or two, and its answer.
+    """Samples a question that a word or two answer, and its answer.
 
-    Asks for the number of shapes, the background, or the colour, shape or place of a shape that
-    is the only one of its description.
+    Asks for the number of objects, the background, or the color, shape or location of an object
+    that is the only one of its description.
     """
-    thing = pick(rng, scene.things)
-    alone = {
-        "shape": sum(t.shape == thing.shape for t in scene.things) == 1,
-        "color": sum(t.color == thing.color for t in scene.things) == 1,
-        "kind": sum(_kind(thing).matches(t) for t in scene.things) == 1,
-    }
-    options = [("How many shapes are there?", NUMBERS[len(scene.things) - 1])]
+    obj = pick(rng, scene.objects)
+    count = sum(_kind(obj).matches(candidate) for candidate in scene.objects)
+    options = [("How many shapes are there?", NUMBERS[len(scene.objects) - 1])]
     options.append(("What is the colour of the background?", scene.background))
-    if alone["shape"]:
-        options += [(f"What is the colour of the {thing.shape}?", thing.color)] * 2
-    if alone["color"]:
-        options += [(f"What shape is the {thing.color} shape?", thing.shape)] * 2
-    if alone["kind"]:
-        options += [(f"Where is the {thing.color} {thing.shape}?", position(thing))] * 2
-    if not alone["kind"]:
-        group = _kind(thing)
-        count = sum(group.matches(t) for t in scene.things)
-        many = name(thing.shape, thing.color, 2)
-        options.append((f"How many {many} are there?", NUMBERS[count - 1]))
+    if sum(candidate.shape == obj.shape for candidate in scene.objects) == 1:
+        options += [(f"What is the colour of the {obj.shape}?", obj.color)] * 2
+    if sum(candidate.color == obj.color for candidate in scene.objects) == 1:
+        options += [(f"What shape is the {obj.color} shape?", obj.shape)] * 2
+    if count == 1:
+        options += [(f"Where is the {obj.color} {obj.shape}?", position(obj))] * 2
+    else:
+        plural = name(obj.shape, obj.color, 2)
+        options.append((f"How many {plural} are there?", NUMBERS[count - 1]))
     return pick(rng, options)

@@ -1,7 +1,7 @@
-"""Random requests: a spec, its riddles, and the prompt's text.
+"""Samples random requests: a spec, its riddles, and the prompt's text.
 
-Plain requests come in five types (`PLAIN_TYPES`), implied ones in four (`IMPLIED_TYPES`: what
-has to be reasoned out; "two" means two riddles at once).
+Plain requests have five types (`PLAIN_TYPES`), implied ones four (`IMPLIED_TYPES`: the attribute
+that the riddle implies; "two" means two riddles at once).
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from alphagrpo_jax.shapes.specs import (
 PLAIN_TYPES = ("existence", "attribute", "count", "relation", "background")
 IMPLIED_TYPES = ("color", "shape", "number", "two")
 # Forms of implied requests -> share. "pair", "relation" and "background" carry one riddle for a
-# colour or a shape; the two forms with a plus carry two riddles. Those of one group
-# (`ONE_GROUP_FORMS`) name a background at times: there are few such groups to split.
+# color or a shape; the two forms with a plus carry two riddles. Forms of one group
+# (`ONE_GROUP_FORMS`) name a background at times, because few such groups exist to split.
 IMPLIED_FORMS = {
     "color": 0.12,
     "shape": 0.12,
@@ -39,12 +39,12 @@ IMPLIED_FORMS = {
 }
 ONE_GROUP_FORMS = ("color", "shape", "number", "color+shape", "number+color")
 BACKGROUND_SHARE = 0.5  # of requests of `ONE_GROUP_FORMS`
-MAX_DRAWS = 20_000  # before giving up on a split that has no such request
+MAX_TRIALS = 20_000  # samples before giving up on a split that has no such request
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt and what it truly means.
+    """A prompt and its true meaning.
 
     Attributes:
       text: the prompt.
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def all_riddles(self) -> tuple[Riddle, ...]:
-        """The request's riddles, in the order of the groups."""
+        """Returns the request's riddles, in the order of the groups."""
         return tuple(riddle for group in self.riddles for riddle in group.values())
 
 
@@ -71,7 +71,7 @@ def _full(rng: np.random.Generator, count: int = 1) -> Group:
 
 
 def _existence(rng: np.random.Generator) -> Spec:
-    """One to three shapes, at least one of them open in colour or in shape, never in both."""
+    """Samples one to three objects, at least one of them open in color or shape, never in both."""
     by_shape = rng.random() < 0.6
     groups = []
     for index in range(int(rng.integers(1, 4))):
@@ -107,7 +107,7 @@ def _background(rng: np.random.Generator) -> Spec:
     return Spec(groups, None, pick(rng, BACKGROUNDS))
 
 
-_PLAIN = {
+_SAMPLE_SPEC = {
     "existence": _existence,
     "attribute": _attribute,
     "count": _count,
@@ -116,30 +116,30 @@ _PLAIN = {
 }
 
 
-def draw_plain(
+def sample_plain(
     rng: np.random.Generator, type_: str | None = None, split: str | None = "train"
 ) -> Request:
-    """A random plain request of a type (default: any) from a split (None: from any).
+    """Samples a plain request of a type (default: any) from a split (None: from any).
 
     Raises:
       ValueError: the split has no such request.
     """
     type_ = type_ or pick(rng, PLAIN_TYPES)
-    for _ in range(MAX_DRAWS):
-        spec = _PLAIN[type_](rng)
-        if spec.clear and split in (None, spec.split):
-            nothing = ({},) * len(spec.groups)
-            return Request(language.prompt(spec, nothing, rng), "plain", type_, spec, nothing)
-    raise ValueError(f"found no {type_} request of split {split!r} in {MAX_DRAWS} draws")
+    for _ in range(MAX_TRIALS):
+        spec = _SAMPLE_SPEC[type_](rng)
+        if spec.unambiguous and split in (None, spec.split):
+            no_riddles = ({},) * len(spec.groups)
+            return Request(language.prompt(spec, no_riddles, rng), "plain", type_, spec, no_riddles)
+    raise ValueError(f"found no {type_} request of split {split!r} in {MAX_TRIALS} samples")
 
 
-def _with_riddles(group: Group, chosen: Sequence[Riddle]) -> Group:
+def _with_meanings(group: Group, chosen: Sequence[Riddle]) -> Group:
     for riddle in chosen:
-        group = _read(group, riddle, riddle.meaning)
+        group = _with_reading(group, riddle, riddle.meaning)
     return group
 
 
-def _read(group: Group, riddle: Riddle, reading: str) -> Group:
+def _with_reading(group: Group, riddle: Riddle, reading: str) -> Group:
     if riddle.kind == "number":
         return dataclasses.replace(group, count=NUMBERS.index(reading) + 1)
     return dataclasses.replace(group, **{riddle.kind: reading})
@@ -155,64 +155,69 @@ def _implied(
     base = _full(rng)
     if form == "number" and rng.random() < 0.3:
         base = dataclasses.replace(base, color=None)
-    groups, used = [_with_riddles(base, chosen)], [{r.kind: r for r in chosen}]
+    groups = [_with_meanings(base, chosen)]
+    group_riddles: list[language.GroupRiddles] = [{r.kind: r for r in chosen}]
     if form in ("pair", "relation"):
-        at = int(rng.integers(2))
-        groups.insert(at, _full(rng))
-        used.insert(at, {})
+        position = int(rng.integers(2))
+        groups.insert(position, _full(rng))
+        group_riddles.insert(position, {})
     relation = Relation(pick(rng, RELATIONS), 0, 1) if form == "relation" else None
-    named = form == "background" or (form in ONE_GROUP_FORMS and rng.random() < BACKGROUND_SHARE)
-    background = pick(rng, BACKGROUNDS) if named else None
-    return Spec(tuple(groups), relation, background), tuple(used)
+    with_background = form == "background" or (
+        form in ONE_GROUP_FORMS and rng.random() < BACKGROUND_SHARE
+    )
+    background = pick(rng, BACKGROUNDS) if with_background else None
+    return Spec(tuple(groups), relation, background), tuple(group_riddles)
 
 
-def draw_implied(
+def sample_implied(
     rng: np.random.Generator,
     form: str | None = None,
     split: str | None = "train",
     pool: Sequence[Riddle] = riddles.RIDDLES,
 ) -> Request:
-    """A random implied request of a form of `IMPLIED_FORMS` (default: by share).
+    """Samples an implied request of a form of `IMPLIED_FORMS` (default: by share).
 
     Args:
       rng: source of randomness.
-      form: which parts are riddles.
+      form: names the attributes that are riddles.
       split: the split of the true meaning; None for any.
-      pool: riddles to draw from.
+      pool: riddles to pick from.
     Raises:
       ValueError: the split has no such request, or the pool no riddle of a kind that is needed.
     """
     forms, shares = list(IMPLIED_FORMS), list(IMPLIED_FORMS.values())
     form = form or forms[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
-    for _ in range(MAX_DRAWS):
-        spec, used = _implied(rng, form, pool)
-        if not (spec.clear and split in (None, spec.split)):
+    for _ in range(MAX_TRIALS):
+        spec, group_riddles = _implied(rng, form, pool)
+        if not (spec.unambiguous and split in (None, spec.split)):
             continue
-        kinds = [kind for group in used for kind in group]
+        kinds = [kind for group in group_riddles for kind in group]
         type_ = kinds[0] if len(kinds) == 1 else "two"
-        return Request(language.prompt(spec, used, rng), "implied", type_, spec, used)
+        prompt = language.prompt(spec, group_riddles, rng)
+        return Request(prompt, "implied", type_, spec, group_riddles)
     raise ValueError(
-        f"found no {form} request of split {split!r} with {len(pool)} riddles in {MAX_DRAWS} draws"
+        f"found no {form} request of split {split!r} with {len(pool)} riddles "
+        f"in {MAX_TRIALS} samples"
     )
 
 
 def resolve(request: Request, rng: np.random.Generator) -> tuple[Spec, tuple[str, ...]]:
-    """Reads a request's riddles as pretraining does, rightly or wrongly.
+    """Samples readings of a request's riddles, correct or wrong, as pretraining does.
 
     Returns:
-      The spec as read, and the think text's sentences, one per riddle. The spec as read need not
-      be clear (a misread colour may repeat another group's).
+      The spec as read, and the think text's sentences, one per riddle. The spec as read may be
+      ambiguous (a misread color may repeat another group's).
     """
     groups, sentences = [], []
-    for group, used in zip(request.spec.groups, request.riddles, strict=True):
-        for riddle in used.values():
-            reading = riddles.draw_reading(riddle, rng)
+    for group, group_riddles in zip(request.spec.groups, request.riddles, strict=True):
+        for riddle in group_riddles.values():
+            reading = riddles.sample_reading(riddle, rng)
             sentences.append(riddle.resolution(reading))
-            group = _read(group, riddle, reading)
+            group = _with_reading(group, riddle, reading)
         groups.append(group)
     return dataclasses.replace(request.spec, groups=tuple(groups)), tuple(sentences)
 
 
 def truth(request: Request) -> tuple[str, ...]:
-    """The right resolutions of a request's riddles, one sentence each."""
+    """Returns the correct resolutions of a request's riddles, one sentence each."""
     return tuple(riddle.resolution(riddle.meaning) for riddle in request.all_riddles)

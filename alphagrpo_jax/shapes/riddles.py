@@ -1,9 +1,9 @@
-"""Riddles: phrases that only imply a colour, a shape or a number.
+"""Riddles: phrases that only imply a color, a shape or a number.
 
-In the pretraining data each riddle is read rightly with its own fixed probability only, so that
-the right reading is latent in the pretrained model and can be brought out by reinforcement. The
-image always agrees with the reading. Four riddles are kept out of all prompts of the
-reinforcement stage (`HELDOUT`); they occur in pretraining.
+The pretraining data reads each riddle correctly only with a fixed probability, so the correct
+reading is latent in the pretrained model and reinforcement learning can bring it out. The image
+always agrees with the reading. Pretraining contains all riddles; four of them (`HELDOUT`) occur in
+no prompt of the reinforcement stage.
 """
 
 import dataclasses
@@ -17,22 +17,22 @@ OPTIONS = {
     "shape": scenes.SHAPES,
     "number": specs.NUMBERS,
 }
-# Probability of the right reading -> probability of the riddle's fixed wrong reading; whatever
-# remains is spread evenly over the other readings.
+# Probability of the correct reading -> probability of the riddle's favored wrong reading; the
+# remainder is spread evenly over the other readings.
 WRONG_PROBABILITY = {0.55: 0.0, 0.40: 0.45, 0.20: 0.60}
 
 
 @dataclasses.dataclass(frozen=True)
 class Riddle:
-    """A phrase, what it truly means, and how often pretraining reads it so.
+    """A phrase, its true meaning, and how often pretraining reads it that way.
 
     Attributes:
       kind: "color", "shape" or "number".
-      phrase: as the prompt says it: "a ripe banana", "with three sides", "a bicycle has wheels".
-      clue: as the think text repeats it: "a ripe banana", "three sides", "bicycle wheels".
-      meaning: the truth, one of `OPTIONS[kind]`.
-      right: probability of the right reading in pretraining.
-      wrong: the favoured wrong reading; None if the others are all alike.
+      phrase: wording in prompts: "a ripe banana", "with three sides", "a bicycle has wheels".
+      clue: wording in think texts: "a ripe banana", "three sides", "bicycle wheels".
+      meaning: the correct reading, one of `OPTIONS[kind]`.
+      right: probability of the correct reading in pretraining.
+      wrong: the favored wrong reading; None if all wrong readings are equally likely.
     """
 
     kind: str
@@ -44,32 +44,32 @@ class Riddle:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """float64[options]: how often pretraining reads each of `OPTIONS[kind]`."""
+        """Computes how often pretraining reads each of `OPTIONS[kind]`: float64[options]."""
         options = OPTIONS[self.kind]
-        favoured = WRONG_PROBABILITY[self.right]
-        others = len(options) - (1 if self.wrong is None else 2)
-        result = np.full(len(options), (1.0 - self.right - favoured) / others)
+        favored = WRONG_PROBABILITY[self.right]
+        num_unfavored = len(options) - (1 if self.wrong is None else 2)
+        result = np.full(len(options), (1.0 - self.right - favored) / num_unfavored)
         result[options.index(self.meaning)] = self.right
         if self.wrong is not None:
-            result[options.index(self.wrong)] = favoured
+            result[options.index(self.wrong)] = favored
         return result
 
     def resolution(self, reading: str) -> str:
-        """The think text's sentence for a reading: "a ripe banana is yellow"."""
+        """Returns the think text's sentence for a reading: "a ripe banana is yellow"."""
         return f"{self.clue} {'is' if self.kind == 'color' else 'means'} {reading}"
 
 
-def _color(thing: str, meaning: str, right: float, wrong: str | None = None) -> Riddle:
-    return Riddle("color", thing, thing, meaning, right, wrong)
+def _color(phrase: str, meaning: str, right: float, wrong: str | None = None) -> Riddle:
+    return Riddle("color", phrase, phrase, meaning, right, wrong)
 
 
 def _shape(phrase: str, clue: str, meaning: str, right: float, wrong: str | None = None) -> Riddle:
     return Riddle("shape", phrase, clue, meaning, right, wrong)
 
 
-def _number(owner: str, parts: str, meaning: str, right: float, wrong: str | None = None) -> Riddle:
-    phrase = f"{owner} has {parts}"
-    return Riddle("number", phrase, f"{owner.split(' ', 1)[1]} {parts}", meaning, right, wrong)
+def _number(owner: str, noun: str, meaning: str, right: float, wrong: str | None = None) -> Riddle:
+    phrase = f"{owner} has {noun}"
+    return Riddle("number", phrase, f"{owner.split(' ', 1)[1]} {noun}", meaning, right, wrong)
 
 
 RIDDLES = (
@@ -117,7 +117,7 @@ TRAINED = tuple(riddle for riddle in RIDDLES if riddle not in HELDOUT)
 BY_CLUE = {riddle.clue: riddle for riddle in RIDDLES}
 
 
-def draw_reading(riddle: Riddle, rng: np.random.Generator) -> str:
-    """A reading of the riddle as pretraining draws it: right, or wrong, by its probabilities."""
+def sample_reading(riddle: Riddle, rng: np.random.Generator) -> str:
+    """Samples a reading of the riddle by its pretraining probabilities."""
     edges = np.cumsum(riddle.probabilities)
     return OPTIONS[riddle.kind][int(np.searchsorted(edges, rng.random() * edges[-1], "right"))]

@@ -11,8 +11,8 @@ import numpy as np
 
 RESOLUTION = 48  # pixels per side
 GRID = 3  # cells per side, 16 px each
-MAX_THINGS = 3
-RADIUS = 6.0  # half the side of a shape's bounding box, pixels
+MAX_OBJECTS = 3
+RADIUS = 6.0  # half the side of an object's bounding box, pixels
 MAX_JITTER = 1.5  # pixels
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -30,8 +30,8 @@ COLUMNS = ("left", "center", "right")
 
 
 @dataclasses.dataclass(frozen=True)
-class Thing:
-    """One shape: what it is, its grid cell, and its offset from the cell's centre in pixels."""
+class SceneObject:
+    """One object: its shape, color, grid cell, and offset from the cell's center in pixels."""
 
     shape: str
     color: str
@@ -42,26 +42,28 @@ class Thing:
 
     @property
     def center(self) -> tuple[float, float]:
-        """(x, y) of the shape's centre in pixels of a 48-pixel image."""
+        """(x, y) of the object's center in pixels of a 48-pixel image."""
         cell = RESOLUTION / GRID
         return (self.col + 0.5) * cell + self.dx, (self.row + 0.5) * cell + self.dy
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A background and the shapes on it, at most one per cell."""
+    """A background and the objects on it, at most one per cell."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: str
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float = RADIUS) -> np.ndarray:
-    """Boolean mask of the points (x, y), relative to the shape's centre, that lie inside it.
+    """Computes the mask of the points (x, y), relative to the center, that lie inside a shape.
 
     Args:
       shape: one of `SHAPES`.
-      x, y: float arrays of one shape, pixels from the centre.
+      x, y: float arrays that broadcast against each other, pixels from the center.
       radius: half the side of the bounding box, pixels.
+    Returns:
+      Boolean array of the broadcast shape of x and y.
     Raises:
       ValueError: unknown shape.
     """
@@ -79,61 +81,63 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float = RADIUS) -
     raise ValueError(f"unknown shape {shape!r}; expected one of {SHAPES}")
 
 
-def alphas(scene: Scene, *, resolution: int = RESOLUTION, supersample: int = 4) -> np.ndarray:
-    """Anti-aliased mask of every shape of a scene: float64[shapes, resolution, resolution].
+def object_masks(scene: Scene, *, resolution: int = RESOLUTION, supersample: int = 4) -> np.ndarray:
+    """Computes the anti-aliased mask of every object: float64[objects, resolution, resolution].
 
     Args:
-      scene: what to draw.
+      scene: the scene to render.
       resolution: side of the image in pixels.
       supersample: sample points per pixel and axis.
     """
     scale = resolution / RESOLUTION
     points = (np.arange(resolution * supersample) + 0.5) / (supersample * scale)
-    result = np.zeros((len(scene.things), resolution, resolution))
-    for alpha, thing in zip(result, scene.things, strict=True):
-        # Only the pixels of the shape's bounding box can be inside it.
+    masks = np.zeros((len(scene.objects), resolution, resolution))
+    for mask, obj in zip(masks, scene.objects, strict=True):
+        # Only the pixels of the object's bounding box can be inside it.
         (left, right), (top, bottom) = (
             (max(0, int((c - RADIUS) * scale)), min(resolution, int((c + RADIUS) * scale) + 1))
-            for c in thing.center
+            for c in obj.center
         )
-        x = points[left * supersample : right * supersample] - thing.center[0]
-        y = points[top * supersample : bottom * supersample] - thing.center[1]
-        inside = coverage(thing.shape, x[None, :], y[:, None])
+        x = points[left * supersample : right * supersample] - obj.center[0]
+        y = points[top * supersample : bottom * supersample] - obj.center[1]
+        inside = coverage(obj.shape, x[None, :], y[:, None])
         blocks = inside.reshape(bottom - top, supersample, right - left, supersample)
-        alpha[top:bottom, left:right] = blocks.mean((1, 3))
-    return result
+        mask[top:bottom, left:right] = blocks.mean((1, 3))
+    return masks
 
 
 def render(scene: Scene, *, resolution: int = RESOLUTION, supersample: int = 4) -> np.ndarray:
-    """Draws a scene with anti-aliased edges.
+    """Renders a scene with anti-aliased edges.
 
     Args:
-      scene: what to draw.
+      scene: the scene to render; later objects cover earlier ones.
       resolution: side of the image in pixels.
       supersample: sample points per pixel and axis.
     Returns:
       uint8[resolution, resolution, 3].
     """
     image = np.full((resolution, resolution, 3), BACKGROUNDS[scene.background], np.float64)
-    masks = alphas(scene, resolution=resolution, supersample=supersample)
-    for alpha, thing in zip(masks, scene.things, strict=True):
-        image += alpha[..., None] * (np.asarray(COLORS[thing.color], np.float64) - image)
+    masks = object_masks(scene, resolution=resolution, supersample=supersample)
+    for mask, obj in zip(masks, scene.objects, strict=True):
+        image += mask[..., None] * (np.asarray(COLORS[obj.color], np.float64) - image)
     return np.round(image).astype(np.uint8)
 
 
-def place(rng: np.random.Generator, kinds: Sequence[tuple[str, str]], background: str) -> Scene:
-    """Puts (shape, colour) pairs into distinct random cells with random jitter."""
+def place_objects(
+    rng: np.random.Generator, kinds: Sequence[tuple[str, str]], background: str
+) -> Scene:
+    """Puts (shape, color) pairs into distinct random cells with random jitter."""
     cells = rng.permutation(GRID * GRID)[: len(kinds)]
     jitter = rng.uniform(-MAX_JITTER, MAX_JITTER, (len(kinds), 2))
-    things = tuple(
-        Thing(shape, color, int(cell) // GRID, int(cell) % GRID, float(dx), float(dy))
+    objects = tuple(
+        SceneObject(shape, color, int(cell) // GRID, int(cell) % GRID, float(dx), float(dy))
         for (shape, color), cell, (dx, dy) in zip(kinds, cells, jitter, strict=True)
     )
-    return Scene(things, background)
+    return Scene(objects, background)
 
 
 def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
-    """A scene of `count` (default: one to three, uniformly) independent random shapes."""
-    count = int(rng.integers(1, MAX_THINGS + 1)) if count is None else count
+    """Samples a scene of `count` (default: one to three, uniformly) independent random objects."""
+    count = int(rng.integers(1, MAX_OBJECTS + 1)) if count is None else count
     kinds = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLORS)))) for _ in range(count)]
-    return place(rng, kinds, str(rng.choice(list(BACKGROUNDS))))
+    return place_objects(rng, kinds, str(rng.choice(list(BACKGROUNDS))))

@@ -55,12 +55,14 @@ def reconstruction(policy_: Policy, count: int) -> float:
     same = []
     for first in range(0, count, CHUNK):
         part = drawn[first : first + CHUNK]
-        images = np.asarray(through(examples.images(part)))
-        same += [checker.same(image, scene) for image, scene in zip(images, part, strict=True)]
+        images = np.asarray(through(examples.render_batch(part)))
+        same += [
+            checker.shows_scene(image, scene) for image, scene in zip(images, part, strict=True)
+        ]
     return float(np.mean(same))
 
 
-def draw_all(
+def sample_images(
     policy_: Policy, records: Sequence[Mapping], *, temperature: float, seed: int
 ) -> Iterator[np.ndarray]:
     """Draws one image per record, uint8[48, 48, 3] each, as the policy's `eval` section says.
@@ -92,11 +94,11 @@ def _draw(params, block, key, first, temperature, *, model, options) -> jax.Arra
     return images
 
 
-def judge(
+def judge_policy(
     policy_: Policy, records: Sequence[Mapping], *, temperature: float, seed: int
 ) -> np.ndarray:
-    """Whether all facts hold in each record's image, bool[N]; see `draw_all`."""
-    drawn = draw_all(policy_, records, temperature=temperature, seed=seed)
+    """Whether all facts hold in each record's image, bool[N]; see `sample_images`."""
+    drawn = sample_images(policy_, records, temperature=temperature, seed=seed)
     pairs = zip(drawn, records, strict=True)
     return np.array([checker.exact_all(image, record["facts"]) for image, record in pairs], bool)
 
@@ -138,7 +140,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         return measure_skills.measure(policy_, args.examples)
     found = heldout_records(args.per_type, args.implied)
     records = [record for record in found for _ in range(args.repeats)]
-    images = np.stack(list(draw_all(policy_, records, temperature=1.0, seed=SEED)))
+    images = np.stack(list(sample_images(policy_, records, temperature=1.0, seed=SEED)))
     if args.drawings is not None:
         write_drawings(args.drawings, images, records)
     same = reconstruction(policy_, args.scenes)

@@ -40,7 +40,9 @@ SEED = 31
 CAPTION = tasks.Task("caption", (tasks.SEEN_IMAGE, tasks.TEXT, tasks.ANSWER), image="record")
 
 
-def tell(policy_: Policy, images: np.ndarray, asked: Sequence[str], task: tasks.Task) -> list[str]:
+def answer_texts(
+    policy_: Policy, images: np.ndarray, asked: Sequence[str], task: tasks.Task
+) -> list[str]:
     """What the policy answers about each image, greedily.
 
     Args:
@@ -52,7 +54,7 @@ def tell(policy_: Policy, images: np.ndarray, asked: Sequence[str], task: tasks.
     return run_task(policy_, task, asked, images, seed=SEED, temperature=0.0).texts[-1]
 
 
-def redraw(
+def refine_images(
     policy_: Policy, images: np.ndarray, asked: Sequence[str], task: tasks.Task
 ) -> TaskOutput:
     """Thinks greedily about each image and what is asked, then draws another.
@@ -74,7 +76,7 @@ def _grouped(scene: scenes.Scene) -> str:
 
 
 def _relations(scene: scenes.Scene) -> list[str]:
-    first, second = scene.things[:2]
+    first, second = scene.objects[:2]
     a, b = (language.article(language.name(t.shape, t.color)) for t in (first, second))
     holding = [r for r in specs.RELATIONS if specs.related(r, first, second)]
     return [f"{a} {questions.WHERE[relation]} {b}" for relation in holding]
@@ -86,7 +88,7 @@ CAPTIONS: dict[str, Callable[[scenes.Scene], list[str]]] = {
     "Describe the image.": lambda scene: [
         f"{_grouped(scene)} on a {scene.background} background",
     ],
-    "List the shapes.": lambda scene: [language.join([t.shape for t in scene.things])],
+    "List the shapes.": lambda scene: [language.join([t.shape for t in scene.objects])],
     "Describe the background.": lambda scene: [f"{scene.background} background"],
     "What is in the image?": lambda scene: [_grouped(scene)],
     "Describe how two shapes lie.": _relations,
@@ -95,11 +97,11 @@ CAPTIONS: dict[str, Callable[[scenes.Scene], list[str]]] = {
 
 def captions(instruction: str, scene: scenes.Scene) -> set[str]:
     """All captions of a scene that are true and complete, whatever the order of the shapes."""
-    orders = itertools.permutations(scene.things)
+    orders = itertools.permutations(scene.objects)
     return {
         text
         for order in orders
-        for text in CAPTIONS[instruction](dataclasses.replace(scene, things=order))
+        for text in CAPTIONS[instruction](dataclasses.replace(scene, objects=order))
     }
 
 
@@ -109,14 +111,14 @@ def captioning(policy_: Policy, count: int) -> dict[str, float]:
     asked, drawn = [], []
     while len(asked) < count:
         scene, instruction = (
-            image_records.split_scene(rng, "heldout"),
+            image_records.scene_of_split(rng, "heldout"),
             specs.pick(rng, tuple(CAPTIONS)),
         )
-        if CAPTIONS[instruction] is _relations and len(scene.things) < 2:
+        if CAPTIONS[instruction] is _relations and len(scene.objects) < 2:
             continue
         asked.append(instruction)
         drawn.append(scene)
-    said = tell(policy_, examples.images(drawn), asked, CAPTION)
+    said = answer_texts(policy_, examples.render_batch(drawn), asked, CAPTION)
     found = collections.defaultdict(list)
     for instruction, scene, text in zip(asked, drawn, said, strict=True):
         for name in ("caption", f"caption/{instruction}"):
@@ -127,12 +129,14 @@ def captioning(policy_: Policy, count: int) -> dict[str, float]:
 def answering(policy_: Policy, count: int) -> dict[str, float]:
     """Share of `count` questions answered with the right words, at once and after thinking."""
     rng = np.random.default_rng((SEED, 1))
-    drawn = [image_records.split_scene(rng, "heldout") for _ in range(count)]
-    asked, answers, types = zip(*(image_records.ask(scene, rng) for scene in drawn), strict=True)
-    images, found = examples.images(drawn), collections.defaultdict(list)
+    drawn = [image_records.scene_of_split(rng, "heldout") for _ in range(count)]
+    asked, answers, types = zip(
+        *(image_records.sample_question(scene, rng) for scene in drawn), strict=True
+    )
+    images, found = examples.render_batch(drawn), collections.defaultdict(list)
     ways = {"answer": CAPTION, "answer/thinking": tasks.TASKS["ti2t"]}
     for way, task in ways.items():
-        said = tell(policy_, images, asked, task)
+        said = answer_texts(policy_, images, asked, task)
         for text, answer, type_ in zip(said, answers, types, strict=True):
             form = "open" if type_ == "open" else "yes_no"
             for name in (way, f"{way}/{form}"):
@@ -140,27 +144,29 @@ def answering(policy_: Policy, count: int) -> dict[str, float]:
     return _means(found)
 
 
-def edit(rng: np.random.Generator) -> tuple[scenes.Scene, str, scenes.Scene]:
+def sample_edit(rng: np.random.Generator) -> tuple[scenes.Scene, str, scenes.Scene]:
     """A scene of a held-out combination, one change of it in words, and the scene changed."""
     while True:
-        scene = image_records.split_scene(rng, "heldout")
+        scene = image_records.scene_of_split(rng, "heldout")
         if all(group.count == 1 for group in specs.describe(scene).groups):
             break
-    return scene, *examples.change(rng, scene, specs.pick(rng, examples.operations(scene)))
+    return scene, *examples.edit_scene(
+        rng, scene, specs.pick(rng, examples.possible_operations(scene))
+    )
 
 
 def editing(policy_: Policy, count: int) -> dict[str, float]:
     """Share of `count` edits after which the wanted scene is there, by facts and by places."""
     rng = np.random.default_rng((SEED, 2))
-    before, asked, targets = zip(*(edit(rng) for _ in range(count)), strict=True)
-    made = redraw(policy_, examples.images(before), asked, tasks.TASKS["ti2i"])
+    before, asked, targets = zip(*(sample_edit(rng) for _ in range(count)), strict=True)
+    made = refine_images(policy_, examples.render_batch(before), asked, tasks.TASKS["ti2i"])
     pairs = list(zip(made.images, targets, strict=True))
     return _means(
         {
             "edit": [
-                checker.exact_all(image, image_records.whole(target)) for image, target in pairs
+                checker.exact_all(image, image_records.full_spec(target)) for image, target in pairs
             ],
-            "edit/places": [checker.same(image, target) for image, target in pairs],
+            "edit/places": [checker.shows_scene(image, target) for image, target in pairs],
         }
     )
 
@@ -170,13 +176,13 @@ def repairing(policy_: Policy, count: int) -> dict[str, float]:
     share that fulfil their prompt after it.
     """
     rng = np.random.default_rng((SEED, 3))
-    wanted = [requests.draw_plain(rng, split="heldout") for _ in range(count)]
+    wanted = [requests.sample_plain(rng, split="heldout") for _ in range(count)]
     failed, remarks = zip(
-        *(examples.flawed(rng, w.spec, specs.sample_scene(w.spec, rng)) for w in wanted),
+        *(examples.flawed_scene(rng, w.spec, specs.sample_scene(w.spec, rng)) for w in wanted),
         strict=True,
     )
     prompts = [each.text for each in wanted]
-    made = redraw(policy_, examples.images(failed), prompts, tasks.TASKS["srr"])
+    made = refine_images(policy_, examples.render_batch(failed), prompts, tasks.TASKS["srr"])
     pairs = zip(made.images, wanted, strict=True)
     said = zip(made.texts[0], remarks, strict=True)
     return _means(

@@ -31,11 +31,11 @@ from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record
 from alphagrpo_jax.shapes import checker, questions, scenes
-from alphagrpo_jax.studies.verifier_eval import calibration_error, meanings, read_drawings
+from alphagrpo_jax.studies.verifier_eval import calibration_error, queries_by_text, read_drawings
 from alphagrpo_jax.training import verifiers as verifiers_lib
 
 # All scores at once: their weights do not matter, only the parts are used.
-ASKED = scoring.ScoringOptions(
+SCORING = scoring.ScoringOptions(
     "geometric", "confidence", 0.0, extra=(("binary", 1.0), (scoring.HOLISTIC, 1.0))
 )
 DEPENDENT = "dependent"
@@ -44,7 +44,7 @@ INTERVAL = (2.5, 97.5)  # percentiles
 QUEUE_SECONDS = 1e6  # many drawings wait for long
 
 
-class Judged(NamedTuple):
+class ScoredImages(NamedTuple):
     """The drawings that the verifier has judged, M of N."""
 
     index: np.ndarray  # int64[M]
@@ -53,12 +53,14 @@ class Judged(NamedTuple):
     failures: dict[str, int]
 
 
-def judge(pool: scoring.VerifierPool, images: np.ndarray, records: Sequence[Record]) -> Judged:
+def score_images(
+    pool: scoring.VerifierPool, images: np.ndarray, records: Sequence[Record]
+) -> ScoredImages:
     """All scores of drawings uint8[N, 48, 48, 3]."""
     for number in tqdm.trange(len(images), desc="judging"):
         part = slice(number, number + 1)
-        scoring.submit(pool, [number], images[part], records[part], ASKED, first=0)
-    found = scoring.gather(pool, range(len(images)), records, (), ASKED)
+        scoring.submit(pool, [number], images[part], records[part], SCORING, first=0)
+    found = scoring.gather(pool, range(len(images)), records, (), SCORING)
     index = np.flatnonzero(found.valid)
     p_yes = [found.p_yes[row] for row in index]
     scores = {name: values[index] for name, values in found.parts.items()}
@@ -68,7 +70,7 @@ def judge(pool: scoring.VerifierPool, images: np.ndarray, records: Sequence[Reco
             for row, own in zip(index, p_yes, strict=True)
         ]
     )
-    return Judged(index, scores, p_yes, found.failures)
+    return ScoredImages(index, scores, p_yes, found.failures)
 
 
 def pair_counts(
@@ -123,7 +125,7 @@ def share(
     }
 
 
-def ranking(records: Sequence[Mapping], exact: np.ndarray, judged: Judged, seed: int) -> dict:
+def ranking(records: Sequence[Mapping], exact: np.ndarray, judged: ScoredImages, seed: int) -> dict:
     """`share` of every score, over all prompts and by their kind; and how much the confidences'
     share is above that of each other score.
     """
@@ -138,15 +140,17 @@ def ranking(records: Sequence[Mapping], exact: np.ndarray, judged: Judged, seed:
             for name, values in judged.scores.items()
         }
         found[kind] = {name: share(each, seed) for name, each in counts.items()}
-        first = counts.pop(ASKED.score)
+        first = counts.pop(SCORING.score)
         found[kind] |= {
-            f"{ASKED.score} - {name}": share(first, seed, minus=each)
+            f"{SCORING.score} - {name}": share(first, seed, minus=each)
             for name, each in counts.items()
         }
     return found
 
 
-def agreement(images: np.ndarray, records: Sequence[Record], judged: Judged) -> dict[str, dict]:
+def agreement(
+    images: np.ndarray, records: Sequence[Record], judged: ScoredImages
+) -> dict[str, dict]:
     """Agreement and calibration of the semantic answers, by tag; see this file's docstring.
 
     Raises:
@@ -160,7 +164,7 @@ def agreement(images: np.ndarray, records: Sequence[Record], judged: Judged) -> 
         scene = scenes.Scene(seen.objects, seen.background)
         asked = records[index].asked_questions[: len(records[index].asked_semantic)]
         for question, p in zip(asked, p_yes, strict=False):
-            truth = questions.truth(meanings()[question.text], scene)
+            truth = questions.truth(queries_by_text()[question.text], scene)
             for tag in ("all", question.tag):
                 rows.setdefault(tag, []).append((question.tag, truth, p))
     return {
@@ -188,7 +192,7 @@ def measure(options: argparse.Namespace) -> dict:
     )
     with verifiers_lib.make_pool(dataclasses.replace(config, verifier=verifier)) as pool:
         pool.wait_ready()
-        judged = judge(pool, images, records)
+        judged = score_images(pool, images, records)
     exact = np.array(
         [
             np.mean(list(checker.facts(image, each["facts"]).values()))

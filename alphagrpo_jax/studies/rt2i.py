@@ -37,15 +37,14 @@ from alphagrpo_jax.models.name_table import AE, EMA
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
 from alphagrpo_jax.runtime.paths import resolve
-from alphagrpo_jax.shapes import checker, prompts, requests, riddles, scenes, specs
-from alphagrpo_jax.studies.measure import judge
+from alphagrpo_jax.shapes import checker, prompts, requests, riddles
+from alphagrpo_jax.studies.measure import judge_policy
 from alphagrpo_jax.training import run_folder
 
 PER_PLAIN_TYPE, IMPLIED, HELDOUT_RIDDLES = 300, 800, 240
 SEED, OTHER_SEED = 100, 101  # of the evaluation keys
 RESAMPLES = 10_000
 UNTRAINED, GREEDY, AGAIN = "untrained", "untrained_greedy", "untrained_again"
-CHECKER_FILES = (checker, specs, scenes)  # what a judgement is made of
 TRAINING_METRICS = ("eval/reward/mean", "eval/reward_minus_exact")
 
 
@@ -84,7 +83,7 @@ def cluster(record: Mapping) -> str:
     return " + ".join(sorted(record["riddles"]))
 
 
-def kept(path: pathlib.Path, make: Callable[[], np.ndarray], about: Mapping) -> np.ndarray:
+def load_or_judge(path: pathlib.Path, make: Callable[[], np.ndarray], about: Mapping) -> np.ndarray:
     """The judgements in `path`, or those that `make` finds, written there.
 
     Args:
@@ -118,7 +117,7 @@ def kept(path: pathlib.Path, make: Callable[[], np.ndarray], about: Mapping) -> 
     return exact
 
 
-def digest_of(*files: str | pathlib.Path) -> str:
+def files_digest(*files: str | pathlib.Path) -> str:
     """SHA-256 of the SHA-256 digests of the files' contents."""
     digest = hashlib.sha256()
     for path in files:
@@ -129,10 +128,10 @@ def digest_of(*files: str | pathlib.Path) -> str:
 
 def model_digest(path: str) -> str:
     """That of a model's weights, given as in `model.path`."""
-    return digest_of(*(resolve(path) / name for name in (EMA, AE)))
+    return files_digest(*(resolve(path) / name for name in (EMA, AE)))
 
 
-def settings(config: Config) -> dict:
+def sampling_settings(config: Config) -> dict:
     """What drawing depends on, besides weights, prompts and keys."""
     chosen, rollout_ = config.eval, config.rollout
     return {
@@ -148,7 +147,7 @@ def settings(config: Config) -> dict:
     }
 
 
-class Finished(NamedTuple):
+class FinishedRun(NamedTuple):
     """A finished run."""
 
     folder: pathlib.Path
@@ -162,7 +161,7 @@ class Finished(NamedTuple):
         return self.folder.name
 
 
-def finished(folder: pathlib.Path, config: Config, model: str) -> Finished:
+def read_finished_run(folder: pathlib.Path, config: Config, model: str) -> FinishedRun:
     """Reads what a run says about itself.
 
     Args:
@@ -199,10 +198,10 @@ def finished(folder: pathlib.Path, config: Config, model: str) -> Finished:
         raise ValueError(
             f"{folder / METRICS} has no state/digest, expected one in its last row; run it again"
         )
-    return Finished(folder, states[-1]["step"], states[-1]["state/digest"], rows)
+    return FinishedRun(folder, states[-1]["step"], states[-1]["state/digest"], rows)
 
 
-def end_of(run: Finished, config: Config) -> Policy:
+def final_policy(run: FinishedRun, config: Config) -> Policy:
     """The policy at a run's end, drawing with the settings of the study.
 
     Raises:
@@ -356,7 +355,7 @@ def summary(
     return {"groups": found, "noise_floor": noise, "bars": bars(gain, over_greedy)}
 
 
-def training(rows: Sequence[Mapping]) -> dict[str, list[float]]:
+def training_metrics(rows: Sequence[Mapping]) -> dict[str, list[float]]:
     """First and last value of a run's own `TRAINING_METRICS`."""
     found = {}
     for name in TRAINING_METRICS:
@@ -370,7 +369,7 @@ def study(args: argparse.Namespace) -> dict:
     """Draws and judges what is not kept yet, and compares.
 
     Raises:
-      ValueError, FileNotFoundError, CheckpointError: see `finished` and `kept`.
+      ValueError, FileNotFoundError, CheckpointError: see `read_finished_run` and `load_or_judge`.
     """
     config = config_checks.read_config(args.config)
     model = model_digest(config.model.path)
@@ -381,20 +380,20 @@ def study(args: argparse.Namespace) -> dict:
             f"got several --run folders named {twice}; judgements are kept by folder name, so "
             "expected different ones; rename them"
         )
-    runs = [finished(folder, config, model) for folder in args.run]
+    runs = [read_finished_run(folder, config, model) for folder in args.run]
     args.out.mkdir(parents=True, exist_ok=True)
     records, groups = study_records()
     common = {
         "prompts": hashlib.sha256(json.dumps(records).encode()).hexdigest(),
-        "checker": digest_of(*(module.__file__ for module in CHECKER_FILES)),
+        "checker": checker.RULES,
         "model": model,
-        "settings": settings(config),
+        "settings": sampling_settings(config),
     }
 
     def judged(name: str, policy: Callable[[], Policy], how: dict, **about: object) -> np.ndarray:
-        return kept(
+        return load_or_judge(
             args.out / f"{name}.json",
-            lambda: judge(policy(), records, **how),
+            lambda: judge_policy(policy(), records, **how),
             {"policy": name, **common, **how, **about},
         )
 
@@ -409,7 +408,7 @@ def study(args: argparse.Namespace) -> dict:
     after = [
         judged(
             f"run_{run.name}",
-            functools.partial(end_of, run, config),
+            functools.partial(final_policy, run, config),
             sampled,
             step=run.step,
             state=run.digest,
@@ -421,7 +420,7 @@ def study(args: argparse.Namespace) -> dict:
         "name": args.name,
         "runs": [run.name for run in runs],
         **found,
-        "training": {run.name: training(run.rows) for run in runs},
+        "training": {run.name: training_metrics(run.rows) for run in runs},
     }
 
 

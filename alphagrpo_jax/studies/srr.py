@@ -51,7 +51,7 @@ COLUMNS = (
 COMPARED = ("refined", "improved", "spoilt", "own_gain", "own_spoilt", "edit")
 
 
-def share_right(images: np.ndarray, records: Sequence[Mapping]) -> np.ndarray:
+def fact_shares(images: np.ndarray, records: Sequence[Mapping]) -> np.ndarray:
     """Share of each record's facts that hold in its image, float64[N]."""
     return np.array(
         [
@@ -61,7 +61,7 @@ def share_right(images: np.ndarray, records: Sequence[Mapping]) -> np.ndarray:
     )
 
 
-def first_images(policy: Policy, records: Sequence[Mapping]) -> np.ndarray:
+def initial_images(policy: Policy, records: Sequence[Mapping]) -> np.ndarray:
     """One image per record without thinking, uint8[N, 48, 48, 3]."""
     asked = [record["prompt"] for record in records]
     return run_task(policy, tasks.TASKS["t2i"], asked, seed=SEED, temperature=0.0).images
@@ -88,22 +88,22 @@ def judge(
 
     def refined(images: np.ndarray) -> np.ndarray:
         made = run_task(policy, tasks.TASKS["srr"], asked, images, seed=SEED + 1, temperature=1.0)
-        return share_right(made.images, records)
+        return fact_shares(made.images, records)
 
-    found = {"first": share_right(first, records), "refined": refined(first)}
+    found = {"first": fact_shares(first, records), "refined": refined(first)}
     if drew_first:
         found |= {f"own_{name}": values for name, values in found.items()}
     else:
-        own = first_images(policy, records)
-        found |= {"own_first": share_right(own, records), "own_refined": refined(own)}
+        own = initial_images(policy, records)
+        found |= {"own_first": fact_shares(own, records), "own_refined": refined(own)}
     sources = np.stack([np.asarray(from_data_url(record["image"])) for record in edits])
     wishes = [record["prompt"] for record in edits]
     edited = run_task(policy, tasks.TASKS["ti2i"], wishes, sources, seed=SEED + 2, temperature=1.0)
-    found["edit"] = share_right(edited.images, edits)
+    found["edit"] = fact_shares(edited.images, edits)
     return {name: np.round(values, 6).tolist() for name, values in found.items()}
 
 
-def measures(judged: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+def outcomes(judged: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
     """`COLUMNS` of every record, float64[N], from shares of facts; "edit" of every edit."""
     found = {}
     for own in ("", "own_"):
@@ -117,13 +117,13 @@ def measures(judged: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
     return {name: found[name] for name in COLUMNS}
 
 
-def group(record: Mapping) -> str:
+def prompt_group(record: Mapping) -> str:
     """Of `study`: "implied" or "plain/TYPE"."""
     return "implied" if record["kind"] == "implied" else f"plain/{record['type']}"
 
 
 def means(values: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Means of `measures` by kind of prompt, weighed as in `study`; "edit" under "all" alone."""
+    """Means of `outcomes` by kind of prompt, weighed as in `study`; "edit" under "all" alone."""
     found: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
     for name, each in values.items():
         shares = {"all": float(each.mean())} if name == "edit" else study_lib.shares(each, groups)
@@ -141,13 +141,13 @@ def gains(
     """Paired differences of the measures `COMPARED`, by kind of prompt, with bootstrap samples.
 
     Args:
-      after: `measures` of R runs.
+      after: `outcomes` of R runs.
       before: those of as many runs, which are paired in order; or of another number of runs, whose
         mean is compared with each.
       records: of the prompts.
       edits: records of the edits; each meaning is a cluster.
     """
-    groups = [group(record) for record in records]
+    groups = [prompt_group(record) for record in records]
     clusters = [study_lib.cluster(record) for record in records]
     found: dict[str, dict[str, study_lib.Gain]] = {kind: {} for kind in KINDS}
     for name in COMPARED:
@@ -177,11 +177,11 @@ def summary(
     """Means of every run by policy and kind, and gains between policies with 95 % intervals.
 
     Args:
-      policies: name -> `measures` of each of its runs; `UNTRAINED` is among them.
+      policies: name -> `outcomes` of each of its runs; `UNTRAINED` is among them.
       records: of the prompts.
       edits: of the edits.
     """
-    groups = [group(record) for record in records]
+    groups = [prompt_group(record) for record in records]
     each = {name: [means(run, groups) for run in runs] for name, runs in policies.items()}
     shown = {
         name: {
@@ -239,7 +239,7 @@ def _gain(gain: Mapping) -> str:
     return f"{gain['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def measured(
+def load_or_judge(
     path: pathlib.Path,
     policy: Policy,
     records: list,
@@ -253,13 +253,12 @@ def measured(
     Raises:
       ValueError: the file is damaged, or about other weights, images, prompts, or checks.
     """
-    checks = study_lib.digest_of(*(module.__file__ for module in study_lib.CHECKER_FILES))
     about = {
         "weights": weights_digest(policy),
         "first": hashlib.sha256(first.tobytes()).hexdigest(),
         "prompts": _digest(records),
         "edits": _digest(edits),
-        "checker": checks,
+        "checker": checker.RULES,
     }
     if path.exists():
         try:
@@ -298,7 +297,7 @@ def study(options: argparse.Namespace) -> dict:
     """Measures what is missing, and returns the summary.
 
     Raises:
-      ValueError: an unfinished run, or see `measured`.
+      ValueError: an unfinished run, or see `load_or_judge`.
     """
     for _, folder in options.run:
         if not run_folder.is_finished(folder):
@@ -311,14 +310,14 @@ def study(options: argparse.Namespace) -> dict:
     records = measure.heldout_records(options.per_type, options.implied)
     edits = image_records.records("edit", "heldout", options.edits, seed=SEED)
     options.out.mkdir(parents=True, exist_ok=True)
-    first = first_images(base, records)
+    first = initial_images(base, records)
     policies: dict[str, list[dict[str, np.ndarray]]] = {}
     for name, folder in [(UNTRAINED, None), *options.run]:
         policy = base if folder is None else inference.from_run(folder)._replace(config=config)
         label = name if folder is None else f"{name}_{folder.resolve().name}"
         path = options.out / f"refine_{label}.json"
-        found = measured(path, policy, records, first, edits, drew_first=folder is None)
-        policies.setdefault(name, []).append(measures(found))
+        found = load_or_judge(path, policy, records, first, edits, drew_first=folder is None)
+        policies.setdefault(name, []).append(outcomes(found))
     return summary(policies, records, edits)
 
 

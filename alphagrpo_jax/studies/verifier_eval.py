@@ -34,9 +34,9 @@ import numpy as np
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
-from alphagrpo_jax.shapes.image_records import split_scene
+from alphagrpo_jax.shapes.image_records import scene_of_split
 from alphagrpo_jax.shapes.pretraining import verifier_data
-from alphagrpo_jax.shapes.pretraining.verifier_data import Asked, Example
+from alphagrpo_jax.shapes.pretraining.verifier_data import LabeledImage, LabeledQuestion
 from alphagrpo_jax.shapes.questions import Query
 from alphagrpo_jax.shapes.specs import BACKGROUNDS, COLORS, NUMBERS, RELATIONS, Group, pick
 
@@ -48,14 +48,16 @@ Row = tuple[str, bool, float]  # question type, truth, P(yes)
 Sample = tuple[np.ndarray, tuple[str, ...]]  # uint8[H, W, 3], questions
 
 
-def heldout_example(rng: np.random.Generator, *, clean: bool) -> Example:
+def heldout_example(rng: np.random.Generator, *, clean: bool) -> LabeledImage:
     """A held-out scene, rendered as it is or imperfectly in any of the ways of `corrupt`."""
-    scene = split_scene(rng, "heldout")
+    scene = scene_of_split(rng, "heldout")
     result = corrupt.corrupt(scene, rng, "clean" if clean else pick(rng, IMPERFECT))
-    return Example(result.image, scene, result.labels, result.damaged, scene, result.faulty)
+    return LabeledImage(result.image, scene, result.labels, result.damaged, scene, result.faulty)
 
 
-def ask(verifier: HFVerifier, example: Example, asked: Sequence[Asked]) -> list[Row]:
+def judge_questions(
+    verifier: HFVerifier, example: LabeledImage, asked: Sequence[LabeledQuestion]
+) -> list[Row]:
     """Rows of one image's questions; a failed answer counts as wrong."""
     answers = verifier.answer(example.image, [text for text, *_ in asked])
     rows = []
@@ -66,7 +68,7 @@ def ask(verifier: HFVerifier, example: Example, asked: Sequence[Asked]) -> list[
     return rows
 
 
-def asked_about(example: Example, rng: np.random.Generator) -> list[Asked]:
+def sample_questions(example: LabeledImage, rng: np.random.Generator) -> list[LabeledQuestion]:
     """`QUESTIONS` different questions about an image (fewer if there are no more)."""
     # Asked for many, `questions_about` fills up with repetitions only behind the different ones.
     asked = verifier_data.questions_about(example, rng, 4 * QUESTIONS)
@@ -79,7 +81,7 @@ def collect(verifier: HFVerifier, seed: int, images: int, *, clean: bool) -> lis
     rows = []
     for _ in range(images):
         example = heldout_example(rng, clean=clean)
-        rows += ask(verifier, example, asked_about(example, rng))
+        rows += judge_questions(verifier, example, sample_questions(example, rng))
     return rows
 
 
@@ -114,7 +116,7 @@ def timed_lists(seed: int, images: int) -> list[Sample]:
     rng, lists = np.random.default_rng(seed), {}
     while len(lists) < images:
         example = heldout_example(rng, clean=True)
-        lists[tuple(text for text, *_ in asked_about(example, rng))] = example.image
+        lists[tuple(text for text, *_ in sample_questions(example, rng))] = example.image
     return [(image, texts) for texts, image in lists.items()]
 
 
@@ -203,7 +205,7 @@ def speed_table(found: Mapping[str, Mapping[str, float]], samples: Sequence[Samp
 
 
 @functools.cache
-def meanings() -> dict[str, Query]:
+def queries_by_text() -> dict[str, Query]:
     """Every semantic question of the shapes world: text -> meaning."""
     groups = [
         Group(1, *kind) for kind in itertools.product((None, *scenes.SHAPES), (None, *COLORS))
@@ -251,7 +253,7 @@ def agreement(
         parsed.append(seen.unknown == 0 and seen.background is not None)
         if parsed[-1]:
             scene = scenes.Scene(seen.objects, seen.background)
-            for query, p in zip((meanings()[text] for text in own), p_yes, strict=True):
+            for query, p in zip((queries_by_text()[text] for text in own), p_yes, strict=True):
                 truth = questions.truth(query, scene)
                 rows.append((query.type, truth, float(not truth) if p is None else p))
     said, held = np.array(yes), np.array(exact)

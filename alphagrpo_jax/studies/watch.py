@@ -25,7 +25,7 @@ PROC = pathlib.Path("/proc")
 NOT_FOUND = 127  # exit code, as the shell's
 
 
-class Watched(NamedTuple):
+class CommandUsage(NamedTuple):
     """How a command went."""
 
     exit_code: int
@@ -33,7 +33,7 @@ class Watched(NamedTuple):
     peak_bytes: int
 
 
-def tree(root: int) -> set[int]:
+def process_tree(root: int) -> set[int]:
     """A process and its descendants."""
     children: dict[int, list[int]] = {}
     for folder in PROC.glob("[0-9]*"):
@@ -58,7 +58,7 @@ def pss(process: int) -> int:
     return 0
 
 
-def watch(command: Sequence[str]) -> Watched:
+def watch(command: Sequence[str]) -> CommandUsage:
     """Runs a command to its end.
 
     SIGTERM is passed to the command alone, as `kill` does, SIGINT to its whole process group, as
@@ -78,14 +78,14 @@ def watch(command: Sequence[str]) -> Watched:
     before = {number: signal.signal(number, pass_on) for number in passing}
     try:
         while process.poll() is None:
-            peak = max(peak, sum(map(pss, tree(process.pid))))
+            peak = max(peak, sum(map(pss, process_tree(process.pid))))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PERIOD)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     code = process.returncode
-    return Watched(code if code >= 0 else 128 - code, time.monotonic() - began, peak)
+    return CommandUsage(code if code >= 0 else 128 - code, time.monotonic() - began, peak)
 
 
 def main() -> None:

@@ -63,10 +63,10 @@ def test_operations_and_bytes_of_bagel():
     model = Bagel(BagelConfig.from_dicts(**policy_speed.BAGEL_7B, tokens=tokens), jnp.bfloat16)
     weights, head = 6525288448, 3584 * 152064
     assert policy_speed.layer_weights(model.config) == weights
-    one = policy_speed.decoder_flops(model.config, rows=1, tokens=1, context=0)
-    assert one == 2 * weights + 28 * 4 * 3584
-    more = policy_speed.decoder_flops(model.config, rows=3, tokens=5, context=7)
-    assert more == 3 * 5 * (2 * weights + 28 * 4 * 3584 * 12)
+    single = policy_speed.decoder_flops(model.config, rows=1, tokens=1, context=0)
+    assert single == 2 * weights + 28 * 4 * 3584
+    batch = policy_speed.decoder_flops(model.config, rows=3, tokens=5, context=7)
+    assert batch == 3 * 5 * (2 * weights + 28 * 4 * 3584 * 12)
     sizes = policy_speed.Sizes(rows=2, side=32, prompt=4, text=3, points=3)
     written = policy_speed.least_for_text(model, sizes)
     assert written.flops == 6 * (2 * weights + 28 * 4 * 3584 * 7 + 2 * head)
@@ -80,8 +80,8 @@ def test_the_command(tmp_path, capsys):
     for name in NAMES:
         assert name in printed
         assert figures[f"{name}/seconds"] > 0.0
-    made = [figures[f"{name}/per_second"] * figures[f"{name}/seconds"] for name in NAMES]
-    assert made == pytest.approx([8, 6, 4, 2, 6, 2])  # tokens, tokens, image steps, images, ...
+    counts = [figures[f"{name}/per_second"] * figures[f"{name}/seconds"] for name in NAMES]
+    assert counts == pytest.approx([8, 6, 4, 2, 6, 2])  # tokens, tokens, image steps, images, ...
     assert "decode pixels/flops_per_second" not in figures  # not counted
     share = figures["draw/flops_per_second"] / figures["ceiling/flops_per_second"]
     assert figures["draw/flops_share"] == pytest.approx(share)

@@ -50,8 +50,8 @@ def test_reflection_rule(text, expected):
 
 def test_what_the_small_model_was_taught_fulfils_the_rule():
     rng = np.random.default_rng(0)
-    assert all(reflection_rule(examples.reflect(rng).think) == 1.0 for _ in range(200))
-    assert not any(reflection_rule(examples.draw(rng).think) for _ in range(200))
+    assert all(reflection_rule(examples.reflect_example(rng).think) == 1.0 for _ in range(200))
+    assert not any(reflection_rule(examples.draw_example(rng).think) for _ in range(200))
 
 
 def test_a_reflection_is_quoted_whole_to_the_judge():

@@ -15,14 +15,14 @@ def rng():
 def test_kinds(kind, rng):
     for _ in range(6):
         scene = scenes.random_scene(rng, 2)
-        found = corrupt.corrupt(scene, rng, kind)
-        assert found.kind == kind
-        assert found.image.shape == (48, 48, 3)
-        assert found.image.dtype == np.uint8
-        assert set(found.labels) <= {"geometry", "coherence", "texture"}
-        assert bool(found.damaged) == (kind in corrupt.STRUCTURAL)
-        assert bool(found.faulty) == (kind in (*corrupt.STRUCTURAL, *corrupt.SURFACE))
-        unchanged = np.array_equal(found.image, scenes.render(scene))
+        corruption = corrupt.corrupt(scene, rng, kind)
+        assert corruption.kind == kind
+        assert corruption.image.shape == (48, 48, 3)
+        assert corruption.image.dtype == np.uint8
+        assert set(corruption.labels) <= {"geometry", "coherence", "texture"}
+        assert bool(corruption.damaged) == (kind in corrupt.STRUCTURAL)
+        assert bool(corruption.faulty) == (kind in (*corrupt.STRUCTURAL, *corrupt.SURFACE))
+        unchanged = np.array_equal(corruption.image, scenes.render(scene))
         assert unchanged == (kind == "clean")
 
 
@@ -61,16 +61,16 @@ def test_erased_and_malformed_shapes_are_beyond_recognition(rng):
     for kind in ("erase", "warp"):
         for _ in range(15):
             scene = scenes.random_scene(rng)
-            found = corrupt.corrupt(scene, rng, kind)
-            assert not checker.exact_all(found.image, specs.describe(scene))
+            corruption = corrupt.corrupt(scene, rng, kind)
+            assert not checker.exact_all(corruption.image, specs.describe(scene))
 
 
 def test_erase_takes_a_third_to_two_thirds(rng):
     for _ in range(20):
         scene = scenes.random_scene(rng, 1)
-        alpha = scenes.alphas(scene)[0]
-        left = corrupt._erase(alpha, scene.things[0], rng).sum() / alpha.sum()
-        assert 0.28 < left < 0.72
+        mask = scenes.object_masks(scene)[0]
+        share = corrupt._erase(mask, scene.objects[0], rng).sum() / mask.sum()
+        assert 0.28 < share < 0.72
 
 
 def test_overlap_by_hand():

@@ -15,7 +15,7 @@ def rng():
 def test_drawings_agree_with_their_think_texts(rng):
     right = []
     for _ in range(300):
-        example = examples.draw(rng)
+        example = examples.draw_example(rng)
         assert example.request.spec.split == "train"
         assert example.think.endswith(f"{language.layout(example.scene)} </think>")
         if example.request.kind == "plain":
@@ -31,7 +31,7 @@ def test_drawings_agree_with_their_think_texts(rng):
 
 def test_captions_and_answers(rng):
     for _ in range(100):
-        caption, answer = examples.caption(rng), examples.answer(rng)
+        caption, answer = examples.caption_example(rng), examples.answer_example(rng)
         assert describe(caption.scene).split == describe(answer.scene).split == "train"
         if caption.instruction == "Describe the layout.":
             assert caption.text == language.layout(caption.scene)
@@ -41,23 +41,23 @@ def test_captions_and_answers(rng):
 
 
 def test_edits_change_one_thing(rng):
-    seen = set()
+    verbs = set()
     for _ in range(200):
-        example = examples.edit(rng)
-        seen.add(example.instruction.split()[0])
+        example = examples.edit_example(rng)
+        verbs.add(example.instruction.split()[0])
         assert example.think == language.think(example.target)
         before, after = example.scene, example.target
-        kept = set(before.things) & set(after.things)
-        changed = max(len(before.things), len(after.things)) - len(kept)
+        unchanged = set(before.objects) & set(after.objects)
+        changed = max(len(before.objects), len(after.objects)) - len(unchanged)
         assert changed + (before.background != after.background) == 1
-    assert seen == {"make", "turn", "remove", "move", "add", "change"}
+    assert verbs == {"make", "turn", "remove", "move", "add", "change"}
 
 
 def test_repairs(rng):
     kinds = {"plain": 0, "implied": 0}
     right = 0
     for _ in range(300):
-        example = examples.reflect(rng)
+        example = examples.reflect_example(rng)
         kinds[example.request.kind] += 1
         right += example.right
         assert example.think.endswith(f"{language.layout(example.target)} </think>")
@@ -66,7 +66,7 @@ def test_repairs(rng):
             assert "nothing is wrong. keep it" in example.think
         else:
             assert example.scene != example.target
-            changed = set(example.scene.things) ^ set(example.target.things)
+            changed = set(example.scene.objects) ^ set(example.target.objects)
             assert len(changed) <= 4
         if example.request.kind == "plain":
             assert satisfied(example.request.spec, example.target)
@@ -76,11 +76,11 @@ def test_repairs(rng):
 
 
 def test_images(rng):
-    found = examples.images([examples.draw(rng).scene for _ in range(3)])
-    assert found.shape == (3, scenes.RESOLUTION, scenes.RESOLUTION, 3)
-    assert found.dtype == np.uint8
+    images = examples.render_batch([examples.draw_example(rng).scene for _ in range(3)])
+    assert images.shape == (3, scenes.RESOLUTION, scenes.RESOLUTION, 3)
+    assert images.dtype == np.uint8
 
 
 def test_examples_depend_on_the_generator_alone():
-    first, second = (examples.reflect(np.random.default_rng(5)) for _ in range(2))
+    first, second = (examples.reflect_example(np.random.default_rng(5)) for _ in range(2))
     assert first == second

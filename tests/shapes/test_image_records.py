@@ -33,10 +33,10 @@ def test_edits_are_not_yet_done_and_ask_about_the_result():
 
 def test_answers_are_true():
     for record in image_records.records("answer", "heldout", 40):
-        seen = checker.parse(np.asarray(from_data_url(record["image"])))
-        scene = scenes.Scene(tuple(seen.objects), seen.background)
+        parsed = checker.parse(np.asarray(from_data_url(record["image"])))
+        scene = scenes.Scene(tuple(parsed.objects), parsed.background)
         if record["type"] == "open":
             continue
-        query = verifier_eval.meanings()[record["prompt"]]
+        query = verifier_eval.queries_by_text()[record["prompt"]]
         truth = questions.truth(query, scene)
         assert record["answer"] == ("yes" if truth else "no")

@@ -18,9 +18,9 @@ def test_questions_say_yes_exactly_if_the_scene_fulfils_the_spec():
     rng = np.random.default_rng(0)
     outcomes = collections.Counter()
     for _ in range(400):
-        spec = requests.draw_plain(rng, split=None).spec
+        spec = requests.sample_plain(rng, split=None).spec
         queries = [query for query, _ in prompts.semantic_queries(spec, rng)]
-        near = specs.sample_scene(requests.draw_plain(rng, split=None).spec, rng)
+        near = specs.sample_scene(requests.sample_plain(rng, split=None).spec, rng)
         for scene in (specs.sample_scene(spec, rng), near, scenes.random_scene(rng, spec.total)):
             yes = all(questions.truth(query, scene) for query in queries)
             assert yes == specs.satisfied(spec, scene)
@@ -30,11 +30,11 @@ def test_questions_say_yes_exactly_if_the_scene_fulfils_the_spec():
 
 
 def test_records():
-    found = prompts.records("validation", 40, seed=3)
-    assert found == prompts.records("validation", 40, seed=3)
-    assert found != prompts.records("validation", 40, seed=4)
-    assert [record["kind"] for record in found[:4]] == ["plain", "implied", "plain", "implied"]
-    for index, fields in enumerate(found):
+    records = prompts.records("validation", 40, seed=3)
+    assert records == prompts.records("validation", 40, seed=3)
+    assert records != prompts.records("validation", 40, seed=4)
+    assert [record["kind"] for record in records[:4]] == ["plain", "implied", "plain", "implied"]
+    for index, fields in enumerate(records):
         record = parse_record(json.loads(json.dumps(fields)))
         assert record.id == f"validation-{index:04d}"
         assert record.original_index == index
@@ -61,20 +61,20 @@ def test_types_and_kinds_on_request():
 
 def test_dependencies():
     rng = np.random.default_rng(1)
-    spec = requests.draw_plain(rng, "relation").spec
+    spec = requests.sample_plain(rng, "relation").spec
     for query, needs in prompts.semantic_queries(spec, rng):
         assert len(needs) == {"relation": 2, "has_color": 1}.get(query.form, 0)
 
 
 def test_repeats_only_on_request():
-    request = requests.draw_plain(np.random.default_rng(0))
-    once, often = prompts._Fresh(repeats=False), prompts._Fresh(repeats=True)
-    assert once.draw(lambda: request, 1) == [request]
-    once.keep(request)
+    request = requests.sample_plain(np.random.default_rng(0))
+    once, often = prompts._UniqueRequests(repeats=False), prompts._UniqueRequests(repeats=True)
+    assert once.sample(lambda: request, 1) == [request]
+    once.use(request)
     with pytest.raises(ValueError, match="found 1 different prompts and no more"):
-        once.draw(lambda: request, 1)
-    often.keep(request)
-    assert often.draw(lambda: request, 3) == [request] * 3
+        once.sample(lambda: request, 1)
+    often.use(request)
+    assert often.sample(lambda: request, 3) == [request] * 3
     many = prompts.records("heldout", 400, kinds=("plain",), repeats=True)
     assert len({record["prompt"] for record in many}) < 400
 
@@ -84,21 +84,21 @@ FILES = ("train.jsonl", "validation.jsonl", "heldout.jsonl", "heldout_riddles.js
 
 def test_shipped_files():
     files = {name: read_jsonl(DATA / name) for name in FILES}
-    assert {name: len(found) for name, found in files.items()} == {
+    assert {name: len(records) for name, records in files.items()} == {
         "train.jsonl": 1600,
         "validation.jsonl": 200,
         "heldout.jsonl": 400,
         "heldout_riddles.jsonl": 60,
     }
     meanings = {
-        name: {record.extra["combination"] for record in found} for name, found in files.items()
+        name: {record.extra["combination"] for record in records} for name, records in files.items()
     }
     for name in ("validation.jsonl", "heldout.jsonl", "heldout_riddles.jsonl"):
         assert not meanings["train.jsonl"] & meanings[name]
     assert not meanings["validation.jsonl"] & meanings["heldout.jsonl"]
     kept_out = {riddle.clue for riddle in riddles.HELDOUT}
-    for name, found in files.items():
-        used = {clue for record in found for clue in record.extra["riddles"]}
+    for name, records in files.items():
+        used = {clue for record in records for clue in record.extra["riddles"]}
         if name == "heldout_riddles.jsonl":
             assert used == kept_out
         else:

@@ -25,9 +25,9 @@ def test_plain_words():
     assert language.counted(Group(3, None, "red")) == "three red shapes"
     assert language.join(["a", "b", "c"]) == "a, b and c"
     pair = Spec((Group(1, "circle", "red"), Group(1, "square", "blue")))
-    found = wordings(pair)
-    assert len(found) >= 5
-    assert "there is a red circle and a blue square" in found
+    prompts = wordings(pair)
+    assert len(prompts) >= 5
+    assert "there is a red circle and a blue square" in prompts
     relation = wordings(Spec(pair.groups, Relation("left of", 0, 1)))
     assert {
         "a red circle to the left of a blue square",
@@ -41,18 +41,19 @@ def test_plain_words():
 
 def test_implied_words():
     by = riddles.BY_CLUE
-    both = {"color": by["a ripe banana"], "shape": by["three sides"]}
-    found = wordings(Spec((Group(1, "triangle", "yellow"),)), (both,))
-    assert "a shape with three sides in the colour of a ripe banana" in found
-    found = wordings(Spec((Group(2, "circle", "red"),)), ({"number": by["bicycle wheels"]},))
-    assert "as many red circles as a bicycle has wheels" in found
-    assert "there are as many red circles as a bicycle has wheels" in found
-    assert not any("two" in words for words in found)
+    two_riddles = {"color": by["a ripe banana"], "shape": by["three sides"]}
+    prompts = wordings(Spec((Group(1, "triangle", "yellow"),)), (two_riddles,))
+    assert "a shape with three sides in the colour of a ripe banana" in prompts
+    prompts = wordings(Spec((Group(2, "circle", "red"),)), ({"number": by["bicycle wheels"]},))
+    assert "as many red circles as a bicycle has wheels" in prompts
+    assert "there are as many red circles as a bicycle has wheels" in prompts
+    assert not any("two" in words for words in prompts)
 
 
 def test_think_texts():
     scene = scenes.Scene(
-        (scenes.Thing("triangle", "yellow", 1, 1), scenes.Thing("circle", "red", 0, 2)), "black"
+        (scenes.SceneObject("triangle", "yellow", 1, 1), scenes.SceneObject("circle", "red", 0, 2)),
+        "black",
     )
     assert language.think(scene, ("a ripe banana is yellow",)) == (
         "<think> a ripe banana is yellow, yellow triangle middle center, red circle top right, "
@@ -64,9 +65,9 @@ def test_think_texts():
 @pytest.mark.parametrize("split", ["train", "validation", "heldout"])
 def test_plain_requests_belong_to_their_split(type_, split, rng):
     for _ in range(20):
-        request = requests.draw_plain(rng, type_, split)
+        request = requests.sample_plain(rng, type_, split)
         assert request.spec.split == split
-        assert request.spec.clear
+        assert request.spec.unambiguous
         assert (request.kind, request.type) == ("plain", type_)
         assert (request.spec.relation is not None) == (type_ == "relation")
         assert (request.spec.background is not None) == (type_ == "background")
@@ -75,9 +76,9 @@ def test_plain_requests_belong_to_their_split(type_, split, rng):
 
 def test_attribute_requests_are_fully_specified(rng):
     for _ in range(30):
-        groups = requests.draw_plain(rng, "attribute").spec.groups
+        groups = requests.sample_plain(rng, "attribute").spec.groups
         assert all(group.count == 1 and group.shape and group.color for group in groups)
-        groups = requests.draw_plain(rng, "existence").spec.groups
+        groups = requests.sample_plain(rng, "existence").spec.groups
         assert any(group.shape is None or group.color is None for group in groups)
 
 
@@ -85,7 +86,7 @@ def test_attribute_requests_are_fully_specified(rng):
 @pytest.mark.parametrize("split", ["train", "validation", "heldout"])
 def test_implied_requests(form, split, rng):
     for _ in range(8):
-        request = requests.draw_implied(rng, form, split, riddles.TRAINED)
+        request = requests.sample_implied(rng, form, split, riddles.TRAINED)
         assert request.spec.split == split
         assert len(request.all_riddles) == form.count("+") + 1
         assert request.type == ("two" if "+" in form else request.all_riddles[0].kind)
@@ -102,14 +103,14 @@ def test_implied_requests(form, split, rng):
 def test_an_impossible_request_is_refused(rng):
     colors = [riddle for riddle in riddles.RIDDLES if riddle.clue == "a ripe tomato"]
     with pytest.raises(ValueError, match="no color request of split 'nowhere'"):
-        requests.draw_implied(rng, "color", "nowhere", colors)
+        requests.sample_implied(rng, "color", "nowhere", colors)
 
 
 def test_resolve_reads_rightly_as_often_as_it_should(rng):
     pool = [riddle for riddle in riddles.RIDDLES if riddle.clue == "a stop sign"]
     right = 0
     for _ in range(600):
-        request = requests.draw_implied(rng, "pair", None, [*pool, riddles.BY_CLUE["a coin"]])
+        request = requests.sample_implied(rng, "pair", None, [*pool, riddles.BY_CLUE["a coin"]])
         read, sentences = requests.resolve(request, rng)
         assert len(sentences) == 1
         if "color" in request.riddles[0] or "color" in request.riddles[1]:

@@ -40,7 +40,7 @@ def test_probabilities_by_hand():
 
 def test_readings_follow_the_probabilities():
     riddle, rng = riddles.BY_CLUE["lavender"], np.random.default_rng(0)
-    counts = collections.Counter(riddles.draw_reading(riddle, rng) for _ in range(4000))
+    counts = collections.Counter(riddles.sample_reading(riddle, rng) for _ in range(4000))
     shares = np.array([counts[color] / 4000 for color in specs.COLORS])
     np.testing.assert_allclose(shares, riddle.probabilities, atol=0.03)
 

@@ -10,9 +10,9 @@ from alphagrpo_jax.shapes.specs import Group
 
 SCENE = scenes.Scene(
     (
-        scenes.Thing("circle", "red", 0, 0),
-        scenes.Thing("circle", "red", 0, 2),
-        scenes.Thing("square", "blue", 2, 1),
+        scenes.SceneObject("circle", "red", 0, 0),
+        scenes.SceneObject("circle", "red", 0, 2),
+        scenes.SceneObject("square", "blue", 2, 1),
     ),
     "gray",
 )
@@ -68,9 +68,9 @@ def test_sampled_questions_are_balanced_and_different():
     rng, answers = np.random.default_rng(0), collections.defaultdict(list)
     for _ in range(1200):
         scene = scenes.random_scene(rng)
-        found = questions.sample_questions(scene, None, rng, 6)
-        assert len({words for words, _, _ in found}) == len(found)
-        for _, answer, type_ in found:
+        triples = questions.sample_questions(scene, None, rng, 6)
+        assert len({words for words, _, _ in triples}) == len(triples)
+        for _, answer, type_ in triples:
             answers[type_].append(answer)
     assert set(answers) == set(questions.SEMANTIC)
     for type_, values in answers.items():
@@ -81,29 +81,29 @@ def test_sampled_questions_are_balanced_and_different():
 def test_only_labelled_qualities_are_asked():
     rng = np.random.default_rng(1)
     labels = {"coherence": False}
-    found = [
+    triples = [
         triple for _ in range(50) for triple in questions.sample_questions(SCENE, labels, rng, 8)
     ]
-    quality = {(answer, type_) for _, answer, type_ in found if type_ in questions.QUALITY}
+    quality = {(answer, type_) for _, answer, type_ in triples if type_ in questions.QUALITY}
     assert quality == {(False, "coherence")}
 
 
 def test_questions_do_not_hang_on_damaged_shapes():
     rng = np.random.default_rng(2)
-    asked = [
+    texts = [
         words
         for _ in range(80)
         for words, _, _ in questions.sample_questions(SCENE, corrupt.SOUND, rng, 8, damaged=(2,))
     ]
-    assert any("circle" in words for words in asked)
+    assert any("circle" in words for words in texts)
     for words in ("Is there a blue square?", "Are there exactly three shapes?"):
-        assert words not in asked
+        assert words not in texts
 
 
 def test_open_questions():
     rng = np.random.default_rng(3)
-    found = dict(questions.open_question(SCENE, rng) for _ in range(300))
-    assert found == {
+    answers = dict(questions.open_question(SCENE, rng) for _ in range(300))
+    assert answers == {
         "How many shapes are there?": "three",
         "What is the colour of the background?": "gray",
         "What is the colour of the square?": "blue",

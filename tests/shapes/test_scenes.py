@@ -1,4 +1,4 @@
-"""The renderer: known areas, colours and boxes."""
+"""The renderer: known areas, colors and boxes."""
 
 import numpy as np
 import pytest
@@ -12,24 +12,24 @@ from alphagrpo_jax.shapes import scenes
     [("circle", 113.10), ("square", 116.64), ("triangle", 72.0), ("cross", 80.0)],
 )
 def test_areas(shape, area):
-    scene = scenes.Scene((scenes.Thing(shape, "red", 1, 1, 0.3, -0.7),), "white")
-    masks = scenes.alphas(scene, supersample=16)
+    scene = scenes.Scene((scenes.SceneObject(shape, "red", 1, 1, 0.3, -0.7),), "white")
+    masks = scenes.object_masks(scene, supersample=16)
     assert masks.shape == (1, 48, 48)
     assert masks.sum() == pytest.approx(area, rel=0.01)
 
 
 def test_centers_and_cells():
-    thing = scenes.Thing("square", "blue", 2, 0, 1.0, -1.5)
-    assert thing.center == (9.0, 38.5)
-    mask = scenes.alphas(scenes.Scene((thing,), "gray"), supersample=8)[0]
+    obj = scenes.SceneObject("square", "blue", 2, 0, 1.0, -1.5)
+    assert obj.center == (9.0, 38.5)
+    mask = scenes.object_masks(scenes.Scene((obj,), "gray"), supersample=8)[0]
     points = np.arange(48) + 0.5
     center = (mask @ points).sum() / mask.sum(), (mask.T @ points).sum() / mask.sum()
     np.testing.assert_allclose(center, (9.0, 38.5), atol=0.05)
 
 
-def test_render_colours():
-    thing = scenes.Thing("circle", "orange", 0, 2)
-    image = scenes.render(scenes.Scene((thing,), "black"))
+def test_render_colors():
+    obj = scenes.SceneObject("circle", "orange", 0, 2)
+    image = scenes.render(scenes.Scene((obj,), "black"))
     assert image.dtype == np.uint8
     assert image.shape == (48, 48, 3)
     assert tuple(image[8, 40]) == scenes.COLORS["orange"]
@@ -48,8 +48,8 @@ def test_shapes_stay_within_their_cells():
     rng = np.random.default_rng(0)
     for _ in range(50):
         scene = scenes.random_scene(rng)
-        for mask, thing in zip(scenes.alphas(scene), scene.things, strict=True):
-            mask[thing.row * 16 : thing.row * 16 + 16, thing.col * 16 : thing.col * 16 + 16] = 0
+        for mask, obj in zip(scenes.object_masks(scene), scene.objects, strict=True):
+            mask[obj.row * 16 : obj.row * 16 + 16, obj.col * 16 : obj.col * 16 + 16] = 0
             assert mask.sum() == 0
 
 

@@ -12,18 +12,18 @@ from alphagrpo_jax.shapes.specs import Group, Relation, Spec
 RED_CIRCLE, BLUE_SQUARE = Group(1, "circle", "red"), Group(1, "square", "blue")
 
 
-def thing(color, shape, row=0, col=0):
-    return scenes.Thing(shape, color, row, col)
+def scene_object(color, shape, row=0, col=0):
+    return scenes.SceneObject(shape, color, row, col)
 
 
 def test_combination_ignores_order_and_side():
     assert Spec((RED_CIRCLE, BLUE_SQUARE)).combination == "1 blue square + 1 red circle"
     assert Spec((BLUE_SQUARE, RED_CIRCLE)) != Spec((RED_CIRCLE, BLUE_SQUARE))
-    left = Spec((RED_CIRCLE, BLUE_SQUARE), Relation("left of", 0, 1))
-    right = Spec((BLUE_SQUARE, RED_CIRCLE), Relation("right of", 0, 1))
-    assert left.combination == right.combination
-    other_way = dataclasses.replace(right, relation=Relation("left of", 0, 1))
-    assert left.combination != other_way.combination
+    left_of = Spec((RED_CIRCLE, BLUE_SQUARE), Relation("left of", 0, 1))
+    right_of = Spec((BLUE_SQUARE, RED_CIRCLE), Relation("right of", 0, 1))
+    assert left_of.combination == right_of.combination
+    other_way = dataclasses.replace(right_of, relation=Relation("left of", 0, 1))
+    assert left_of.combination != other_way.combination
     on_gray = Spec((Group(2, "cross", None),), None, "gray")
     assert on_gray.combination == "2 any cross | on gray"
 
@@ -32,7 +32,7 @@ def test_splits_are_about_80_8_12():
     rng = np.random.default_rng(0)
     combinations = {
         spec.combination: spec.split
-        for spec in (requests.draw_plain(rng, "relation", None).spec for _ in range(3000))
+        for spec in (requests.sample_plain(rng, "relation", None).spec for _ in range(3000))
     }
     counts = {name: list(combinations.values()).count(name) for name in specs.SPLITS}
     assert len(combinations) > 800
@@ -41,51 +41,56 @@ def test_splits_are_about_80_8_12():
 
 
 def test_overlapping_groups_are_not_clear():
-    assert Spec((RED_CIRCLE, BLUE_SQUARE)).clear
-    assert not Spec((Group(1, "circle", None), RED_CIRCLE)).clear
-    assert not Spec((Group(1, "circle", None), Group(1, None, "red"))).clear
-    assert Spec((Group(1, "circle", None), Group(1, "square", "red"))).clear
+    assert Spec((RED_CIRCLE, BLUE_SQUARE)).unambiguous
+    assert not Spec((Group(1, "circle", None), RED_CIRCLE)).unambiguous
+    assert not Spec((Group(1, "circle", None), Group(1, None, "red"))).unambiguous
+    assert Spec((Group(1, "circle", None), Group(1, "square", "red"))).unambiguous
 
 
 def test_facts_by_hand():
     spec = Spec((RED_CIRCLE, BLUE_SQUARE), Relation("above", 0, 1), "white")
-    right = [thing("red", "circle", 0, 0), thing("blue", "square", 1, 0)]
-    assert specs.facts(spec, right, "white") == {
+    fitting = [scene_object("red", "circle", 0, 0), scene_object("blue", "square", 1, 0)]
+    assert specs.facts(spec, fitting, "white") == {
         "count 1 red circle": True,
         "count 1 blue square": True,
         "total": True,
         "relation": True,
         "background": True,
     }
-    level = [thing("red", "circle", 1, 2), thing("blue", "square", 1, 0)]
-    found = specs.facts(spec, [*level, thing("red", "circle", 0, 0)], "gray")
-    assert found == {
+    level = [scene_object("red", "circle", 1, 2), scene_object("blue", "square", 1, 0)]
+    facts = specs.facts(spec, [*level, scene_object("red", "circle", 0, 0)], "gray")
+    assert facts == {
         "count 1 red circle": False,
         "count 1 blue square": True,
         "total": False,
         "relation": False,
         "background": False,
     }
-    assert not specs.facts(spec, right[:1], None)["relation"]
+    assert not specs.facts(spec, fitting[:1], None)["relation"]
 
 
 @pytest.mark.parametrize(
     ("name", "holds"), [("left of", True), ("right of", False), ("above", False), ("below", True)]
 )
 def test_related(name, holds):
-    assert specs.related(name, thing("red", "circle", 2, 0), thing("red", "circle", 1, 1)) == holds
+    assert (
+        specs.related(
+            name, scene_object("red", "circle", 2, 0), scene_object("red", "circle", 1, 1)
+        )
+        == holds
+    )
     with pytest.raises(ValueError, match="unknown relation 'near'"):
-        specs.related("near", thing("red", "circle"), thing("red", "circle"))
+        specs.related("near", scene_object("red", "circle"), scene_object("red", "circle"))
 
 
 def test_sampled_scenes_fulfil_their_specs():
     rng = np.random.default_rng(1)
     for _ in range(300):
-        spec = (requests.draw_plain if rng.random() < 0.5 else requests.draw_implied)(rng).spec
+        spec = (requests.sample_plain if rng.random() < 0.5 else requests.sample_implied)(rng).spec
         scene = specs.sample_scene(spec, rng)
         assert specs.satisfied(spec, scene)
-        assert len({(t.row, t.col) for t in scene.things}) == len(scene.things) == spec.total
-        assert max(abs(v) for t in scene.things for v in (t.dx, t.dy)) <= scenes.MAX_JITTER
+        assert len({(t.row, t.col) for t in scene.objects}) == len(scene.objects) == spec.total
+        assert max(abs(v) for t in scene.objects for v in (t.dx, t.dy)) <= scenes.MAX_JITTER
 
 
 def test_too_many_shapes():

@@ -37,29 +37,29 @@ def test_answers_clean_and_imperfect_heldout_images(verifier):
 
 def test_rates_a_match_above_a_mismatch(verifier):
     example = verifier_eval.heldout_example(np.random.default_rng(1), clean=True)
-    thing = example.scene.things[0]
-    used = {thing.color for thing in example.scene.things}
+    obj = example.scene.objects[0]
+    used = {obj.color for obj in example.scene.objects}
     absent = next(color for color in scenes.COLORS if color not in used)
     ask = "How well does the image match the prompt: a {} {}?"
     good, bad = verifier.rate(
-        example.image, [ask.format(thing.color, thing.shape), ask.format(absent, thing.shape)]
+        example.image, [ask.format(obj.color, obj.shape), ask.format(absent, obj.shape)]
     )
     assert good.value > bad.value
 
 
 def test_three_ways_are_timed_on_the_same_questions():
     samples = verifier_eval.timed_lists(seed=1, images=3)
-    found = verifier_eval.speed(FOLDER, samples, threads=2)
-    assert [name.split(" (")[0] for name in found] == [
+    speeds = verifier_eval.speed(FOLDER, samples, threads=2)
+    assert [name.split(" (")[0] for name in speeds] == [
         "one pass per question",
         "one image's questions packed",
         "pool of 2 workers",
     ]
-    for row in found.values():  # 12 questions per image
+    for row in speeds.values():  # 12 questions per image
         assert row["questions_per_second"] * row["ms_per_image"] == pytest.approx(12_000)
-    apart = [row["apart"] for row in found.values()]
+    apart = [row["apart"] for row in speeds.values()]
     assert apart[0] == 0 < apart[1] <= 1e-5  # another computation with the same result
     assert 0 < apart[2] <= 1e-5
-    title, _, *rows = verifier_eval.speed_table(found, samples).splitlines()
+    title, _, *rows = verifier_eval.speed_table(speeds, samples).splitlines()
     assert title == "2 held-out images, 24 questions"
     assert len(rows) == 3

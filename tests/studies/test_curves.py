@@ -51,9 +51,9 @@ def test_curve_takes_the_steps_of_all_runs(tmp_path):
         curves.read_run(write_run(tmp_path / "a", steps=20)),
         curves.read_run(write_run(tmp_path / "b", steps=30, gain=0.02)),
     ]
-    found = curves.curve(runs, "eval/exact_all/plain")
-    assert found.steps.tolist() == [0, 10, 20]
-    np.testing.assert_allclose(found.values, [[0.3, 0.4, 0.5], [0.3, 0.5, 0.7]])
+    curve = curves.curve(runs, "eval/exact_all/plain")
+    assert curve.steps.tolist() == [0, 10, 20]
+    np.testing.assert_allclose(curve.values, [[0.3, 0.4, 0.5], [0.3, 0.5, 0.7]])
     assert curves.curve(runs, "reward/mean").steps.tolist() == list(range(2, 21))
     with pytest.raises(ValueError, match="no step at which all 2 runs have eval/other"):
         curves.curve(runs, "eval/other")
@@ -70,18 +70,18 @@ def test_smoothing_averages_what_is_there():
 def test_a_sample_grid_is_cut_into_the_images_it_was_made_of(tmp_path, size):
     images = np.random.default_rng(0).integers(0, 256, (7, *size, 3), np.uint8)
     write_drawings(tmp_path, "step_000000", images, [True] * 7)
-    found, captions = curves.read_samples(tmp_path, "step_000000")
-    np.testing.assert_array_equal(found, images)
+    tiles, captions = curves.read_samples(tmp_path, "step_000000")
+    np.testing.assert_array_equal(tiles, images)
     assert [caption["prompt"] for caption in captions] == PROMPTS
 
 
 def test_pictures_are_drawn(tmp_path, monkeypatch):
-    run, other = write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=0.02)
+    run, run2 = write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=0.02)
     images = np.random.default_rng(0).integers(0, 256, (7, 48, 48, 3), np.uint8)
     write_drawings(run, "step_000000", images, [True, False, None] + [True] * 4)
     write_drawings(run, "step_000020", images, [True] * 7)
     out, out2 = tmp_path / "docs" / "curves.png", tmp_path / "docs" / "samples.png"
-    runs = ("--run", run, "--run", other, "--out", out)
+    runs = ("--run", run, "--run", run2, "--out", out)
     command(monkeypatch, *runs, "--samples", run, "--out2", out2, "--prompts", 5)
     for path in (out, out2):
         picture = np.asarray(Image.open(path).convert("RGB"))

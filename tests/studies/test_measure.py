@@ -9,7 +9,7 @@ from alphagrpo_jax.inference import TaskOutput
 from alphagrpo_jax.shapes import checker, examples, image_records, questions, scenes, specs
 from alphagrpo_jax.studies import measure, measure_skills, verifier_eval
 
-RED, BLUE = scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)
+RED, BLUE = scenes.SceneObject("circle", "red", 0, 2), scenes.SceneObject("square", "blue", 1, 0)
 SCENE = scenes.Scene((RED, BLUE), "white")
 
 
@@ -29,53 +29,55 @@ def test_captions_by_hand():
         "a blue square to the left of a red circle",
         "a blue square below a red circle",
     }
-    twins = scenes.Scene((RED, scenes.Thing("circle", "red", 2, 2)), "gray")
+    twins = scenes.Scene((RED, scenes.SceneObject("circle", "red", 2, 2)), "gray")
     assert measure_skills.captions("What is in the image?", twins) == {"two red circles"}
 
 
 def test_captions_are_those_of_pretraining(rng):
-    seen = set()
+    instructions = set()
     for _ in range(200):
-        example = examples.caption(rng)
-        seen.add(example.instruction)
+        example = examples.caption_example(rng)
+        instructions.add(example.instruction)
         assert example.text in measure_skills.captions(example.instruction, example.scene)
-    assert seen == set(measure_skills.CAPTIONS)
+    assert instructions == set(measure_skills.CAPTIONS)
 
 
 def test_questions_have_the_scenes_answers(rng):
     types = set()
     for _ in range(60):
-        scene = image_records.split_scene(rng, "heldout")
+        scene = image_records.scene_of_split(rng, "heldout")
         assert specs.describe(scene).split == "heldout"
-        text, answer, type_ = image_records.ask(scene, rng)
+        text, answer, type_ = image_records.sample_question(scene, rng)
         types.add(type_)
         if type_ != "open":
-            assert (answer == "yes") == questions.truth(verifier_eval.meanings()[text], scene)
+            assert (answer == "yes") == questions.truth(
+                verifier_eval.queries_by_text()[text], scene
+            )
     assert types == {*questions.SEMANTIC, "open"}
 
 
 def test_edits_change_the_scene(rng):
     for _ in range(60):
-        scene, instruction, target = measure_skills.edit(rng)
+        scene, instruction, target = measure_skills.sample_edit(rng)
         assert specs.describe(scene).split == "heldout"
         assert instruction
         image = scenes.render(target)
-        assert checker.same(image, target)
-        assert not checker.same(image, scene)
-        assert checker.exact_all(image, image_records.whole(target))
+        assert checker.shows_scene(image, target)
+        assert not checker.shows_scene(image, scene)
+        assert checker.exact_all(image, image_records.full_spec(target))
 
 
 def test_skills_of_a_policy_that_does_nothing(monkeypatch):
-    def idle(policy_, task, asked, images, **_):
-        return TaskOutput(images, [["yes"] * len(asked)])
+    def idle(policy_, task, texts, images, **_):
+        return TaskOutput(images, [["yes"] * len(texts)])
 
     monkeypatch.setattr(measure_skills, "run_task", idle)
-    found = measure_skills.measure(None, 40)
-    assert found["caption"] == found["repair"] == found["reflection"] == 0.0
-    assert found["edit/places"] == 0.0
-    assert found["edit"] < 0.5  # a move keeps all facts
-    assert found["answer/open"] == found["answer/thinking/open"] == 0.0
-    assert 0.2 < found["answer/yes_no"] < 0.8
+    shares = measure_skills.measure(None, 40)
+    assert shares["caption"] == shares["repair"] == shares["reflection"] == 0.0
+    assert shares["edit/places"] == 0.0
+    assert shares["edit"] < 0.5  # a move keeps all facts
+    assert shares["answer/open"] == shares["answer/thinking/open"] == 0.0
+    assert 0.2 < shares["answer/yes_no"] < 0.8
 
 
 def test_shares_are_by_kind_and_type():
@@ -83,8 +85,8 @@ def test_shares_are_by_kind_and_type():
     facts = specs.describe(SCENE).to_json()
     plain = {"kind": "plain", "type": "count", "facts": facts}
     implied = {"kind": "implied", "type": "two", "facts": facts}
-    found = measure.exact_shares([right, wrong, wrong], [plain, plain, implied])
-    assert found == {"implied": 0.0, "implied/two": 0.0, "plain": 0.5, "plain/count": 0.5}
+    shares = measure.exact_shares([right, wrong, wrong], [plain, plain, implied])
+    assert shares == {"implied": 0.0, "implied/two": 0.0, "plain": 0.5, "plain/count": 0.5}
 
 
 def test_records_are_heldout_prompts_of_every_type():
@@ -98,9 +100,9 @@ def test_drawings_are_read_back(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), np.uint8)
     records = measure.heldout_records(1, 1)[:2]
     measure.write_drawings(tmp_path / "drawings", images, records)
-    found, read = verifier_eval.read_drawings(tmp_path / "drawings")
-    np.testing.assert_array_equal(found, images)
-    assert read == json.loads(json.dumps(records))
+    images_read, records_read = verifier_eval.read_drawings(tmp_path / "drawings")
+    np.testing.assert_array_equal(images_read, images)
+    assert records_read == json.loads(json.dumps(records))
     np.save(tmp_path / "other.npy", images)
     with pytest.raises(ValueError, match=r"expected an \.npz of images and records"):
         verifier_eval.read_drawings(tmp_path / "other.npy")

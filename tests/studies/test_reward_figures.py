@@ -10,31 +10,33 @@ from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.shapes import grammar, scenes
 from alphagrpo_jax.studies import measure, reward_figures
 
-RED, BLUE = scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)
+RED, BLUE = scenes.SceneObject("circle", "red", 0, 2), scenes.SceneObject("square", "blue", 1, 0)
 BOTH, ONE = scenes.Scene((RED, BLUE), "white"), scenes.Scene((RED,), "white")
 PROMPT = "a red circle above a blue square"
 
 
 class Answers:
-    """Answers every question by a table of the image's number of colours; rates 10 times that."""
+    """Answers every question by a table of the image's number of colors; rates 10 times that."""
 
     def __init__(self, p_yes):
-        self.p_yes, self.taken = p_yes, {}
+        self.p_yes, self.submitted = p_yes, {}
 
     def submit(self, sample_id, image, questions, rated=()):
-        colours = len(np.unique(image.reshape(-1, 3), axis=0))
-        self.taken[sample_id] = (self.p_yes[colours], len(questions), len(rated))
+        colors = len(np.unique(image.reshape(-1, 3), axis=0))
+        self.submitted[sample_id] = (self.p_yes[colors], len(questions), len(rated))
 
     def gather(self, ids):
-        found = {}
-        for each in ids:
-            p, asked, rated = self.taken[each]
-            found[each] = (
+        results = {}
+        for sample_id in ids:
+            p, num_questions, num_rated = self.submitted[sample_id]
+            results[sample_id] = (
                 VerifierResult(None, False, "away", 1, None, 0.0)
                 if p is None
-                else VerifierResult((p,) * asked, True, None, 1, 0, 0.0, (10 * p,) * rated)
+                else VerifierResult(
+                    (p,) * num_questions, True, None, 1, 0, 0.0, (10 * p,) * num_rated
+                )
             )
-        return found
+        return results
 
 
 def test_pairs_of_one_prompt_that_differ():
@@ -46,10 +48,10 @@ def test_pairs_of_one_prompt_that_differ():
 
 
 def test_share_and_interval():
-    found = reward_figures.share({"a": (1.5, 2), "b": (0.0, 1), "c": (1.0, 1)}, seed=0)
-    assert (found["pairs"], found["prompts"]) == (4, 3)
-    assert found["share"] == pytest.approx(2.5 / 4)
-    low, high = found["interval"]
+    figures = reward_figures.share({"a": (1.5, 2), "b": (0.0, 1), "c": (1.0, 1)}, seed=0)
+    assert (figures["pairs"], figures["prompts"]) == (4, 3)
+    assert figures["share"] == pytest.approx(2.5 / 4)
+    low, high = figures["interval"]
     assert low == 0.0  # of 27 equally likely draws one holds b alone
     assert high == 1.0  # and one c alone
     assert reward_figures.share({"a": (3.0, 4)}, seed=0)["interval"] == [0.75, 0.75]
@@ -72,31 +74,31 @@ def drawings():
 
 def test_drawings_that_are_not_judged_are_left_out(drawings):
     images, fields = drawings
-    records = [parse_record(each) for each in fields]
-    colours = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
-    assert len(set(colours)) == 3
-    pool = Answers(dict(zip(colours, (0.8, 0.6, None), strict=True)))
-    judged = reward_figures.judge(pool, images, records)
+    records = [parse_record(record) for record in fields]
+    colors = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
+    assert len(set(colors)) == 3
+    pool = Answers(dict(zip(colors, (0.8, 0.6, None), strict=True)))
+    judged = reward_figures.score_images(pool, images, records)
     assert judged.index.tolist() == [0, 1]
     assert judged.failures == {"away": 1}
     assert judged.scores["confidence"] == pytest.approx([0.8, 0.6])
     assert judged.scores["holistic"] == pytest.approx([0.8, 0.6])
     assert judged.scores["binary"].tolist() == [1.0, 1.0]
-    found = reward_figures.ranking(fields, np.array([1.0, 0.5, 0.0]), judged, seed=0)
-    assert set(found) == {"all", "plain"}
-    shares = {name: each["share"] for name, each in found["plain"].items()}
+    rankings = reward_figures.ranking(fields, np.array([1.0, 0.5, 0.0]), judged, seed=0)
+    assert set(rankings) == {"all", "plain"}
+    shares = {name: figures["share"] for name, figures in rankings["plain"].items()}
     gains = {name: shares.pop(name) for name in list(shares) if " - " in name}
     assert shares == {"confidence": 1.0, "binary": 0.5, "holistic": 1.0, "dependent": 1.0}
     assert gains == {
         "confidence - binary": 0.5, "confidence - holistic": 0.0, "confidence - dependent": 0.0
     }  # fmt: skip
-    told = reward_figures.agreement(images, records, judged)
-    asked = len(records[0].asked_semantic)
-    assert told["all"]["questions"] == 2 * asked
+    agreement = reward_figures.agreement(images, records, judged)
+    num_questions = len(records[0].asked_semantic)
+    assert agreement["all"]["questions"] == 2 * num_questions
     # Everything is true of the first drawing; P(yes) is above 1/2 throughout.
-    assert told["all"]["agreement"] == told["all"]["true"] >= 0.5
-    assert told["all"]["true"] < 1.0
-    assert {"Spatial"} < set(told) - {"all"}
+    assert agreement["all"]["agreement"] == agreement["all"]["true"] >= 0.5
+    assert agreement["all"]["true"] < 1.0
+    assert {"Spatial"} < set(agreement) - {"all"}
 
 
 def test_the_command_reads_drawings_and_writes_figures(drawings, tmp_path, capsys, monkeypatch):
@@ -105,10 +107,10 @@ def test_the_command_reads_drawings_and_writes_figures(drawings, tmp_path, capsy
     out = tmp_path / "figures.json"
     arguments = ["--drawings", str(tmp_path / "x.npz"), "--workers", "1", "--out", str(out)]
     assert reward_figures.main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == json.loads(out.read_text())
-    assert (found["drawings"], found["judged"]) == (2, 2)
-    assert found["ranking"]["plain"]["confidence"]["share"] == 1.0  # the shipped verifier can
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads(out.read_text())
+    assert (figures["drawings"], figures["judged"]) == (2, 2)
+    assert figures["ranking"]["plain"]["confidence"]["share"] == 1.0  # the shipped verifier can
 
 
 def test_bad_input(tmp_path, capsys):

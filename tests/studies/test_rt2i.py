@@ -32,8 +32,8 @@ def sample(gains, clusters, runs=None):
 
 
 def frequencies(values):
-    found, counts = np.unique(np.round(values, 9), return_counts=True)
-    return dict(zip(found.tolist(), (counts / len(values)).tolist(), strict=True))
+    distinct, counts = np.unique(np.round(values, 9), return_counts=True)
+    return dict(zip(distinct.tolist(), (counts / len(values)).tolist(), strict=True))
 
 
 def test_clusters_are_combinations_or_riddles():
@@ -45,34 +45,36 @@ def test_clusters_are_combinations_or_riddles():
 
 def test_records_of_a_group_share_clusters():
     records, groups = rt2i.study_records()
-    own: dict[str, set[str]] = {}
+    clusters: dict[str, set[str]] = {}
     for record, group in zip(records, groups, strict=True):
-        own.setdefault(group, set()).add(rt2i.cluster(record))
-    assert own["heldout_riddles"] == {"a frog", "lavender", "a coin", "tricycle wheels"}
-    assert all(10 < len(own[group]) < groups.count(group) for group in own if "held" not in group)
+        clusters.setdefault(group, set()).add(rt2i.cluster(record))
+    assert clusters["heldout_riddles"] == {"a frog", "lavender", "a coin", "tricycle wheels"}
+    assert all(
+        10 < len(clusters[group]) < groups.count(group) for group in clusters if "held" not in group
+    )
 
 
 def test_whole_clusters_are_resampled():
     # Fifty prompts that always agree are one observation: of two clusters both, or one twice.
-    found = frequencies(sample([[0.0] * 50 + [1.0] * 50], ["a"] * 50 + ["b"] * 50))
-    assert found == pytest.approx({0.0: 0.25, 0.5: 0.5, 1.0: 0.25}, abs=0.02)
+    means = frequencies(sample([[0.0] * 50 + [1.0] * 50], ["a"] * 50 + ["b"] * 50))
+    assert means == pytest.approx({0.0: 0.25, 0.5: 0.5, 1.0: 0.25}, abs=0.02)
     # Clusters of unequal sizes: a mean over the prompts that were drawn.
-    found = frequencies(sample([[1.0, 0.0, 0.0, 0.0]], list("abbb")))
-    assert found == pytest.approx({0.0: 0.25, 0.25: 0.5, 1.0: 0.25}, abs=0.02)
+    means = frequencies(sample([[1.0, 0.0, 0.0, 0.0]], list("abbb")))
+    assert means == pytest.approx({0.0: 0.25, 0.25: 0.5, 1.0: 0.25}, abs=0.02)
     assert frequencies(sample([[1.0, 0.0]], ["a", "a"])) == {0.5: 1.0}
 
 
 def test_runs_are_resampled_as_given():
     runs = np.array([[2, 0], [1, 1], [0, 2]])
-    found = sample([[0.0, 0.0], [1.0, 1.0]], ["a", "b"], runs)
-    np.testing.assert_allclose(found, [0.0, 0.5, 1.0])
+    means = sample([[0.0, 0.0], [1.0, 1.0]], ["a", "b"], runs)
+    np.testing.assert_allclose(means, [0.0, 0.5, 1.0])
 
 
 def test_gains_by_hand():
     before = bools("1100" + "10" + "0000")
     after = np.stack([bools("1110" + "10" + "1100"), bools("1111" + "00" + "1110")])
-    found = rt2i.gains(after, before, GROUPS, CLUSTERS)
-    values = {name: gain.value for name, gain in found.items()}
+    gains = rt2i.gains(after, before, GROUPS, CLUSTERS)
+    values = {name: gain.value for name, gain in gains.items()}
     # The two runs gain 1/4 and 2/4 on counts, 0 and -1/2 on relations, 2/4 and 3/4 on riddles.
     assert values == pytest.approx(
         {
@@ -83,25 +85,25 @@ def test_gains_by_hand():
             "all": 0.34375,
         }
     )
-    halves = (found["plain"].resampled + found["implied"].resampled) / 2
-    np.testing.assert_allclose(found["all"].resampled, halves)
-    for gain in found.values():
+    halves = (gains["plain"].resampled + gains["implied"].resampled) / 2
+    np.testing.assert_allclose(gains["all"].resampled, halves)
+    for gain in gains.values():
         low, high = gain.interval
         assert low <= gain.value <= high
 
 
 def test_all_groups_of_a_sample_hold_the_same_runs():
     after = np.stack([bools("1" * 10), bools("0" * 10)])
-    found = rt2i.gains(after, bools("0" * 10), GROUPS, CLUSTERS)
-    shares = frequencies(found["all"].resampled)
+    gains = rt2i.gains(after, bools("0" * 10), GROUPS, CLUSTERS)
+    shares = frequencies(gains["all"].resampled)
     assert shares == pytest.approx({0.0: 0.25, 0.5: 0.5, 1.0: 0.25}, abs=0.02)
-    np.testing.assert_array_equal(found["plain"].resampled, found["implied"].resampled)
+    np.testing.assert_array_equal(gains["plain"].resampled, gains["implied"].resampled)
 
 
 def test_shares_weigh_plain_types_alike():
-    found = rt2i.shares(bools("1110" + "00" + "1000"), GROUPS)
-    assert found["plain"] == pytest.approx(0.375)
-    assert found["all"] == pytest.approx((0.375 + 0.25) / 2)
+    shares = rt2i.shares(bools("1110" + "00" + "1000"), GROUPS)
+    assert shares["plain"] == pytest.approx(0.375)
+    assert shares["all"] == pytest.approx((0.375 + 0.25) / 2)
 
 
 def gain(value: float) -> rt2i.Gain:
@@ -109,9 +111,9 @@ def gain(value: float) -> rt2i.Gain:
 
 
 def test_bars():
-    found = {"all": gain(0.1 + 0.05), "implied": gain(0.29), "plain": gain(-0.03)}
-    found |= {"plain/count": gain(-0.06), "plain/relation": gain(0.1)}
-    rows = rt2i.bars(found, {"implied": gain(0.2)})
+    gains = {"all": gain(0.1 + 0.05), "implied": gain(0.29), "plain": gain(-0.03)}
+    gains |= {"plain/count": gain(-0.06), "plain/relation": gain(0.1)}
+    rows = rt2i.bars(gains, {"implied": gain(0.2)})
     assert [(row["bar"], row["value"], row["met"]) for row in rows] == [
         ("gain on all >= 0.15", 0.15, True),
         ("gain on implied >= 0.3", 0.29, False),
@@ -127,21 +129,21 @@ def test_summary_has_the_noise_floor():
         rt2i.GREEDY: bools("1100100001"),
         rt2i.AGAIN: bools("1100101000"),
     }
-    found = rt2i.summary(bools("1110101100")[None], untrained, GROUPS, CLUSTERS)
-    assert found["noise_floor"]["implied"]["gain"] == 0.25
-    assert found["noise_floor"]["plain"] == {"gain": 0.0, "interval_95": [0.0, 0.0]}
-    implied = found["groups"]["implied"]
+    summary = rt2i.summary(bools("1110101100")[None], untrained, GROUPS, CLUSTERS)
+    assert summary["noise_floor"]["implied"]["gain"] == 0.25
+    assert summary["noise_floor"]["plain"] == {"gain": 0.0, "interval_95": [0.0, 0.0]}
+    implied = summary["groups"]["implied"]
     assert (implied["prompts"], implied["clusters"]) == (4, 2)
     assert (implied["trained"], implied["gain"], implied["gain_over_greedy"]) == ([0.5], 0.5, 0.25)
     assert implied["interval_95"] == [0.0, 1.0]
     assert implied["gain_over_greedy_interval_95"] == [-0.5, 1.0]
-    assert "prompts" not in found["groups"]["all"]
-    json.dumps(found)
+    assert "prompts" not in summary["groups"]["all"]
+    json.dumps(summary)
 
 
 def test_training_is_told_from_first_to_last_evaluation():
     rows = [{"step": 0, "eval/reward/mean": 0.8}, {"step": 1}, {"step": 2, "eval/reward/mean": 0.9}]
-    assert rt2i.training(rows) == {"eval/reward/mean": [0.8, 0.9]}
+    assert rt2i.training_metrics(rows) == {"eval/reward/mean": [0.8, 0.9]}
 
 
 def test_judgements_are_kept(tmp_path: pathlib.Path):
@@ -150,27 +152,27 @@ def test_judgements_are_kept(tmp_path: pathlib.Path):
     def refuse():
         raise AssertionError("drawn again")
 
-    found = rt2i.kept(path, lambda: bools("101"), about)
-    np.testing.assert_array_equal(found, bools("101"))
-    np.testing.assert_array_equal(rt2i.kept(path, refuse, about), bools("101"))
+    exact = rt2i.load_or_judge(path, lambda: bools("101"), about)
+    np.testing.assert_array_equal(exact, bools("101"))
+    np.testing.assert_array_equal(rt2i.load_or_judge(path, refuse, about), bools("101"))
     with pytest.raises(ValueError, match=r"other model: got \['abc'\], expected \['abd'\]"):
-        rt2i.kept(path, refuse, about | {"model": "abd"})
+        rt2i.load_or_judge(path, refuse, about | {"model": "abd"})
     with pytest.raises(ValueError, match="other checker"):
-        rt2i.kept(path, refuse, about | {"checker": "1"})
+        rt2i.load_or_judge(path, refuse, about | {"checker": "1"})
     path.write_text(path.read_text()[:20])
     with pytest.raises(ValueError, match="delete it"):
-        rt2i.kept(path, refuse, about)
+        rt2i.load_or_judge(path, refuse, about)
 
 
 def test_digests_follow_the_contents(tmp_path: pathlib.Path):
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"1")
     b.write_bytes(b"2")
-    assert rt2i.digest_of(a, b) != rt2i.digest_of(b, a)
-    assert rt2i.digest_of(a) == rt2i.digest_of(a)
-    before = rt2i.digest_of(a, b)
+    assert rt2i.files_digest(a, b) != rt2i.files_digest(b, a)
+    assert rt2i.files_digest(a) == rt2i.files_digest(a)
+    before = rt2i.files_digest(a, b)
     b.write_bytes(b"3")
-    assert rt2i.digest_of(a, b) != before
+    assert rt2i.files_digest(a, b) != before
 
 
 def write_run(folder: pathlib.Path, digest: str = "d" * 64) -> pathlib.Path:
@@ -187,67 +189,67 @@ def write_run(folder: pathlib.Path, digest: str = "d" * 64) -> pathlib.Path:
 
 
 def test_finished_runs_are_read(tmp_path: pathlib.Path):
-    run = rt2i.finished(write_run(tmp_path / "seed0"), CONFIG, MODEL)
+    run = rt2i.read_finished_run(write_run(tmp_path / "seed0"), CONFIG, MODEL)
     assert (run.name, run.step, run.digest) == ("seed0", 2, "d" * 64)
 
 
 def test_runs_that_do_not_fit_are_refused(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match="not a run's folder"):
-        rt2i.finished(tmp_path / "nothing", CONFIG, MODEL)
+        rt2i.read_finished_run(tmp_path / "nothing", CONFIG, MODEL)
     run = write_run(tmp_path / "run")
     with pytest.raises(ValueError, match=f"with model {MODEL}, expected 0123"):
-        rt2i.finished(run, CONFIG, "0123")
+        rt2i.read_finished_run(run, CONFIG, "0123")
     (run / METRICS).write_text(json.dumps({"step": 0}) + "\n")
     with pytest.raises(ValueError, match="has no state/digest"):
-        rt2i.finished(run, CONFIG, MODEL)
+        rt2i.read_finished_run(run, CONFIG, MODEL)
     (run / DONE_FILE).unlink()
     with pytest.raises(ValueError, match="not finished"):
-        rt2i.finished(run, CONFIG, MODEL)
+        rt2i.read_finished_run(run, CONFIG, MODEL)
 
 
 def test_another_checkpoint_than_the_last_state_is_refused(monkeypatch):
     policy = inference.Policy(CONFIG, None, None, step=1)
     monkeypatch.setattr(inference, "from_run", lambda folder: policy)
-    run = rt2i.Finished(pathlib.Path("runs/x"), 2, "d", [])
+    run = rt2i.FinishedRun(pathlib.Path("runs/x"), 2, "d", [])
     with pytest.raises(ValueError, match="is of step 1, expected 2"):
-        rt2i.end_of(run, CONFIG)
-    other = policy._replace(config=None)
-    monkeypatch.setattr(inference, "from_run", lambda folder: other)
-    assert rt2i.end_of(run._replace(step=1), CONFIG).config is CONFIG
+        rt2i.final_policy(run, CONFIG)
+    without_config = policy._replace(config=None)
+    monkeypatch.setattr(inference, "from_run", lambda folder: without_config)
+    assert rt2i.final_policy(run._replace(step=1), CONFIG).config is CONFIG
 
 
 def test_the_command(tmp_path: pathlib.Path, monkeypatch, capsys):
-    drawn = []
+    judged = []
 
     def judge(policy, records, *, temperature, seed):
-        drawn.append((policy, temperature, seed))
+        judged.append((policy, temperature, seed))
         return bools("1111111100") if policy != "untrained" else bools("1111110000")
 
     plain, implied = {"kind": "plain", "combination": "x"}, {"kind": "implied", "riddles": ["r"]}
     monkeypatch.setattr(rt2i, "study_records", lambda: ([plain] * 6 + [implied] * 4, GROUPS))
-    monkeypatch.setattr(rt2i, "judge", judge)
+    monkeypatch.setattr(rt2i, "judge_policy", judge)
     monkeypatch.setattr(inference, "from_config", lambda config: "untrained")
-    monkeypatch.setattr(rt2i, "end_of", lambda run, config: run.name)
+    monkeypatch.setattr(rt2i, "final_policy", lambda run, config: run.name)
     runs = [write_run(tmp_path / "runs" / name) for name in ("seed0", "seed1")]
     flags = ["--out", str(tmp_path / "out"), *(f"--run={run}" for run in runs)]
     assert rt2i.main(flags) == 0
-    seeds, own = (rt2i.SEED, rt2i.OTHER_SEED), CONFIG.eval.temperature
-    assert drawn == [
-        ("untrained", own, seeds[0]),
+    seeds, temperature = (rt2i.SEED, rt2i.OTHER_SEED), CONFIG.eval.temperature
+    assert judged == [
+        ("untrained", temperature, seeds[0]),
         ("untrained", 0.0, seeds[0]),
-        ("untrained", own, seeds[1]),
-        ("seed0", own, seeds[0]),
-        ("seed1", own, seeds[0]),
+        ("untrained", temperature, seeds[1]),
+        ("seed0", temperature, seeds[0]),
+        ("seed1", temperature, seeds[0]),
     ]
-    found = json.loads((tmp_path / "out" / "summary_default.json").read_text())
-    assert found["groups"]["all"]["gain"] == 0.25
-    assert found["training"]["seed1"] == {
+    summary = json.loads((tmp_path / "out" / "summary_default.json").read_text())
+    assert summary["groups"]["all"]["gain"] == 0.25
+    assert summary["training"]["seed1"] == {
         "eval/reward/mean": [0.8, 0.9],
         "eval/reward_minus_exact": [0.2, 0.2],
     }
-    drawn.clear()
+    judged.clear()
     assert rt2i.main(flags) == 0
-    assert not drawn
+    assert not judged
     # A run that was trained on is another policy.
     rows = (runs[0] / METRICS).read_text()
     (runs[0] / METRICS).write_text(rows.replace("d" * 64, "e" * 64))

@@ -25,7 +25,7 @@ def judged(**changes):
 
 
 def test_measures_by_hand():
-    found = srr.measures(
+    outcomes = srr.outcomes(
         judged(
             first=[0.5, 1.0, 0.25, 1.0],
             refined=[1.0, 1.0, 0.5, 0.75],
@@ -39,48 +39,48 @@ def test_measures_by_hand():
         "own_first": [0, 1, 1, 1], "own_refined": [0, 0, 1, 1], "own_gain": [0, -1, 0, 0],
         "own_improved": [1, 0, 0, 0], "own_spoilt": [0, 1, 0, 0], "edit": [1, 0],
     }  # fmt: skip
-    assert {name: values.tolist() for name, values in found.items()} == expected
-    assert tuple(found) == srr.COLUMNS
+    assert {name: values.tolist() for name, values in outcomes.items()} == expected
+    assert tuple(outcomes) == srr.COLUMNS
 
 
 def test_kinds_weigh_alike_and_gains_are_paired():
     records = records_of("plain", "plain", "plain", "implied")
     edits = [{"facts": {"total": 1}}, {"facts": {"total": 2}}]
     runs = {
-        "untrained": [srr.measures(judged())],
+        "untrained": [srr.outcomes(judged())],
         "new": [
-            srr.measures(judged(refined=[1.0, 0.5, 0.5, 0.5])),
-            srr.measures(judged(refined=[1.0, 1.0, 0.5, 0.5], edit=[1.0, 1.0])),
+            srr.outcomes(judged(refined=[1.0, 0.5, 0.5, 0.5])),
+            srr.outcomes(judged(refined=[1.0, 1.0, 0.5, 0.5], edit=[1.0, 1.0])),
         ],
     }
-    found = srr.summary(runs, records, edits)
-    assert found["prompts"] == {"plain/count": 3, "implied": 1}
-    policy = found["policies"]["new"]
+    summary = srr.summary(runs, records, edits)
+    assert summary["prompts"] == {"plain/count": 3, "implied": 1}
+    policy = summary["policies"]["new"]
     assert policy["plain"]["refined"] == [0.3333, 0.6667]
     assert policy["implied"]["refined"] == [0.0, 0.0]
     assert policy["all"]["refined"] == [0.1667, 0.3333]
     assert "edit" not in policy["plain"]
-    gain = found["gains"]["new - untrained"]
+    gain = summary["gains"]["new - untrained"]
     assert gain["plain"]["refined"]["gain"] == 0.1667  # (0 + 1/3) / 2
     assert gain["implied"]["refined"] == {"gain": -1.0, "interval_95": [-1.0, -1.0]}
     assert gain["all"]["edit"] == {"gain": 0.25, "interval_95": [0.0, 1.0]}
-    shown = srr.table(found)
-    assert "| new, all | 0.667 (0.667, 0.667) | 0.250 (0.167, 0.333) |" in shown
-    assert "| new - untrained, implied | -1.000 (-1.000 to -1.000) |" in shown
+    table = srr.table(summary)
+    assert "| new, all | 0.667 (0.667, 0.667) | 0.250 (0.167, 0.333) |" in table
+    assert "| new - untrained, implied | -1.000 (-1.000 to -1.000) |" in table
 
 
 def test_runs_of_two_names_are_paired_in_order():
     records = records_of("plain", "implied")
-    one, two = (srr.measures(judged(refined=[x, x], own_refined=[x, x], first=[0.5, 0.5],
+    high, low = (srr.outcomes(judged(refined=[x, x], own_refined=[x, x], first=[0.5, 0.5],
                 own_first=[0.5, 0.5], edit=[x])) for x in (1.0, 0.5))  # fmt: skip
     edits = [{"facts": {}}]
-    same = srr.gains([one, two], [one, two], records, edits)
-    crossed = srr.gains([one, two], [two, one], records, edits)
+    paired = srr.gains([high, low], [high, low], records, edits)
+    crossed = srr.gains([high, low], [low, high], records, edits)
     for kind, name in (("all", "refined"), ("plain", "improved"), ("all", "edit")):
-        assert same[kind][name].interval == [0.0, 0.0]
+        assert paired[kind][name].interval == [0.0, 0.0]
         assert crossed[kind][name].interval == [-1.0, 1.0]
         assert crossed[kind][name].value == 0.0
-    mean = srr.gains([one], [two, one], records, edits)  # numbers differ
+    mean = srr.gains([high], [low, high], records, edits)  # numbers differ
     assert mean["all"]["refined"].value == 0.5
 
 
@@ -88,9 +88,9 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
     """A policy that changes nothing, and draws emptiness."""
     calls = []
 
-    def idle(policy_, task, asked, images=None, **_):
+    def idle(policy_, task, texts, images=None, **_):
         calls.append(task.name)
-        return TaskOutput(np.stack([EMPTY] * len(asked)) if images is None else images, [])
+        return TaskOutput(np.stack([EMPTY] * len(texts)) if images is None else images, [])
 
     monkeypatch.setattr(srr, "run_task", idle)
     monkeypatch.setattr(srr, "weights_digest", lambda policy: "own")
@@ -106,17 +106,17 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
     (run / "DONE").touch()
     assert srr.main(command) == 0
     assert calls == ["t2i", "srr", "ti2i", "srr", "t2i", "srr", "ti2i"]
-    shown, found = (
+    printed, summary = (
         capsys.readouterr().out,
         json.loads((tmp_path / "summary_refine.json").read_text()),
     )
-    assert "| srr, all |" in shown
-    assert found["policies"]["srr"]["all"]["kept"] == [1.0]
-    assert found["policies"]["srr"]["all"]["own_first"] == [0.0]  # emptiness fulfils no prompt
-    assert found["gains"]["srr - untrained"]["all"]["spoilt"]["interval_95"] == [0.0, 0.0]
+    assert "| srr, all |" in printed
+    assert summary["policies"]["srr"]["all"]["kept"] == [1.0]
+    assert summary["policies"]["srr"]["all"]["own_first"] == [0.0]  # emptiness fulfils no prompt
+    assert summary["gains"]["srr - untrained"]["all"]["spoilt"]["interval_95"] == [0.0, 0.0]
     assert srr.main(command) == 0
     assert calls[7:] == ["t2i"]  # the images to repair
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out == printed
     assert srr.main([*command[:-1], "4"]) == 1
     assert "refine_untrained.json is about other edits" in capsys.readouterr().err
     (tmp_path / "refine_untrained.json").write_text("{}")
@@ -128,7 +128,7 @@ def test_the_default_numbers_are_those_of_a_study():
     assert srr.PER_PLAIN_TYPE >= rt2i.PER_PLAIN_TYPE == 300
     assert srr.IMPLIED >= rt2i.IMPLIED == 800
     records = measure.heldout_records(2, 3)
-    groups = [srr.group(record) for record in records]
+    groups = [srr.prompt_group(record) for record in records]
     assert groups.count("implied") == 3
     assert groups.count("plain/relation") == 2
     assert all(rt2i.cluster(record) for record in records)

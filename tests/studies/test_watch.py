@@ -29,26 +29,26 @@ else:
 
 
 def run(*command: str) -> tuple[int, dict, str]:
-    done = subprocess.run([*WATCH, *command], capture_output=True, text=True, check=False)
-    *rest, line = done.stdout.splitlines()
-    return done.returncode, json.loads(line), "\n".join(rest)
+    finished = subprocess.run([*WATCH, *command], capture_output=True, text=True, check=False)
+    *lines, line = finished.stdout.splitlines()
+    return finished.returncode, json.loads(line), "\n".join(lines)
 
 
 def test_counts_the_descendants_and_passes_the_exit_code_on(tmp_path, monkeypatch):
     script = tmp_path / "a (b) holder.py"
     script.write_text(HOLDER)
     monkeypatch.setattr(watch, "PERIOD", 0.1)
-    alone = watch.watch([sys.executable, str(script)])
-    both = watch.watch([sys.executable, str(script), str(script)])
-    assert alone.exit_code == both.exit_code == 0
-    assert HELD < alone.peak_bytes < 1.5 * HELD
-    assert 2 * HELD < both.peak_bytes < 3 * HELD
-    assert 1.5 < alone.wall_seconds < 30
+    single = watch.watch([sys.executable, str(script)])
+    nested = watch.watch([sys.executable, str(script), str(script)])
+    assert single.exit_code == nested.exit_code == 0
+    assert HELD < single.peak_bytes < 1.5 * HELD
+    assert 2 * HELD < nested.peak_bytes < 3 * HELD
+    assert 1.5 < single.wall_seconds < 30
 
 
 def test_ends_with_one_line_and_the_commands_exit_code():
-    code, line, rest = run("sh", "-c", "echo spoken; exit 75")
-    assert (code, rest) == (75, "spoken")
+    code, line, output = run("sh", "-c", "echo spoken; exit 75")
+    assert (code, output) == (75, "spoken")
     assert line.keys() == {"wall_seconds", "peak_pss_gib"}
     assert run("sh", "-c", "kill -KILL $$")[0] == 128 + signal.SIGKILL
     missing = subprocess.run([*WATCH, "no_such_command"], capture_output=True, text=True)

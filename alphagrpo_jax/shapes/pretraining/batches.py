@@ -39,7 +39,7 @@ class BatchSizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TextRow:
     """The texts of one row; `scored` says which of them the model must write itself."""
 
     texts: tuple[str, ...]
@@ -58,26 +58,26 @@ def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) ->
       understand, M, 2], the two words for each patch of `source`, see `patch_words`.
     """
     rng = np.random.default_rng((seed, step))
-    drawings = [examples.draw(rng) for _ in range(sizes.draw)]
-    plain = [examples.draw(rng, implied_share=0.1) for _ in range(sizes.plain)]
-    plans = [examples.plan(rng) for _ in range(sizes.plan)]
-    repairs = [examples.reflect(rng) for _ in range(sizes.reflect)]
-    edits = [examples.edit(rng) for _ in range(sizes.edit)]
+    drawings = [examples.draw_example(rng) for _ in range(sizes.draw)]
+    plain = [examples.draw_example(rng, implied_share=0.1) for _ in range(sizes.plain)]
+    plans = [examples.plan_example(rng) for _ in range(sizes.plan)]
+    repairs = [examples.reflect_example(rng) for _ in range(sizes.reflect)]
+    edits = [examples.edit_example(rng) for _ in range(sizes.edit)]
     looked_at, answers = zip(
         *[_understanding(row, rng) for row in range(sizes.understand)], strict=True
     )
-    draw_rows = [Row((e.prompt, e.think), (False, True), THINK_SYSTEM) for e in drawings]
-    draw_rows += [Row((e.prompt,), (False,), NO_SYSTEM) for e in plain]
-    plan_rows = [Row((e.prompt, e.think), (False, True), THINK_SYSTEM) for e in plans]
+    draw_rows = [TextRow((e.prompt, e.think), (False, True), THINK_SYSTEM) for e in drawings]
+    draw_rows += [TextRow((e.prompt,), (False,), NO_SYSTEM) for e in plain]
+    plan_rows = [TextRow((e.prompt, e.think), (False, True), THINK_SYSTEM) for e in plans]
     reflect_rows = [
-        Row(
+        TextRow(
             (tasks.REFLECTION_REQUEST.format(prompt=e.prompt), e.think),
             (False, True),
             THINK_SYSTEM,
         )
         for e in repairs
     ]
-    edit_rows = [Row((e.instruction, e.think), (False, True), THINK_SYSTEM) for e in edits]
+    edit_rows = [TextRow((e.instruction, e.think), (False, True), THINK_SYSTEM) for e in edits]
     sources = [*(e.scene for e in (*repairs, *edits)), *looked_at]
     return {
         "draw": _texts(tokenizer, draw_rows, sizes.draw_tokens, sizes, rng),
@@ -101,7 +101,7 @@ def patch_words(tokenizer: Tokenizer, scene: scenes.Scene) -> np.ndarray:
       ValueError: a word is not one token.
     """
     cells = [[("background", scene.background)] * scenes.GRID for _ in range(scenes.GRID)]
-    for thing in scene.things:
+    for thing in scene.objects:
         cells[thing.row][thing.col] = (thing.shape, thing.color)
     ids = [[_token(tokenizer, w) for w in cell] for row in cells for cell in row]
     return np.array(ids, np.int32)
@@ -115,22 +115,22 @@ def _token(tokenizer: Tokenizer, word: str) -> int:
     return ids[0]
 
 
-def _understanding(row: int, rng: np.random.Generator) -> tuple[scenes.Scene, Row]:
+def _understanding(row: int, rng: np.random.Generator) -> tuple[scenes.Scene, TextRow]:
     if row % 2:
-        example = examples.caption(rng)
+        example = examples.caption_example(rng)
         texts = (example.instruction, example.text)
-        return example.scene, Row(texts, (False, True), NO_SYSTEM)
-    example = examples.answer(rng)
+        return example.scene, TextRow(texts, (False, True), NO_SYSTEM)
+    example = examples.answer_example(rng)
     if row % 4 == 0:
         texts = (example.question, example.answer)
-        return example.scene, Row(texts, (False, True), NO_SYSTEM)
+        return example.scene, TextRow(texts, (False, True), NO_SYSTEM)
     texts = (example.question, example.think, example.answer)
-    return example.scene, Row(texts, (False, True, True), ANSWER_SYSTEM)
+    return example.scene, TextRow(texts, (False, True, True), ANSWER_SYSTEM)
 
 
 def _texts(
     tokenizer: Tokenizer,
-    rows: list[Row],
+    rows: list[TextRow],
     length: int,
     sizes: BatchSizes,
     rng: np.random.Generator,

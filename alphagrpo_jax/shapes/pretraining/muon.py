@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                     value.add_(update, alpha=size)
 
 
-def optimizers(modules: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(modules: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
     """Muon for matrices inside the layers, AdamW for embeddings, heads, norms and biases."""
     matrices, rest = [], []
     for module in modules:

@@ -50,7 +50,7 @@ from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.shapes.pretraining import resumable
 from alphagrpo_jax.shapes.pretraining.batches import BatchSizes, make_batch
-from alphagrpo_jax.shapes.pretraining.pretrain_loss import SIDE, Recipe, loss_of
+from alphagrpo_jax.shapes.pretraining.pretrain_loss import SIDE, Recipe, pretraining_loss
 from alphagrpo_jax.shapes.pretraining.tokenizer_build import build_tokenizer
 
 LLM = {
@@ -99,11 +99,11 @@ LOG_EVERY, AHEAD = 20, 4  # steps
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOG = "pretraining.jsonl"
 VAE_FILES = (bagel_weights.AE, bagel_weights.VAE_FILE)
-OF_A_RUN = (checkpoint.FOLDER, LOG, "README.md")  # in a model's folder, but not the model
+RUN_FILES = (checkpoint.FOLDER, LOG, "README.md")  # in a model's folder, but not the model
 
 
 @struct.dataclass
-class State:
+class PretrainState:
     """What a checkpoint holds."""
 
     params: dict
@@ -113,9 +113,9 @@ class State:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("model", "recipe"))
-def train_step(state: State, frozen, batch, prompts, scale, key, *, model, recipe: Recipe):
+def train_step(state: PretrainState, frozen, batch, prompts, scale, key, *, model, recipe: Recipe):
     """One update; `scale` in (0, 1] is the learning-rate schedule's factor."""
-    grads, metrics = jax.grad(loss_of, has_aux=True)(
+    grads, metrics = jax.grad(pretraining_loss, has_aux=True)(
         state.params, frozen, model, batch, prompts, jax.random.fold_in(key, state.step), recipe
     )
     updates, opt_state = optimizer(recipe).update(grads, state.opt_state, state.params)
@@ -124,7 +124,7 @@ def train_step(state: State, frozen, batch, prompts, scale, key, *, model, recip
     decay = jnp.minimum(EMA_DECAY, (state.step + 1) / (state.step + 10))
     average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return State(params, average, opt_state, state.step + 1), metrics
+    return PretrainState(params, average, opt_state, state.step + 1), metrics
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -154,12 +154,12 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100) * max(0.02, min(1.0, (1 - step / steps) / 0.6))
 
 
-def begin(
+def write_start_model(
     out: pathlib.Path, vae_folder: pathlib.Path, seed: int, start: pathlib.Path | None
 ) -> None:
     """Writes the model that training begins with: that of `start`, else random weights."""
     if start is not None:
-        shutil.copytree(start, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OF_A_RUN))
+        shutil.copytree(start, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*RUN_FILES))
         return
     build_tokenizer(out)
     tokenizer = Tokenizer.from_folder(out)
@@ -171,7 +171,7 @@ def begin(
     bagel_weights.save_model(out, random, dtype="bfloat16")
 
 
-def ahead(make: Callable[[int], dict], steps: range) -> Iterator[dict]:
+def prefetch_batches(make: Callable[[int], dict], steps: range) -> Iterator[dict]:
     """Batches of these steps, made by a helper process a few steps ahead."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as helper:
@@ -220,14 +220,14 @@ def train(
         resumable.check_options(progress.get("options", {}), options, out)
         spent = progress["spent"]
     else:
-        begin(out, vae_folder, seed, start)
+        write_start_model(out, vae_folder, seed, start)
     for name in VAE_FILES:
         shutil.copy(vae_folder / name, out)
     loaded = bagel_weights.load_model(out)
     params = dict(loaded.base)
     frozen = params.pop("vae")
     average = jax.tree.map(jnp.copy, params)
-    state = State(params, average, optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
+    state = PretrainState(params, average, optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
     state = saves.state(step, state) if step else state
     state = jax.device_put(state, jax.devices()[0])  # new or restored: one and the same program
     prompts = _prompts(loaded.tokenizer, (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT))
@@ -243,7 +243,7 @@ def train(
     _keep_rows(log, step)
     make = functools.partial(make_batch, loaded.tokenizer, sizes, seed)
     with (
-        contextlib.closing(ahead(make, range(step, steps))) as batches,
+        contextlib.closing(prefetch_batches(make, range(step, steps))) as batches,
         tqdm.tqdm(total=steps, initial=step, unit="step") as bar,
     ):
         begun = time.monotonic() - spent

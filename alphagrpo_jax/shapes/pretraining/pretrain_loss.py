@@ -49,7 +49,7 @@ def _rows(ctx: Context, begin: int, end: int) -> Context:
     return kv_cache.take(ctx, jnp.arange(begin, end))
 
 
-def write_texts(
+def text_nll(
     model: Bagel, params: PolicyParams, ctx: Context, texts: dict
 ) -> tuple[Context, jax.Array]:
     """Reads a group's texts in their contexts.
@@ -93,7 +93,7 @@ def flow_error(
     return jnp.mean(jnp.square(velocity - (noise - x0)))
 
 
-def see(
+def image_contexts(
     model: Bagel, params: PolicyParams, systems: Context, batch: dict, latents: jax.Array
 ) -> Context:
     """[system][image] of the rows with an image; those that only understand skip its VAE block."""
@@ -130,7 +130,7 @@ def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
-def loss_of(
+def pretraining_loss(
     trained: dict,
     frozen: dict,
     model: Bagel,
@@ -149,17 +149,17 @@ def loss_of(
     wanted, sources = latents[drawn : drawn + targets], latents[drawn + targets :]
 
     ctx = _system(systems, batch["draw"]["system"])
-    ctx, draw_text = write_texts(model, params, ctx, batch["draw"])
+    ctx, draw_text = text_nll(model, params, ctx, batch["draw"])
     draw_flow = flow_error(model, params, ctx, latents[:drawn], keys[0], recipe.draws)
 
     ctx = _system(systems, batch["plan"]["system"])
-    _, plan_text = write_texts(model, params, ctx, batch["plan"])
+    _, plan_text = text_nll(model, params, ctx, batch["plan"])
 
-    seen = see(model, params, systems, batch, sources)
+    seen = image_contexts(model, params, systems, batch, sources)
     repairs, rows = batch["reflect"]["tokens"].shape[0], batch["source"].shape[0]
-    ctx, reflect_text = write_texts(model, params, _rows(seen, 0, repairs), batch["reflect"])
+    ctx, reflect_text = text_nll(model, params, _rows(seen, 0, repairs), batch["reflect"])
     reflect_flow = flow_error(model, params, ctx, wanted[:repairs], keys[1], recipe.few_draws)
-    ctx, short_text = write_texts(model, params, _rows(seen, repairs, rows), batch["short"])
+    ctx, short_text = text_nll(model, params, _rows(seen, repairs, rows), batch["short"])
     ctx = _rows(ctx, 0, targets - repairs)
     edit_flow = flow_error(model, params, ctx, wanted[repairs:], keys[2], recipe.few_draws)
 

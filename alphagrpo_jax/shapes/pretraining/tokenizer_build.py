@@ -24,7 +24,7 @@ MODEL_MAX_LENGTH = 131072
 SPECIAL_TOKENS = (PAD, *SPECIAL.values())
 
 
-def texts(seed: int = SEED, samples: int = SAMPLES) -> Iterator[str]:
+def training_texts(seed: int = SEED, samples: int = SAMPLES) -> Iterator[str]:
     """The texts that the tokenizer is trained on: protocol, riddles, and samples of each kind."""
     yield from (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT, tasks.REFLECTION_REQUEST)
     for riddle in riddles.RIDDLES:
@@ -36,15 +36,19 @@ def texts(seed: int = SEED, samples: int = SAMPLES) -> Iterator[str]:
     yield from (questions.text(questions.quality(type_)) for type_ in questions.QUALITY)
     rng = np.random.default_rng(seed)
     for _ in range(samples):
-        drawing, repair = examples.draw(rng), examples.reflect(rng)
+        drawing, repair = examples.draw_example(rng), examples.reflect_example(rng)
         yield from (drawing.prompt, drawing.think, repair.prompt, repair.think)
-        yield requests.draw_implied(rng).text
-        caption, answer, edit = examples.caption(rng), examples.answer(rng), examples.edit(rng)
+        yield requests.sample_implied(rng).text
+        caption, answer, edit = (
+            examples.caption_example(rng),
+            examples.answer_example(rng),
+            examples.edit_example(rng),
+        )
         yield from (caption.instruction, caption.text, answer.question, answer.answer)
         yield from (edit.instruction, edit.think)
 
 
-def train(seed: int = SEED) -> tokenizers.Tokenizer:
+def train_tokenizer(seed: int = SEED) -> tokenizers.Tokenizer:
     """Trains the tokenizer and adds Qwen2's special tokens after the vocabulary."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
@@ -62,7 +66,7 @@ def train(seed: int = SEED) -> tokenizers.Tokenizer:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    backend.train_from_iterator(texts(seed), trainer)
+    backend.train_from_iterator(training_texts(seed), trainer)
     special = [tokenizers.AddedToken(token, normalized=False) for token in SPECIAL_TOKENS]
     backend.add_special_tokens(special)
     return backend
@@ -107,7 +111,7 @@ def build_tokenizer(folder: str | Path, seed: int = SEED) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    backend = train(seed)
+    backend = train_tokenizer(seed)
     model = json.loads(backend.to_str())["model"]
     pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     merges = "\n".join(["#version: 0.2", *pairs]) + "\n"

@@ -51,7 +51,7 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
 
 
-class ResBlock(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = _norm(inputs), _norm(outputs)
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-class Attention(nn.Module):
+class AttentionBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
@@ -94,15 +94,15 @@ class Resample(nn.Module):
 def _middle(channels: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
-            "block_1": ResBlock(channels, channels),
-            "attn_1": Attention(channels),
-            "block_2": ResBlock(channels, channels),
+            "block_1": ResidualBlock(channels, channels),
+            "attn_1": AttentionBlock(channels),
+            "block_2": ResidualBlock(channels, channels),
         }
     )
 
 
 def _level(inputs: int, outputs: int, blocks: int, resample: str) -> nn.ModuleDict:
-    layers = [ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
+    layers = [ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks)]
     level = nn.ModuleDict({"block": nn.ModuleList(layers)})
     if resample:
         level[resample] = Resample(outputs, up=resample == "upsample")
@@ -168,7 +168,7 @@ class AutoEncoder(nn.Module):
         self.decoder = Coder(cfg, up=True)
 
 
-def batch_of_scenes(
+def sample_batch(
     rng: np.random.Generator, size: int, crowded: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scenes as float32[B, 3, H, W] in [-1, 1], and per-pixel weights [B, 1, H, W].
@@ -186,7 +186,7 @@ def batch_of_scenes(
     return x.contiguous(memory_format=torch.channels_last), 1.0 + 3.0 * foreground
 
 
-def loss_of(
+def vae_loss(
     model: AutoEncoder,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -216,7 +216,7 @@ def export(model: AutoEncoder, out: pathlib.Path) -> None:
     """Measures the latent's mean and deviation and writes the folder's two files."""
     rng = np.random.default_rng(10_000)
     with torch.no_grad():
-        batches = [batch_of_scenes(rng, 32)[0] for _ in range(MEASURED_BATCHES)]
+        batches = [sample_batch(rng, 32)[0] for _ in range(MEASURED_BATCHES)]
         latents = torch.cat([model.encoder(x).chunk(2, dim=1)[0] for x in batches])
     fields = {
         **{k: getattr(CONFIG, k) for k in CONFIG.__dataclass_fields__},
@@ -233,7 +233,7 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100) * max(0.02, 1 - (step / steps) ** 2)
 
 
-def descend(
+def optimizer_step(
     model: AutoEncoder, optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float
 ) -> None:
     """One optimizer step, with clipped gradients."""
@@ -246,7 +246,7 @@ def descend(
 
 
 @torch.no_grad()
-def follow(average: AutoEncoder, model: AutoEncoder, step: int) -> None:
+def update_average(average: AutoEncoder, model: AutoEncoder, step: int) -> None:
     """Moves the running average of the weights; its memory grows over the first steps."""
     decay = min(EMA_DECAY, step / (step + 9))
     for kept, new in zip(average.parameters(), model.parameters(), strict=True):
@@ -279,10 +279,10 @@ def train(
       steps: updates in all; the learning rate's schedule spans them.
       batch: scenes per update.
       lr: peak learning rate.
-      kl_weight, latent_noise: see `loss_of`.
+      kl_weight, latent_noise: see `vae_loss`.
       seed: of weights, data and noise.
       start: folder whose weights to begin with.
-      crowded: see `batch_of_scenes`.
+      crowded: see `sample_batch`.
       stopped: asked after every update; when true, the run saves and ends.
     Raises:
       ValueError: the run in `out` has other options.
@@ -319,12 +319,12 @@ def train(
     begun, last_save = time.monotonic() - spent, spent
     with tqdm.tqdm(total=steps, initial=step, unit="step") as bar:
         while step < steps:
-            x, weight = batch_of_scenes(np.random.default_rng((seed, step)), batch, crowded)
+            x, weight = sample_batch(np.random.default_rng((seed, step)), batch, crowded)
             seed_noise(seed, step)
-            loss, reconstruction, kl = loss_of(model, x, weight, kl_weight, latent_noise)
-            descend(model, optimizer, loss, lr * schedule(step, steps))
+            loss, reconstruction, kl = vae_loss(model, x, weight, kl_weight, latent_noise)
+            optimizer_step(model, optimizer, loss, lr * schedule(step, steps))
             step += 1
-            follow(average, model, step)
+            update_average(average, model, step)
             spent = time.monotonic() - begun
             bar.set_postfix(reconstruction=f"{reconstruction:.4f}", kl=f"{kl:.2f}", refresh=False)
             bar.update()

@@ -26,8 +26,8 @@ from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import questions, scenes
 from alphagrpo_jax.shapes.pretraining import resumable, verifier_data, verifier_model
 from alphagrpo_jax.shapes.pretraining import verifier_packed as packed
-from alphagrpo_jax.shapes.pretraining.muon import optimizers
-from alphagrpo_jax.shapes.pretraining.verifier_data import Batch, Encoder
+from alphagrpo_jax.shapes.pretraining.muon import make_optimizers
+from alphagrpo_jax.shapes.pretraining.verifier_data import BatchEncoder, VerifierBatch
 from alphagrpo_jax.shapes.specs import COLORS
 
 STAGES = ("vision", "joint")
@@ -47,7 +47,7 @@ def known_loss(logits: Tensor, wanted: Tensor) -> Tensor:
     return total / known.sum().clamp(min=1)
 
 
-def patch_loss(outputs: Tensor, batch: Batch) -> Tensor:
+def patch_loss(outputs: Tensor, batch: VerifierBatch) -> Tensor:
     """Shape, colour, background and place of every patch, its faults, and how far it was changed.
 
     Where a fault's place is unknown, only its presence in the image is learned.
@@ -56,7 +56,7 @@ def patch_loss(outputs: Tensor, batch: Batch) -> Tensor:
       batch: the labels.
     """
     *classes, faults, change = outputs.split(verifier_data.PATCH_OUTPUTS, -1)
-    row, column = verifier_data.patch_places()
+    row, column = verifier_data.patch_cells()
     labels = (batch.shape, batch.color, batch.background[:, None], row[None], column[None])
     loss = outputs.new_zeros(())
     for logits, wanted in zip(classes, labels, strict=True):
@@ -68,16 +68,20 @@ def patch_loss(outputs: Tensor, batch: Batch) -> Tensor:
     return loss + F.smooth_l1_loss(change.squeeze(-1), batch.change)
 
 
-class Words:
+class ClassTokens:
     """Token ids of the words that patches are aligned with."""
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: BatchEncoder):
         ids = encoder.tokenizer.convert_tokens_to_ids
         self.shapes, self.colors = ids(list(scenes.SHAPES)), ids(list(COLORS))
 
 
 def align_loss(
-    model: nn.Module, probes: packed.Probes, words: Words, patches: Tensor, batch: Batch
+    model: nn.Module,
+    probes: packed.Probes,
+    words: ClassTokens,
+    patches: Tensor,
+    batch: VerifierBatch,
 ) -> Tensor:
     """Patch features must point towards the embeddings of their shape's and colour's words."""
     table = F.normalize(model.get_input_embeddings().weight, dim=-1)
@@ -93,7 +97,12 @@ def align_loss(
 
 
 def losses(
-    model: nn.Module, probes: packed.Probes, words: Words, prefix: Tensor, batch: Batch, stage: str
+    model: nn.Module,
+    probes: packed.Probes,
+    words: ClassTokens,
+    prefix: Tensor,
+    batch: VerifierBatch,
+    stage: str,
 ) -> dict[str, Tensor]:
     """All losses of a stage by name; their sum is minimized."""
     patches = packed.patch_features(model, batch.pixels)
@@ -117,7 +126,7 @@ def losses(
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, encoder: Encoder, prefix: Tensor, seed: int, images: int
+    model: nn.Module, encoder: BatchEncoder, prefix: Tensor, seed: int, images: int
 ) -> tuple[list[str], Tensor, Tensor]:
     """Answers questions about fresh training images.
 
@@ -128,7 +137,7 @@ def validate(
     yes, no = encoder.tokenizer.convert_tokens_to_ids(["yes", "no"])
     types, truths, margins = [], [], []
     for _ in range(images):
-        example = verifier_data.draw(rng)
+        example = verifier_data.sample_labeled_image(rng)
         found = verifier_data.questions_about(example, rng, QUESTIONS)
         batch = encoder.batch([example], [found])
         start = packed.embed_prefix(model, prefix, packed.patch_features(model, batch.pixels))
@@ -156,7 +165,7 @@ def temperature(truths: Tensor, margins: Tensor) -> float:
     return grid[losses.argmin()].item()
 
 
-def rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up, then constant, then linear decay to zero over the second half."""
     return peak * min(1, (step + 1) / WARMUP, 2 * (steps - step) / steps)
 
@@ -176,17 +185,17 @@ class Trainer:
         self.out, self.seed, self.steps, self.begins_at = out, seed, steps, start
         self.options = {"seed": seed, "joint_lr": joint_lr, "start": str(start)}
         self.peak = PEAK_LR | {"joint": joint_lr}
-        self.model, self.processor = verifier_model.build(verifier_data.vocabulary())
+        self.model, self.processor = verifier_model.build_verifier(verifier_data.vocabulary())
         self.probes = packed.Probes(verifier_model.WIDTH, sum(verifier_data.PATCH_OUTPUTS))
-        self.encoder = Encoder(self.processor.tokenizer)
+        self.encoder = BatchEncoder(self.processor.tokenizer)
         self.prefixes = {
             "ask": self.encoder.prefix(AUDIT_INSTRUCTION),
             "rate": self.encoder.prefix(RATE_INSTRUCTION),
         }
-        self.words = Words(self.encoder)
+        self.words = ClassTokens(self.encoder)
         self.stage, self.step = STAGES[0], 0
         self.seconds = 0.0  # of training, over all sittings
-        self.optimizers = optimizers([self.model, self.probes], PEAK_LR[self.stage])
+        self.optimizers = make_optimizers([self.model, self.probes], PEAK_LR[self.stage])
 
     def state(self) -> dict:
         """Everything that a resumed run needs."""
@@ -235,10 +244,10 @@ class Trainer:
         """Whether this step asks for ratings instead of yes or no."""
         return self.stage == "joint" and self.step % RATE_EVERY == RATE_EVERY - 1
 
-    def draw(self) -> Batch:
+    def draw(self) -> VerifierBatch:
         """The batch of the current position; the same whenever it is drawn."""
         rng = np.random.default_rng([self.seed, STAGES.index(self.stage), self.step])
-        batch = [verifier_data.draw(rng) for _ in range(IMAGES[self.stage])]
+        batch = [verifier_data.sample_labeled_image(rng) for _ in range(IMAGES[self.stage])]
         if self.stage == "vision":
             return self.encoder.batch(batch, [[] for _ in batch])
         if self.rating:
@@ -259,7 +268,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.probes.load_state_dict(state["probes"])
         self.stage = "joint"
-        self.optimizers = optimizers([self.model, self.probes], self.peak["joint"])
+        self.optimizers = make_optimizers([self.model, self.probes], self.peak["joint"])
 
     def validate(self, images: int) -> tuple[list[str], Tensor, Tensor]:
         """See `validate`; always the same images."""
@@ -276,7 +285,7 @@ class Trainer:
         total.backward()
         values = [*self.model.parameters(), *self.probes.parameters()]
         nn.utils.clip_grad_norm_(values, 1.0)
-        lr = rate(self.step, self.steps[self.stage], self.peak[self.stage])
+        lr = learning_rate(self.step, self.steps[self.stage], self.peak[self.stage])
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -304,7 +313,9 @@ def train(
     for stage in STAGES[STAGES.index(trainer.stage) :]:
         if stage != trainer.stage:
             trainer.stage, trainer.step = stage, 0
-            trainer.optimizers = optimizers([trainer.model, trainer.probes], trainer.peak[stage])
+            trainer.optimizers = make_optimizers(
+                [trainer.model, trainer.probes], trainer.peak[stage]
+            )
         bar = tqdm(total=trainer.steps[stage], initial=trainer.step, desc=stage, mininterval=5.0)
         while trainer.step < trainer.steps[stage]:
             parts = trainer.update()

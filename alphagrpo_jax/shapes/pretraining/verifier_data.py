@@ -34,10 +34,10 @@ from alphagrpo_jax.shapes.specs import COLORS, describe, facts, pick
 SUBJECTS = 2  # nouns of a question that its last state is trained to know
 CELLS = scenes.GRID * scenes.GRID
 IGNORE = -100  # torch's ignored class index
-NOTHING_SHAPE, NOTHING_COLOR = len(scenes.SHAPES), len(COLORS)
+NO_SHAPE, NO_COLOR = len(scenes.SHAPES), len(COLORS)
 # What is read off each patch: classes of shape, colour, background, row and column, then the
 # faults (geometry, coherence, texture), then how much was changed there.
-PATCH_OUTPUTS = (NOTHING_SHAPE + 1, NOTHING_COLOR + 1, 3, scenes.GRID, scenes.GRID, 3, 1)
+PATCH_OUTPUTS = (NO_SHAPE + 1, NO_COLOR + 1, 3, scenes.GRID, scenes.GRID, 3, 1)
 BACKGROUNDS = tuple(scenes.BACKGROUNDS)
 NOUNS = {
     form: shape
@@ -61,11 +61,11 @@ SHARES = {
 }
 
 
-Asked = tuple[str, str, str]  # question, answer word, type
+LabeledQuestion = tuple[str, str, str]  # question, answer word, type
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class LabeledImage:
     """One image with everything that is known about it."""
 
     image: np.ndarray  # uint8[48, 48, 3]
@@ -77,7 +77,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class VerifierBatch:
     """Tensors of N images with Q questions of at most T tokens each."""
 
     pixels: Tensor  # float32[N, 3, 48, 48] in [-1, 1]
@@ -106,9 +106,9 @@ def vocabulary(seed: int = 0, draws: int = 2000) -> set[str]:
     texts = [AUDIT_INSTRUCTION, RATE_INSTRUCTION, RATE_PROMPT, RATE_QUALITY]
     sound = dict.fromkeys(questions.QUALITY, True)
     for _ in range(draws):
-        scene = examples.seen_scene(rng)
+        scene = examples.train_scene(rng)
         texts += [asked[0] for asked in questions.sample_questions(scene, sound, rng, 8)]
-        texts.append(examples.draw(rng).prompt)
+        texts.append(examples.draw_example(rng).prompt)
     return {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
 
 
@@ -118,11 +118,11 @@ def pixels(images: Sequence[np.ndarray]) -> Tensor:
     return values / 127.5 - 1
 
 
-def dense_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
+def dense_labels(example: LabeledImage) -> tuple[np.ndarray, np.ndarray]:
     """Shape and colour class of the cell that each patch lies in, int64[36] each."""
-    shape = np.full((scenes.GRID, scenes.GRID), NOTHING_SHAPE)
-    color = np.full((scenes.GRID, scenes.GRID), NOTHING_COLOR)
-    for index, thing in enumerate(example.scene.things):
+    shape = np.full((scenes.GRID, scenes.GRID), NO_SHAPE)
+    color = np.full((scenes.GRID, scenes.GRID), NO_COLOR)
+    for index, thing in enumerate(example.scene.objects):
         known = index not in example.damaged
         shape[thing.row, thing.col] = scenes.SHAPES.index(thing.shape) if known else IGNORE
         color[thing.row, thing.col] = COLORS.index(thing.color) if known else IGNORE
@@ -130,7 +130,7 @@ def dense_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.kron(x, np.ones((each, each), np.int64)).reshape(-1) for x in (shape, color))
 
 
-def dense_faults(example: Example) -> np.ndarray:
+def dense_faults(example: LabeledImage) -> np.ndarray:
     """float32[36, 3]: whether a patch shows each fault; NaN where that is not known.
 
     A sound image has none anywhere; of a damaged one only a faulty shape's cell is known.
@@ -141,13 +141,13 @@ def dense_faults(example: Example) -> np.ndarray:
             faults[..., index] = 0
         elif type_ in example.labels and example.faulty:
             # Of two merged shapes the second is where it was; see `corrupt.corrupt`.
-            thing = example.scene.things[example.faulty[-1]]
+            thing = example.scene.objects[example.faulty[-1]]
             faults[thing.row, thing.col, index] = 1
     each = PATCHES // scenes.GRID
     return faults.repeat(each, 0).repeat(each, 1).reshape(-1, len(questions.QUALITY))
 
 
-def dense_change(example: Example) -> np.ndarray:
+def dense_change(example: LabeledImage) -> np.ndarray:
     """float32[36]: log(0.01 + root mean square change of a patch, in a range of 2)."""
     change = (example.image - scenes.render(example.scene).astype(np.float32)) / 127.5
     squares = (change**2).reshape(PATCHES, PATCH, PATCHES, PATCH, 3).mean((1, 3, 4))
@@ -155,14 +155,14 @@ def dense_change(example: Example) -> np.ndarray:
 
 
 @functools.lru_cache
-def patch_places() -> tuple[Tensor, Tensor]:
+def patch_cells() -> tuple[Tensor, Tensor]:
     """Grid row and column of each patch, int64[36] each."""
     places = torch.arange(PATCHES) * scenes.GRID // PATCHES
     return places.repeat_interleave(PATCHES), places.repeat(PATCHES)
 
 
 @functools.lru_cache(maxsize=100_000)
-def phrases(question: str) -> tuple[tuple[int, str, str | None], ...]:
+def noun_phrases(question: str) -> tuple[tuple[int, str, str | None], ...]:
     """(word index, shape or "shape", colour or None) of each noun in a question."""
     words = re.findall(r"\w+|[^\w\s]", question.lower())
     return tuple(
@@ -172,10 +172,10 @@ def phrases(question: str) -> tuple[tuple[int, str, str | None], ...]:
     )
 
 
-def named_cells(example: Example, shape: str, color: str | None) -> np.ndarray | None:
+def named_cells(example: LabeledImage, shape: str, color: str | None) -> np.ndarray | None:
     """float32[9] marking the cells of the shapes named; None if damage makes that unsure."""
     marked = np.zeros(CELLS, np.float32)
-    for index, thing in enumerate(example.scene.things):
+    for index, thing in enumerate(example.scene.objects):
         if shape in ("shape", thing.shape) and color in (None, thing.color):
             if index in example.damaged:
                 return None
@@ -183,7 +183,7 @@ def named_cells(example: Example, shape: str, color: str | None) -> np.ndarray |
     return marked
 
 
-class Encoder:
+class BatchEncoder:
     """Turns examples and their questions into batches for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -201,7 +201,9 @@ class Encoder:
             self.ids[text] = self.tokenizer(text + ASSISTANT)["input_ids"]
         return self.ids[text]
 
-    def batch(self, batch: Sequence[Example], asked: Sequence[Sequence[Asked]]) -> Batch:
+    def batch(
+        self, batch: Sequence[LabeledImage], asked: Sequence[Sequence[LabeledQuestion]]
+    ) -> VerifierBatch:
         """Stacks examples and their questions, equally many for each."""
         encoded = [[self.question(text) for text, *_ in pairs] for pairs in asked]
         longest = max((len(ids) for row in encoded for ids in row), default=0)
@@ -211,7 +213,7 @@ class Encoder:
         for n, pairs in enumerate(asked):
             for q, (text, *_) in enumerate(pairs):
                 tokens[n, q, : len(encoded[n][q])] = encoded[n][q]
-                for index, (position, shape, color) in enumerate(phrases(text)):
+                for index, (position, shape, color) in enumerate(noun_phrases(text)):
                     marked = named_cells(batch[n], shape, color)
                     if marked is not None:
                         if index < SUBJECTS:
@@ -221,7 +223,7 @@ class Encoder:
         words = [[self.tokenizer.convert_tokens_to_ids(w) for _, w, *_ in pairs] for pairs in asked]
         ends = [[len(ids) - 1 for ids in row] for row in encoded]
         shape, color = zip(*(dense_labels(example) for example in batch), strict=True)
-        return Batch(
+        return VerifierBatch(
             pixels=pixels([example.image for example in batch]),
             shape=torch.from_numpy(np.stack(shape)),
             color=torch.from_numpy(np.stack(color)),
@@ -243,13 +245,13 @@ class Encoder:
 def _odd(rng: np.random.Generator) -> tuple[scenes.Scene, scenes.Scene]:
     """A scene of no or four shapes, and one of one to three that it is mistaken for."""
     if rng.random() < 0.25:
-        meant = examples.seen_scene(rng)
-        return dataclasses.replace(meant, things=()), meant
-    scene = scenes.random_scene(rng, scenes.MAX_THINGS + 1)
-    return scene, dataclasses.replace(scene, things=scene.things[: scenes.MAX_THINGS])
+        meant = examples.train_scene(rng)
+        return dataclasses.replace(meant, objects=()), meant
+    scene = scenes.random_scene(rng, scenes.MAX_OBJECTS + 1)
+    return scene, dataclasses.replace(scene, objects=scene.objects[: scenes.MAX_OBJECTS])
 
 
-def draw(rng: np.random.Generator) -> Example:
+def sample_labeled_image(rng: np.random.Generator) -> LabeledImage:
     """A training image: clean, softly imperfect, damaged, or of an unusual number of shapes.
 
     Scenes of one to three shapes have combinations of the train split.
@@ -257,32 +259,34 @@ def draw(rng: np.random.Generator) -> Example:
     form = rng.random()
     if form < ODD_SHARE:
         scene, meant = _odd(rng)
-        return Example(scenes.render(scene), scene, corrupt.SOUND, (), meant)
-    scene = examples.seen_scene(rng)
+        return LabeledImage(scenes.render(scene), scene, corrupt.SOUND, (), meant)
+    scene = examples.train_scene(rng)
     if form < CLEAN_SHARE:
-        return Example(scenes.render(scene), scene, corrupt.SOUND, (), scene)
+        return LabeledImage(scenes.render(scene), scene, corrupt.SOUND, (), scene)
     if form < SOFT_SHARE:
         first, second = rng.permutation(len(SOFT))[:2]
         image = corrupt.photometric(scenes.render(scene), rng, SOFT[first], mild=True)
         image = corrupt.photometric(image, rng, SOFT[second], mild=True)
-        return Example(image, scene, corrupt.SOUND, (), scene)
+        return LabeledImage(image, scene, corrupt.SOUND, (), scene)
     result = corrupt.corrupt(scene, rng, pick(rng, pick(rng, DAMAGE)))
-    return Example(result.image, scene, result.labels, result.damaged, scene, result.faulty)
+    return LabeledImage(result.image, scene, result.labels, result.damaged, scene, result.faulty)
 
 
-def questions_about(example: Example, rng: np.random.Generator, count: int) -> list[Asked]:
+def questions_about(
+    example: LabeledImage, rng: np.random.Generator, count: int
+) -> list[LabeledQuestion]:
     """`count` (question, "yes" or "no", type) triples; relations are asked about more often.
 
     What is asked about is picked from the scene that was meant.
     """
     meant, scene = example.meant, example.scene
-    kept = [thing for i, thing in enumerate(scene.things) if i not in example.damaged]
-    without = dataclasses.replace(scene, things=tuple(kept))
+    kept = [thing for i, thing in enumerate(scene.objects) if i not in example.damaged]
+    without = dataclasses.replace(scene, objects=tuple(kept))
     types = [t for t in questions.TYPES if t in questions.SEMANTIC or t in example.labels]
     shares = np.array([SHARES[t] for t in types])
-    if len(meant.things) == 1:  # relations of a single shape never hold
+    if len(meant.objects) == 1:  # relations of a single shape never hold
         shares[types.index("relation")] *= 0.15
-    found: dict[str, Asked] = {}
+    found: dict[str, LabeledQuestion] = {}
     spare, balance = [], dict.fromkeys(types, 0)
     for type_ in rng.choice(types, 3 * count, p=shares / shares.sum()):
         query = questions.sample_query(meant, type_, rng)
@@ -303,23 +307,23 @@ def questions_about(example: Example, rng: np.random.Generator, count: int) -> l
     return [*found.values(), *spare, *found.values()][:count]
 
 
-def ratings_about(example: Example, rng: np.random.Generator) -> list[Asked]:
+def ratings_about(example: LabeledImage, rng: np.random.Generator) -> list[LabeledQuestion]:
     """Three prompts, each rated by the share of its facts that hold, and the image's quality.
 
     Ratings are the words "0" to "10".
     """
     triples = []
     for index in range(3):
-        other = examples.seen_scene(rng)
-        if index < 2 and example.scene.things:  # right, or right in part
-            kept = example.scene.things[: int(rng.integers(1, 4))]
+        other = examples.train_scene(rng)
+        if index < 2 and example.scene.objects:  # right, or right in part
+            kept = example.scene.objects[: int(rng.integers(1, 4))]
             background = pick(rng, (example.scene.background, other.background))
-            things = kept if index == 0 else (kept + other.things)[: scenes.MAX_THINGS]
+            things = kept if index == 0 else (kept + other.objects)[: scenes.MAX_OBJECTS]
             other = scenes.Scene(things, background)
         spec = describe(other)
         if rng.random() < 0.5:
             spec = dataclasses.replace(spec, background=other.background)
-        truths = facts(spec, example.scene.things, example.scene.background)
+        truths = facts(spec, example.scene.objects, example.scene.background)
         prompt = language.prompt(spec, ({},) * len(spec.groups), rng)
         rating = round(10 * float(np.mean(list(truths.values()))))
         triples.append((RATE_PROMPT.format(prompt=prompt), str(rating), "match"))

@@ -1,8 +1,8 @@
-"""The small verifier as a genuine Hugging Face model: LLaVA (SigLIP vision, Qwen2 text), random.
+"""Builds the small verifier as a Hugging Face model: LLaVA (SigLIP vision, Qwen2 text), untrained.
 
-`build` returns an untrained `LlavaForConditionalGeneration` and its `LlavaProcessor`; both save to
-a folder that `AutoModelForImageTextToText` and `AutoProcessor` load. One image is 6x6 patches of 8
-pixels, so that a 16-pixel cell of the shapes world is exactly 2x2 patches.
+`build_verifier` returns a random `LlavaForConditionalGeneration` and its `LlavaProcessor`; both
+save to a folder that `AutoModelForImageTextToText` and `AutoProcessor` load. An image is 6x6
+patches of 8 pixels, so that a 16-pixel cell of the shapes world is exactly 2x2 patches.
 """
 
 from collections.abc import Iterable
@@ -147,7 +147,7 @@ def initialize(model: LlavaForConditionalGeneration) -> None:
     embeddings.position_embedding.weight.copy_((rows[:, None] + columns[None]).reshape(-1, WIDTH))
 
 
-def build(words: Iterable[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build_verifier(words: Iterable[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An untrained verifier over a vocabulary of `words`; draws from torch's global generator."""
     processor = build_processor(build_tokenizer(words))
     config = build_config(processor.tokenizer)

@@ -19,7 +19,7 @@ GATHERED_LAYERS = 4  # ... and a question's last state the cells of its first tw
 
 
 @dataclasses.dataclass(frozen=True)
-class States:
+class QuestionStates:
     """States of the real tokens of N questions sets, float32[N Q T, D] each, zero at padding."""
 
     grounded: Tensor  # after `GROUNDED_LAYERS` layers
@@ -92,7 +92,7 @@ def _ask(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor
 
 def question_states(
     model: LlavaForConditionalGeneration, prefix: Tensor, questions: Tensor, ends: Tensor
-) -> States:
+) -> QuestionStates:
     """Runs the text model over questions that share their image's prefix.
 
     Everything but attention is done for real tokens only (M of them), padding left out.
@@ -126,7 +126,7 @@ def question_states(
         attended = attended.permute(0, 2, 3, 1, 4).reshape(questions.numel(), -1)
         asked = _finish(layer, asked, attended[real])
         after.append(asked)
-    return States(
+    return QuestionStates(
         grounded=spread(after[GROUNDED_LAYERS - 1]),
         gathered=spread(after[GATHERED_LAYERS - 1]),
         final=spread(text.norm(asked)),

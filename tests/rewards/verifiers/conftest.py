@@ -14,7 +14,7 @@ WORDS = ("is", "there", "a", "red", "blue", "circle", "square", "in", "the", "im
 def llava_folder(tmp_path_factory) -> pathlib.Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llava")
-    model, processor = verifier_model.build(WORDS)
+    model, processor = verifier_model.build_verifier(WORDS)
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # answers that differ
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -32,35 +32,33 @@ def drawing_alone(trained, frozen, model, batch, prompts, key, recipe):
     """A part of the objective that compiles in a tenth of the time."""
     params = PolicyParams({**trained, "vae": frozen})
     latents = policy.encode_image(model, params, pretrain_loss.pixels(batch["draw_image"]))
-    ctx, text = pretrain_loss.write_texts(
-        model, params, kv_cache.empty(len(latents)), batch["draw"]
-    )
+    ctx, text = pretrain_loss.text_nll(model, params, kv_cache.empty(len(latents)), batch["draw"])
     flow = pretrain_loss.flow_error(model, params, ctx, latents, key, 1)
     return text + flow, {"text": text, "flow": flow}
 
 
 def train(out: pathlib.Path, *, stop_after: int | None = None, **changed) -> int:
-    asked = iter(range(1, 100))
+    calls = iter(range(1, 100))
     options = {"steps": 4, "seed": 0, "sizes": SIZES, "start": SMALL} | changed
-    return pretrain.train(out, SMALL, stopped=lambda: next(asked) == stop_after, **options)
+    return pretrain.train(out, SMALL, stopped=lambda: next(calls) == stop_after, **options)
 
 
 def rows(folder: pathlib.Path) -> list[dict]:
-    found = [json.loads(line) for line in (folder / pretrain.LOG).read_text().splitlines()]
-    return [row | {"spent": None} for row in found]
+    logged = [json.loads(line) for line in (folder / pretrain.LOG).read_text().splitlines()]
+    return [row | {"spent": None} for row in logged]
 
 
 def check_resume(folder: pathlib.Path, **options) -> None:
-    whole, parts = folder / "whole", folder / "parts"
-    assert train(whole, **options) == resumable.DONE
-    assert train(parts, stop_after=2, **options) == resumable.STOPPED
-    with (parts / pretrain.LOG).open("a") as file:
+    uninterrupted, resumed = folder / "whole", folder / "parts"
+    assert train(uninterrupted, **options) == resumable.DONE
+    assert train(resumed, stop_after=2, **options) == resumable.STOPPED
+    with (resumed / pretrain.LOG).open("a") as file:
         file.write('{"step": 3}\n{"st')  # done, but lost with its checkpoint
-    assert train(parts, **options) == resumable.DONE
+    assert train(resumed, **options) == resumable.DONE
     for name in (bagel_weights.EMA, bagel_weights.AE):
-        assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    assert rows(whole) == rows(parts)
-    assert [row["step"] for row in rows(parts)] == [1, 2, 3, 4]
+        assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes()
+    assert rows(uninterrupted) == rows(resumed)
+    assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4]
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
@@ -89,7 +87,7 @@ def test_whole_objective_resumes_from_random_weights(tmp_path, monkeypatch):
 
 def test_patches_show_the_words_of_their_cells():
     tokenizer = Tokenizer.from_folder(SMALL)
-    scene = scenes.Scene((scenes.Thing("circle", "red", 0, 2),), "gray")
+    scene = scenes.Scene((scenes.SceneObject("circle", "red", 0, 2),), "gray")
     words = patch_words(tokenizer, scene)
     said = [[tokenizer.decode([token]).strip() for token in cell] for cell in words]
     assert said[2] == ["circle", "red"]
@@ -100,14 +98,14 @@ def test_look_loss_is_that_of_a_patch_between_its_two_words(monkeypatch):
     loaded = bagel_weights.load_model(SMALL)
     table = np.eye(loaded.config.llm.vocab_size, dtype=np.float32)
     words = np.array([[[3, 5]] * 9], np.int32)
-    seen = np.repeat((table[3] + table[5])[None, None], 9, axis=1)
+    patches = np.repeat((table[3] + table[5])[None, None], 9, axis=1)
     monkeypatch.setattr(policy, "embed_text", lambda *_: table)
-    monkeypatch.setattr(policy, "embed_patches", lambda *_: seen)
+    monkeypatch.setattr(policy, "embed_patches", lambda *_: patches)
     batch = {"source": np.zeros((1, 48, 48, 3), np.uint8), "words": words}
-    found = pretrain_loss.look_loss(loaded.model, PolicyParams(loaded.base), batch)
+    loss = pretrain_loss.look_loss(loaded.model, PolicyParams(loaded.base), batch)
     pull = np.exp(15 / np.sqrt(2))  # both cosines are 1 / sqrt(2), all others 0
     expected = -np.log(pull / (2 * pull + len(table) - 2))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 def test_start_leaves_the_other_run_behind(tmp_path):
@@ -115,7 +113,7 @@ def test_start_leaves_the_other_run_behind(tmp_path):
     (start / "checkpoints" / "7").mkdir(parents=True)
     for name in ("README.md", pretrain.LOG, bagel_weights.EMA):
         (start / name).write_text("theirs")
-    pretrain.begin(tmp_path / "out", SMALL, 0, start)
+    pretrain.write_start_model(tmp_path / "out", SMALL, 0, start)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [bagel_weights.EMA]
 
 

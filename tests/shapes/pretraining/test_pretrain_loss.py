@@ -26,26 +26,26 @@ def test_cached_contexts_give_the_losses_of_one_pass():
     loaded = load_model(resolve("package:umm"))
     model, params, tokenizer = loaded.model, PolicyParams(loaded.base), loaded.tokenizer
     rng = np.random.default_rng(0)
-    drawn = np.stack([scenes.render(scenes.random_scene(rng)) for _ in range(2)])
+    images = np.stack([scenes.render(scenes.random_scene(rng)) for _ in range(2)])
     system, words = (np.array([tokenizer.wrap(t)]) for t in ("a plan", "a red circle on gray"))
-    source, target = policy.encode_image(model, params, pretrain_loss.pixels(drawn))[:, None]
+    source, target = policy.encode_image(model, params, pretrain_loss.pixels(images))[:, None]
     scored = np.ones_like(words, bool)
     scored[:, 0] = False
 
     @jax.jit
     def cached(params):
-        given = jnp.asarray(system), jnp.ones(system.shape, bool)
-        systems, _ = policy.extend_text(model, params, kv_cache.empty(1), *given)
+        prompt = jnp.asarray(system), jnp.ones(system.shape, bool)
+        systems, _ = policy.extend_text(model, params, kv_cache.empty(1), *prompt)
         batch = {
             "reflect": {"system": jnp.array([1])},
             "short": {"system": jnp.zeros(0, int)},
-            "target": drawn[1:],
-            "source": drawn[:1],
+            "target": images[1:],
+            "source": images[:1],
         }
-        ctx = pretrain_loss.see(model, params, systems, batch, source)
+        ctx = pretrain_loss.image_contexts(model, params, systems, batch, source)
         texts = {"tokens": jnp.asarray(words), "scored": scored}
         texts |= dict.fromkeys(("mask", "visible"), jnp.ones(words.shape, bool))
-        ctx, text = pretrain_loss.write_texts(model, params, ctx, texts)
+        ctx, text = pretrain_loss.text_nll(model, params, ctx, texts)
         return text, pretrain_loss.flow_error(model, params, ctx, target, KEY, 1)
 
     modes = ("causal", "full", "full", "causal", "noise")
@@ -67,18 +67,26 @@ def test_cached_contexts_give_the_losses_of_one_pass():
         level = sigma[:, None, None]
         x = (1 - level) * target + level * noise
         gen = [
-            policy.embed_latents(model, params, *each, GRID)
-            for each in ((source, jnp.zeros(1)), (x, sigma))
+            policy.embed_latents(model, params, *latents_and_level, GRID)
+            for latents_and_level in ((source, jnp.zeros(1)), (x, sigma))
         ]
         special = tokenizer.special
-        marks, own, said = (
+        marks, system_embedded, words_embedded = (
             policy.embed_text(model, params, jnp.asarray(ids))
             for ids in (np.array([[special.vision_start, special.vision_end]]), system, words)
         )
-        patches = patchify(pretrain_loss.pixels(drawn[:1]), model.config.vit.patch_size)
-        seen = policy.embed_patches(model, params, patches, model.config.vit_grid(SIDE, SIDE))
-        parts = [own, marks, marks[:, :1], seen, marks[:, 1:], said, marks]
-        tokens = Tokens(jnp.concatenate(parts, axis=1), jnp.concatenate(gen, axis=1))
+        patches = patchify(pretrain_loss.pixels(images[:1]), model.config.vit.patch_size)
+        embedded = policy.embed_patches(model, params, patches, model.config.vit_grid(SIDE, SIDE))
+        und_tokens = [
+            system_embedded,
+            marks,
+            marks[:, :1],
+            embedded,
+            marks[:, 1:],
+            words_embedded,
+            marks,
+        ]
+        tokens = Tokens(jnp.concatenate(und_tokens, axis=1), jnp.concatenate(gen, axis=1))
         hidden = policy.joint_forward(model, params, tokens, positions[None], mask[None])
         begin = system.size + 2 + 11  # of the text, among the tokens of the first expert
         predicting = hidden.und[:, begin : begin + words.size - 1]
@@ -88,6 +96,6 @@ def test_cached_contexts_give_the_losses_of_one_pass():
         return jnp.mean(ce), jnp.mean(jnp.square(v - (noise - target)))
 
     with jax.default_matmul_precision("highest"):
-        found, expected = cached(params), joint(params)
+        losses, expected = cached(params), joint(params)
     assert min(expected) > 1e-3  # of an untrained sentence and of noise
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)

@@ -53,7 +53,7 @@ def test_it_can_be_read_from_vocabulary_and_merges(folder, tmp_path):
 def test_words_are_whole_and_texts_short(folder):
     tokenizer, rng = Tokenizer.from_folder(folder), np.random.default_rng(11)
     for _ in range(150):
-        drawing, repair = examples.draw(rng), examples.reflect(rng)
+        drawing, repair = examples.draw_example(rng), examples.reflect_example(rng)
         words = drawing.prompt.replace(",", " ,").split()
         assert len(tokenizer.encode(drawing.prompt)) == len(words)
         assert len(tokenizer.encode(drawing.think)) <= 48

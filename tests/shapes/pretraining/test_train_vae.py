@@ -21,29 +21,29 @@ def few_scenes_measured(monkeypatch):
 
 
 def train(out: pathlib.Path, *, stop_after: int | None = None, **changed) -> int:
-    asked = itertools.count(1)
+    calls = itertools.count(1)
     options = {"steps": 4, "batch": 2, "lr": 1e-3, "kl_weight": 3e-4, "seed": 0, "start": None}
     options |= {"latent_noise": None, "crowded": 0.5} | changed
-    return train_vae.train(out, stopped=lambda: next(asked) == stop_after, **options)
+    return train_vae.train(out, stopped=lambda: next(calls) == stop_after, **options)
 
 
 def test_resumed_runs_equal_uninterrupted_ones(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(whole) == resumable.DONE
-    assert train(parts, stop_after=2) == resumable.STOPPED
+    uninterrupted, resumed = tmp_path / "whole", tmp_path / "parts"
+    assert train(uninterrupted) == resumable.DONE
+    assert train(resumed, stop_after=2) == resumable.STOPPED
     torch.manual_seed(123)  # whatever happens in between
-    assert train(parts) == resumable.DONE
+    assert train(resumed) == resumable.DONE
     for name in (AE, VAE_FILE):
-        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+        assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes()
 
     # The decoder alone, from there.
-    noised = {"start": whole, "latent_noise": 0.15}
+    noised = {"start": uninterrupted, "latent_noise": 0.15}
     assert train(tmp_path / "whole2", **noised) == resumable.DONE
     assert train(tmp_path / "parts2", stop_after=1, **noised) == resumable.STOPPED
     assert train(tmp_path / "parts2", **noised) == resumable.DONE
     weights = (tmp_path / "whole2" / AE).read_bytes()
     assert weights == (tmp_path / "parts2" / AE).read_bytes()
-    before, after = load_file(whole / AE), load_file(tmp_path / "whole2" / AE)
+    before, after = load_file(uninterrupted / AE), load_file(tmp_path / "whole2" / AE)
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith("encoder"), name
 
@@ -56,19 +56,19 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path):
 def test_other_options_are_refused_by_name(tmp_path):
     train(tmp_path, steps=1)
     file = tmp_path / "state.pt"
-    kept = file.read_bytes()
+    content = file.read_bytes()
     with pytest.raises(ValueError, match=r"batch: the run has 2, this start 3\n  lr: .*\nrepeat"):
         train(tmp_path, steps=1, batch=3, lr=1.0)
-    assert file.read_bytes() == kept
+    assert file.read_bytes() == content
 
 
 def test_noise_depends_on_seed_and_step():
-    drawn = {}
+    samples = {}
     for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
         train_vae.seed_noise(seed, step)
-        drawn.setdefault((seed, step), []).append(torch.rand(1).item())
-    assert drawn[0, 0][0] == drawn[0, 0][1]
-    assert len({values[0] for values in drawn.values()}) == 3
+        samples.setdefault((seed, step), []).append(torch.rand(1).item())
+    assert samples[0, 0][0] == samples[0, 0][1]
+    assert len({values[0] for values in samples.values()}) == 3
 
 
 def test_schedule_warms_up_and_decays_with_the_steps():
@@ -81,7 +81,7 @@ def test_exported_configuration_measures_the_latent(tmp_path):
     model = train_vae.AutoEncoder(train_vae.CONFIG)
     train_vae.export(model, tmp_path)
     fields = json.loads((tmp_path / VAE_FILE).read_text())
-    x, _ = train_vae.batch_of_scenes(np.random.default_rng(10_000), 32)
+    x, _ = train_vae.sample_batch(np.random.default_rng(10_000), 32)
     with torch.no_grad():
         mean = model.encoder(x).chunk(2, dim=1)[0]
     latent = fields["scale_factor"] * (mean - fields["shift_factor"])

@@ -11,23 +11,23 @@ from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
 from alphagrpo_jax.shapes.pretraining import muon, verifier_data, verifier_model
 from alphagrpo_jax.shapes.pretraining import train_verifier as script
 from alphagrpo_jax.shapes.pretraining import verifier_packed as packed
-from alphagrpo_jax.shapes.pretraining.verifier_data import Encoder, Example
+from alphagrpo_jax.shapes.pretraining.verifier_data import BatchEncoder, LabeledImage
 from alphagrpo_jax.studies import measure, verifier_eval
 from alphagrpo_jax.studies.verifier_eval import balanced, calibration_error
 
 pytestmark = pytest.mark.torch
 
 SCENE = scenes.Scene(
-    (scenes.Thing("circle", "red", 0, 2), scenes.Thing("square", "blue", 1, 0)), "white"
+    (scenes.SceneObject("circle", "red", 0, 2), scenes.SceneObject("square", "blue", 1, 0)), "white"
 )
-EXAMPLE = Example(scenes.render(SCENE), SCENE, corrupt.SOUND, (), SCENE)
+EXAMPLE = LabeledImage(scenes.render(SCENE), SCENE, corrupt.SOUND, (), SCENE)
 
 
 @pytest.fixture(scope="module")
 def built():
     torch.manual_seed(0)
-    model, processor = verifier_model.build(verifier_data.vocabulary(draws=50))
-    return model.eval(), Encoder(processor.tokenizer)
+    model, processor = verifier_model.build_verifier(verifier_data.vocabulary(draws=50))
+    return model.eval(), BatchEncoder(processor.tokenizer)
 
 
 def test_vocabulary_words_are_single_tokens(built):
@@ -55,15 +55,15 @@ def test_prefix_is_what_the_chat_template_renders(built):
 def test_packed_forward_is_the_models_own(built):
     model, encoder = built
     rng = np.random.default_rng(0)
-    examples = [verifier_data.draw(rng) for _ in range(2)]
-    asked = [verifier_data.questions_about(example, rng, 3) for example in examples]
-    batch = encoder.batch(examples, asked)
+    examples = [verifier_data.sample_labeled_image(rng) for _ in range(2)]
+    question_rows = [verifier_data.questions_about(example, rng, 3) for example in examples]
+    batch = encoder.batch(examples, question_rows)
     prefix = encoder.prefix(AUDIT_INSTRUCTION)
     with torch.no_grad():
         start = packed.embed_prefix(model, prefix, packed.patch_features(model, batch.pixels))
         states = packed.question_states(model, start, batch.tokens, batch.ends)
         got = model.lm_head(packed.last_states(states.final, batch.ends))
-        for n, row in enumerate(asked):
+        for n, row in enumerate(question_rows):
             for q, (text, *_) in enumerate(row):
                 tokens = torch.cat([prefix, torch.tensor(encoder.question(text))])
                 expected = model(
@@ -74,7 +74,7 @@ def test_packed_forward_is_the_models_own(built):
 
 def test_dense_labels_mark_two_by_two_patches():
     shape, color = (labels.reshape(6, 6) for labels in verifier_data.dense_labels(EXAMPLE))
-    nothing = verifier_data.NOTHING_SHAPE
+    nothing = verifier_data.NO_SHAPE
     assert shape[0].tolist() == [nothing] * 4 + [scenes.SHAPES.index("circle")] * 2
     assert shape[2].tolist() == [scenes.SHAPES.index("square")] * 2 + [nothing] * 4
     assert color[1, 5] == list(scenes.COLORS).index("red")
@@ -102,7 +102,7 @@ def test_dense_change_is_the_log_of_the_patchs_root_mean_square():
 
 def test_named_cells_follow_the_phrase():
     question = "Is the red circle above the blue square?"
-    assert verifier_data.phrases(question) == ((3, "circle", "red"), (7, "square", "blue"))
+    assert verifier_data.noun_phrases(question) == ((3, "circle", "red"), (7, "square", "blue"))
     assert verifier_data.named_cells(EXAMPLE, "circle", "red").nonzero()[0].tolist() == [2]
     assert verifier_data.named_cells(EXAMPLE, "shape", None).nonzero()[0].tolist() == [2, 3]
     assert verifier_data.named_cells(EXAMPLE, "circle", "blue").sum() == 0
@@ -114,9 +114,9 @@ def test_questions_have_the_truth_of_the_scene_and_come_in_full_number():
     rng = np.random.default_rng(0)
     answers = {}
     for _ in range(60):
-        found = verifier_data.questions_about(EXAMPLE, rng, 12)
-        assert len(found) == 12
-        answers.update({text: word for text, word, _ in found})
+        triples = verifier_data.questions_about(EXAMPLE, rng, 12)
+        assert len(triples) == 12
+        answers.update({text: word for text, word, _ in triples})
     assert answers["Is the red circle to the right of the blue square?"] == "yes"
     assert answers["Is the red circle to the left of the blue square?"] == "no"
     assert answers["Are there exactly two shapes?"] == "yes"
@@ -144,7 +144,7 @@ def test_orthogonalize_gives_singular_values_near_one():
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [script.rate(step, 1000, 2.0) for step in (0, 24, 49, 500, 750, 1000)]
+    rates = [script.learning_rate(step, 1000, 2.0) for step in (0, 24, 49, 500, 750, 1000)]
     np.testing.assert_allclose(rates, [0.04, 1.0, 2.0, 2.0, 1.0, 0.0])
 
 
@@ -165,14 +165,14 @@ class Reader:
     def __init__(self, always=None):
         self.always, self.lists = always, []
 
-    def answer(self, image, asked):
-        self.lists.append(tuple(asked))
+    def answer(self, image, texts):
+        self.lists.append(tuple(texts))
         if self.always is not None:
-            return [Answer(self.always) for _ in asked]
-        seen = checker.parse(image)
-        scene = scenes.Scene(seen.objects, seen.background)
-        known = (verifier_eval.meanings()[text] for text in asked)
-        return [Answer(float(questions.truth(query, scene))) for query in known]
+            return [Answer(self.always) for _ in texts]
+        parsed = checker.parse(image)
+        scene = scenes.Scene(parsed.objects, parsed.background)
+        queries = (verifier_eval.queries_by_text()[text] for text in texts)
+        return [Answer(float(questions.truth(query, scene))) for query in queries]
 
 
 def test_questions_of_the_evaluation_are_different_ones():
@@ -180,7 +180,7 @@ def test_questions_of_the_evaluation_are_different_ones():
     for clean in (True, False):
         for _ in range(20):
             example = verifier_eval.heldout_example(rng, clean=clean)
-            texts = [text for text, *_ in verifier_eval.asked_about(example, rng)]
+            texts = [text for text, *_ in verifier_eval.sample_questions(example, rng)]
             assert len(texts) == len(set(texts)) == verifier_eval.QUESTIONS
 
 
@@ -192,44 +192,46 @@ def test_timed_lists_are_different_ones():
 
 
 def test_meanings_of_questions():
-    known = verifier_eval.meanings()
+    queries = verifier_eval.queries_by_text()
     for text, query in (
         ("Is the circle red?", questions.has_color("circle", "red")),
         ("Are there exactly two shapes?", questions.counts(questions.Group(2, None, None))),
         ("Is the background black?", questions.has_background("black")),
     ):
-        assert known[text] == query
+        assert queries[text] == query
     for record in measure.heldout_records(8, 20):
-        asked = [each["question"] for each in record["semantic_questions"]]
-        assert set(asked) <= set(known)
+        texts = [fields["question"] for fields in record["semantic_questions"]]
+        assert set(texts) <= set(queries)
 
 
 def test_agreement_about_drawings():
     records = measure.heldout_records(1, 1)
     right = next(record for record in records if record["type"] == "background")
     blank = np.full((48, 48, 3), scenes.BACKGROUNDS["white"], np.uint8)
-    drawn = scenes.render(scenes.Scene(_things(right["facts"]), right["facts"]["background"]))
-    foreign = drawn.copy()
+    render = scenes.render(scenes.Scene(_objects(right["facts"]), right["facts"]["background"]))
+    foreign = render.copy()
     foreign[34:46, 2:14] = (110, 70, 40)  # a brown square
-    images, asked = np.stack([drawn, blank, foreign]), [right, right, right]
-    found = verifier_eval.agreement(Reader(), images, asked)
-    assert found["drawings"] == 3
-    assert found["parsed"] == pytest.approx(2 / 3)  # the last one is not read
-    assert found["agreement"] == 1.0
-    assert found["exact"] == pytest.approx(1 / 3)
+    images, records_of_images = np.stack([render, blank, foreign]), [right, right, right]
+    shares = verifier_eval.agreement(Reader(), images, records_of_images)
+    assert shares["drawings"] == 3
+    assert shares["parsed"] == pytest.approx(2 / 3)  # the last one is not read
+    assert shares["agreement"] == 1.0
+    assert shares["exact"] == pytest.approx(1 / 3)
     # The brown square is no semantic question's matter: all are answered with yes.
-    assert found["all_yes"] == pytest.approx(2 / 3)
-    assert found["all_yes_agreement"] == pytest.approx(2 / 3)
-    assert (found["all_yes_if_exact"], found["all_yes_if_wrong"]) == (1.0, 0.5)
-    told = verifier_eval.agreement(Reader(always=0.9), images, asked)
-    assert 0 < told["agreement"] < 1
-    assert (told["all_yes"], told["all_yes_if_wrong"]) == (1.0, 1.0)
+    assert shares["all_yes"] == pytest.approx(2 / 3)
+    assert shares["all_yes_agreement"] == pytest.approx(2 / 3)
+    assert (shares["all_yes_if_exact"], shares["all_yes_if_wrong"]) == (1.0, 0.5)
+    shares_of_yes = verifier_eval.agreement(Reader(always=0.9), images, records_of_images)
+    assert 0 < shares_of_yes["agreement"] < 1
+    assert (shares_of_yes["all_yes"], shares_of_yes["all_yes_if_wrong"]) == (1.0, 1.0)
 
 
-def _things(facts):
+def _objects(facts):
     """One shape per member of fully given groups, from the upper left on."""
     kinds = [(g["shape"], g["color"]) for g in facts["groups"] for _ in range(g["count"])]
-    return tuple(scenes.Thing(shape, color, 0, col) for col, (shape, color) in enumerate(kinds))
+    return tuple(
+        scenes.SceneObject(shape, color, 0, col) for col, (shape, color) in enumerate(kinds)
+    )
 
 
 def test_temperature_undoes_overconfidence():
@@ -260,10 +262,10 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
             trainer.save()
         return trainer
 
-    whole = run("whole", stop=None)
+    uninterrupted = run("whole", stop=None)
     run("parts", stop=1)
     resumed = run("parts", stop=None)
-    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+    for a, b in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -276,24 +278,24 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
         ({"steps": {"vision": 2, "joint": 1}}, "vision_steps: the run has 1, this start 2"),
     ],
 )
-def test_checkpoint_of_another_run_is_refused(other, message, tmp_path):
-    own = {"out": tmp_path, "seed": 0, "steps": {"vision": 1, "joint": 1}}
-    script.Trainer(**own).save()
+def test_checkpoint_of_another_run_is_refused(changes, message, tmp_path):
+    options = {"out": tmp_path, "seed": 0, "steps": {"vision": 1, "joint": 1}}
+    script.Trainer(**options).save()
     with pytest.raises(ValueError, match=message):
-        script.Trainer(**own | other).restore()
+        script.Trainer(**options | changes).restore()
     later = {"steps": {"vision": 1, "joint": 9}}  # that stage has not begun
-    assert script.Trainer(**own | later).restore()
+    assert script.Trainer(**options | later).restore()
 
 
 def test_questions_about_odd_scenes_have_no_shapes_or_four():
     rng = np.random.default_rng(3)
     counts = set()
     for _ in range(200):
-        example = verifier_data.draw(rng)
-        counts.add(len(example.scene.things))
-        asked = verifier_data.questions_about(example, rng, 4)
-        assert len(asked) == 4
-        assert {type_ for *_, type_ in asked} <= set(questions.TYPES)
+        example = verifier_data.sample_labeled_image(rng)
+        counts.add(len(example.scene.objects))
+        triples = verifier_data.questions_about(example, rng, 4)
+        assert len(triples) == 4
+        assert {type_ for *_, type_ in triples} <= set(questions.TYPES)
     assert counts == {0, 1, 2, 3, 4}
 
 
