@@ -1,96 +1,205 @@
-"""Every field of a configuration, as frozen dataclasses; configs/grpo.py has values for all."""
+"""Every option of a run, declared once: its type, its range, and what it means.
 
-import dataclasses
+A section of the configuration is handed as it is to the functions that read it; it is hashable, so
+that it can be a static argument of `jax.jit`. The default values stand in configs/grpo.py,
+`config_checks` reads them. This file imports nothing of the package: everything may import it.
+"""
+
 import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+# No conversions but int to float; a text below a field is its description in the manual.
+SECTION = ConfigDict(
+    extra="forbid",
+    strict=True,
+    allow_inf_nan=False,
+    use_attribute_docstrings=True,
+    hide_input_in_errors=True,  # an input may be a key that was given in the wrong place
+)
+
+AnswerScore = Literal["confidence", "binary"]
+Score = Literal[AnswerScore, "holistic"]
+Aggregate = Literal["geometric", "mean", "pooled"]
+InitialChoice = Literal["worst", "softmax"]
+Rectification = Literal["released", "paper", "none"]
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and the fix."""
 
 
-def check_key_name(name: str) -> None:
+def check_key_name(name: str) -> str:
     """Refuses what cannot be the name of an environment variable that holds a key.
 
     It may be the key itself, given in the wrong place, so no message shows it.
 
+    Returns:
+      `name`.
     Raises:
       ConfigError: `name` is neither "" nor capital letters, digits and underscores.
     """
     if name and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name, re.ASCII):
         raise ConfigError(
-            "api_key_env: got no name of an environment variable (it is not shown, for it may be a "
-            "key), expected capital letters, digits and underscores, e.g. MY_KEY; export the key "
+            "got no name of an environment variable as api_key_env (it is not shown, for it may be "
+            "a key), expected capital letters, digits and underscores, e.g. MY_KEY; export the key "
             "under that name"
         )
+    return name
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    path: str  # a folder, or "package:NAME" for a shipped asset
-    dtype: str  # "float32" or "bfloat16"
-    remat: str  # what a layer's backward pass recomputes: "none", "dots" or "full"
-    height: int  # of a drawn image, pixels
-    width: int
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"got {pattern!r}, expected a regular expression ({error})") from error
+    return pattern
 
 
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    rank: int
-    alpha: float  # adapters are scaled by alpha / rank
-    targets: str  # regex over layer paths
+def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not low < high:
+        raise ValueError(f"got {interval}, expected two noise levels (lo, hi), lo < hi")
+    return interval
 
 
-@dataclasses.dataclass(frozen=True)
-class Verifier:
-    # "hf", "openai" (endpoints only), "callable": path is then "module:function", or "self": the
-    # policy judges its own images
-    kind: str
-    path: str  # a model folder, ORG/NAME of the Hugging Face hub, or package:NAME
-    endpoints: tuple[str, ...]  # of chat servers, "http://HOST:PORT/v1"; () for none
-    model: str  # the name that the endpoints serve; it must be the local workers' own model
-    api_key_env: str  # environment variable that holds the endpoints' key; "": none
-    concurrency: int  # most questions of one image that go to endpoints at once
-    question_seconds: float  # for one request to an endpoint
-    top_logprobs: int  # candidates of the first token that an endpoint is asked for
-    workers: int  # processes; beside them one per endpoint unless kind is "openai"
-    threads: int  # per worker, fixed: the same answers whatever the load
-    device: str  # of a Hugging Face verifier, "cpu" or "cuda"
-    dtype: str  # of its weights, or "auto" for the folder's own
-    top_k: int  # candidates of the first token that count; 0: all
-    text_fallback: bool  # a text that is exactly yes or no counts as 1 or 0
-    attempt_seconds: float  # for one attempt at one image
-    total_seconds: float  # after its submission, no further attempt at an image starts
-    start_seconds: float  # for starting a worker
-    max_attempts: int
-    cache_size: int  # answers that are remembered by image and question; 0: none
-    # Another verifier, which rates held-out images beside it: its path, or "openai:URL[,URL...]"
-    # for endpoints that serve `model`; "" for none.
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class ModelOptions:
+    """The pretrained model, and the size of the images that it makes."""
+
+    path: str
+    """Folder of the pretrained model, or package:NAME for one that is shipped."""
+    dtype: Literal["float32", "bfloat16"]
+    """Number format of the frozen weights and of the forward pass."""
+    remat: Literal["none", "dots", "full"]
+    """What a layer's backward pass computes again instead of storing it: nothing, all but the
+    matrix products, or everything."""
+    height: int = Field(ge=16, le=4096)
+    """Height of a generated image, in pixels."""
+    width: int = Field(ge=16, le=4096)
+    """Width of a generated image, in pixels."""
+
+
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters, the trained part where `train.trainable` is "lora"."""
+
+    rank: int = Field(ge=1, le=4096)
+    """Rank of every adapter."""
+    alpha: float = Field(ge=1e-6, le=1e6)
+    """Adapters are scaled by alpha / rank."""
+    targets: Annotated[str, AfterValidator(_check_pattern)]
+    """Regular expression over layer paths: the layers that get an adapter."""
+
+
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class PoolOptions:
+    """How a pool of verifier processes works."""
+
+    threads: int = Field(ge=1, le=1024)
+    """Compute threads of each process; fixed, so that answers are the same whatever the load."""
+    attempt_seconds: float = Field(ge=1e-3, le=1e6)
+    """Longest time for one attempt at an image, in seconds, from the moment a process has it."""
+    total_seconds: float = Field(ge=1e-3, le=1e6)
+    """Seconds after an image's submission from which on no further attempt at it starts."""
+    start_seconds: float = Field(ge=1e-3, le=1e6)
+    """Longest time for starting a process and building its verifier, in seconds."""
+    max_attempts: int = Field(ge=1, le=1000)
+    """Most attempts at an image; after that it has no reward."""
+    cache_size: int = Field(ge=0, le=1 << 40)
+    """Number of answers that are remembered by image and question; 0 remembers none."""
+
+
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class VerifierOptions(PoolOptions):
+    """Which verifier answers the questions about an image, and where it runs."""
+
+    kind: Literal["hf", "openai", "callable", "self"]
+    """"hf": a Hugging Face model in local processes; "openai": chat servers only; "callable": a
+    Python function; "self": the policy judges its own images."""
+    path: str
+    """Model folder, ORG/NAME of the Hugging Face hub or package:NAME; for "callable" it is
+    MODULE:FUNCTION."""
+    endpoints: tuple[str, ...]
+    """Base URLs of chat servers, http://HOST:PORT/v1; empty for none."""
+    model: str
+    """Name that the chat servers serve; it must be the model of the local processes."""
+    api_key_env: Annotated[str, AfterValidator(check_key_name)]
+    """Environment variable that holds the key of the chat servers; "" sends none."""
+    concurrency: int = Field(ge=1, le=1024)
+    """Most questions about one image that go to the chat servers at once."""
+    question_seconds: float = Field(ge=1e-3, le=1e6)
+    """Longest time for one request to a chat server, in seconds."""
+    top_logprobs: int = Field(ge=1, le=1 << 20)
+    """Number of candidates of the first token that a chat server is asked for."""
+    workers: int = Field(ge=1, le=1024)
+    """Number of local processes; unless `kind` is "openai" there is one more per chat server."""
+    device: str
+    """Device of a Hugging Face verifier, cpu or cuda."""
+    dtype: str
+    """Number format of a Hugging Face verifier's weights, or auto for that of its folder."""
+    top_k: int = Field(ge=0, le=1 << 20)
+    """Number of candidates of the first token that count for P(yes); 0 counts all."""
+    text_fallback: bool
+    """Whether a text that is exactly yes or no counts as 1 or 0 where no candidate is."""
     second: str
-    audit: str  # a file that gets a line for every attempt at an image, "" for none
+    """Another verifier that rates held-out images beside the first: its path, or
+    openai:URL[,URL...] for chat servers that serve `model`; "" for none."""
+    audit: str
+    """JSONL file that gets a line for every attempt at an image; "" for none."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    aggregate: str  # "geometric", "mean" or "pooled"
-    score: str  # "confidence", "binary" or "holistic" (ratings from 0 to 10)
-    extra_scores: tuple[str, ...]  # others of these, averaged with the first
-    extra_weights: tuple[float, ...]  # their weights; that of `score` is 1
-    rate_semantic: tuple[str, ...]  # what holistic rates; "{prompt}" stands for the prompt
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class RewardOptions:
+    """How answers about an image, and the form of the texts before it, become a reward."""
+
+    aggregate: Aggregate
+    """How the semantic and the quality mean are combined: "geometric" and "mean" of the two, or
+    "pooled", the mean over all questions."""
+    score: Score
+    """What an answer counts: "confidence" is P(yes), "binary" 1 where P(yes) > 1/2, and "holistic"
+    replaces the questions by ratings from 0 to 10."""
+    extra_scores: tuple[Score, ...]
+    """Further scores that are averaged with `score`."""
+    extra_weights: tuple[float, ...]
+    """Weights of `extra_scores`, one each; that of `score` is 1."""
+    rate_semantic: tuple[str, ...]
+    """What the holistic score rates as semantic consistency; {prompt} stands for the prompt."""
     rate_quality: tuple[str, ...]
-    dependencies: bool  # a question counts only if those that it depends on hold
-    format_weight: float
-    isolate: bool  # the think text's form counts for the text steps alone
-    max_invalid_fraction: float  # of an update's samples; above it the run stops
+    """What the holistic score rates as perceptual quality."""
+    dependencies: bool
+    """Whether a question counts only if the questions that it depends on hold."""
+    format_weight: float = Field(ge=0.0, le=100.0)
+    """Weight of the format reward (0 or 1) that is added for the form of the think text."""
+    isolate: bool
+    """Whether the format reward counts for the text steps alone."""
+    max_invalid_fraction: float = Field(ge=0.0, le=1.0)
+    """Largest share of an update's samples without a reward; above it the run stops."""
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The names of all scores that the reward is made of."""
+        return (self.score, *self.extra_scores)
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    train: str  # a JSONL file of records, or "package:NAME"
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class DataOptions:
+    """The files of prompts, edits and questions."""
+
+    train: str
+    """JSONL file of training prompts, or package:NAME for one that is shipped."""
     heldout: str
-    edit_train: str  # of task ti2i, "" where it is not trained
+    """JSONL file of held-out prompts."""
+    edit_train: str
+    """JSONL file of training edits (task ti2i); "" where the task is not trained."""
     edit_heldout: str
-    answer_train: str  # of task ti2t
+    """JSONL file of held-out edits."""
+    answer_train: str
+    """JSONL file of training questions about images (task ti2t); "" where it is not trained."""
     answer_heldout: str
+    """JSONL file of held-out questions about images."""
 
     def pair(self, kind: str) -> tuple[str, str]:
         """Training and held-out file of a kind of data, see `tasks.Task.data`."""
@@ -102,160 +211,289 @@ class Data:
         return pairs[kind]
 
 
-@dataclasses.dataclass(frozen=True)
-class GuidanceOptions:
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance: how the velocities of three contexts are combined.
+
+    A branch whose scale is at most 1 is not evaluated; `text_scale <= 1` turns all guidance off.
+    """
+
     text_scale: float
+    """Scale of the guidance away from the context without the text; at most 1 is off."""
     image_scale: float
-    interval: tuple[float, ...]  # (lo, hi]: guidance is on while lo < sigma <= hi
-    renorm: str
+    """Scale of the guidance away from the context without the image; at most 1 is off."""
+    interval: Annotated[tuple[float, float], AfterValidator(_check_interval)]
+    """Noise levels (lo, hi] between which guidance is on."""
+    renorm: Literal["global", "channel", "text_channel"]
+    """Over what the guided velocity is scaled back to the length of the unguided one: the whole
+    image, each latent token, or each latent token before image guidance is added."""
     renorm_min: float
+    """Smallest factor of that scaling."""
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the text-dropped branch is evaluated at all."""
+        return self.text_scale > 1.0
+
+    @property
+    def uses_image(self) -> bool:
+        """Whether the image-dropped branch is evaluated at all."""
+        return self.uses_text and self.image_scale > 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class RolloutOptions:
-    prompt_tokens: int  # bucket of a prompt with its two delimiters
-    text_tokens: int  # most new tokens of a think text, <|im_end|> included
-    num_points: int  # of the schedule: one more than velocity evaluations
-    shift: float
-    window: int  # stochastic (trained) steps
-    window_range: tuple[int, ...]  # (lo, hi): the window lies within steps lo .. hi - 1
-    noise_level: float
-    sampler: str  # "sde" or "cps"
-    shared_noise: bool  # one initial noise per group
-    temperature: float
-    top_p: float
-    micro_batch: int  # trajectories drawn at a time
-    merge_lora: bool  # fold the adapters into a copy of the weights while drawing
-    guidance: GuidanceOptions
-    edit_guidance: GuidanceOptions  # of images drawn behind another: edits and refinements
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class ImageOptions:
+    """How an image is sampled."""
+
+    num_points: int = Field(ge=2, le=1000)
+    """Noise levels of the schedule, one more than velocity evaluations."""
+    shift: float = Field(ge=1e-3, le=1e3)
+    """Shift of the schedule; above 1 spends more steps at high noise."""
+    window: int = Field(ge=1, le=999)
+    """Number of stochastic sampling steps, which are the trained ones."""
+    window_range: tuple[int, int]
+    """Steps (lo, hi): the stochastic steps lie within lo .. hi - 1."""
+    noise_level: float = Field(ge=1e-6, le=100.0)
+    """Noise of a stochastic step, the factor a of Flow-SDE and Flow-CPS."""
+    sampler: Literal["sde", "cps"]
+    """Kind of the stochastic steps: Flow-SDE or Flow-CPS."""
+    guidance: Guidance
+    """Guidance of images that are made from a text alone."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Srr:
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class RolloutOptions(ImageOptions):
+    """How trajectories are sampled in training."""
+
+    prompt_tokens: int = Field(ge=3, le=1 << 20)
+    """Tokens to which prompts are padded, the two delimiters included; longer ones are refused."""
+    text_tokens: int = Field(ge=1, le=1 << 20)
+    """Most new tokens of a think text, the closing delimiter included."""
+    shared_noise: bool
+    """Whether the images of a group start from the same noise."""
+    temperature: float = Field(ge=1e-6, le=100.0)
+    """Temperature of the texts' tokens."""
+    top_p: float = Field(ge=1e-6, le=1.0)
+    """Probability mass of the likeliest tokens that texts are sampled from."""
+    micro_batch: int = Field(ge=1, le=1 << 20)
+    """Trajectories that are sampled at a time."""
+    merge_lora: bool
+    """Whether the adapters are folded into a copy of the weights while sampling."""
+    edit_guidance: Guidance
+    """Guidance of images that are made behind another: edits and refinements."""
+
+
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class SrrOptions:
     """Self-reflective refinement: where the images come from that the policy repairs."""
 
-    source: str  # "drawn" by the policy, or "record": the records' own images
-    initial_images: int  # drawn per prompt
-    queue_prompts: int  # prompts whose initial images are drawn and scored at a time
-    num_points: int  # of their schedule
-    text_tokens: int  # most new tokens of a reflection, <|im_end|> included
-    choice: str  # "worst", or "softmax": drawn by softmax(1 - reward)
-    rectification: str  # of rewards without improvement: "released", "paper" or "none"
-    reflection_format: str  # "none", "rule" (of the shapes world) or "verifier"
+    source: Literal["drawn", "record"]
+    """Where initial images come from: the policy, or the records' own images."""
+    initial_images: int = Field(ge=1, le=1 << 20)
+    """Initial images that are sampled per prompt."""
+    queue_prompts: int = Field(ge=1, le=1 << 20)
+    """Prompts whose initial images are sampled and scored together."""
+    num_points: int = Field(ge=2, le=1000)
+    """Noise levels of the schedule of initial images."""
+    text_tokens: int = Field(ge=1, le=1 << 20)
+    """Most new tokens of a reflection, the closing delimiter included."""
+    choice: InitialChoice
+    """Which initial image is repaired: that of the lowest reward, or one drawn by
+    softmax(1 - reward)."""
+    rectification: Rectification
+    """Reward of a refinement that is no better than its initial image: the lowest initial reward
+    ("released"), the group's lowest ("paper"), or its own ("none")."""
+    reflection_format: Literal["none", "rule", "verifier"]
+    """Who judges the form of a reflection: nobody, the rule of the shapes world, or the
+    verifier."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixed:
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class MixedOptions:
     """Which tasks a run of task "mixed" trains."""
 
     tasks: tuple[str, ...]
-    weights: tuple[float, ...]  # relative; how often a batch is of each task
-    batches: int  # per update, each of one task
+    """Names of the tasks."""
+    weights: tuple[float, ...]
+    """Relative frequency of each task's batches."""
+    batches: int = Field(ge=1, le=1000)
+    """Batches per update, each of one task."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Train:
-    steps: int
-    prompts_per_step: int
-    group_size: int
-    micro_batch: int  # trajectories per forward and backward pass
-    updates_per_batch: int
-    trainable: str  # "lora" or "full"
-    full_targets: str  # regex over parameter paths, for "full"
-    old_logprob: str  # "recompute" or "self"
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class TrainOptions:
+    """Size and number of the updates, and what they train."""
+
+    steps: int = Field(ge=0, le=1 << 40)
+    """Number of updates; 0 only evaluates."""
+    prompts_per_step: int = Field(ge=1, le=1 << 20)
+    """Prompts per batch."""
+    group_size: int = Field(ge=2, le=1 << 20)
+    """Trajectories per prompt, whose rewards are compared with each other."""
+    micro_batch: int = Field(ge=1, le=1 << 20)
+    """Trajectories per forward and backward pass."""
+    updates_per_batch: int = Field(ge=1, le=1000)
+    """Optimizer steps per batch of trajectories."""
+    trainable: Literal["lora", "full"]
+    """What is trained: adapters, or the parameters that `full_targets` names."""
+    full_targets: Annotated[str, AfterValidator(_check_pattern)]
+    """Regular expression over parameter paths: what "full" trains."""
+    old_logprob: Literal["recompute", "self"]
+    """Log-probs that the ratio divides by: computed by a pass before the update, or the policy's
+    own, exact for one optimizer step per batch."""
     context_gradient: bool
+    """Whether the gradient flows through the contexts of the trained steps."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    text: str  # "grpo" or "none"
-    image: str  # "grpo" or "none"
-    text_loss_weight: float
-    level: str  # "sequence" or "token"
-    clip_low: float
-    clip_high: float
-    entropy_fraction: float  # share of the tokens, by entropy, that are trained
-    text_beta: float
-    image_clip: float
-    advantage_clip: float
-    image_beta: float
-    report_kl: bool  # KL to the reference in the metrics, at the price of a pass of its own
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class LossOptions:
+    """The GRPO loss of the text and the image steps."""
+
+    text: Literal["grpo", "none"]
+    """Loss of the text steps."""
+    image: Literal["grpo", "none"]
+    """Loss of the stochastic image steps."""
+    text_loss_weight: float = Field(ge=0.0, le=1e6)
+    """Weight of a text step, relative to all stochastic steps of the image behind it together."""
+    level: Literal["sequence", "token"]
+    """Whether a text has one ratio (its mean log-ratio) or one per token."""
+    clip_low: float = Field(ge=0.0, le=1.0)
+    """Distance below 1 at which a text's ratio is clipped."""
+    clip_high: float = Field(ge=0.0, le=1e6)
+    """Distance above 1 at which a text's ratio is clipped."""
+    entropy_fraction: float = Field(ge=1e-6, le=1.0)
+    """Share of the text tokens that are trained, those of the highest entropy."""
+    text_beta: float = Field(ge=0.0, le=1e6)
+    """Weight of the texts' KL to the pretrained model."""
+    image_clip: float = Field(ge=0.0, le=1.0)
+    """Distance from 1 at which an image step's ratio is clipped."""
+    advantage_clip: float = Field(ge=1e-6, le=1e6)
+    """Largest magnitude of an advantage in the image loss."""
+    image_beta: float = Field(ge=0.0, le=1e6)
+    """Weight of the image steps' KL to the pretrained model."""
+    report_kl: bool
+    """Whether both KL terms are metrics even where their weight is 0; costs one more pass."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(config=SECTION, frozen=True, kw_only=True)
 class AdvantageOptions:
-    std: str  # "global_raw", "global_centered", "group" or "none"
-    baseline: str
+    """How rewards become advantages: A = (reward - baseline) / (scale + 1e-4)."""
+
+    std: Literal["global_raw", "global_centered", "group", "none"]
+    """Scale: standard deviation of the raw rewards of all samples, of group-centred rewards, or
+    per group; "none" does not divide."""
+    baseline: Literal["group", "initial", "anchor"]
+    """Baseline: mean of the group's rewards, reward of the initial image that the group refines, or
+    the larger of the two."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    learning_rate: float
-    gen_scale: float  # the image expert's learning rate, relative
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    warmup_steps: int
-    decay_steps: int  # linear decay to zero ends here; 0: constant
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW, its learning rate and its gradient clipping."""
+
+    learning_rate: float = Field(ge=0.0, le=10.0)
+    """Highest learning rate."""
+    gen_scale: float = Field(ge=0.0, le=1e6)
+    """Learning rate of the image expert, relative to `learning_rate`."""
+    b1: float = Field(ge=0.0, le=0.999999)
+    """Decay per step of the mean gradient."""
+    b2: float = Field(ge=0.0, le=0.999999)
+    """Decay per step of the mean squared gradient."""
+    eps: float = Field(ge=0.0, le=1.0)
+    """Added to the root of the mean squared gradient."""
+    weight_decay: float = Field(ge=0.0, le=10.0)
+    """Decoupled weight decay per step, times the learning rate."""
+    clip_norm: float = Field(ge=1e-6, le=1e9)
+    """Largest global norm of the gradient."""
+    warmup_steps: int = Field(ge=0, le=1 << 40)
+    """Optimizer steps over which the learning rate rises from 0."""
+    decay_steps: int = Field(ge=0, le=1 << 40)
+    """Optimizer steps after which the learning rate has fallen to 0 linearly; 0: it does not."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Eval:
-    every: int  # steps; 0: only at the start and the end
-    prompts: int
-    micro_batch: int
-    temperature: float
-    top_p: float
-    num_points: int
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class EvalOptions:
+    """Evaluation on held-out prompts."""
+
+    every: int = Field(ge=0, le=1 << 40)
+    """Updates between two evaluations; 0 evaluates at the start and the end only."""
+    prompts: int = Field(ge=1, le=1 << 30)
+    """Most held-out prompts of an evaluation."""
+    micro_batch: int = Field(ge=1, le=1 << 20)
+    """Prompts that are sampled at a time."""
+    temperature: float = Field(ge=0.0, le=100.0)
+    """Temperature of the texts' tokens; 0 takes the likeliest."""
+    top_p: float = Field(ge=1e-6, le=1.0)
+    """Probability mass of the likeliest tokens that texts are sampled from."""
+    num_points: int = Field(ge=2, le=1000)
+    """Noise levels of the schedule, one more than velocity evaluations."""
     text_guidance: float
+    """Text scale of the guidance of images that are made from a text alone; at most 1 is off."""
     seed: int
-    checker: str  # "shapes" (records with facts) or "" (verifier's reward only)
+    """Seed of the evaluation's noise."""
+    checker: Literal["shapes", ""]
+    """Exact checker of held-out images: that of the shapes world, whose records have facts, or
+    "" for the verifier's reward only."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    every: int
-    keep: int
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class CheckpointOptions:
+    """When the run's state is saved."""
+
+    every: int = Field(ge=0, le=1 << 40)
+    """Updates between two checkpoints; 0 saves at the end only."""
+    keep: int = Field(ge=1, le=1 << 20)
+    """Newest checkpoints that are kept."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Log:
-    samples: int  # held-out images in a sample grid
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class LogOptions:
+    """What a run writes beside its metrics."""
+
+    samples: int = Field(ge=1, le=4096)
+    """Held-out images in a sample grid."""
     tensorboard: bool
+    """Whether TensorBoard events are written."""
     progress: bool
+    """Whether a progress line is shown."""
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshShape:
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class MeshOptions:
+    """Axes of the device mesh; their product is the number of devices, one axis may be -1."""
+
     data: int
+    """Devices over which rows are spread, each with whole weights."""
     fsdp: int
+    """Devices over which rows and weights are spread."""
     tensor: int
+    """Devices over which the matrices of a layer are spread."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(config=SECTION, frozen=True, kw_only=True)
 class Config:
     """Everything a run is; see configs/grpo.py for values."""
 
-    seed: int
+    seed: int = Field(ge=0, le=(1 << 32) - 1)
+    """Seed of everything random in a run."""
     task: str
-    model: Model
-    lora: Lora
-    verifier: Verifier
-    reward: Reward
-    data: Data
+    """Name of the task that is trained, or mixed for those of `mixed.tasks`."""
+    model: ModelOptions
+    lora: LoraOptions
+    verifier: VerifierOptions
+    reward: RewardOptions
+    data: DataOptions
     rollout: RolloutOptions
-    srr: Srr
-    mixed: Mixed
-    train: Train
-    loss: Loss
+    srr: SrrOptions
+    mixed: MixedOptions
+    train: TrainOptions
+    loss: LossOptions
     advantage: AdvantageOptions
-    optimizer: Optimizer
-    eval: Eval
-    checkpoint: Checkpoint
-    log: Log
-    mesh: MeshShape
+    optimizer: OptimizerOptions
+    eval: EvalOptions
+    checkpoint: CheckpointOptions
+    log: LogOptions
+    mesh: MeshOptions
 
     @property
     def tasks(self) -> tuple[str, ...]:

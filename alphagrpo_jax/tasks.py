@@ -66,7 +66,7 @@ class Task:
     texts: tuple[str, ...] = ("{prompt}",)
     # Of given images: "record", the record's own "image"; "drawn", the policy's own failed ones.
     image: str = ""
-    data: str = "prompts"  # which pair of files: see `config.Data`
+    data: str = "prompts"  # which pair of files: see `config.DataOptions.pair`
     reward: str = "image"  # DVReward of the last image, or "answer": the last text is right
     format_reward: bool = False  # whether the think text's form is part of the reward
     refines: bool = False  # rewards are compared with that of the image given

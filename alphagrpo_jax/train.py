@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import initial_images, update
-from alphagrpo_jax.config import Config, ConfigError, MeshShape
+from alphagrpo_jax.config import Config, ConfigError, MeshOptions
 from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
 from alphagrpo_jax.prompts import next_batches, start_position
 from alphagrpo_jax.reward import advantage_of, gather, gather_reflections
@@ -52,7 +52,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     stop, compiles = StopFlag(), metrics_lib.CompileCounter()
     mesh = setup.make_mesh(config)
     jax.set_mesh(mesh)
-    config = dataclasses.replace(config, mesh=MeshShape(*mesh.devices.shape))
+    config = dataclasses.replace(config, mesh=MeshOptions(**mesh.shape))
     checkpoint.check_writable(workdir, state_bytes=0)
     run_folder.check_folder(config, workdir)
     if notice := early_decay(config):

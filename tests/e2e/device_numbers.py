@@ -14,7 +14,7 @@ import numpy as np
 import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax.config import MeshShape
+from alphagrpo_jax.config import MeshOptions
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training.steps import compile_fns
@@ -76,7 +76,7 @@ def main(root: pathlib.Path) -> None:
     one = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     eight = sharding.make_mesh(2, 2, 2)
     stored, first, _ = numbers(config, one, root)
-    on_eight = dataclasses.replace(config, mesh=MeshShape(2, 2, 2))
+    on_eight = dataclasses.replace(config, mesh=MeshOptions(data=2, fsdp=2, tensor=2))
     _, second, devices = numbers(on_eight, eight, root, stored)
     differences = {name: largest_difference(first[name], second[name]) for name in first}
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(first["gradient"]))
