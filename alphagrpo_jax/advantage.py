@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-SCALES = ("global_raw", "global_centered", "group", "none")
-BASELINES = ("group", "initial", "anchor")
+from alphagrpo_jax.config import AdvantageOptions
+
 MIN_VALID = 2  # a group with fewer valid samples has nothing to be compared with
 
 
@@ -25,9 +25,8 @@ class Advantages(NamedTuple):
 def group_advantage(
     reward: np.ndarray,
     valid: np.ndarray,
+    options: AdvantageOptions,
     *,
-    std: str = "global_raw",
-    baseline: str = "group",
     initial: np.ndarray | None = None,
     eps: float = 1e-4,
 ) -> Advantages:
@@ -43,17 +42,19 @@ def group_advantage(
     Args:
       reward: float[P, G]; values of invalid samples are never looked at.
       valid: bool[P, G].
-      std, baseline: see above.
+      options: scale (`std`) and baseline, see above.
       initial: float[P], rewards of the initial images, for "initial" and "anchor".
       eps: added to the scale.
     Returns:
       `Advantages`, with metrics `group/zero_std_fraction` (of the used groups, those whose valid
       rewards are all equal), `group/left_out_fraction` and `advantage/scale` (mean over groups).
     Raises:
-      ValueError: unknown option, wrong shapes, missing `initial`, or a valid reward not finite.
+      ValueError: wrong shapes, missing `initial`, or a valid reward not finite.
     """
     reward, valid = _checked(reward, valid)
-    _check_options(std, baseline, initial, len(reward))
+    std, baseline = options.std, options.baseline
+    if baseline != "group":
+        _check_initial(initial, baseline, len(reward))
     used = valid & (valid.sum(axis=1, keepdims=True) >= MIN_VALID)
     rewards = np.where(valid, reward, 0.0)
     mean = _masked_mean(rewards, valid, axis=1)  # [P, 1]
@@ -134,13 +135,7 @@ def _checked(reward: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndar
     return reward, valid
 
 
-def _check_options(std: str, baseline: str, initial: np.ndarray | None, prompts: int) -> None:
-    if std not in SCALES:
-        raise ValueError(f"got std={std!r}, expected one of {SCALES}")
-    if baseline not in BASELINES:
-        raise ValueError(f"got baseline={baseline!r}, expected one of {BASELINES}")
-    if baseline == "group":
-        return
+def _check_initial(initial: np.ndarray | None, baseline: str, prompts: int) -> None:
     if initial is None or np.shape(initial) != (prompts,) or not np.isfinite(initial).all():
         raise ValueError(
             f"baseline={baseline!r} needs the finite rewards of {prompts} initial images, "

@@ -11,7 +11,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import annotated_types
 import ml_collections
 import pydantic
 
@@ -140,8 +139,8 @@ def _allowed(location: Location) -> str:
         return f"one of {arguments}"
     if typing.get_origin(kind) is tuple:
         return "a list" if arguments[-1] is ... else f"a list of {len(arguments)}"
-    low = next((x.ge for x in constraints if isinstance(x, annotated_types.Ge)), None)
-    high = next((x.le for x in constraints if isinstance(x, annotated_types.Le)), None)
+    low = next((x.ge for x in constraints if hasattr(x, "ge")), None)
+    high = next((x.le for x in constraints if hasattr(x, "le")), None)
     return kind.__name__ if low is None else f"{kind.__name__} between {low} and {high}"
 
 

@@ -14,6 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from alphagrpo_jax.config import LossOptions
+
 Metrics = dict[str, jax.Array]  # float32[] each
 
 
@@ -45,14 +47,7 @@ def grpo_loss(
     text_counts: Sequence[int],
     text_tokens_total: jax.Array,
     trajectories_total: jax.Array,
-    text_loss_weight: float = 1.0,
-    level: str = "sequence",
-    clip_low: float = 0.20,
-    clip_high: float = 0.28,
-    text_beta: float = 0.0,
-    image_clip: float = 1e-5,
-    advantage_clip: float = 5.0,
-    image_beta: float = 0.0,
+    options: LossOptions,
 ) -> tuple[jax.Array, Metrics]:
     """A micro-batch's share of the update's loss over trajectories of text and image steps.
 
@@ -69,9 +64,8 @@ def grpo_loss(
       text_counts: `n_k`.
       text_tokens_total: float32[K], tokens of each text step that count in the whole update.
       trajectories_total: float32[], valid trajectories in the whole update.
-      text_loss_weight: `w`.
-      level, clip_low, clip_high, text_beta: see `text_grpo`.
-      image_clip, advantage_clip, image_beta: see `image_grpo`.
+      options: `text_loss_weight` is `w`; see also `text_grpo` and `image_grpo`. What is not to be
+        trained is left out of the terms: `options.text` and `options.image` are not read here.
     Returns:
       (float32[] share, metrics): `loss/total`, and the metrics of `text_grpo` and `image_grpo`,
       means over the steps of a kind.
@@ -90,21 +84,13 @@ def grpo_loss(
             valid,
             text_tokens_total=text_tokens_total[index],
             trajectories_total=trajectories_total,
-            level=level,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            beta=text_beta,
+            options=options,
         )
-        total += count * text_loss_weight * share
+        total += count * options.text_loss_weight * share
         parts["text"].append(part)
     for image in images:
         share, part = image_grpo(
-            image,
-            valid,
-            trajectories_total=trajectories_total,
-            clip=image_clip,
-            advantage_clip=advantage_clip,
-            beta=image_beta,
+            image, valid, trajectories_total=trajectories_total, options=options
         )
         total += image.new_logp.shape[1] * share
         parts["image"].append(part)
@@ -129,16 +115,13 @@ def text_grpo(
     *,
     text_tokens_total: jax.Array,
     trajectories_total: jax.Array,
-    level: str = "sequence",
-    clip_low: float = 0.20,
-    clip_high: float = 0.28,
-    beta: float = 0.0,
+    options: LossOptions,
 ) -> tuple[jax.Array, Metrics]:
     """Clipped policy gradient on sampled tokens, per token (GRPO) or per sequence (GSPO).
 
     `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with `rho = exp(new - old)` per token, mean over
     the update's tokens (arXiv 2402.03300, eq. 3), or `rho = exp(mean_t(new - old))` per sequence,
-    mean over the update's trajectories (arXiv 2507.18071, eq. 7); plus `beta` times the k3 KL,
+    mean over the update's trajectories (arXiv 2507.18071, eq. 7); plus `text_beta` times the k3 KL,
     mean over the update's tokens.
 
     Args:
@@ -146,19 +129,18 @@ def text_grpo(
       valid: bool[B].
       text_tokens_total: float32[], number of true entries of mask and valid in the whole update.
       trajectories_total: float32[].
-      level: "token" or "sequence".
-      clip_low, clip_high: the two distances from 1 at which the ratio is clipped.
-      beta: KL weight.
+      options: `level`, `clip_low` and `clip_high`, the two distances from 1 at which the ratio is
+        clipped, and `text_beta`.
     Returns:
       (float32[] share, metrics): `loss/text`, `text/ratio_max_dev` (largest |token ratio - 1|),
       `text/clip_fraction`, `text/entropy`, and `text/kl` where a reference is given.
     Raises:
-      ValueError: unknown level, or `beta` without reference log-probs.
+      ValueError: `text_beta` without reference log-probs.
     """
-    if level not in ("token", "sequence"):
-        raise ValueError(f"got level={level!r}, expected 'token' or 'sequence'")
-    if beta and text.ref_logp is None:
-        raise ValueError(f"got text beta={beta} without ref_logp; pass the reference log-probs")
+    if options.text_beta and text.ref_logp is None:
+        raise ValueError(
+            f"got text_beta={options.text_beta} without ref_logp; pass the reference log-probs"
+        )
     chex.assert_rank([text.new_logp, text.advantage, valid], [2, 1, 1])
     chex.assert_equal_shape([text.new_logp, text.old_logp, text.mask, text.entropy])
     chex.assert_equal_shape([text.advantage, valid])
@@ -166,13 +148,14 @@ def text_grpo(
     tokens = text.mask & valid[:, None]
     advantage = jnp.where(valid, text.advantage, 0.0)
     log_ratio = _masked_difference(text.new_logp, text.old_logp, tokens)
-    if level == "token":
-        terms, clipped = _clipped(log_ratio, advantage[:, None], clip_low, clip_high)
+    clip = (options.clip_low, options.clip_high)
+    if options.level == "token":
+        terms, clipped = _clipped(log_ratio, advantage[:, None], *clip)
         counted, denominator = tokens, text_tokens_total
     else:
         length = jnp.maximum(jnp.sum(tokens, axis=1, dtype=jnp.float32), 1.0)
         mean_ratio = jnp.sum(log_ratio, axis=1) / length
-        terms, clipped = _clipped(mean_ratio, advantage, clip_low, clip_high)
+        terms, clipped = _clipped(mean_ratio, advantage, *clip)
         counted, denominator = valid, trajectories_total
     loss = _share(terms, counted, denominator)
     metrics = {
@@ -183,8 +166,8 @@ def text_grpo(
     if text.ref_logp is not None:
         kl = k3_kl(text.new_logp, text.ref_logp, tokens)
         kl_share = _share(kl, tokens, text_tokens_total)
-        if beta:  # a KL that is only reported never touches the gradient
-            loss += beta * kl_share
+        if options.text_beta:  # a KL that is only reported never touches the gradient
+            loss += options.text_beta * kl_share
         metrics["text/kl"] = kl_share
     return loss, jax.lax.stop_gradient(metrics | {"loss/text": loss})
 
@@ -194,30 +177,29 @@ def image_grpo(
     valid: jax.Array,
     *,
     trajectories_total: jax.Array,
-    clip: float = 1e-5,
-    advantage_clip: float = 5.0,
-    beta: float = 0.0,
+    options: LossOptions,
 ) -> tuple[jax.Array, Metrics]:
     """Clipped policy gradient on stochastic sampling steps (Flow-GRPO, arXiv 2505.05470, eq. 5).
 
-    `max(-rho A, -clip(rho, 1 - c, 1 + c) A) + beta KL` with `rho = exp(new - old)` of the step's
-    mean log-prob and A clipped to +-`advantage_clip`; mean over steps and trajectories.
+    `max(-rho A, -clip(rho, 1 - c, 1 + c) A) + image_beta KL` with `rho = exp(new - old)` of the
+    step's mean log-prob and A clipped to +-`advantage_clip`; mean over steps and trajectories.
 
     Args:
       image: log-probs and advantages, and the steps' KL to the reference policy if known.
       valid: bool[B].
       trajectories_total: float32[].
-      clip: `c`; small because a log-prob is a mean over the latent.
-      advantage_clip: largest magnitude of A.
-      beta: KL weight.
+      options: `image_clip` is `c`, small because a log-prob is a mean over the latent;
+        `advantage_clip`, the largest magnitude of A; and `image_beta`.
     Returns:
       (float32[] share, metrics): `loss/image`, `image/ratio_max_dev`, `image/clip_fraction`, and
       `image/kl` where given.
     Raises:
-      ValueError: `beta` without KL terms.
+      ValueError: `image_beta` without KL terms.
     """
-    if beta and image.kl is None:
-        raise ValueError(f"got image beta={beta} without kl; pass gaussian_kl of every step")
+    if options.image_beta and image.kl is None:
+        raise ValueError(
+            f"got image_beta={options.image_beta} without kl; pass gaussian_kl of every step"
+        )
     chex.assert_rank([image.new_logp, image.advantage, valid], [2, 1, 1])
     chex.assert_equal_shape([image.new_logp, image.old_logp])
     chex.assert_equal_shape([image.advantage, valid])
@@ -225,9 +207,9 @@ def image_grpo(
     steps = jnp.broadcast_to(valid[:, None], image.new_logp.shape)
     denominator = trajectories_total * image.new_logp.shape[1]
     advantage = jnp.where(valid, image.advantage, 0.0)
-    advantage = jnp.clip(advantage, -advantage_clip, advantage_clip)
+    advantage = jnp.clip(advantage, -options.advantage_clip, options.advantage_clip)
     log_ratio = _masked_difference(image.new_logp, image.old_logp, steps)
-    terms, clipped = _clipped(log_ratio, advantage[:, None], clip, clip)
+    terms, clipped = _clipped(log_ratio, advantage[:, None], options.image_clip, options.image_clip)
     loss = _share(terms, steps, denominator)
     metrics = {
         "image/ratio_max_dev": jnp.max(jnp.abs(jnp.expm1(log_ratio))),
@@ -236,8 +218,8 @@ def image_grpo(
     if image.kl is not None:
         chex.assert_equal_shape([image.new_logp, image.kl])
         kl_share = _share(image.kl, steps, denominator)
-        if beta:
-            loss += beta * kl_share
+        if options.image_beta:
+            loss += options.image_beta * kl_share
         metrics["image/kl"] = kl_share
     return loss, jax.lax.stop_gradient(metrics | {"loss/image": loss})
 

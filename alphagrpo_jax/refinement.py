@@ -2,16 +2,15 @@
 then, and the queue in which initial images wait. numpy in, numpy out.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-CHOICES = ("worst", "softmax")
-RECTIFICATIONS = ("released", "paper", "none")
+from alphagrpo_jax.config import InitialChoice, Rectification
 
 
 def choose_initial(
-    reward: np.ndarray, valid: np.ndarray, *, choice: str, rng: np.random.Generator
+    reward: np.ndarray, valid: np.ndarray, *, choice: InitialChoice, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of each prompt's K images is to be repaired (AlphaGRPO, arXiv 2605.12495, SRR stage 1).
 
@@ -28,8 +27,8 @@ def choose_initial(
     Raises:
       ValueError: unknown choice, or shapes that differ.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"got choice={choice!r}, expected one of {CHOICES}")
+    if choice not in get_args(InitialChoice):
+        raise ValueError(f"got choice={choice!r}, expected one of {get_args(InitialChoice)}")
     reward, valid = np.asarray(reward, np.float64), np.asarray(valid, bool)
     if reward.ndim != 2 or reward.shape != valid.shape:
         raise ValueError(
@@ -60,7 +59,7 @@ def rectify(
     initial: np.ndarray,
     lowest: np.ndarray,
     *,
-    mode: str,
+    mode: Rectification,
 ) -> Rectified:
     """False positive rectification: a refinement that did not improve is not reinforced.
 
@@ -79,8 +78,8 @@ def rectify(
     Raises:
       ValueError: unknown mode, or initial rewards that are not finite.
     """
-    if mode not in RECTIFICATIONS:
-        raise ValueError(f"got mode={mode!r}, expected one of {RECTIFICATIONS}")
+    if mode not in get_args(Rectification):
+        raise ValueError(f"got mode={mode!r}, expected one of {get_args(Rectification)}")
     reward, valid = np.asarray(reward, np.float64), np.asarray(valid, bool)
     initial, lowest = (np.asarray(x, np.float64)[:, None] for x in (initial, lowest))
     if not (np.isfinite(initial).all() and np.isfinite(lowest).all()):

@@ -1,5 +1,7 @@
 """Stage 3: the rewards of a batch."""
 
+import dataclasses
+
 import numpy as np
 
 from alphagrpo_jax.advantage import Advantages, group_advantage
@@ -109,8 +111,7 @@ def advantage_of(
         return group_advantage(
             total.reshape(shape),
             valid.reshape(shape),
-            std=config.advantage.std,
-            baseline=baseline,
+            dataclasses.replace(config.advantage, baseline=baseline),
             initial=compared,
         )
 

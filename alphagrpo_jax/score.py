@@ -21,15 +21,15 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from PIL import Image
 
 from alphagrpo_jax import config_checks, tasks
-from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.config_checks import SCORES, from_config_dict
-from alphagrpo_jax.rewards import dvreward, report, scoring
+from alphagrpo_jax.config import Aggregate, Config, ConfigError, Score
+from alphagrpo_jax.config_checks import from_config_dict
+from alphagrpo_jax.rewards import report, scoring
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.metrics import replace_text
@@ -271,8 +271,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--attempts", type=int, default=4, help="at an image, until it has no score")
     add("--cache-size", type=int, default=0, help="answers that are remembered, for folders "
         "in which images come more than once")  # fmt: skip
-    add("--score", choices=SCORES, default="confidence")
-    add("--aggregate", choices=dvreward.AGGREGATES, default="geometric")
+    add("--score", choices=get_args(Score), default="confidence")
+    add("--aggregate", choices=get_args(Aggregate), default="geometric")
     add("--dependencies", action="store_true", help="a question counts only if those that it "
         "depends on hold")  # fmt: skip
     add("--allow-failures", type=int, default=0, help="failed images above which the code is 1")

@@ -1,10 +1,16 @@
 import numpy as np
 import pytest
+from default_options import advantage_options
 
-from alphagrpo_jax.advantage import group_advantage
+from alphagrpo_jax import advantage
 
 REWARD = np.array([[0.0, 1.0, 0.5], [0.2, 0.2, 0.8]])
 ALL = np.ones((2, 3), bool)
+
+
+def group_advantage(reward, valid, *, initial=None, **changes):
+    options = advantage_options(**{"std": "global_raw", **changes})
+    return advantage.group_advantage(reward, valid, options, initial=initial)
 
 
 def test_global_raw_by_hand():
@@ -103,9 +109,9 @@ def test_refuses_bad_input():
         group_advantage(REWARD, ALL.T)
     with pytest.raises(ValueError, match=r"got reward nan at \(prompt, member\) \(1, 0\)"):
         group_advantage(np.array([[0.0, 1.0], [np.nan, 1.0]]), ALL[:, :2])
-    with pytest.raises(ValueError, match="got std='local'"):
+    with pytest.raises(ValueError, match=r"std\n  Input should be 'global_raw',"):
         group_advantage(REWARD, ALL, std="local")
-    with pytest.raises(ValueError, match="got baseline='best'"):
+    with pytest.raises(ValueError, match=r"baseline\n  Input should be 'group',"):
         group_advantage(REWARD, ALL, baseline="best")
     with pytest.raises(ValueError, match="needs the finite rewards of 2 initial images"):
         group_advantage(REWARD, ALL, baseline="anchor")

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from default_options import loss_options
 
 from alphagrpo_jax import loss as loss_lib
 from alphagrpo_jax.loss import ImageTerms, TextTerms
@@ -9,15 +10,25 @@ from alphagrpo_jax.loss import ImageTerms, TextTerms
 B, T, J = 6, 5, 3
 
 
-def grpo_loss(text, image, valid, *, text_tokens_total, **options):
+def grpo_loss(text, image, valid, *, text_tokens_total, trajectories_total, **options):
     """The loss of trajectories with at most one text and one image."""
     texts = [] if text is None else [text]
     images = [] if image is None else [image]
     counts = [1 if image is None else image.new_logp.shape[1]] * len(texts)
     tokens = jnp.reshape(jnp.asarray(text_tokens_total, jnp.float32), 1)
-    return loss_lib.grpo_loss(
-        texts, images, valid, text_counts=counts, text_tokens_total=tokens, **options
-    )
+    totals = {"text_tokens_total": tokens, "trajectories_total": trajectories_total}
+    section = loss_options(**options)
+    return loss_lib.grpo_loss(texts, images, valid, text_counts=counts, options=section, **totals)
+
+
+def text_grpo(text, valid, *, text_tokens_total, trajectories_total, **options):
+    totals = {"text_tokens_total": text_tokens_total, "trajectories_total": trajectories_total}
+    return loss_lib.text_grpo(text, valid, options=loss_options(**options), **totals)
+
+
+def image_grpo(image, valid, *, trajectories_total, **options):
+    totals = {"trajectories_total": trajectories_total}
+    return loss_lib.image_grpo(image, valid, options=loss_options(**options), **totals)
 
 
 def arrays(seed=0):
@@ -120,7 +131,7 @@ def test_text_token_level_by_hand():
         entropy=jnp.array([[1.0, 2.0], [3.0, 4.0]]),
     )
     valid = jnp.ones(2, bool)
-    got, metrics = loss_lib.text_grpo(text, valid, level="token", **totals(text, valid))
+    got, metrics = text_grpo(text, valid, level="token", **totals(text, valid))
     assert got == pytest.approx(-(2.56 + 1.0 - 1.5 - 0.8) / 4)
     assert metrics["text/clip_fraction"] == 0.5
     assert metrics["text/ratio_max_dev"] == pytest.approx(0.5)
@@ -138,7 +149,7 @@ def test_text_sequence_level_by_hand():
         entropy=jnp.zeros((2, 3)),
     )
     valid = jnp.ones(2, bool)
-    got, metrics = loss_lib.text_grpo(text, valid, **totals(text, valid))
+    got, metrics = text_grpo(text, valid, **totals(text, valid))
     assert got == pytest.approx(-(np.exp(0.2) + 1.28) / 2, rel=1e-6)
     assert metrics["text/clip_fraction"] == 0.5
     assert metrics["text/ratio_max_dev"] == pytest.approx(np.exp(0.6) - 1, rel=1e-6)
@@ -152,7 +163,7 @@ def test_image_by_hand():
         advantage=jnp.array([9.0, -2.0]),
     )
     valid = jnp.ones(2, bool)
-    got, metrics = loss_lib.image_grpo(image, valid, trajectories_total=jnp.float32(2))
+    got, metrics = image_grpo(image, valid, trajectories_total=jnp.float32(2))
     expected = (-5 * (1 + 1e-5) - 5 + 2 * np.exp(1e-4) + 2 * (1 - 1e-5)) / 4
     assert got == pytest.approx(expected, rel=1e-6)
     assert metrics["image/clip_fraction"] == 0.5
@@ -334,7 +345,7 @@ def test_clipped_terms_have_no_gradient_on_the_clipped_side_only():
         def run(new):
             image = ImageTerms(new[None, None], jnp.zeros((1, 1)), jnp.array([advantage]))
             valid = jnp.ones(1, bool)
-            return loss_lib.image_grpo(image, valid, trajectories_total=1.0, clip=0.1)[0]
+            return image_grpo(image, valid, trajectories_total=1.0, image_clip=0.1)[0]
 
         return jax.grad(run)(jnp.log(jnp.float32(ratio)))
 
@@ -373,17 +384,17 @@ def test_top_entropy_mask():
 def test_a_kl_that_is_only_reported_never_touches_the_loss():
     text, image, valid = arrays()
     whole = totals(text, valid)
-    plain, _ = loss_lib.text_grpo(text._replace(ref_logp=None), valid, **whole)
-    share, metrics = loss_lib.text_grpo(text, valid, **whole)
+    plain, _ = text_grpo(text._replace(ref_logp=None), valid, **whole)
+    share, metrics = text_grpo(text, valid, **whole)
     assert share == plain
     assert metrics["text/kl"] > 0.0
     far = text._replace(ref_logp=jnp.full_like(text.ref_logp, jnp.inf))  # its KL overflows
-    share, metrics = loss_lib.text_grpo(far, valid, **whole)
+    share, metrics = text_grpo(far, valid, **whole)
     assert share == plain
     assert not jnp.isfinite(metrics["text/kl"])
-    alone, _ = loss_lib.image_grpo(image._replace(kl=None), valid, trajectories_total=3.0)
+    alone, _ = image_grpo(image._replace(kl=None), valid, trajectories_total=3.0)
     overflown = image._replace(kl=jnp.full_like(image.kl, jnp.inf))
-    share, metrics = loss_lib.image_grpo(overflown, valid, trajectories_total=3.0)
+    share, metrics = image_grpo(overflown, valid, trajectories_total=3.0)
     assert share == alone
     assert metrics["image/kl"] == jnp.inf
 
@@ -391,16 +402,16 @@ def test_a_kl_that_is_only_reported_never_touches_the_loss():
 def test_refuses_what_does_not_fit():
     text, image, valid = arrays()
     whole = totals(text, valid)
-    with pytest.raises(ValueError, match="got level='word'"):
-        loss_lib.text_grpo(text, valid, level="word", **whole)
+    with pytest.raises(ValueError, match=r"level\n  Input should be 'sequence' or 'token'"):
+        text_grpo(text, valid, level="word", **whole)
     with pytest.raises(ValueError, match="without ref_logp"):
-        loss_lib.text_grpo(text._replace(ref_logp=None), valid, beta=0.1, **whole)
+        text_grpo(text._replace(ref_logp=None), valid, text_beta=0.1, **whole)
     with pytest.raises(ValueError, match="without kl"):
         grpo_loss(None, image._replace(kl=None), valid, image_beta=0.1, **whole)
     with pytest.raises(AssertionError):
-        loss_lib.text_grpo(text._replace(old_logp=text.old_logp[:, :-1]), valid, **whole)
+        text_grpo(text._replace(old_logp=text.old_logp[:, :-1]), valid, **whole)
     with pytest.raises(AssertionError):
-        loss_lib.image_grpo(image, valid[:-1], trajectories_total=1.0)
+        image_grpo(image, valid[:-1], trajectories_total=1.0)
     with pytest.raises(ValueError, match="expected the same as"):
         loss_lib.merge_metrics({"a": 1.0}, {"b": 1.0})
 
@@ -427,14 +438,13 @@ def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
         valid,
         text_counts=(2, 2, 1),
         text_tokens_total=jnp.full(3, 8.0),
-        text_loss_weight=0.5,
+        options=loss_options(text_loss_weight=0.5),
         **whole,
     )
     each_text = [
-        float(loss_lib.text_grpo(t, valid, text_tokens_total=jnp.float32(8.0), **whole)[0])
-        for t in texts
+        float(text_grpo(t, valid, text_tokens_total=jnp.float32(8.0), **whole)[0]) for t in texts
     ]
-    each_image = [float(loss_lib.image_grpo(i, valid, **whole)[0]) for i in images]
+    each_image = [float(image_grpo(i, valid, **whole)[0]) for i in images]
     weighed = 0.5 * (2 * each_text[0] + 2 * each_text[1] + each_text[2])
     expected = (weighed + 2 * each_image[0] + 2 * each_image[1]) / (3 + 4)
     np.testing.assert_allclose(share, expected, rtol=1e-5)
@@ -443,5 +453,11 @@ def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
     np.testing.assert_allclose(metrics["text/ratio_max_dev"], max(deviations), rtol=1e-5)
     with pytest.raises(ValueError, match="2 text_counts for 3 text steps"):
         loss_lib.grpo_loss(
-            texts, images, valid, text_counts=(1, 1), text_tokens_total=jnp.ones(3), **whole
+            texts,
+            images,
+            valid,
+            text_counts=(1, 1),
+            text_tokens_total=jnp.ones(3),
+            options=loss_options(),
+            **whole,
         )

@@ -1,11 +1,12 @@
 """Choice of initial images, rectified rewards and the queue, on numbers made by hand."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from alphagrpo_jax import refinement
+from alphagrpo_jax.config import InitialChoice
 from alphagrpo_jax.refinement import choose_initial, outcomes, rectify
 from alphagrpo_jax.types import InitialImageQueue
 
@@ -30,7 +31,7 @@ def test_softmax_draws_in_proportion_and_never_an_invalid_image():
 
 def test_values_of_invalid_images_are_never_looked_at():
     broken = np.where(VALID, REWARD, np.nan)
-    for choice in refinement.CHOICES:
+    for choice in get_args(InitialChoice):
         pair = (np.random.default_rng(2), np.random.default_rng(2))
         expected, _ = choose_initial(REWARD, VALID, choice=choice, rng=pair[0])
         found, _ = choose_initial(broken, VALID, choice=choice, rng=pair[1])

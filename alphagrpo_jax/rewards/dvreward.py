@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-SCORES = ("confidence", "binary")
-AGGREGATES = ("geometric", "mean", "pooled")
+from alphagrpo_jax.config import Aggregate, AnswerScore
 
 
 class Reward(NamedTuple):
@@ -52,8 +51,8 @@ def dvreward(
     semantic: Sequence[float | None],
     quality: Sequence[float | None],
     *,
-    score: str = "confidence",
-    aggregate: str = "geometric",
+    score: AnswerScore = "confidence",
+    aggregate: Aggregate = "geometric",
     parents: Sequence[Sequence[int]] | None = None,
 ) -> Reward:
     """Combines the answers about one image.
@@ -74,10 +73,10 @@ def dvreward(
     Raises:
       ValueError: unknown option, or parents that do not fit the questions.
     """
-    if score not in SCORES:
-        raise ValueError(f"got score={score!r}, expected one of {SCORES}")
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"got aggregate={aggregate!r}, expected one of {AGGREGATES}")
+    if score not in get_args(AnswerScore):
+        raise ValueError(f"got score={score!r}, expected one of {get_args(AnswerScore)}")
+    if aggregate not in get_args(Aggregate):
+        raise ValueError(f"got aggregate={aggregate!r}, expected one of {get_args(Aggregate)}")
     scores = [*semantic, *quality]
     if not scores or not all(p is not None and 0.0 <= p <= 1.0 for p in scores):
         return INVALID

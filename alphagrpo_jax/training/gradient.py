@@ -15,6 +15,7 @@ import optax
 from flax import traverse_util
 
 from alphagrpo_jax import loss, policy
+from alphagrpo_jax.config import LossOptions
 from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
@@ -29,24 +30,6 @@ from alphagrpo_jax.types import (
     map_rows,
     row_count,
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """Fields of `loss.grpo_loss`, and which of its two parts are trained."""
-
-    text: bool
-    image: bool
-    text_loss_weight: float
-    level: str
-    clip_low: float
-    clip_high: float
-    entropy_fraction: float
-    text_beta: float
-    image_clip: float
-    advantage_clip: float
-    image_beta: float
-    report_kl: bool = False  # computes both KL terms for the metrics, whatever their weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +318,7 @@ def micro_loss(
     """A micro-batch's share of the update's loss, as a function of the new scores."""
     trajectories, own, plan = micro.rollout, options.loss, options.plan
     text_kl, image_kl = (own.report_kl or beta > 0 for beta in (own.text_beta, own.image_beta))
+    text_trained, image_trained = own.text != "none", own.image != "none"
     texts = [
         loss.TextTerms(
             new_logp=new.text_log_prob[k],
@@ -345,7 +329,7 @@ def micro_loss(
             entropy=jax.lax.stop_gradient(new.text_entropy[k]),
             ref_logp=reference.text_log_prob[k] if text_kl else None,
         )
-        for k, sample in enumerate(trajectories.texts if own.text else ())
+        for k, sample in enumerate(trajectories.texts if text_trained else ())
     ]
     images = [
         loss.ImageTerms(
@@ -354,25 +338,18 @@ def micro_loss(
             advantage=micro.image_advantage,
             kl=_image_kl(k, new, reference, trajectories, options) if image_kl else None,
         )
-        for k in range(len(plan.image_steps) if own.image else 0)
+        for k in range(len(plan.image_steps) if image_trained else 0)
     ]
-    followed = [options.image.window if own.image else 0] * len(plan.text_steps)
+    followed = [options.image.window if image_trained else 0] * len(plan.text_steps)
     counts = [max(1, n * drawn) for n, drawn in zip(followed, plan.followed_by_image, strict=True)]
     share, metrics = loss.grpo_loss(
         texts,
         images,
         micro.valid,
-        text_counts=counts if own.text else (),
+        text_counts=counts if text_trained else (),
         text_tokens_total=totals.tokens,
         trajectories_total=totals.trajectories,
-        text_loss_weight=own.text_loss_weight,
-        level=own.level,
-        clip_low=own.clip_low,
-        clip_high=own.clip_high,
-        text_beta=own.text_beta,
-        image_clip=own.image_clip,
-        advantage_clip=own.advantage_clip,
-        image_beta=own.image_beta,
+        options=options.loss,
     )
     return share, metrics | {"logp/rollout_update_max_abs_diff": _sampler_gap(old, trajectories)}
 

@@ -7,45 +7,40 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from alphagrpo_jax.config import OptimizerOptions
+
 GEN_EXPERT = r"_moe_gen/|(^|/)(vae2llm|llm2vae|time_embedder)/"  # paths of the image side
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    gen_scale: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-    warmup_steps: int,
-    decay_steps: int,
-) -> optax.GradientTransformation:
+def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     """AdamW after clipping the global gradient norm, with the rates of `make_schedule`.
 
     `gen_scale` multiplies the steps of the image expert's parameters.
     """
-    schedule = make_schedule(learning_rate, warmup_steps=warmup_steps, decay_steps=decay_steps)
-    parts = [
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-    ]
-    if gen_scale != 1.0:
-        parts.append(optax.masked(optax.scale(gen_scale), _is_gen))
-    return optax.chain(*parts)
+    adamw = optax.adamw(
+        make_schedule(options),
+        b1=options.b1,
+        b2=options.b2,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+    transformations = [optax.clip_by_global_norm(options.clip_norm), adamw]
+    if options.gen_scale != 1.0:
+        transformations.append(optax.masked(optax.scale(options.gen_scale), _is_gen))
+    return optax.chain(*transformations)
 
 
-def make_schedule(learning_rate: float, *, warmup_steps: int, decay_steps: int) -> optax.Schedule:
+def make_schedule(options: OptimizerOptions) -> optax.Schedule:
     """The rate by the number of applied updates: up linearly from zero over `warmup_steps`, so that
     the first has rate zero, and, if `decay_steps` > 0, down linearly to zero at `decay_steps`.
     """
-    schedule: optax.Schedule = optax.constant_schedule(learning_rate)
-    if decay_steps:
-        schedule = optax.linear_schedule(learning_rate, 0.0, max(decay_steps - warmup_steps, 1))
-    if warmup_steps:
-        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-        schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
+    rate, rising = options.learning_rate, options.warmup_steps
+    schedule: optax.Schedule = optax.constant_schedule(rate)
+    if options.decay_steps:
+        schedule = optax.linear_schedule(rate, 0.0, max(options.decay_steps - rising, 1))
+    if rising:
+        warmup = optax.linear_schedule(0.0, rate, rising)
+        schedule = optax.join_schedules([warmup, schedule], [rising])
     return schedule
 
 

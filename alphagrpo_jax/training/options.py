@@ -83,7 +83,6 @@ def initial_options(config: Config, loaded: Loaded) -> RolloutOptions:
 def update_options(config: Config, loaded: Loaded, task: tasks.Task) -> gradient_lib.UpdateOptions:
     """What updates on a task's trajectories compile for."""
     options = rollout_options(config, loaded, task)
-    fields = dataclasses.asdict(config.loss)
     return gradient_lib.UpdateOptions(
         plan=options.plan,
         system_tokens=options.system_tokens,
@@ -93,9 +92,7 @@ def update_options(config: Config, loaded: Loaded, task: tasks.Task) -> gradient
         micro_batch=config.train.micro_batch,
         context_gradient=config.train.context_gradient,
         lora_scale=lora_scale(config),
-        loss=gradient_lib.LossOptions(
-            **fields | {"text": fields["text"] == "grpo", "image": fields["image"] == "grpo"}
-        ),
+        loss=config.loss,
     )
 
 

@@ -1,6 +1,5 @@
 """From a configuration to what the commands run: model, data, options, jitted steps."""
 
-import dataclasses
 import functools
 import os
 from typing import Any
@@ -109,12 +108,9 @@ def initial_state(
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer of a configuration."""
-    return optimizer_lib.make_optimizer(**dataclasses.asdict(config.optimizer))
+    return optimizer_lib.make_optimizer(config.optimizer)
 
 
 def make_schedule(config: Config) -> optax.Schedule:
     """The optimizer's learning rate by the number of applied updates."""
-    own = config.optimizer
-    return optimizer_lib.make_schedule(
-        own.learning_rate, warmup_steps=own.warmup_steps, decay_steps=own.decay_steps
-    )
+    return optimizer_lib.make_schedule(config.optimizer)

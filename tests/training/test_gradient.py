@@ -123,7 +123,7 @@ def test_gradients_reach_every_adapter_of_both_experts(setting):
 
 
 def test_text_alone_does_not_move_the_image_expert(setting):
-    loss = dataclasses.replace(setting.options.loss, image=False)
+    loss = dataclasses.replace(setting.options.loss, image="none")
     gradient, _, _ = gradient_of(setting, dataclasses.replace(setting.options, loss=loss))
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         moved = float(jnp.abs(leaf).max()) > 0

@@ -3,20 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from default_options import optimizer_options
 
 from alphagrpo_jax.training import optimizer as optimizer_lib
 
 
 def test_the_optimizer_by_hand():
-    settings = {
+    options = optimizer_options(**{
         "learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 0.0, "weight_decay": 0.0,
         "clip_norm": 1.0, "warmup_steps": 2, "decay_steps": 6, "gen_scale": 0.5,
-    }  # fmt: skip
-    optimizer = optimizer_lib.make_optimizer(**settings)
+    })  # fmt: skip
+    optimizer = optimizer_lib.make_optimizer(options)
     trainable = {"q_proj": {"a": jnp.zeros(1)}, "q_proj_moe_gen": {"a": jnp.zeros(1)}}
     opt_state = optimizer.init(trainable)
     gradient = jax.tree.map(lambda x: jnp.full_like(x, 7.0), trainable)
-    schedule = optimizer_lib.make_schedule(0.1, warmup_steps=2, decay_steps=6)
+    schedule = optimizer_lib.make_schedule(options)
     steps, told = [], []
     for _ in range(7):
         told.append(float(optimizer_lib.next_rate(opt_state, schedule=schedule)))
