@@ -20,7 +20,7 @@ from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import checkpoint, distributed, sharding
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.records import Record
-from alphagrpo_jax.sampling.trajectory import RolloutOptions, sample_trajectories
+from alphagrpo_jax.sampling.trajectory import RolloutSpec, sample_trajectories
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
@@ -31,7 +31,7 @@ from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 KEEPS = ("last", "best", "gated")
 BATCH = 100  # rows of `run_task` at a time
 
-_rollout = jax.jit(sample_trajectories, static_argnames=("model", "options"))
+_rollout = jax.jit(sample_trajectories, static_argnames=("model", "spec"))
 
 
 class Policy(NamedTuple):
@@ -232,10 +232,10 @@ def run_task(
       batch: rows at a time; a smaller last batch is filled up.
     """
     config, loaded = policy.config, policy.loaded
-    options = options_lib.eval_options(config, loaded, task)
+    spec = options_lib.eval_spec(config, loaded, task)
     rows = [loaded.tokenizer.wrap(task.texts[0].format(prompt=text)) for text in asked]
     tokens, mask = loaded.tokenizer.batch(rows, max(map(len, rows)))
-    drawn, texts = [], [[] for _ in options.plan.text_steps]
+    drawn, texts = [], [[] for _ in spec.plan.text_steps]
     size = min(batch, len(rows))
     for first in range(0, len(rows), size):
         at = np.arange(first, first + size) % len(rows)
@@ -243,7 +243,7 @@ def run_task(
         shown = None if images is None else image_block(loaded, images[at])
         inputs = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
         trajectories, made = _call(
-            policy, options, inputs, seed=seed, first=first, temperature=temperature
+            policy, spec, inputs, seed=seed, first=first, temperature=temperature
         )
         count = min(size, len(rows) - first)
         if made is not None:
@@ -284,9 +284,9 @@ class _Judge:
 def _run(
     policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
 ) -> GeneratedImages:
-    options, inputs = _prepared(policy, name, text, image, count=count)
+    spec, inputs = _prepared(policy, name, text, image, count=count)
     trajectories, images = _call(
-        policy, options, inputs, seed=seed, temperature=policy.config.eval.temperature
+        policy, spec, inputs, seed=seed, temperature=policy.config.eval.temperature
     )
     texts = decode_steps(policy.loaded.tokenizer, trajectories)
     return GeneratedImages(np.asarray(images), texts[0] if texts else [])
@@ -295,31 +295,30 @@ def _run(
 def _texts(
     policy: Policy, name: str, text: str, image: Image.Image, *, seed: int
 ) -> list[list[str]]:
-    options, inputs = _prepared(policy, name, text, image, count=1)
+    spec, inputs = _prepared(policy, name, text, image, count=1)
     trajectories, _ = _call(
-        policy, options, inputs, seed=seed, temperature=policy.config.eval.temperature
+        policy, spec, inputs, seed=seed, temperature=policy.config.eval.temperature
     )
     return decode_steps(policy.loaded.tokenizer, trajectories)
 
 
 def _prepared(
     policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int
-) -> tuple[RolloutOptions, tuple[TextBlock | ImageBlock, ...]]:
+) -> tuple[RolloutSpec, tuple[TextBlock | ImageBlock, ...]]:
     """What to compile, and the inputs of one prompt."""
     loaded, task = policy.loaded, tasks.TASKS[name]
-    options = options_lib.eval_options(policy.config, loaded, task)
-    options = dataclasses.replace(options, group_size=count)
+    spec = options_lib.eval_spec(policy.config, loaded, task)
+    spec = dataclasses.replace(spec, rows_per_prompt=count)
     row = loaded.tokenizer.wrap(task.texts[0].format(prompt=text))
     tokens, mask = loaded.tokenizer.batch([row], len(row))
     block = TextBlock(jnp.asarray(tokens), jnp.asarray(mask))
     if image is None:
-        return options, (block,)
+        return spec, (block,)
     pixels, seen = _sizes(loaded, image)
     grid = loaded.config.latent_grid(*pixels.shape[:2])
-    drawn = dataclasses.replace(options.image, grid=grid)
     shown = ImageBlock(jnp.asarray(pixels[None]), jnp.asarray(seen[None]))
     blocks = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
-    return dataclasses.replace(options, image=drawn), blocks
+    return dataclasses.replace(spec, grid=grid), blocks
 
 
 def _sizes(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
@@ -328,7 +327,7 @@ def _sizes(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 def _call(
     policy: Policy,
-    options: RolloutOptions,
+    spec: RolloutSpec,
     inputs: tuple[TextBlock | ImageBlock, ...],
     *,
     seed: int,
@@ -341,7 +340,7 @@ def _call(
         inputs,
         jax.random.key(seed),
         jnp.int32(first),
-        jnp.int32(options.image.num_points),  # no stochastic step
+        jnp.int32(spec.options.num_points),  # no stochastic step
         jnp.float32(temperature),
-        options=options,
+        spec=spec,
     )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from alphagrpo_jax.flow.guidance import Guidance, combine
+from alphagrpo_jax.flow.guidance import Guidance, active_mask, combine
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel, base_shapes, init_base  # noqa: F401
 from alphagrpo_jax.models.bagel_weights import (  # noqa: F401
@@ -297,7 +297,7 @@ def guided_velocity(
     guided = combine(plain, dropped_text, dropped_image, guidance)
     if active:
         return guided
-    return jnp.where(guidance.active_mask(sigma)[:, None, None], guided, plain)
+    return jnp.where(active_mask(guidance, sigma)[:, None, None], guided, plain)
 
 
 def joint_forward(

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from alphagrpo_jax import policy
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.config import Guidance, ImageOptions
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.bagel_config import BagelConfig
@@ -57,7 +57,9 @@ BAGEL_7B = {  # BAGEL-7B-MoT's JSON files; the autoencoder has FLUX's sizes, whi
     "vae": None,
     "bagel": None,
 }
-GUIDANCE = Guidance(text_scale=4.0, interval=(0.0, 1.0))  # two branches at every step
+GUIDANCE = Guidance(  # two branches at every step
+    text_scale=4.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global", renorm_min=0.0
+)
 RANK = 64  # of the adapters
 MATMUL_SIDE = {"cpu": 1024}  # elsewhere 8192
 COPY_BYTES = {"cpu": 2**26}  # elsewhere 2 GiB
@@ -144,8 +146,7 @@ class Functions:
     def __init__(self, model: Bagel, sizes: Sizes) -> None:
         self.model, self.sizes = model, sizes
         self.grid = model.config.latent_grid(sizes.side, sizes.side)
-        self.options = image.ImageOptions(
-            grid=self.grid,
+        self.options = ImageOptions(
             num_points=sizes.points,
             shift=3.0,
             window=1,
@@ -172,7 +173,7 @@ class Functions:
     ) -> ImageSample:
         start = jnp.zeros((), jnp.int32)
         given = (self.model, params, self._contexts(ctx), noise, keys, start)
-        return image.sample_image(*given, options=self.options)
+        return image.sample_image(*given, options=self.options, grid=self.grid)
 
     def _decode(self, params: policy.PolicyParams, latents: jax.Array) -> jax.Array:
         return policy.decode_latents(self.model, params, latents, self.grid)
@@ -189,7 +190,7 @@ class Functions:
     ) -> jax.Array:
         own = params.replace(lora=adapters)
         found = image.image_log_probs(
-            self.model, own, self._contexts(ctx), sample, options=self.options
+            self.model, own, self._contexts(ctx), sample, options=self.options, grid=self.grid
         )
         return found[0].sum()
 

@@ -14,7 +14,7 @@ import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import policy, tasks
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.config import Guidance
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.parity.fixture import load_fixture
@@ -236,12 +236,12 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
     texts = ("{prompt}",) * events.count(TEXT)
     image = "record" if {GIVEN_IMAGE, SEEN_IMAGE} & set(events) else ""
     task = tasks.Task("own", events, system_prompt="think", texts=texts, image=image)
-    options = options_lib.rollout_options(config, loaded, task)
+    spec = options_lib.rollout_spec(config, loaded, task)
     params, inputs = PolicyParams(loaded.base), inputs_of(loaded, config, events)
-    run = jax.jit(functools.partial(trajectory.sample_trajectories, loaded.model, options=options))
+    run = jax.jit(functools.partial(trajectory.sample_trajectories, loaded.model, spec=spec))
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
     drawn, _ = run(params, inputs, *numbers)
-    blocks = event_blocks(loaded, drawn, options, events)
+    blocks = event_blocks(loaded, drawn, spec, events)
 
     def extend(ctx, kind, given):
         if kind == SEEN_IMAGE:
@@ -256,7 +256,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
     probe = jax.random.normal(jax.random.key(1), (4, 4, loaded.config.latent_width))
     look = jax.jit(functools.partial(policy.velocity, loaded.model, grid=(2, 2)))
     before = by_the_table(events)
-    for step in options.plan.steps:
+    for step in spec.plan.steps:
         for nodes, wanted in zip(
             (step.gen, step.cfg_text, step.cfg_img), before[step.event], strict=True
         ):
@@ -276,13 +276,13 @@ def floats(pixels):
     return (jnp.asarray(pixels, jnp.float32) / 255.0 - 0.5) / 0.5
 
 
-def event_blocks(loaded, drawn, options, events):
+def event_blocks(loaded, drawn, spec, events):
     """What each event added, four rows each."""
     inputs, texts, images = iter(drawn.inputs), iter(drawn.texts), iter(drawn.images)
     blocks = []
     for kind in events:
         if kind == SYSTEM:
-            tokens = jnp.tile(jnp.asarray(options.system_tokens, jnp.int32)[None], (4, 1))
+            tokens = jnp.tile(jnp.asarray(spec.system_tokens, jnp.int32)[None], (4, 1))
             blocks.append(TextBlock(tokens, jnp.ones(tokens.shape, bool)))
         elif kind == IMAGE:
             latents = next(images).latents

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from default_options import guidance as guided
 
 from alphagrpo_jax import policy
-from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.bagel_config import BagelConfig
@@ -259,7 +259,7 @@ def test_remat_and_unroll_change_nothing(params: PolicyParams, remat: str):
 def test_guidance_decided_on_the_device_equals_the_static_decision(params: PolicyParams):
     ctx = context(params)
     contexts = GuidanceContexts(ctx, kv_cache.empty(2), ctx)
-    guidance = Guidance(text_scale=3.0, interval=(0.4, 1.0))
+    guidance = guided(text_scale=3.0, interval=(0.4, 1.0))
     call = functools.partial(policy.guided_velocity, MODEL, params, contexts, latents(2))
     sigma = jnp.array([0.8, 0.3])
     dynamic = call(sigma, GRID, guidance)

@@ -1,57 +1,28 @@
 """Classifier-free guidance over two dropped conditions, with renormalisation."""
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-RENORMS = ("global", "channel", "text_channel")
+from alphagrpo_jax.config import Guidance
 
 
-@dataclasses.dataclass(frozen=True)
-class Guidance:
-    """How the three velocities are combined. Hashable, so it may be a static argument of jit.
+def is_active(guidance: Guidance, sigma: float) -> bool:
+    """Whether guidance applies at a static noise level: `lo < sigma <= hi`, in float32.
 
-    A branch whose scale is at most 1 is not evaluated; `text_scale <= 1` turns all guidance off.
+    Args:
+      guidance: scales and interval.
+      sigma: python or numpy scalar; for a traced sigma use `active_mask`.
     """
+    low, high = (np.float32(end) for end in guidance.interval)
+    return guidance.uses_text and bool(low < np.float32(sigma) <= high)
 
-    text_scale: float = 4.0
-    image_scale: float = 1.0
-    interval: tuple[float, float] = (0.4, 1.0)  # guidance is on while lo < sigma <= hi
-    renorm: str = "global"
-    renorm_min: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.renorm not in RENORMS:
-            raise ValueError(f"got renorm={self.renorm!r}, expected one of {RENORMS}")
-        if len(self.interval) != 2 or not self.interval[0] < self.interval[1]:
-            raise ValueError(f"got interval={self.interval}, expected (lo, hi) with lo < hi")
-
-    @property
-    def uses_text(self) -> bool:
-        """Whether the text-dropped branch is evaluated at all."""
-        return self.text_scale > 1.0
-
-    @property
-    def uses_image(self) -> bool:
-        """Whether the image-dropped branch is evaluated at all."""
-        return self.uses_text and self.image_scale > 1.0
-
-    def active(self, sigma: float) -> bool:
-        """Whether guidance applies at a (static) noise level: `lo < sigma <= hi`, in float32.
-
-        Args:
-          sigma: python or numpy scalar; for a traced sigma use `active_mask`.
-        """
-        lo, hi = np.float32(self.interval[0]), np.float32(self.interval[1])
-        return self.uses_text and bool(lo < np.float32(sigma) <= hi)
-
-    def active_mask(self, sigma: jax.Array) -> jax.Array:
-        """`active` for a traced sigma, float32[...] -> bool[...]."""
-        lo, hi = (jnp.float32(end) for end in self.interval)
-        return self.uses_text & (sigma > lo) & (sigma <= hi)
+def active_mask(guidance: Guidance, sigma: jax.Array) -> jax.Array:
+    """`is_active` for a traced sigma, float32[...] -> bool[...]."""
+    low, high = (jnp.float32(end) for end in guidance.interval)
+    return guidance.uses_text & (sigma > low) & (sigma <= high)
 
 
 def combine(

@@ -1,5 +1,6 @@
 """Cases c11, c14: gradients of velocities, texts and transitions; the pretraining forward."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable
@@ -11,12 +12,11 @@ from flax import traverse_util
 
 from alphagrpo_jax import policy
 from alphagrpo_jax.flow import sde
-from alphagrpo_jax.flow.guidance import Guidance
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.models.name_table import entries
 from alphagrpo_jax.ops.patchify import patchify
-from alphagrpo_jax.parity.image_cases import parse_guidance
+from alphagrpo_jax.parity.image_cases import UNGUIDED, parse_guidance
 from alphagrpo_jax.parity.model import Port
 from alphagrpo_jax.parity.sampling_cases import step_levels, stepping
 from alphagrpo_jax.parity.text_cases import Outputs, text_scores
@@ -108,7 +108,7 @@ def _text_loss(port: Port, temperature: float, *, detached: bool) -> Loss:
 
 
 def _transition_loss(port: Port, kind: str, index: int) -> Loss:
-    levels, guidance = step_levels(port), Guidance(text_scale=4.0, interval=(0.0, 1.0))
+    levels, guidance = step_levels(port), dataclasses.replace(UNGUIDED, text_scale=4.0)
     level, following = levels[index], levels[index + 1]
     x = jnp.asarray(port.array(f"c9.step{index}_x"))
     reached = stepping(port)[f"c9.step{index}_{kind}_next"][None]

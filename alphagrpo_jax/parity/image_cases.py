@@ -1,12 +1,13 @@
 """Cases c2, c5, c6, c7, c10: encoders, velocities with guidance, edits, batches."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.config import Guidance
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
 from alphagrpo_jax.models.mot import Tokens
@@ -16,6 +17,9 @@ from alphagrpo_jax.ops.posembed import grid_ids, timestep_features
 from alphagrpo_jax.parity.model import Port, cache_arrays, context_sizes, reading_order
 from alphagrpo_jax.parity.text_cases import Outputs, prompt_ids, scores_of
 
+UNGUIDED = Guidance(
+    text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global", renorm_min=0.0
+)
 RENORMS = {"global": "global", "channel": "channel", "textchannel": "text_channel"}
 
 
@@ -53,7 +57,7 @@ def encoders(port: Port) -> Outputs:
 
 def parse_guidance(words: str) -> Guidance:
     """Guidance of a name's tail: `nocfg`, `text4_img2_textchannel`, `text4_global_rmin0p95`."""
-    fields = {"text_scale": 1.0, "image_scale": 1.0, "interval": (0.0, 1.0)}
+    fields = {}
     for word in words.split("_"):
         number = re.fullmatch(r"(text|img|rmin)([\dp]+)", word)
         if number:
@@ -63,7 +67,7 @@ def parse_guidance(words: str) -> Guidance:
             fields["renorm"] = RENORMS[word]
         elif word not in ("nocfg", "only"):
             raise ValueError(f"unknown word {word!r} in the guidance {words!r}")
-    return Guidance(**fields)
+    return dataclasses.replace(UNGUIDED, **fields)
 
 
 def velocities(port: Port, case: str, contexts: GuidanceContexts) -> Outputs:

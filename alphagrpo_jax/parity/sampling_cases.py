@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alphagrpo_jax.flow import sde
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.flow.guidance import Guidance, is_active
 from alphagrpo_jax.flow.schedule import sigmas
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import GuidanceContexts
@@ -51,7 +51,7 @@ def ode(port: Port, contexts: GuidanceContexts, noise: np.ndarray, options: dict
     x = jnp.asarray(noise)
     latents, steps, scales = [x], [], []
     for level, following in itertools.pairwise(levels):
-        active = guidance.active(level)
+        active = is_active(guidance, level)
         v = port.guided_velocity(contexts, x, level, guidance, active=active)
         x = sde.ode_step(x[None], v[None], level, following)[0]
         latents.append(x)

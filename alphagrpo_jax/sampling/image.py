@@ -1,6 +1,5 @@
 """Drawing an image: a deterministic walk down the schedule with a short stochastic window."""
 
-import dataclasses
 import functools
 from itertools import groupby
 
@@ -10,30 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from alphagrpo_jax import policy
+from alphagrpo_jax.config import ImageOptions
 from alphagrpo_jax.flow import schedule, sde
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.flow.guidance import is_active
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import GuidanceContexts
 from alphagrpo_jax.types import ImageSample
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageOptions:
-    """How images are drawn; hashable, so it may be a static argument of jit."""
-
-    grid: tuple[int, int]  # latent token rows and columns
-    num_points: int  # of the schedule
-    shift: float
-    window: int  # J, stochastic steps; 0 for a deterministic walk
-    window_range: tuple[int, int]  # the window lies within steps lo .. hi - 1
-    noise_level: float
-    sampler: str  # "sde" or "cps"
-    guidance: Guidance
-
-    @property
-    def sigmas(self) -> np.ndarray:
-        """float32[num_points], from 1 to 0."""
-        return schedule.sigmas(self.num_points, shift=self.shift)
+def noise_levels(options: ImageOptions) -> np.ndarray:
+    """Noise levels of the options' schedule, float32[num_points] from 1 to 0."""
+    return schedule.sigmas(options.num_points, shift=options.shift)
 
 
 def sample_image(
@@ -45,6 +31,8 @@ def sample_image(
     start: jax.Array,
     *,
     options: ImageOptions,
+    grid: tuple[int, int],
+    stochastic: bool = True,
 ) -> ImageSample:
     """Draws one image per row; steps start .. start + J - 1 are stochastic, the others ODE.
 
@@ -58,29 +46,31 @@ def sample_image(
       noise_keys: typed key[B], for the stochastic steps.
       start: int32[].
       options: static.
+      grid: latent token rows and columns, static.
+      stochastic: static; False: all steps are ODE (J = 0), and start and keys are not used.
     """
     chex.assert_rank([initial, noise_keys, start], [3, 1, 0])
     chex.assert_type(initial, jnp.float32)
-    levels = options.sigmas
-    window = options.window
+    levels = noise_levels(options)
+    window = options.window if stochastic else 0
     shape = (max(window, 1), *initial.shape[1:])
     noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(noise_keys)
 
     def step(x: jax.Array, at: jax.Array, *, guided: bool) -> tuple[jax.Array, tuple]:
         sigma, sigma_next = jnp.asarray(levels)[at], jnp.asarray(levels)[at + 1]
-        v = _velocity(model, params, contexts, x, sigma, options, guided=guided)
+        v = _velocity(model, params, contexts, x, sigma, options, grid, guided=guided)
         after = sde.ode_step(x, v, sigma, sigma_next)
         if not window:
             return after, ()
         own = jnp.take(noise, jnp.clip(at - start, 0, window - 1), axis=1)
         mean, std = transition(x, v, sigma, sigma_next, options=options)
         scale = std * jnp.sqrt(sigma - sigma_next) if options.sampler == "sde" else std
-        stochastic = (at >= start) & (at < start + window)
-        after = jnp.where(stochastic, mean + scale * own, after)
+        in_window = (at >= start) & (at < start + window)
+        after = jnp.where(in_window, mean + scale * own, after)
         return after, (x, after, log_prob(after, mean, std, sigma, sigma_next, options=options))
 
     x, trails, at = initial, [], 0
-    for guided, run in groupby(levels[:-1], key=options.guidance.active):
+    for guided, run in groupby(levels[:-1], key=functools.partial(is_active, options.guidance)):
         count = len(list(run))
         steps = jnp.arange(at, at + count, dtype=jnp.int32)
         x, trail = jax.lax.scan(functools.partial(step, guided=guided), x, steps)
@@ -105,6 +95,7 @@ def image_log_probs(
     sample: ImageSample,
     *,
     options: ImageOptions,
+    grid: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs and means of a sample's stochastic steps, with the guidance they were drawn with.
 
@@ -113,18 +104,19 @@ def image_log_probs(
       contexts: of B rows, merged.
       sample: the images.
       options: static.
+      grid: latent token rows and columns, static.
     Returns:
       float32[B, J] log-probs; float32[B, J, M, C] means.
     """
-    levels = jnp.asarray(options.sigmas)
+    levels = jnp.asarray(noise_levels(options))
     lo, hi = options.window_range
-    possible = {options.guidance.active(sigma) for sigma in options.sigmas[lo:hi]}
+    possible = {is_active(options.guidance, sigma) for sigma in noise_levels(options)[lo:hi]}
     guided = possible.pop() if len(possible) == 1 else None
 
     def step(_: None, each: tuple) -> tuple[None, tuple]:
         x, after, at = each
         sigma, sigma_next = levels[at], levels[at + 1]
-        v = _velocity(model, params, contexts, x, sigma, options, guided=guided)
+        v = _velocity(model, params, contexts, x, sigma, options, grid, guided=guided)
         mean, std = transition(x, v, sigma, sigma_next, options=options)
         return None, (log_prob(after, mean, std, sigma, sigma_next, options=options), mean)
 
@@ -140,7 +132,7 @@ def transition(
     """Mean float32[B, M, C] and std float32[] of one stochastic step of the chosen sampler."""
     if options.sampler == "cps":
         return sde.cps_mean_std(x, v, sigma, sigma_next, options.noise_level)
-    second = jnp.float32(options.sigmas[1])
+    second = jnp.float32(noise_levels(options)[1])
     return sde.sde_mean_std(x, v, sigma, sigma_next, second, options.noise_level)
 
 
@@ -166,10 +158,11 @@ def _velocity(
     x: jax.Array,
     sigma: jax.Array,
     options: ImageOptions,
+    grid: tuple[int, int],
     *,
     guided: bool | None,
 ) -> jax.Array:
     rows = jnp.broadcast_to(sigma, x.shape[:1])
     return policy.guided_velocity(
-        model, params, contexts, x, rows, options.grid, options.guidance, active=guided
+        model, params, contexts, x, rows, grid, options.guidance, active=guided
     )

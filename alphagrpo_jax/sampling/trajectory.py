@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alphagrpo_jax import policy
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.config import RolloutOptions
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
@@ -41,18 +41,15 @@ Inputs = tuple[TextBlock | ImageBlock, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutOptions:
+class RolloutSpec:
     """What a rollout compiles for; hashable, a static argument of jit."""
 
     plan: Plan
     system_tokens: tuple[int, ...]  # ids of the system prompt with its delimiters; may be empty
-    group_size: int
-    max_text_tokens: int
-    top_p: float
-    image: image.ImageOptions
-    edit_guidance: Guidance  # of images that are drawn behind another
-    shared_noise: bool  # one initial noise per group
-    merge_lora: bool  # fold the adapters into a copy of the weights first
+    grid: tuple[int, int]  # latent token rows and columns of an image
+    rows_per_prompt: int
+    stochastic: bool  # whether image steps have a stochastic window, which training needs
+    options: RolloutOptions
 
 
 def sample_trajectories(
@@ -64,9 +61,9 @@ def sample_trajectories(
     start: jax.Array,
     temperature: jax.Array,
     *,
-    options: RolloutOptions,
+    spec: RolloutSpec,
 ) -> tuple[Rollout, jax.Array | None]:
-    """Draws `group_size` trajectories for each of P prompts: `prefill`, then `generate`.
+    """Draws `rows_per_prompt` trajectories for each of P prompts: `prefill`, then `generate`.
 
     A trajectory depends on its own inputs, its number in the update and the key; not on how the
     update is cut into calls.
@@ -79,13 +76,13 @@ def sample_trajectories(
       first: int32[], number of the first trajectory of this call in the update.
       start: int32[], first stochastic image step; beyond the schedule's end there is none.
       temperature: float32[], of texts; 0 is greedy.
-      options: static.
+      spec: static.
     Returns:
       The trajectories, and uint8[B, Hpx, Wpx, 3], what the last image step drew, if any.
     """
-    params = sampling_params(params, merge_lora=options.merge_lora)
-    given = prefill(model, params, inputs, options=options)
-    return generate(model, params, given, key, first, start, temperature, options=options)
+    params = sampling_params(params, merge_lora=spec.options.merge_lora)
+    given = prefill(model, params, inputs, spec=spec)
+    return generate(model, params, given, key, first, start, temperature, spec=spec)
 
 
 def sampling_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.PolicyParams:
@@ -100,18 +97,18 @@ def prefill(
     params: policy.PolicyParams,
     inputs: Inputs,
     *,
-    options: RolloutOptions,
+    spec: RolloutSpec,
 ) -> Rollout:
-    """What is given, before anything is generated: B = P * group_size rows without samples.
+    """What is given, before anything is generated: B = P * rows_per_prompt rows without samples.
 
     What is the same for all prompts is computed once, what is a prompt's once per prompt; pieces
     of generated events are None.
     """
-    plan, group = options.plan, options.group_size
+    plan, group = spec.plan, spec.rows_per_prompt
     pieces: list[Piece | None] = [None] * len(plan.nodes)
     for index, node in enumerate(plan.nodes):
         if node.level != "trajectory":
-            block = _block(plan, node, inputs, (), options.system_tokens)
+            block = _block(plan, node, inputs, (), spec.system_tokens)
             pieces[index] = _extend(model, params, pieces, node, block)
     repeated = (
         piece if piece is None or node.level == "shared" else repeat_rows(piece, group)
@@ -130,10 +127,10 @@ def generate(
     start: jax.Array,
     temperature: jax.Array,
     *,
-    options: RolloutOptions,
+    spec: RolloutSpec,
 ) -> tuple[Rollout, jax.Array | None]:
     """The task's steps over what `prefill` has made; see `sample_trajectories`."""
-    plan, grid = options.plan, options.image.grid
+    plan, grid = spec.plan, spec.grid
     pieces = list(given.pieces)
     rows = first + jnp.arange(row_count(given.inputs), dtype=jnp.int32)
     texts: list[TextSample] = []
@@ -146,14 +143,14 @@ def generate(
             if pieces[index] is None:
                 node = plan.nodes[index]
                 block = drawn.get(node.event) or _block(
-                    plan, node, given.inputs, tuple(texts), options.system_tokens
+                    plan, node, given.inputs, tuple(texts), spec.system_tokens
                 )
                 pieces[index] = _extend(model, params, pieces, node, block)
 
     for step in plan.steps:
         fill((*step.gen, *step.cfg_text, *step.cfg_img))
         if step.kind == IMAGE:
-            images.append(_sample_image(model, params, step, pieces, key, rows, start, options))
+            images.append(_sample_image(model, params, step, pieces, key, rows, start, spec))
             if step.node is not None:
                 shown = pixels(model, params, images[-1].latents, grid)
                 drawn[step.event] = image_block(model, shown)
@@ -164,9 +161,9 @@ def generate(
             params,
             ctx,
             _row_keys(key, rows, step.event),
-            max_tokens=options.max_text_tokens,
+            max_tokens=spec.options.text_tokens,
             temperature=temperature,
-            top_p=options.top_p,
+            top_p=spec.options.top_p,
         )
         texts.append(sample)
         if step.node is not None:
@@ -308,26 +305,33 @@ def _sample_image(
     key: jax.Array,
     rows: jax.Array,
     start: jax.Array,
-    options: RolloutOptions,
+    spec: RolloutSpec,
 ) -> ImageSample:
     chex.assert_rank([rows, start], [1, 0])
-    grid, width = options.image.grid, model.config.latent_width
-    owners = rows // options.group_size if options.shared_noise else rows
+    (high, wide), width = spec.grid, model.config.latent_width
+    owners = rows // spec.rows_per_prompt if spec.options.shared_noise else rows
     initial_keys, noise_keys = jax.random.split(jax.random.fold_in(key, step.event))
     initial_keys = jax.vmap(jax.random.fold_in, (None, 0))(initial_keys, owners)
     noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_keys, rows)
-    shape = (grid[0] * grid[1], width)
+    shape = (high * wide, width)
     initial = jax.vmap(lambda each: jax.random.normal(each, shape, jnp.float32))(initial_keys)
     contexts = guidance_contexts(pieces, step, rows.shape[0])
-    own = step_options(options.image, options.edit_guidance, step)
-    return image.sample_image(model, params, contexts, initial, noise_keys, start, options=own)
+    return image.sample_image(
+        model,
+        params,
+        contexts,
+        initial,
+        noise_keys,
+        start,
+        options=step_options(spec.options, step),
+        grid=spec.grid,
+        stochastic=spec.stochastic,
+    )
 
 
-def step_options(
-    options: image.ImageOptions, edit_guidance: Guidance, step: PlannedStep
-) -> image.ImageOptions:
+def step_options(options: RolloutOptions, step: PlannedStep) -> RolloutOptions:
     """The options of one image step: behind another image, guidance is that of edits."""
-    return dataclasses.replace(options, guidance=edit_guidance) if step.edits else options
+    return dataclasses.replace(options, guidance=options.edit_guidance) if step.edits else options
 
 
 def _row_keys(key: jax.Array, rows: jax.Array, event: int) -> jax.Array:

@@ -74,8 +74,8 @@ def sample_images(
       seed: of the keys; the same seed means the same noise for every policy.
     """
     config, loaded = policy_.config, policy_.loaded
-    options = options_lib.eval_options(config, loaded, tasks.TASKS["rt2i"])
-    draw = jax.jit(functools.partial(_draw, model=loaded.model, options=options))
+    spec = options_lib.eval_spec(config, loaded, tasks.TASKS["rt2i"])
+    draw = jax.jit(functools.partial(_draw, model=loaded.model, spec=spec))
     key, size = jax.random.key(seed), min(BATCH, len(records))
     for first in tqdm.trange(0, len(records), size, desc="drawing", unit_scale=size):
         rows = [
@@ -87,9 +87,9 @@ def sample_images(
         yield from distributed.to_host(images)[: len(records) - first]
 
 
-def _draw(params, block, key, first, temperature, *, model, options) -> jax.Array:
+def _draw(params, block, key, first, temperature, *, model, spec) -> jax.Array:
     _, images = sample_trajectories(
-        model, params, (block,), key, first, jnp.int32(0), temperature, options=options
+        model, params, (block,), key, first, jnp.int32(0), temperature, spec=spec
     )
     return images
 

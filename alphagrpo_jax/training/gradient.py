@@ -15,12 +15,17 @@ import optax
 from flax import traverse_util
 
 from alphagrpo_jax import loss, policy
-from alphagrpo_jax.config import LossOptions
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.config import LossOptions, TrainOptions
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.sampling import image
-from alphagrpo_jax.sampling.trajectory import context, guidance_contexts, rebuild, step_options
+from alphagrpo_jax.sampling.trajectory import (
+    RolloutSpec,
+    context,
+    guidance_contexts,
+    rebuild,
+    step_options,
+)
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
     LogProbs,
@@ -33,18 +38,18 @@ from alphagrpo_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateOptions:
+class UpdateSpec:
     """What an update compiles for; hashable, a static argument of jit."""
 
-    plan: Plan
-    system_tokens: tuple[int, ...]
-    image: image.ImageOptions
-    edit_guidance: Guidance  # of images that are drawn behind another
-    temperature: float
-    micro_batch: int
-    context_gradient: bool
-    lora_scale: float | None  # alpha / rank; None: part of the base is trained
+    rollout: RolloutSpec  # of the trajectories
+    train: TrainOptions
     loss: LossOptions
+    lora_scale: float | None  # alpha / rank; None: part of the base is trained
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the trajectories' task."""
+        return self.rollout.plan
 
 
 class LossNormalizers(NamedTuple):
@@ -99,23 +104,23 @@ def init_trainable(
 
 
 def log_probs(
-    model: Bagel, params: policy.PolicyParams, trajectories: Rollout, *, options: UpdateOptions
+    model: Bagel, params: policy.PolicyParams, trajectories: Rollout, *, spec: UpdateSpec
 ) -> LogProbs:
     """Log-probs of all text and image steps of B trajectories, in their stored contexts.
 
     The stored contexts are constants; with `context_gradient` they are computed again here, so
     that the gradient flows through them.
     """
-    plan, rows = options.plan, row_count(trajectories.inputs)
+    plan, rows = spec.plan, row_count(trajectories.inputs)
     pieces = jax.lax.stop_gradient(trajectories.pieces)
-    if options.context_gradient:
+    if spec.train.context_gradient:
         pieces = rebuild(
             model,
             params,
             trajectories,
             plan=plan,
-            system_tokens=options.system_tokens,
-            grid=options.image.grid,
+            system_tokens=spec.rollout.system_tokens,
+            grid=spec.rollout.grid,
         )
     texts = [
         policy.text_log_probs(
@@ -124,7 +129,7 @@ def log_probs(
             context(pieces, step.gen, rows),
             trajectories.texts[step.index].tokens,
             trajectories.texts[step.index].mask,
-            temperature=options.temperature,
+            temperature=spec.rollout.options.temperature,
         )
         for step in plan.text_steps
     ]
@@ -134,7 +139,8 @@ def log_probs(
             params,
             guidance_contexts(pieces, step, rows),
             trajectories.images[step.index],
-            options=step_options(options.image, options.edit_guidance, step),
+            options=step_options(spec.rollout.options, step),
+            grid=spec.rollout.grid,
         )
         for step in plan.image_steps
     ]
@@ -153,7 +159,7 @@ def forward(
     part: jax.Array,
     *,
     model: Bagel,
-    options: UpdateOptions,
+    spec: UpdateSpec,
 ) -> tuple[LogProbs, Callable]:
     """Scores one micro-batch, and what its backward pass needs.
 
@@ -164,28 +170,29 @@ def forward(
       trainable, base: the policy.
       trajectories: of the whole update.
       part: int32[], which micro-batch.
-      model, options: static.
+      model, spec: static.
     Returns:
       The scores, and the function from their cotangents to the gradient (a pytree).
     """
-    parts = row_count(trajectories.inputs) // options.micro_batch
-    micro = take_micro_batch(trajectories, part, parts, shared=options.plan.shared)
+    parts = row_count(trajectories.inputs) // spec.train.micro_batch
+    micro = take_micro_batch(trajectories, part, parts, shared=spec.plan.shared)
 
     def scores(tree: Any) -> LogProbs:
-        params = policy_params(base, tree, lora_scale=options.lora_scale)
-        return log_probs(model, params, micro, options=options)
+        params = policy_params(base, tree, lora_scale=spec.lora_scale)
+        return log_probs(model, params, micro, spec=spec)
 
     return jax.vjp(scores, trainable)
 
 
 def reference_log_probs(
-    base: dict, trajectories: Rollout, part: jax.Array, *, model: Bagel, options: UpdateOptions
+    base: dict, trajectories: Rollout, part: jax.Array, *, model: Bagel, spec: UpdateSpec
 ) -> LogProbs:
     """Scores of a micro-batch under the base alone, in contexts that it builds from the tokens."""
-    parts = row_count(trajectories.inputs) // options.micro_batch
-    micro = take_micro_batch(trajectories, part, parts, shared=options.plan.shared)
-    rebuilt = dataclasses.replace(options, context_gradient=True)
-    return log_probs(model, policy.PolicyParams(base=base), micro, options=rebuilt)
+    parts = row_count(trajectories.inputs) // spec.train.micro_batch
+    micro = take_micro_batch(trajectories, part, parts, shared=spec.plan.shared)
+    train = dataclasses.replace(spec.train, context_gradient=True)
+    rebuilt = dataclasses.replace(spec, train=train)
+    return log_probs(model, policy.PolicyParams(base=base), micro, spec=rebuilt)
 
 
 def backward(
@@ -198,7 +205,7 @@ def backward(
     totals: LossNormalizers,
     weight: jax.Array,
     *,
-    options: UpdateOptions,
+    spec: UpdateSpec,
 ) -> tuple[Any, loss.Metrics]:
     """A micro-batch's share of the gradient and of the metrics.
 
@@ -211,14 +218,14 @@ def backward(
       totals: from `count_normalizers`, over all batches of this task in the update.
       weight: float32[], the task's share of the update's trajectories: 1 unless the update holds
         several tasks. Scales the gradient, not the metrics.
-      options: static.
+      spec: static.
     """
-    parts = batch.advantage.shape[0] // options.micro_batch
-    micro = take_micro_batch(batch, part, parts, shared=options.plan.shared)
+    parts = batch.advantage.shape[0] // spec.train.micro_batch
+    micro = take_micro_batch(batch, part, parts, shared=spec.plan.shared)
     old = jax.lax.stop_gradient(new) if old is None else old
 
     def share(scores: LogProbs) -> tuple[jax.Array, loss.Metrics]:
-        own, metrics = micro_loss(scores, old, reference, micro, totals, options=options)
+        own, metrics = micro_loss(scores, old, reference, micro, totals, spec=spec)
         return weight * own, metrics
 
     cotangents, metrics = jax.grad(share, has_aux=True)(new)
@@ -280,7 +287,7 @@ def join_entropy(scores: list[LogProbs]) -> tuple[jax.Array, ...]:
 
 
 def count_normalizers(
-    batch: UpdateBatch, entropy: tuple[jax.Array, ...] | None, *, options: UpdateOptions
+    batch: UpdateBatch, entropy: tuple[jax.Array, ...] | None, *, spec: UpdateSpec
 ) -> LossNormalizers:
     """The denominators of the means over a batch.
 
@@ -288,14 +295,14 @@ def count_normalizers(
       batch: of the whole update, or its trajectories of one task.
       entropy: float32[B, T - 1] of each text step before the update, if only the most uncertain
         tokens are trained.
-      options: static.
+      spec: static.
     """
     tokens, thresholds = [], []
     for index, sample in enumerate(batch.rollout.texts):
         mask = sample.scored & batch.valid[:, None]
         thresholds.append(jnp.float32(-jnp.inf))
         if entropy is not None:
-            fraction = options.loss.entropy_fraction
+            fraction = spec.loss.entropy_fraction
             mask = loss.top_entropy_mask(entropy[index], mask, fraction=fraction)
             thresholds[-1] = jnp.min(jnp.where(mask, entropy[index], jnp.inf))
         tokens.append(jnp.sum(mask, dtype=jnp.float32))
@@ -313,10 +320,10 @@ def micro_loss(
     micro: UpdateBatch,
     totals: LossNormalizers,
     *,
-    options: UpdateOptions,
+    spec: UpdateSpec,
 ) -> tuple[jax.Array, loss.Metrics]:
     """A micro-batch's share of the update's loss, as a function of the new scores."""
-    trajectories, own, plan = micro.rollout, options.loss, options.plan
+    trajectories, own, plan = micro.rollout, spec.loss, spec.plan
     text_kl, image_kl = (own.report_kl or beta > 0 for beta in (own.text_beta, own.image_beta))
     text_trained, image_trained = own.text != "none", own.image != "none"
     texts = [
@@ -336,11 +343,11 @@ def micro_loss(
             new_logp=new.image_log_prob[k],
             old_logp=old.image_log_prob[k],
             advantage=micro.image_advantage,
-            kl=_image_kl(k, new, reference, trajectories, options) if image_kl else None,
+            kl=_image_kl(k, new, reference, trajectories, spec) if image_kl else None,
         )
         for k in range(len(plan.image_steps) if image_trained else 0)
     ]
-    followed = [options.image.window if image_trained else 0] * len(plan.text_steps)
+    followed = [spec.rollout.options.window if image_trained else 0] * len(plan.text_steps)
     counts = [max(1, n * drawn) for n, drawn in zip(followed, plan.followed_by_image, strict=True)]
     share, metrics = loss.grpo_loss(
         texts,
@@ -349,7 +356,7 @@ def micro_loss(
         text_counts=counts if text_trained else (),
         text_tokens_total=totals.tokens,
         trajectories_total=totals.trajectories,
-        options=options.loss,
+        options=spec.loss,
     )
     return share, metrics | {"logp/rollout_update_max_abs_diff": _sampler_gap(old, trajectories)}
 
@@ -359,14 +366,15 @@ def _image_kl(
     new: LogProbs,
     reference: LogProbs,
     trajectories: Rollout,
-    options: UpdateOptions,
+    spec: UpdateSpec,
 ) -> jax.Array:
     """KL to the reference of every stochastic step of an image, float32[B, J]."""
-    sample, levels = trajectories.images[index], jnp.asarray(options.image.sigmas)
+    options = spec.rollout.options
+    sample, levels = trajectories.images[index], jnp.asarray(image.noise_levels(options))
     columns = []
-    for j in range(options.image.window):
+    for j in range(options.window):
         x, at = sample.before[:, j], sample.start + j
-        _, std = image.transition(x, x, levels[at], levels[at + 1], options=options.image)
+        _, std = image.transition(x, x, levels[at], levels[at + 1], options=options)
         pair = (new.image_mean[index][:, j], reference.image_mean[index][:, j])
         columns.append(loss.gaussian_kl(*pair, std))
     return jnp.stack(columns, axis=1)

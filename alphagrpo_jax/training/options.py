@@ -1,98 +1,75 @@
-"""The static arguments of jitted functions, from a configuration and a task."""
+"""The static arguments of jitted functions, from a configuration and a task.
+
+Each is sections of the configuration, changed by what the task or the occasion says, and beside
+them what is derived and no option: the plan, token ids, the latent grid.
+"""
 
 import dataclasses
 
 from alphagrpo_jax import tasks
-from alphagrpo_jax.config import Config
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.config import Config, RewardOptions
 from alphagrpo_jax.models.bagel_weights import Loaded
-from alphagrpo_jax.rewards.scoring import ScoringOptions
-from alphagrpo_jax.sampling.image import ImageOptions
-from alphagrpo_jax.sampling.trajectory import RolloutOptions
-from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.sampling.trajectory import RolloutSpec
+from alphagrpo_jax.training.gradient import UpdateSpec
 
 
-def scoring_options(config: Config, task: tasks.Task) -> ScoringOptions:
-    """How rewards are made of answers, with the task's shaping."""
-    weight = config.reward.format_weight if task.format_reward else 0.0
-    own = config.reward
-    return ScoringOptions(
-        own.aggregate,
-        own.score,
-        weight,
-        own.isolate,
-        own.dependencies,
-        extra=tuple(zip(own.extra_scores, own.extra_weights, strict=True)),
-        rate_semantic=own.rate_semantic,
-        rate_quality=own.rate_quality,
-    )
+def scoring_options(config: Config, task: tasks.Task) -> RewardOptions:
+    """The section `reward`; without a format reward where the task has none."""
+    if task.format_reward:
+        return config.reward
+    return dataclasses.replace(config.reward, format_weight=0.0)
 
 
-def rollout_options(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutOptions:
+def rollout_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
     """What training rollouts of a task compile for."""
-    own = config.rollout
-    grid = loaded.config.latent_grid(config.model.height, config.model.width)
+    options = config.rollout
+    if task.refines:  # its text is a reflection
+        options = dataclasses.replace(options, text_tokens=config.srr.text_tokens)
     system = loaded.tokenizer.wrap(task.system_prompt) if task.system_prompt else []
-    image = ImageOptions(
-        grid=grid,
-        num_points=own.num_points,
-        shift=own.shift,
-        window=own.window,
-        window_range=own.window_range,
-        noise_level=own.noise_level,
-        sampler=own.sampler,
-        guidance=Guidance(**dataclasses.asdict(own.guidance)),
-    )
-    return RolloutOptions(
+    return RolloutSpec(
         plan=tasks.plan(task.events),
         system_tokens=tuple(system),
-        group_size=config.train.group_size,
-        max_text_tokens=config.srr.text_tokens if task.refines else own.text_tokens,
-        top_p=own.top_p,
-        image=image,
-        edit_guidance=Guidance(**dataclasses.asdict(own.edit_guidance)),
-        shared_noise=own.shared_noise,
-        merge_lora=own.merge_lora,
+        grid=loaded.config.latent_grid(config.model.height, config.model.width),
+        rows_per_prompt=config.train.group_size,
+        stochastic=True,
+        options=options,
     )
 
 
-def eval_options(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutOptions:
+def eval_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
     """What evaluation rollouts compile for: one per prompt, images without stochastic steps.
 
     The text guidance of images that are no edits is `eval.text_guidance`.
     """
-    options = rollout_options(config, loaded, task)
-    guidance = dataclasses.replace(options.image.guidance, text_scale=config.eval.text_guidance)
-    image = dataclasses.replace(
-        options.image, num_points=config.eval.num_points, guidance=guidance, window=0
+    spec = rollout_spec(config, loaded, task)
+    options = dataclasses.replace(
+        spec.options,
+        num_points=config.eval.num_points,
+        guidance=dataclasses.replace(spec.options.guidance, text_scale=config.eval.text_guidance),
+        top_p=config.eval.top_p,
+        shared_noise=False,
     )
-    return dataclasses.replace(
-        options, group_size=1, top_p=config.eval.top_p, image=image, shared_noise=False
-    )
+    return dataclasses.replace(spec, rows_per_prompt=1, stochastic=False, options=options)
 
 
-def initial_options(config: Config, loaded: Loaded) -> RolloutOptions:
+def initial_spec(config: Config, loaded: Loaded) -> RolloutSpec:
     """What stage 1 of task srr compiles for: plain text-to-image, several images per prompt."""
-    options = rollout_options(config, loaded, tasks.TASKS["t2i"])
-    image = dataclasses.replace(options.image, num_points=config.srr.num_points, window=0)
+    spec = rollout_spec(config, loaded, tasks.TASKS["t2i"])
+    options = dataclasses.replace(
+        spec.options, num_points=config.srr.num_points, shared_noise=False
+    )
     return dataclasses.replace(
-        options, group_size=config.srr.initial_images, image=image, shared_noise=False
+        spec, rows_per_prompt=config.srr.initial_images, stochastic=False, options=options
     )
 
 
-def update_options(config: Config, loaded: Loaded, task: tasks.Task) -> gradient_lib.UpdateOptions:
+def update_spec(config: Config, loaded: Loaded, task: tasks.Task) -> UpdateSpec:
     """What updates on a task's trajectories compile for."""
-    options = rollout_options(config, loaded, task)
-    return gradient_lib.UpdateOptions(
-        plan=options.plan,
-        system_tokens=options.system_tokens,
-        image=options.image,
-        edit_guidance=options.edit_guidance,
-        temperature=config.rollout.temperature,
-        micro_batch=config.train.micro_batch,
-        context_gradient=config.train.context_gradient,
-        lora_scale=lora_scale(config),
+    return UpdateSpec(
+        rollout=rollout_spec(config, loaded, task),
+        train=config.train,
         loss=config.loss,
+        lora_scale=lora_scale(config),
     )
 
 

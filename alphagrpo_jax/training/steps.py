@@ -16,7 +16,7 @@ from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.sampling.trajectory import (
-    RolloutOptions,
+    RolloutSpec,
     generate,
     image_block,
     prefill,
@@ -25,11 +25,11 @@ from alphagrpo_jax.sampling.trajectory import (
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
 from alphagrpo_jax.training.options import (
-    eval_options,
-    initial_options,
+    eval_spec,
+    initial_spec,
     lora_scale,
-    rollout_options,
-    update_options,
+    rollout_spec,
+    update_spec,
 )
 from alphagrpo_jax.training.setup import make_schedule
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState, join_rows, map_rows
@@ -84,8 +84,8 @@ def compile_fns(
     initial = eval_initial = None
     if any(_needs_initial(config, task) for task in named.values()):
         plain = tasks.TASKS["t2i"]
-        initial, *_ = _sample_fns(setting, plain, initial_options(config, loaded))
-        eval_initial, *_ = _sample_fns(setting, plain, eval_options(config, loaded, plain))
+        initial, *_ = _sample_fns(setting, plain, initial_spec(config, loaded))
+        eval_initial, *_ = _sample_fns(setting, plain, eval_spec(config, loaded, plain))
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return CompiledFns(
         weights=jax.jit(weights) if config.rollout.merge_lora else weights,
@@ -140,18 +140,18 @@ class _Setting(NamedTuple):
 
 
 def _sample_fns(
-    setting: _Setting, task: tasks.Task, options: RolloutOptions
+    setting: _Setting, task: tasks.Task, spec: RolloutSpec
 ) -> tuple[SampleFns, Any, Any]:
     """The jitted halves of a rollout, rows over the mesh, and the shapes of what they give."""
-    filling = _bind(prefill, setting.loaded.model, options=options)
-    generating = _bind(generate, setting.loaded.model, options=options)
+    filling = _bind(prefill, setting.loaded.model, spec=spec)
+    generating = _bind(generate, setting.loaded.model, spec=spec)
     given = jax.eval_shape(filling, setting.params, _input_shapes(setting, task))
     kinds = (jnp.int32, jnp.int32, jnp.float32)
     scalars = (setting.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
     drawn = jax.eval_shape(generating, setting.params, given, *scalars)
     drawing = SampleFns(
         *(
-            jax.jit(half, out_shardings=_row_shardings(out, options.plan, setting.mesh))
+            jax.jit(half, out_shardings=_row_shardings(out, spec.plan, setting.mesh))
             for half, out in ((filling, given), (generating, drawn))
         )
     )
@@ -161,28 +161,26 @@ def _sample_fns(
 def _task_fns(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskFns:
     """The jitted functions of one task."""
     config, loaded, mesh = setting.config, setting.loaded, setting.mesh
-    options = rollout_options(config, loaded, task)
-    for_eval = eval_options(config, loaded, task)
-    for_update, model = update_options(config, loaded, task), loaded.model
-    own, _, drawn = _sample_fns(setting, task, options)
-    same = dataclasses.replace(options.image, window=0) == for_eval.image and (
-        options.top_p == for_eval.top_p and not options.shared_noise
-    )
+    spec = rollout_spec(config, loaded, task)
+    for_eval = eval_spec(config, loaded, task)
+    for_update, model = update_spec(config, loaded, task), loaded.model
+    own, _, drawn = _sample_fns(setting, task, spec)
+    same = dataclasses.replace(spec, rows_per_prompt=1, stochastic=False) == for_eval
     eval_drawing, *_ = _sample_fns(setting, task, for_eval)
     kept = jax.tree.map(lambda x: x.sharding, state.trainable)
     return TaskFns(
         train=own,
         eval=eval_drawing._replace(generate=own.generate) if same else eval_drawing,
         join=jax.jit(
-            _bind(join_rows, shared=options.plan.shared),
-            out_shardings=_row_shardings(drawn[0], options.plan, mesh),
+            _bind(join_rows, shared=spec.plan.shared),
+            out_shardings=_row_shardings(drawn[0], spec.plan, mesh),
         ),
-        forward=jax.jit(_bind(gradient_lib.forward, model=model, options=for_update)),
-        reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, options=for_update)),
-        count=jax.jit(_bind(gradient_lib.count_normalizers, options=for_update)),
+        forward=jax.jit(_bind(gradient_lib.forward, model=model, spec=for_update)),
+        reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, spec=for_update)),
+        count=jax.jit(_bind(gradient_lib.count_normalizers, spec=for_update)),
         entropy=jax.jit(gradient_lib.join_entropy),
         backward=jax.jit(
-            _bind(gradient_lib.backward, options=for_update), out_shardings=(kept, None)
+            _bind(gradient_lib.backward, spec=for_update), out_shardings=(kept, None)
         ),
     )
 

@@ -111,14 +111,12 @@ def cotangents(config, loaded, together):
     """The loss's derivatives by the scores of the first micro-batch, and its scored tokens."""
     (whole,) = together.batches
     task = tasks.TASKS[config.task]
-    options = options_lib.update_options(config, loaded, task)
+    spec = options_lib.update_spec(config, loaded, task)
     parts = config.trajectories // config.train.micro_batch
-    micro = gradient_lib.take_micro_batch(
-        whole.batch, jnp.int32(0), parts, shared=options.plan.shared
-    )
+    micro = gradient_lib.take_micro_batch(whole.batch, jnp.int32(0), parts, shared=spec.plan.shared)
     found = jax.grad(
         lambda new: gradient_lib.micro_loss(
-            new, whole.old[0], None, micro, together.totals, options=options
+            new, whole.old[0], None, micro, together.totals, spec=spec
         )[0]
     )(whole.old[0])
     return jax.tree.map(np.asarray, (found, micro.rollout.texts))

@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_world
+from default_options import guidance
 
 from alphagrpo_jax import policy
+from alphagrpo_jax.config import ImageOptions
 from alphagrpo_jax.flow import schedule, sde
-from alphagrpo_jax.flow.guidance import Guidance
+from alphagrpo_jax.flow.guidance import is_active
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import GuidanceContexts
 from alphagrpo_jax.sampling import image
 
-GUIDED = Guidance(text_scale=3.0, interval=(0.5, 1.0))
-OPTIONS = image.ImageOptions(
-    grid=(2, 2),
+GUIDED = guidance(text_scale=3.0, interval=(0.5, 1.0))
+GRID = (2, 2)
+OPTIONS = ImageOptions(
     num_points=6,
     shift=3.0,
     window=2,
@@ -49,7 +51,10 @@ def setting(tiny):
 
 @pytest.fixture(scope="module")
 def draw(tiny):
-    return jax.jit(functools.partial(image.sample_image, tiny.model), static_argnames="options")
+    return jax.jit(
+        functools.partial(image.sample_image, tiny.model, grid=GRID),
+        static_argnames=("options", "stochastic"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +72,8 @@ def written_out(velocity, params, contexts, x, start, noise, options):
     for at in range(options.num_points - 1):
         sigma, sigma_next = levels[at], levels[at + 1]
         rows = jnp.full((x.shape[0],), sigma)
-        active = options.guidance.active(sigma)
-        own = {"grid": (2, 2), "guidance": options.guidance, "active": active}
+        active = is_active(options.guidance, sigma)
+        own = {"grid": GRID, "guidance": options.guidance, "active": active}
         v = velocity(params, contexts, x, rows, **own)
         if start <= at < start + options.window:
             step = sde.sde_step(
@@ -103,13 +108,12 @@ def test_all_windows_share_one_compilation(draw):
 def test_a_start_beyond_the_end_is_the_deterministic_walk(setting, draw, velocity):
     params, contexts, initial, keys = setting
     sample = draw(params, contexts, initial, keys, jnp.int32(6), options=OPTIONS)
-    ode = dataclasses.replace(OPTIONS, window=0)
-    latents, _ = written_out(velocity, params, contexts, initial, 9, None, ode)
+    latents, _ = written_out(velocity, params, contexts, initial, 9, None, OPTIONS)
     np.testing.assert_allclose(sample.latents, latents, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "guidance"), [("sde", GUIDED), ("cps", Guidance(text_scale=1.0))]
+    ("sampler", "guidance"), [("sde", GUIDED), ("cps", guidance(text_scale=1.0))]
 )
 def test_scores_are_the_samplers_own_log_probs(tiny, setting, draw, sampler, guidance):
     params, contexts, initial, keys = setting
@@ -117,10 +121,12 @@ def test_scores_are_the_samplers_own_log_probs(tiny, setting, draw, sampler, gui
         OPTIONS, sampler=sampler, guidance=guidance, window_range=(0, 4), noise_level=0.6
     )
     sample = draw(params, contexts, initial, keys, jnp.int32(1), options=options)
-    score = jax.jit(functools.partial(image.image_log_probs, tiny.model, options=options))
+    score = jax.jit(
+        functools.partial(image.image_log_probs, tiny.model, options=options, grid=GRID)
+    )
     logp, mean = score(params, contexts, sample)
     np.testing.assert_allclose(logp, sample.log_prob, rtol=1e-4, atol=1e-5)
-    levels = options.sigmas
+    levels = image.noise_levels(options)
     for j in range(2):
         spread = np.asarray(sample.after[:, j] - mean[:, j])
         if sampler == "cps":

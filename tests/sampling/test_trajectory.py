@@ -21,7 +21,7 @@ from alphagrpo_jax.types import TextBlock, join_rows
 
 @pytest.fixture(scope="module")
 def setting():
-    """The model, options of groups of two, and two prompts."""
+    """The model, the spec of groups of two, and two prompts."""
     config = tiny_world.config(tiny_world.pathlib.Path("unused"))
     config.train.group_size = config.train.prompts_per_step = config.rollout.micro_batch = 2
     config.train.micro_batch = 2
@@ -29,19 +29,19 @@ def setting():
     loaded = tiny_world.model()
     rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
     block = TextBlock(*loaded.tokenizer.batch(rows, parsed.rollout.prompt_tokens))
-    return loaded, options_lib.rollout_options(parsed, loaded, TASKS["rt2i"]), block
+    return loaded, options_lib.rollout_spec(parsed, loaded, TASKS["rt2i"]), block
 
 
 @pytest.fixture(scope="module")
 def run(setting):
     loaded = setting[0]
     jitted = jax.jit(
-        functools.partial(trajectory.sample_trajectories, loaded.model), static_argnames="options"
+        functools.partial(trajectory.sample_trajectories, loaded.model), static_argnames="spec"
     )
 
-    def run(block, *, first=0, start=1, options=setting[1]):
+    def run(block, *, first=0, start=1, spec=setting[1]):
         numbers = (jax.random.key(5), jnp.int32(first), jnp.int32(start), jnp.float32(1.0))
-        return jitted(PolicyParams(loaded.base), (block,), *numbers, options=options)
+        return jitted(PolicyParams(loaded.base), (block,), *numbers, spec=spec)
 
     return run
 
@@ -73,13 +73,13 @@ def test_members_of_a_group_differ(whole):
 
 
 def test_cut_into_calls_gives_the_same_trajectories(setting, run, whole):
-    block, options = setting[2], setting[1]
+    block, spec = setting[2], setting[1]
     parts = []
     for number in range(2):
         one = TextBlock(block.tokens[number : number + 1], block.mask[number : number + 1])
         part, _ = run(one, first=2 * number)
         parts.append(part)
-    joined = join_rows(parts, shared=options.plan.shared)
+    joined = join_rows(parts, shared=spec.plan.shared)
     np.testing.assert_array_equal(joined.texts[0].tokens, whole[0].texts[0].tokens)
     assert jax.tree.structure(joined) == jax.tree.structure(whole[0])
     for one, other in zip(jax.tree.leaves(joined), jax.tree.leaves(whole[0]), strict=True):
@@ -87,16 +87,19 @@ def test_cut_into_calls_gives_the_same_trajectories(setting, run, whole):
 
 
 def test_noise_may_be_shared_within_a_group(setting, run, whole):
-    shared = dataclasses.replace(setting[1], shared_noise=True)
-    window = dataclasses.replace(shared.image, window=1, window_range=(0, 1))
-    trajectories, _ = run(setting[2], start=0, options=dataclasses.replace(shared, image=window))
+    options = dataclasses.replace(
+        setting[1].options, shared_noise=True, window=1, window_range=(0, 1)
+    )
+    trajectories, _ = run(
+        setting[2], start=0, spec=dataclasses.replace(setting[1], options=options)
+    )
     before = np.asarray(trajectories.images[0].before[:, 0])
     np.testing.assert_array_equal(before[0], before[1])
     assert np.abs(before[1] - before[2]).max() > 0.1
 
 
 def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
-    loaded, options, block = setting
+    loaded, spec, block = setting
 
     adapters = lora.init(jax.random.key(0), loaded.base, lora.TARGETS, rank=2)
     adapters = jax.tree.map(lambda x: x + 0.02, adapters)
@@ -104,7 +107,7 @@ def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
     merged = trajectory.sampling_params(params, merge_lora=True)
     assert merged.lora is None
     assert trajectory.sampling_params(params, merge_lora=False) is params
-    fill = jax.jit(functools.partial(trajectory.prefill, loaded.model, options=options))
+    fill = jax.jit(functools.partial(trajectory.prefill, loaded.model, spec=spec))
     first, second = (fill(each, (block,)) for each in (params, merged))
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)

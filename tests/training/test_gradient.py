@@ -23,8 +23,7 @@ ROWS, ONE = 4, jnp.float32(1.0)
 
 class Setting(NamedTuple):
     loaded: object
-    options: gradient_lib.UpdateOptions
-    rollout_options: trajectory.RolloutOptions
+    spec: gradient_lib.UpdateSpec
     trainable: dict
     stored: Rollout
     batch: UpdateBatch
@@ -41,7 +40,7 @@ def configuration(tmp_path=None):
 def setting():
     """A rollout of two prompts by two, under adapters that are not zero."""
     config, loaded = configuration(), tiny_world.model()
-    own = options_lib.rollout_options(config, loaded, TASKS["rt2i"])
+    spec = options_lib.update_spec(config, loaded, TASKS["rt2i"])
     trainable = gradient_lib.init_trainable(
         loaded.base, jax.random.key(2), rank=4, targets=config.lora.targets, full_targets=None
     )
@@ -51,25 +50,26 @@ def setting():
     params = gradient_lib.policy_params(loaded.base, trainable, lora_scale=2.0)
     rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
     block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
-    run = jax.jit(functools.partial(trajectory.sample_trajectories, loaded.model, options=own))
+    run = jax.jit(
+        functools.partial(trajectory.sample_trajectories, loaded.model, spec=spec.rollout)
+    )
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
     stored, _ = run(params, (block,), *numbers)
     advantage = jnp.array([1.0, -0.5, 0.75, -1.25])
     batch = UpdateBatch(stored, advantage, advantage, jnp.array([True, True, True, False]))
-    options = options_lib.update_options(config, loaded, TASKS["rt2i"])
-    return Setting(loaded, options, own, trainable, stored, batch)
+    return Setting(loaded, spec, trainable, stored, batch)
 
 
-def gradient_of(setting, options, *, trainable=None, batch=None, old=None, base=None):
-    """Gradient, metrics and new scores of the whole update, by the options' micro-batches."""
+def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=None):
+    """Gradient, metrics and new scores of the whole update, by the spec's micro-batches."""
     base = setting.loaded.base if base is None else base
     trainable = setting.trainable if trainable is None else trainable
     batch = setting.batch if batch is None else batch
-    forward = _jitted("forward", setting.loaded.model, options)
-    backward = _jitted("backward", None, options)
-    totals = gradient_lib.count_normalizers(batch, None, options=options)
+    forward = _jitted("forward", setting.loaded.model, spec)
+    backward = _jitted("backward", None, spec)
+    totals = gradient_lib.count_normalizers(batch, None, spec=spec)
     summed, scores = None, []
-    for part in range(ROWS // options.micro_batch):
+    for part in range(ROWS // spec.train.micro_batch):
         new, pullback = forward(trainable, base, batch.rollout, jnp.int32(part))
         before = None if old is None else old[part]
         own = backward(pullback, new, before, None, batch, jnp.int32(part), totals, ONE)
@@ -79,8 +79,8 @@ def gradient_of(setting, options, *, trainable=None, batch=None, old=None, base=
 
 
 @functools.cache
-def _jitted(name, model, options):
-    own = {"options": options} | ({} if model is None else {"model": model})
+def _jitted(name, model, spec):
+    own = {"spec": spec} | ({} if model is None else {"model": model})
     return jax.jit(functools.partial(vars(gradient_lib)[name], **own))
 
 
@@ -89,8 +89,8 @@ def assert_close(first, second, **tolerance):
 
 
 def test_old_scores_are_the_new_ones_bit_for_bit(setting):
-    _, _, scores = gradient_of(setting, setting.options)
-    _, metrics, again = gradient_of(setting, setting.options, old=scores)
+    _, _, scores = gradient_of(setting, setting.spec)
+    _, metrics, again = gradient_of(setting, setting.spec, old=scores)
     jax.tree.map(np.testing.assert_array_equal, scores, again)
     assert metrics["text/ratio_max_dev"] == 0.0
     assert metrics["image/ratio_max_dev"] == 0.0
@@ -99,11 +99,11 @@ def test_old_scores_are_the_new_ones_bit_for_bit(setting):
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level):
-    loss = dataclasses.replace(setting.options.loss, level=level)
-    whole = dataclasses.replace(setting.options, loss=loss)
+    loss = dataclasses.replace(setting.spec.loss, level=level)
+    whole = dataclasses.replace(setting.spec, loss=loss)
     expected, metrics, _ = gradient_of(setting, whole)
     for size in (1, 2):
-        cut = dataclasses.replace(whole, micro_batch=size)
+        cut = dataclasses.replace(whole, train=dataclasses.replace(whole.train, micro_batch=size))
         gradient, own, _ = gradient_of(setting, cut)
         assert_close(gradient, expected, atol=2e-6, rtol=2e-4)
         assert_close(own, metrics, atol=2e-6, rtol=2e-4)
@@ -111,20 +111,20 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level):
 
 def test_invalid_trajectories_do_not_count(setting):
     other = setting.batch.replace(advantage=setting.batch.advantage.at[3].set(100.0))
-    expected, _, _ = gradient_of(setting, setting.options)
-    gradient, _, _ = gradient_of(setting, setting.options, batch=other)
+    expected, _, _ = gradient_of(setting, setting.spec)
+    gradient, _, _ = gradient_of(setting, setting.spec, batch=other)
     jax.tree.map(np.testing.assert_array_equal, gradient, expected)
 
 
 def test_gradients_reach_every_adapter_of_both_experts(setting):
-    gradient, _, _ = gradient_of(setting, setting.options)
+    gradient, _, _ = gradient_of(setting, setting.spec)
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         assert float(jnp.abs(leaf).max()) > 0, path
 
 
 def test_text_alone_does_not_move_the_image_expert(setting):
-    loss = dataclasses.replace(setting.options.loss, image="none")
-    gradient, _, _ = gradient_of(setting, dataclasses.replace(setting.options, loss=loss))
+    loss = dataclasses.replace(setting.spec.loss, image="none")
+    gradient, _, _ = gradient_of(setting, dataclasses.replace(setting.spec, loss=loss))
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         moved = float(jnp.abs(leaf).max()) > 0
         is_gen = "_moe_gen" in jax.tree_util.keystr(path)
@@ -132,7 +132,7 @@ def test_text_alone_does_not_move_the_image_expert(setting):
 
 
 def test_gradient_against_finite_differences(setting):
-    gradient, _, old = gradient_of(setting, setting.options)
+    gradient, _, old = gradient_of(setting, setting.spec)
     key = jax.random.key(8)
     leaves, structure = jax.tree.flatten(setting.trainable)
     keys = jax.random.split(key, len(leaves))
@@ -140,8 +140,8 @@ def test_gradient_against_finite_differences(setting):
         [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     )
     # The image clip of 1e-5 would bind at any finite step.
-    loss = dataclasses.replace(setting.options.loss, image_clip=0.9)
-    open_clip = dataclasses.replace(setting.options, loss=loss)
+    loss = dataclasses.replace(setting.spec.loss, image_clip=0.9)
+    open_clip = dataclasses.replace(setting.spec, loss=loss)
     step = 1e-3
     losses = []
     for distance in (step, -step):
@@ -158,8 +158,9 @@ def test_gradient_against_finite_differences(setting):
 
 
 def test_context_gradient_gives_the_same_scores_and_another_gradient(setting):
-    flowing = dataclasses.replace(setting.options, context_gradient=True)
-    detached, _, scores = gradient_of(setting, setting.options)
+    train = dataclasses.replace(setting.spec.train, context_gradient=True)
+    flowing = dataclasses.replace(setting.spec, train=train)
+    detached, _, scores = gradient_of(setting, setting.spec)
     gradient, _, again = gradient_of(setting, flowing)
     assert_close(again, scores, atol=2e-5)
     distance = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, detached))
@@ -168,14 +169,14 @@ def test_context_gradient_gives_the_same_scores_and_another_gradient(setting):
 
 def test_rebuilt_contexts_are_the_stored_ones(setting):
     params = gradient_lib.policy_params(setting.loaded.base, setting.trainable, lora_scale=2.0)
-    own = setting.rollout_options
+    own = setting.spec.rollout
     pieces = jax.jit(
         functools.partial(
             trajectory.rebuild,
             setting.loaded.model,
             plan=own.plan,
             system_tokens=own.system_tokens,
-            grid=own.image.grid,
+            grid=own.grid,
         )
     )(params, setting.stored)
     for stored, rebuilt in zip(setting.stored.pieces, pieces, strict=True):
@@ -189,22 +190,18 @@ def test_rebuilt_contexts_are_the_stored_ones(setting):
 
 
 def test_kl_to_the_reference_grows_with_the_adapters(setting):
-    loss = dataclasses.replace(setting.options.loss, text_beta=0.1, image_beta=0.1)
-    options = dataclasses.replace(setting.options, loss=loss)
+    loss = dataclasses.replace(setting.spec.loss, text_beta=0.1, image_beta=0.1)
+    spec = dataclasses.replace(setting.spec, loss=loss)
     reference = jax.jit(
-        functools.partial(
-            gradient_lib.reference_log_probs, model=setting.loaded.model, options=options
-        )
+        functools.partial(gradient_lib.reference_log_probs, model=setting.loaded.model, spec=spec)
     )(setting.loaded.base, setting.stored, jnp.int32(0))
     zero = jax.tree.map(jnp.zeros_like, setting.trainable)
     values = []
     for trainable in (zero, setting.trainable):
-        forward = _jitted("forward", setting.loaded.model, options)
+        forward = _jitted("forward", setting.loaded.model, spec)
         new, _ = forward(trainable, setting.loaded.base, setting.stored, jnp.int32(0))
-        totals = gradient_lib.count_normalizers(setting.batch, None, options=options)
-        _, metrics = gradient_lib.micro_loss(
-            new, new, reference, setting.batch, totals, options=options
-        )
+        totals = gradient_lib.count_normalizers(setting.batch, None, spec=spec)
+        _, metrics = gradient_lib.micro_loss(new, new, reference, setting.batch, totals, spec=spec)
         values.append((float(metrics["text/kl"]), float(metrics["image/kl"])))
     # The stored contexts are those of the adapters, hence not exactly zero.
     assert values[0][0] < values[1][0]
@@ -248,11 +245,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def test_only_the_most_uncertain_tokens_are_trained(setting):
-    loss = dataclasses.replace(setting.options.loss, entropy_fraction=0.5)
-    options = dataclasses.replace(setting.options, loss=loss)
-    _, _, scores = gradient_of(setting, setting.options)
+    loss = dataclasses.replace(setting.spec.loss, entropy_fraction=0.5)
+    spec = dataclasses.replace(setting.spec, loss=loss)
+    _, _, scores = gradient_of(setting, setting.spec)
     (entropy,) = gradient_lib.join_entropy(scores)
-    totals = gradient_lib.count_normalizers(setting.batch, (entropy,), options=options)
+    totals = gradient_lib.count_normalizers(setting.batch, (entropy,), spec=spec)
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
     kept = values[values >= np.quantile(values, 0.5)]
@@ -263,7 +260,7 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
 def test_parts_are_strided(setting):
     whole = np.asarray(setting.stored.texts[0].tokens)
     part = gradient_lib.take_micro_batch(
-        setting.stored, jnp.int32(1), 2, shared=setting.options.plan.shared
+        setting.stored, jnp.int32(1), 2, shared=setting.spec.plan.shared
     )
     np.testing.assert_array_equal(part.texts[0].tokens, whole[1::2])
     keys = np.asarray(setting.stored.pieces[2].segments[0].k)
