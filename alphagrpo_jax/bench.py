@@ -152,7 +152,9 @@ def _answering(run: Run, state: TrainState, steps: int) -> tuple[float, list[flo
         rows = np.repeat(batch.rows, config.train.group_size)
         records = [run.data[batch.task.name].train.records[row] for row in rows]
         options = options_lib.scoring_options(config, batch.task)
-        asked += sum(len(options.questions(each) + options.rated(each)) for each in records)
+        for record in records:
+            asked += len(scoring.yes_no_questions(options, record))
+            asked += len(scoring.rating_questions(options, record))
         ids = [("bench", turn, number) for number in range(len(records))]
         scoring.submit(run.pool, ids, images, records, options, first=0)
         run.pool.gather(ids)

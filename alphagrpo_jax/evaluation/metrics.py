@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alphagrpo_jax.config import RewardOptions
 from alphagrpo_jax.evaluation.checkers import FactCheck
 from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
@@ -44,7 +45,7 @@ def evaluate_images(
     records: Sequence[Record],
     *,
     micro_batch: int,
-    scoring_options: scoring.ScoringOptions,
+    scoring_options: RewardOptions,
     check: FactCheck,
     prefix: str,
     second: scoring.VerifierPool | None = None,

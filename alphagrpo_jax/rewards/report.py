@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from alphagrpo_jax.rewards.scoring import HOLISTIC, Rewards, ScoringOptions
+from alphagrpo_jax.config import RewardOptions
+from alphagrpo_jax.rewards.scoring import HOLISTIC, Rewards, rating_questions, score_weights
 from alphagrpo_jax.runtime.records import Record
 
 TEMPLATE = "report.html.jinja"
@@ -116,7 +117,7 @@ def rows(
     images: Sequence[str],
     records: Sequence[Record],
     scores: Rewards,
-    options: ScoringOptions,
+    options: RewardOptions,
     *,
     thinks: Sequence[str | None] | None = None,
     exact: Sequence[bool | None] | None = None,
@@ -154,10 +155,10 @@ def rows(
     return made
 
 
-def describe(options: ScoringOptions) -> str:
+def describe(options: RewardOptions) -> str:
     """How the reward is computed, in words."""
     words = []
-    for name, weight in zip(options.scores, options.weights, strict=True):
+    for name, weight in zip(options.scores, score_weights(options), strict=True):
         made = "least ratings, geometric mean / 10" if name == HOLISTIC else options.aggregate
         if options.dependencies and name != HOLISTIC:
             made += ", a question counts only if those it depends on hold"
@@ -208,9 +209,7 @@ def to_json(report: Report) -> str:
 FORMATS = {".html": to_html, ".csv": to_csv, ".json": to_json}  # by a file's ending
 
 
-def _lines(
-    record: Record, scores: Rewards, index: int, options: ScoringOptions
-) -> tuple[Line, ...]:
+def _lines(record: Record, scores: Rewards, index: int, options: RewardOptions) -> tuple[Line, ...]:
     answers, ratings = scores.p_yes[index], scores.ratings[index]
     asked = record.asked_questions if answers else []
     cut = len(record.asked_semantic)
@@ -219,7 +218,7 @@ def _lines(
         for at, (question, p) in enumerate(zip(asked, answers, strict=True))
     ]
     tags = ["semantic"] * len(options.rate_semantic) + ["quality"] * len(options.rate_quality)
-    rated = zip(tags, options.rated(record), ratings, strict=False)
+    rated = zip(tags, rating_questions(options, record), ratings, strict=False)
     return (*lines, *(Line("rating", *each) for each in rated))
 
 

@@ -8,16 +8,16 @@ from typing import Protocol
 
 import numpy as np
 
+from alphagrpo_jax.config import RewardOptions, Score
 from alphagrpo_jax.rewards.dvreward import INVALID, Reward, dvreward
 from alphagrpo_jax.rewards.formats import answer_reward, format_reward
-from alphagrpo_jax.rewards.verifiers.instructions import RATE_PROMPT, RATE_QUALITY
 from alphagrpo_jax.rewards.viescore import viescore
 from alphagrpo_jax.rewards.workers import ledger
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
 
 REFLECTION_WEIGHT = 0.5
-HOLISTIC = "holistic"  # the score that ratings make; the others are `dvreward.SCORES`
+HOLISTIC = "holistic"  # the score that ratings make; the others come from answers
 SATURATED = 0.02  # P(yes) so near 0 or 1 tells samples of a group apart no longer
 ELSEWHERE = "judged on another host"
 
@@ -40,40 +40,23 @@ class VerifierPool(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoringOptions:
-    """How answers become a reward."""
+def score_weights(options: RewardOptions) -> np.ndarray:
+    """Weights of `options.scores`, float64[K], summing to 1."""
+    weights = np.array([1.0, *options.extra_weights])
+    return weights / weights.sum()
 
-    aggregate: str
-    score: str  # of `dvreward.SCORES`, or "holistic"
-    format_weight: float  # 0 where the task has no format reward
-    isolate: bool = False  # whether the form counts for the text steps alone
-    dependencies: bool = False  # a question counts only if those that it depends on hold
-    extra: tuple[tuple[str, float], ...] = ()  # further scores and their weights; the first has 1
-    rate_semantic: tuple[str, ...] = (RATE_PROMPT,)  # rated for "holistic"; {prompt} is filled in
-    rate_quality: tuple[str, ...] = (RATE_QUALITY,)
 
-    @property
-    def scores(self) -> tuple[str, ...]:
-        """The names of all scores that the reward is made of."""
-        return (self.score, *(name for name, _ in self.extra))
+def yes_no_questions(options: RewardOptions, record: Record) -> list[str]:
+    """What is to be answered by yes or no about an image of a prompt."""
+    return record.asked if set(options.scores) - {HOLISTIC} else []
 
-    @property
-    def weights(self) -> np.ndarray:
-        """Their weights, float64[K], summing to 1."""
-        weights = np.array([1.0, *(weight for _, weight in self.extra)])
-        return weights / weights.sum()
 
-    def questions(self, record: Record) -> list[str]:
-        """What is to be answered by yes or no about an image of a prompt."""
-        return record.asked if set(self.scores) - {HOLISTIC} else []
-
-    def rated(self, record: Record) -> list[str]:
-        """What is to be rated: semantic consistency first, then perceptual quality."""
-        if HOLISTIC not in self.scores:
-            return []
-        templates = (*self.rate_semantic, *self.rate_quality)
-        return [template.replace("{prompt}", record.prompt) for template in templates]
+def rating_questions(options: RewardOptions, record: Record) -> list[str]:
+    """What is to be rated: semantic consistency first, then perceptual quality."""
+    if HOLISTIC not in options.scores:
+        return []
+    templates = (*options.rate_semantic, *options.rate_quality)
+    return [template.replace("{prompt}", record.prompt) for template in templates]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +101,7 @@ def submit(
     sample_ids: Sequence[Hashable],
     images: Sequence[np.ndarray],
     records: Sequence[Record],
-    options: ScoringOptions,
+    options: RewardOptions,
     *,
     first: int,
 ) -> None:
@@ -134,8 +117,9 @@ def submit(
         each scores its own share of the batch.
     """
     for row in distributed.own_rows(len(sample_ids), first=first):
-        asked = (options.questions(records[row]), options.rated(records[row]))
-        pool.submit(sample_ids[row], images[row], *asked)
+        asked = yes_no_questions(options, records[row])
+        rated = rating_questions(options, records[row])
+        pool.submit(sample_ids[row], images[row], asked, rated)
 
 
 def gather(
@@ -143,7 +127,7 @@ def gather(
     sample_ids: Sequence[Hashable],
     records: Sequence[Record],
     thinks: Sequence[Sequence[str]],
-    options: ScoringOptions,
+    options: RewardOptions,
 ) -> Rewards:
     """Waits for the samples' answers and combines them; a missing answer makes a sample invalid.
 
@@ -155,7 +139,7 @@ def gather(
     """
     own = distributed.own_rows(len(sample_ids))
     outcomes = pool.gather(sample_ids[row] for row in own)
-    most = max((len(options.questions(record)) for record in records), default=0)
+    most = max((len(yes_no_questions(options, record)) for record in records), default=0)
     lengths = (len(Reward._fields), len(options.scores), most, _rating_count(options))
     blocks = np.full((len(own), sum(lengths)), np.nan)  # one array, to go between processes
     reasons: list[str | None] = [ELSEWHERE] * len(sample_ids)
@@ -210,7 +194,7 @@ def answer_scores(
 
 def totals(
     scores: Rewards,
-    options: ScoringOptions,
+    options: RewardOptions,
     *,
     reward: np.ndarray | None = None,
     reflection: np.ndarray | None = None,
@@ -261,7 +245,7 @@ def _forms(thinks: Sequence[Sequence[str]], count: int) -> np.ndarray:
 
 
 def _judge(
-    record: Record, outcome: ledger.VerifierResult, options: ScoringOptions
+    record: Record, outcome: ledger.VerifierResult, options: RewardOptions
 ) -> tuple[Reward, list[float]]:
     """A sample's reward, with the first score's means, and every score by itself."""
     if not outcome.valid:
@@ -271,12 +255,12 @@ def _judge(
         return INVALID, []
     values = [part.reward for part in parts]
     # One score alone stays as it is, to the last bit.
-    total = values[0] if len(values) == 1 else float(options.weights @ values)
+    total = values[0] if len(values) == 1 else float(score_weights(options) @ values)
     return parts[0]._replace(reward=total), values
 
 
 def _score(
-    name: str, record: Record, outcome: ledger.VerifierResult, options: ScoringOptions
+    name: Score, record: Record, outcome: ledger.VerifierResult, options: RewardOptions
 ) -> Reward:
     if name == HOLISTIC:
         cut = len(options.rate_semantic)
@@ -293,7 +277,7 @@ def _score(
     )
 
 
-def _rating_count(options: ScoringOptions) -> int:
+def _rating_count(options: RewardOptions) -> int:
     return len(options.rate_semantic + options.rate_quality) if HOLISTIC in options.scores else 0
 
 
@@ -303,7 +287,7 @@ def _known(rows: np.ndarray) -> tuple[tuple[float, ...], ...]:
 
 
 def _tag_means(
-    records: Sequence[Record], p_yes: Sequence[Sequence[float]], options: ScoringOptions
+    records: Sequence[Record], p_yes: Sequence[Sequence[float]], options: RewardOptions
 ) -> dict[str, float]:
     """Mean answer of the valid samples' questions by tag; of 0 or 1 each if the score is binary."""
     found: dict[str, list[float]] = {}

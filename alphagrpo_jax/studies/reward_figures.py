@@ -34,10 +34,7 @@ from alphagrpo_jax.shapes import checker, questions, scenes
 from alphagrpo_jax.studies.verifier_eval import calibration_error, queries_by_text, read_drawings
 from alphagrpo_jax.training import verifiers as verifiers_lib
 
-# All scores at once: their weights do not matter, only the parts are used.
-SCORING = scoring.ScoringOptions(
-    "geometric", "confidence", 0.0, extra=(("binary", 1.0), (scoring.HOLISTIC, 1.0))
-)
+TRAINED_SCORE = "confidence"  # the others are compared with it
 DEPENDENT = "dependent"
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -57,10 +54,17 @@ def score_images(
     pool: scoring.VerifierPool, images: np.ndarray, records: Sequence[Record]
 ) -> ScoredImages:
     """All scores of drawings uint8[N, 48, 48, 3]."""
+    # Their weights do not matter, only the parts are used.
+    options = dataclasses.replace(
+        config_checks.read_config().reward,
+        score=TRAINED_SCORE,
+        extra_scores=("binary", scoring.HOLISTIC),
+        extra_weights=(1.0, 1.0),
+    )
     for number in tqdm.trange(len(images), desc="judging"):
         part = slice(number, number + 1)
-        scoring.submit(pool, [number], images[part], records[part], SCORING, first=0)
-    found = scoring.gather(pool, range(len(images)), records, (), SCORING)
+        scoring.submit(pool, [number], images[part], records[part], options, first=0)
+    found = scoring.gather(pool, range(len(images)), records, (), options)
     index = np.flatnonzero(found.valid)
     p_yes = [found.p_yes[row] for row in index]
     scores = {name: values[index] for name, values in found.parts.items()}
@@ -140,9 +144,9 @@ def ranking(records: Sequence[Mapping], exact: np.ndarray, judged: ScoredImages,
             for name, values in judged.scores.items()
         }
         found[kind] = {name: share(each, seed) for name, each in counts.items()}
-        first = counts.pop(SCORING.score)
+        first = counts.pop(TRAINED_SCORE)
         found[kind] |= {
-            f"{SCORING.score} - {name}": share(first, seed, minus=each)
+            f"{TRAINED_SCORE} - {name}": share(first, seed, minus=each)
             for name, each in counts.items()
         }
     return found

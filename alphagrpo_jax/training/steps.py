@@ -179,9 +179,7 @@ def _task_fns(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskFns
         reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, spec=for_update)),
         count=jax.jit(_bind(gradient_lib.count_normalizers, spec=for_update)),
         entropy=jax.jit(gradient_lib.join_entropy),
-        backward=jax.jit(
-            _bind(gradient_lib.backward, spec=for_update), out_shardings=(kept, None)
-        ),
+        backward=jax.jit(_bind(gradient_lib.backward, spec=for_update), out_shardings=(kept, None)),
     )
 
 

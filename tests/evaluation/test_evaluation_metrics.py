@@ -6,12 +6,13 @@ import pathlib
 import numpy as np
 import pytest
 import tiny_world
+from default_options import reward_options
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.evaluation import metrics
 from alphagrpo_jax.evaluation.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet
-from alphagrpo_jax.rewards.scoring import Rewards, ScoringOptions
+from alphagrpo_jax.rewards.scoring import Rewards
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import TASKS
@@ -125,7 +126,7 @@ def test_micro_batches_are_filled_up_and_cut():
         Brightness(),
         rows,
         micro_batch=2,
-        scoring_options=ScoringOptions("geometric", "confidence", 1.0),
+        scoring_options=reward_options(),
         check=lambda image, record: {"bright": bool(image.mean() > 100)},
         prefix="eval",
         second=Brightness(half=True),

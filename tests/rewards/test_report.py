@@ -8,6 +8,7 @@ import math
 
 import pytest
 import tiny_world
+from default_options import reward_options
 
 from alphagrpo_jax.rewards import report, scoring
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
@@ -46,7 +47,8 @@ class Page(html.parser.HTMLParser):
 def made(*outcomes, prompts=None, extra=(), **known):
     prompts = prompts or [f"shape {number}" for number in range(len(outcomes))]
     records = [parse_record(tiny_world.record(prompt)) for prompt in prompts]
-    options = scoring.ScoringOptions("geometric", "confidence", 0.0, extra=extra)
+    names, weights = tuple(name for name, _ in extra), tuple(weight for _, weight in extra)
+    options = reward_options(extra_scores=names, extra_weights=weights)
     ids = range(len(outcomes))
     scores = scoring.gather(Given(*outcomes), ids, records, (), options)
     names = [f"{number}.png" for number in ids]

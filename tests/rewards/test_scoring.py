@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import tiny_world
+from default_options import reward_options
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import tasks
@@ -41,7 +42,7 @@ def test_rewards_of_a_batch():
     record = parse_record(tiny_world.record("a circle"))
     pool = Answers({"a": scored(0.9, 0.5, 0.4), "b": FAILED, "c": scored(0.0, 0.0, 1.0)})
     images = np.stack([np.full((2, 2, 3), value, np.uint8) for value in (1, 2, 3)])
-    options = scoring.ScoringOptions("geometric", "confidence", 0.5)
+    options = reward_options(aggregate="geometric", score="confidence", format_weight=0.5)
     scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, options, first=0)
     assert pool.submitted[1] == ("b", 2, record.asked, [])
     texts = ["<think> x </think>", "<think> y </think>", "no form"]
@@ -72,7 +73,7 @@ def test_rewards_of_a_batch():
 
 def test_without_texts_there_is_no_format_reward():
     record = parse_record(tiny_world.record("a circle"))
-    options = scoring.ScoringOptions("mean", "binary", 0.0)
+    options = reward_options(aggregate="mean", score="binary", format_weight=0.0)
     found = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], (), options)
     assert found.reward[0] == 0.75
     assert scoring.totals(found, options)[0][0] == 0.75
@@ -80,7 +81,7 @@ def test_without_texts_there_is_no_format_reward():
 
 def test_samples_without_a_verdict_are_invalid_and_say_why():
     records = [parse_record(tiny_world.record("a circle"))] * 3
-    options = scoring.ScoringOptions("mean", "binary", 0.0)
+    options = reward_options(aggregate="mean", score="binary", format_weight=0.0)
     outcomes = Answers({0: scored(0.9, 0.2, 0.6), 1: FAILED, 2: scored(0.9, 0.2, 0.6)})
     before = scoring.gather(outcomes, range(3), records, (), options)
     found = scoring.without(before, np.array([True, True, False]), "no verdict")
@@ -93,7 +94,7 @@ def test_samples_without_a_verdict_are_invalid_and_say_why():
 
 def test_all_invalid_has_no_mean():
     record = parse_record(tiny_world.record("a circle"))
-    options = scoring.ScoringOptions("geometric", "confidence", 0.0)
+    options = reward_options(aggregate="geometric", score="confidence", format_weight=0.0)
     metrics = scoring.gather(Answers({0: FAILED}), [0], [record], (), options).metrics()
     assert math.isnan(metrics["reward/mean"])
     assert metrics["reward/valid_fraction"] == 0.0
@@ -122,7 +123,9 @@ def test_dependencies_count_if_asked_for():
     record = parse_record(fields)
     pool = Answers({0: scored(0.3, 0.9, 0.6, 0.8)})
     for dependencies, semantic, quality in ((False, 0.6, 0.8), (True, 0.3, 0.0)):
-        options = scoring.ScoringOptions("mean", "confidence", 0.0, dependencies=dependencies)
+        options = reward_options(
+            aggregate="mean", score="confidence", format_weight=0.0, dependencies=dependencies
+        )
         found = scoring.gather(pool, [0], [record], (), options)
         assert found.semantic[0] == pytest.approx(semantic)
         assert found.quality[0] == pytest.approx(quality)
@@ -137,14 +140,14 @@ def made(reward, form):
 
 
 def test_the_form_may_count_for_the_text_alone():
-    options = scoring.ScoringOptions("mean", "confidence", 0.5, isolate=True)
+    options = reward_options(aggregate="mean", score="confidence", format_weight=0.5, isolate=True)
     text, image = scoring.totals(made([0.2, 0.4], [1.0, 0.0]), options)
     np.testing.assert_allclose(text, [0.7, 0.4])
     np.testing.assert_allclose(image, [0.2, 0.4])
 
 
 def test_a_judged_reflection_is_half_of_what_the_form_adds():
-    options = scoring.ScoringOptions("mean", "confidence", 1.0)
+    options = reward_options(aggregate="mean", score="confidence", format_weight=1.0)
     scores = made([0.2, 0.4, 0.6], [1.0, 1.0, 0.0])
     text, image = scoring.totals(
         scores, options, reward=np.array([0.1, 0.4, 0.6]), reflection=np.array([1.0, 0.0, 0.0])
@@ -172,7 +175,7 @@ def rated(*ratings, p_yes=()):
 def test_holistic_scores_ask_for_ratings_only():
     record = parse_record(tiny_world.record("a {circle}"))
     pool = Answers({0: rated(8.0, 5.0), 1: rated(0.0, 10.0), 2: FAILED})
-    options = scoring.ScoringOptions("geometric", "holistic", 0.0)
+    options = reward_options(aggregate="geometric", score="holistic", format_weight=0.0)
     images = np.zeros((3, 2, 2, 3), np.uint8)
     scoring.submit(pool, [0, 1, 2], images, [record] * 3, options, first=0)
     match = "How well does the image match the prompt: a {circle}?"
@@ -188,8 +191,8 @@ def test_holistic_scores_ask_for_ratings_only():
 
 def test_the_least_of_several_ratings_counts():
     record = parse_record(tiny_world.record("a circle"))
-    options = scoring.ScoringOptions(
-        "geometric", "holistic", 0.0, rate_semantic=("a?", "b?"), rate_quality=("c?", "d?", "e?")
+    options = reward_options(
+        score="holistic", rate_semantic=("a?", "b?"), rate_quality=("c?", "d?", "e?")
     )
     pool = Answers({0: rated(9.0, 4.0, 10.0, 9.0, 8.0)})
     found = scoring.gather(pool, [0], [record], (), options)
@@ -199,8 +202,8 @@ def test_the_least_of_several_ratings_counts():
 def test_several_scores_are_averaged_by_weight():
     record = parse_record(tiny_world.record("a circle"))
     pool = Answers({0: rated(9.0, 4.0, p_yes=(0.9, 0.3, 0.6)), 1: FAILED})
-    options = scoring.ScoringOptions(
-        "mean", "confidence", 0.0, extra=(("binary", 0.5), ("holistic", 2.5))
+    options = reward_options(
+        aggregate="mean", extra_scores=("binary", "holistic"), extra_weights=(0.5, 2.5)
     )
     images = np.zeros((1, 2, 2, 3), np.uint8)
     scoring.submit(pool, [0], images, [record], options, first=0)
@@ -222,7 +225,7 @@ def test_the_scores_of_the_configuration_arrive():
     config = config_lib.from_config_dict(fields)
     options = options_lib.scoring_options(config, tasks.TASKS["rt2i"])
     assert options.scores == ("holistic", "binary")
-    assert options.weights == pytest.approx([2 / 3, 1 / 3])
+    assert scoring.score_weights(options) == pytest.approx([2 / 3, 1 / 3])
     # The shipped verifier was trained on these two texts.
     assert options.rate_semantic == (instructions.RATE_PROMPT,)
     assert options.rate_quality == (instructions.RATE_QUALITY,)
@@ -234,7 +237,7 @@ def test_the_scores_of_the_configuration_arrive():
 
 def test_binary_tags_count_right_answers():
     record = parse_record(tiny_world.record("a circle"))
-    options = scoring.ScoringOptions("mean", "binary", 0.0)
+    options = reward_options(aggregate="mean", score="binary", format_weight=0.0)
     pool = Answers({0: scored(0.9, 0.2, 0.6), 1: scored(0.51, 0.6, 0.1)})
     found = scoring.gather(pool, [0, 1], [record] * 2, (), options)
     assert found.tags == {"Existence": 0.75, "Texture": 0.5}
