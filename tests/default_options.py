@@ -13,6 +13,8 @@ from alphagrpo_jax.config import (
     RewardOptions,
 )
 from alphagrpo_jax.config_checks import read_config
+from alphagrpo_jax.rewards.workers.pool import Pool
+from alphagrpo_jax.rewards.workers.worker import Factory
 
 DEFAULT = read_config()
 
@@ -48,7 +50,9 @@ def image_options(**changes: Any) -> ImageOptions:
     return ImageOptions(**{name: getattr(DEFAULT.rollout, name) for name in names} | changes)
 
 
-def pool_options(**changes: Any) -> PoolOptions:
-    """The pool options of the default section `verifier` with changes."""
+def start_pool(factory: Factory | list[Factory], *, workers: int = 2, **changes: Any) -> Pool:
+    """A pool of `workers` alike, or of the listed factories, with changed options or arguments."""
+    factories = [factory] * workers if isinstance(factory, tuple) else factory
     names = [field.name for field in dataclasses.fields(PoolOptions)]
-    return PoolOptions(**{name: getattr(DEFAULT.verifier, name) for name in names} | changes)
+    options = {name: changes.pop(name, getattr(DEFAULT.verifier, name)) for name in names}
+    return Pool(factories, PoolOptions(**options), **changes)

@@ -31,8 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
+from alphagrpo_jax import config_checks
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
+from alphagrpo_jax.rewards.workers.pool import Pool, PoolError
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
 from alphagrpo_jax.shapes.image_records import scene_of_split
 from alphagrpo_jax.shapes.pretraining import verifier_data
@@ -135,7 +136,8 @@ def time_pool(folder: Path, workers: int, samples: Sequence[Sample]) -> tuple[fl
     Raises:
       PoolError: no worker starts.
     """
-    with Pool(("hf", {"path": str(folder), "num_threads": 1}), PoolOptions(workers)) as pool:
+    factories = [("hf", {"path": str(folder), "num_threads": 1})] * workers
+    with Pool(factories, config_checks.read_config().verifier) as pool:
         pool.wait_ready()
         for number in range(2 * workers):
             pool.submit(("warm", number), *samples[0])

@@ -14,7 +14,7 @@ from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.scoring import VerifierPool
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import checked_urls
 from alphagrpo_jax.rewards.workers.in_process import InProcessPool
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
+from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.rewards.workers.worker import Factory
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.paths import model_folder
@@ -30,21 +30,11 @@ def make_pool(config: Config) -> Pool:
       ConfigError: see `verifier_factories`.
       OSError: the audit log cannot be opened.
     """
-    verifier = config.verifier
-    factories = verifier_factories(config)
     return Pool(
-        factories,
-        PoolOptions(
-            workers=len(factories),
-            threads=verifier.threads,
-            capacity=max(1024, 2 * config.trajectories),
-            attempt_seconds=verifier.attempt_seconds,
-            total_seconds=verifier.total_seconds,
-            start_seconds=verifier.start_seconds,
-            max_attempts=verifier.max_attempts,
-            cache_size=verifier.cache_size,
-            audit_path=audit_path(verifier.audit),
-        ),
+        verifier_factories(config),
+        config.verifier,
+        capacity=max(1024, 2 * config.trajectories),
+        audit_path=audit_path(config.verifier.audit),
     )
 
 

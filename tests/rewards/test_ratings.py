@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pool_fakes
 import pytest
-
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
+from default_options import start_pool
 
 ASKED, RATED = ["Is there a circle?", "Is it red?"], ["How well is it drawn?"]
 
@@ -15,7 +14,7 @@ ASKED, RATED = ["Is there a circle?", "Is it red?"], ["How well is it drawn?"]
 def make_pool(folder, target="pool_fakes:Rater", **options):
     factory = ("callable", {"target": target, "folder": str(folder)})
     fast = {"workers": 1, "backoff_seconds": 0.01, "max_attempts": 2}
-    return Pool(factory, PoolOptions(**(fast | options)))
+    return start_pool(factory, **(fast | options))
 
 
 def picture(fault):

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from default_options import start_pool
 
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch
@@ -16,12 +16,12 @@ def test_one_worker_in_turn_and_two_at_once_agree_bit_for_bit():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 48, 48, 3)).astype(np.uint8)
     asked = [QUESTIONS[: 1 + number % 3] for number in range(len(images))]
-    with Pool(FACTORY, PoolOptions(workers=1)) as pool:  # synchronous
+    with start_pool(FACTORY, workers=1) as pool:  # synchronous
         one = []
         for number, image in enumerate(images):
             pool.submit(number, image, asked[number])
             one.append(pool.gather([number])[number].p_yes)
-    with Pool(FACTORY, PoolOptions(workers=2)) as pool:  # asynchronous, backwards
+    with start_pool(FACTORY, workers=2) as pool:  # asynchronous, backwards
         pool.wait_ready()
         for number in reversed(range(len(images))):
             pool.submit(number, images[number], asked[number])

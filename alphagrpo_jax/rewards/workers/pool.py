@@ -7,9 +7,7 @@ there is one. A worker that dies is restarted; one that does not answer in time 
 restarted; one that fails repeatedly pauses. No worker holds up the others.
 """
 
-import dataclasses
 import logging
-import math
 import pickle
 import threading
 import time
@@ -17,6 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
+from alphagrpo_jax.config import PoolOptions
 from alphagrpo_jax.rewards.verifiers.base import checked_image
 from alphagrpo_jax.rewards.workers import ledger as ledger_lib
 from alphagrpo_jax.rewards.workers import worker as worker_lib
@@ -33,33 +32,6 @@ class PoolError(RuntimeError):
     """The pool cannot work at all; the message says why."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PoolOptions:
-    """Size, deadlines and retries of a pool. Durations in seconds."""
-
-    workers: int = 2
-    threads: int = 1  # compute threads per worker; fixed, so that answers are reproducible
-    capacity: int = 1024  # most samples under way; `submit` blocks while there are so many
-    attempt_seconds: float = 60.0  # deadline of one attempt, from the moment a worker has it
-    total_seconds: float = 600.0  # after its submission no further attempt at a sample starts
-    start_seconds: float = 300.0  # deadline for starting a worker and building its verifier
-    max_attempts: int = 4
-    max_restarts: int = 5  # of one worker without an answer in between; then it is given up
-    backoff_seconds: float = 0.2  # before the first retry; doubles, with jitter of +-50%
-    cache_size: int = 0  # most answers to remember; the least recently used go first
-    audit_path: str | None = None  # JSON Lines of every attempt and every cached answer
-
-    def __post_init__(self) -> None:
-        for field in ("workers", "threads", "capacity", "max_attempts"):
-            value = getattr(self, field)
-            if value < 1:
-                raise ValueError(f"got {field}={value}, expected at least 1")
-        for field in ("attempt_seconds", "total_seconds", "start_seconds"):
-            value = getattr(self, field)
-            if not 0 < value < math.inf:
-                raise ValueError(f"got {field}={value}, expected a positive number of seconds")
-
-
 class Pool:
     """Worker processes that answer questions about images; a context manager.
 
@@ -68,33 +40,41 @@ class Pool:
 
     def __init__(
         self,
-        factory: worker_lib.Factory | Sequence[worker_lib.Factory],
-        options: PoolOptions | None = None,
+        factories: Sequence[worker_lib.Factory],
+        options: PoolOptions,
+        *,
+        capacity: int = 1024,
+        max_restarts: int = 5,
+        backoff_seconds: float = 0.2,
+        audit_path: str | None = None,
     ) -> None:
         """Starts the workers in the background; `wait_ready` waits for them.
 
         Args:
-          factory: (kind, options) of `verifiers.build`, resolved inside each worker; or a list with
-            one per worker. Requests go to whichever worker is free, so all must serve the same
-            model.
-          options: defaults if None.
+          factories: one per worker, (kind, options) of `verifiers.build`, resolved inside the
+            worker. Requests go to whichever worker is free, so all must serve the same model.
+          options: deadlines, attempts, threads and cache.
+          capacity: most samples under way; `submit` blocks while there are so many.
+          max_restarts: of one worker without an answer in between; then it is given up.
+          backoff_seconds: before the first retry; doubles, with jitter of +-50%.
+          audit_path: JSON Lines of every attempt and every cached answer; None for none.
         Raises:
-          ValueError: a factory cannot be pickled, or their number differs from that of workers.
+          ValueError: there is no factory, or one cannot be pickled.
           OSError: the audit log cannot be opened.
         """
-        self._options = options or PoolOptions()
-        factories = _factories(factory, self._options.workers)
-        path = self._options.audit_path
-        audit = None if path is None else AuditLog(path)
+        _check_factories(factories)
+        self._options, self._capacity, self._max_restarts = options, capacity, max_restarts
+        self._longest_pause = LONGEST_PAUSE * backoff_seconds
+        audit = None if audit_path is None else AuditLog(audit_path)
         # Guards the ledger and the next three; notified at every change that someone may wait for.
         self._changed = threading.Condition()
-        self._ledger = ledger_lib.Ledger(cache_size=self._options.cache_size, audit=audit)
+        self._ledger = ledger_lib.Ledger(cache_size=options.cache_size, audit=audit)
         self._ready: set[int] = set()  # workers that have started at least once
         self._lost: dict[int, str] = {}  # workers given up, and why
         self._closing = False
-        self._backoff = Backoff(self._options.backoff_seconds)
+        self._backoff = Backoff(backoff_seconds)
         self._workers = [
-            worker_lib.Worker(worker_factory, threads=self._options.threads)
+            worker_lib.Worker(worker_factory, threads=options.threads)
             for worker_factory in factories
         ]
         self._drivers = [
@@ -238,8 +218,7 @@ class Pool:
                 # Two in a row are hardly the samples' fault. A broken worker fails fast, so without
                 # a pause it would use up the attempts of samples that others could answer.
                 if fruitless > 1:
-                    longest = LONGEST_PAUSE * self._options.backoff_seconds
-                    self._pause(min(self._backoff.seconds(fruitless - 1), longest))
+                    self._pause(min(self._backoff.seconds(fruitless - 1), self._longest_pause))
         except _GivenUpError as error:
             self._give_up(index, str(error))
         except Exception as error:  # a thread that ended silently would leave everyone waiting
@@ -254,7 +233,7 @@ class Pool:
         Raises:
           _GivenUpError: too many failures, or its verifier could not be built at the first start.
         """
-        if failures > self._options.max_restarts:
+        if failures > self._max_restarts:
             raise _GivenUpError(f"it failed {failures} times in a row")
         if failures:
             self._pause(self._backoff.seconds(failures))
@@ -369,7 +348,7 @@ class Pool:
     def _wait_for_room(self) -> None:
         """Waits until fewer than `capacity` samples are under way."""
         self._check_open()
-        while len(self._ledger.under_way) >= self._options.capacity:
+        while len(self._ledger.under_way) >= self._capacity:
             if not self._ledger.expire():
                 self._changed.wait(self._ledger.seconds_to_next_event())
             self._check_open()
@@ -399,23 +378,18 @@ class _GivenUpError(Exception):
     """The worker must not be started again."""
 
 
-def _factories(
-    factory: worker_lib.Factory | Sequence[worker_lib.Factory], workers: int
-) -> list[worker_lib.Factory]:
-    """Returns one factory per worker.
+def _check_factories(factories: Sequence[worker_lib.Factory]) -> None:
+    """Refuses factories that no worker could get.
 
     Raises:
-      ValueError: their number differs from `workers`, or they cannot be pickled.
+      ValueError: there is none, or one cannot be pickled.
     """
-    is_single = bool(factory) and isinstance(factory[0], str)
-    factories = [factory] * workers if is_single else list(factory)
-    if len(factories) != workers:
-        raise ValueError(f"got {len(factories)} verifier factories, expected workers={workers}")
+    if not factories:
+        raise ValueError("got no verifier factories, expected one per worker")
     try:
-        pickle.dumps(factories)
+        pickle.dumps(list(factories))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ValueError(f"got a verifier factory that cannot be pickled: {error}") from error
-    return factories
 
 
 def _checked_answers(

@@ -7,16 +7,17 @@ import threading
 import numpy as np
 import pool_fakes
 import pytest
+from default_options import start_pool
 
 from alphagrpo_jax.rewards.workers.audit import AuditLog
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
+from alphagrpo_jax.rewards.workers.pool import PoolError
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 FACTORY = ("callable", {"target": "pool_fakes:Rater", "folder": "unused"})
 
 
 def pool_of(path, **options):
-    return Pool(FACTORY, PoolOptions(workers=1, audit_path=str(path), **options))
+    return start_pool(FACTORY, workers=1, audit_path=str(path), **options)
 
 
 def picture(number):

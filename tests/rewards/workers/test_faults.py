@@ -12,9 +12,9 @@ import bad_server
 import numpy as np
 import pytest
 from bad_server import BadServer
+from default_options import start_pool
 
 from alphagrpo_jax.rewards.workers import ledger
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 KEY = "sk-pool-0123456789abcdef"
@@ -44,7 +44,7 @@ def pool_of(folder, name, *servers, verifier=None, factories=None, **options):
     fast = {"attempt_seconds": 30.0, "backoff_seconds": 0.001, "max_attempts": 2}
     factories = factories or [factory_of(*servers, **(verifier or {}))]
     options = fast | {"audit_path": str(folder / f"{name}.jsonl")} | options
-    return Pool(factories, PoolOptions(workers=len(factories), **options))
+    return start_pool(factories, **options)
 
 
 def factory_of(*servers, **options):

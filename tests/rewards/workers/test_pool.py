@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pool_fakes
 import pytest
+from default_options import start_pool
 
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolError, PoolOptions
+from alphagrpo_jax.rewards.workers.pool import PoolError
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 FAST = {"attempt_seconds": 20.0, "backoff_seconds": 0.01, "total_seconds": 60.0}
@@ -18,7 +19,7 @@ DIE, HANG, STOP, RAISE, NAN, FEW, MANY, RANGE, NEITHER, NOTHING = range(1, 11)
 
 def make_pool(tmp_path, **options):
     factory = ("callable", {"target": "pool_fakes:Fake", "folder": str(tmp_path)})
-    return Pool(factory, PoolOptions(**(FAST | options)))
+    return start_pool(factory, **(FAST | options))
 
 
 def picture(number, fault=0, times=0):
@@ -109,8 +110,7 @@ def test_failing_reply_says_what_was_wrong(tmp_path):
 
 def test_workers_may_be_of_different_kinds(tmp_path):
     fake = ("callable", {"target": "pool_fakes:Fake", "folder": str(tmp_path)})
-    options = PoolOptions(**FAST, workers=2)
-    with Pool([fake, ("callable", {"target": "pool_fakes:Slow"})], options) as pool:
+    with start_pool([fake, ("callable", {"target": "pool_fakes:Slow"})], **FAST) as pool:
         pool.wait_ready()
         for number in range(20):
             pool.submit(number, picture(number), QUESTIONS)
@@ -122,7 +122,7 @@ def test_workers_may_be_of_different_kinds(tmp_path):
 def test_one_kind_may_be_missing(tmp_path):
     fake = ("callable", {"target": "pool_fakes:Fake", "folder": str(tmp_path)})
     broken = ("callable", {"target": "pool_fakes:broken"})
-    with Pool([broken, fake], PoolOptions(**FAST, workers=2)) as pool:
+    with start_pool([broken, fake], **FAST) as pool:
         pool.wait_ready()
         pool.submit(0, picture(0), QUESTIONS)
         assert pool.gather([0])[0].worker == 1
@@ -192,8 +192,8 @@ def test_samples_past_their_total_time_are_invalid(tmp_path):
 
 
 def test_submit_waits_while_the_pool_is_full():
-    options = PoolOptions(workers=1, capacity=2)
-    with Pool(("callable", {"target": "pool_fakes:Slow"}), options) as pool:
+    slow = ("callable", {"target": "pool_fakes:Slow"})
+    with start_pool(slow, workers=1, capacity=2) as pool:
         pool.wait_ready()
         most = 0
         for number in range(8):
@@ -207,8 +207,8 @@ def test_submit_waits_while_the_pool_is_full():
 
 def test_workers_get_their_threads_and_no_jax():
     questions = ["OMP_NUM_THREADS=3", "imported numpy", "imported jax", "imported torch"]
-    options = PoolOptions(workers=1, threads=3)
-    with Pool(("callable", {"target": "pool_fakes:Environment"}), options) as pool:
+    environment = ("callable", {"target": "pool_fakes:Environment"})
+    with start_pool(environment, workers=1, threads=3) as pool:
         pool.submit(0, picture(0), questions)
         assert pool.gather([0])[0].p_yes == (1.0, 1.0, 0.0, 0.0)
 
@@ -230,18 +230,18 @@ def test_cache_answers_the_same_image_and_questions_without_asking(tmp_path):
 
 def test_a_verifier_that_cannot_be_built_is_reported_at_once():
     with (
-        Pool(("callable", {"target": "pool_fakes:broken"})) as pool,
+        start_pool(("callable", {"target": "pool_fakes:broken"})) as pool,
         pytest.raises(PoolError, match="no weights in /nowhere"),
     ):
         pool.wait_ready()
-    with Pool(("nonsense", {})) as pool, pytest.raises(PoolError, match="got verifier kind"):
+    with start_pool(("nonsense", {})) as pool, pytest.raises(PoolError, match="got verifier kind"):
         pool.wait_ready()
 
 
 def test_a_process_that_dies_while_starting_is_given_up():
-    options = PoolOptions(workers=1, max_restarts=1, backoff_seconds=0.01)
+    mortal = ("callable", {"target": "pool_fakes:dies_at_once"})
     with (
-        Pool(("callable", {"target": "pool_fakes:dies_at_once"}), options) as pool,
+        start_pool(mortal, workers=1, max_restarts=1, backoff_seconds=0.01) as pool,
         pytest.raises(PoolError, match="failed 2 times in a row"),
     ):
         pool.wait_ready()
@@ -286,9 +286,9 @@ def test_workers_ignore_ctrl_c(tmp_path):
 def test_workers_end_when_their_parent_is_killed(run_python, tmp_path):
     program = (
         "import os, signal, numpy as np\n"
-        "from alphagrpo_jax.rewards.workers.pool import Pool, PoolOptions\n"
+        "from default_options import start_pool\n"
         f"factory = ('callable', {{'target': 'pool_fakes:Fake', 'folder': {str(tmp_path)!r}}})\n"
-        "pool = Pool(factory, PoolOptions(workers=2))\n"
+        "pool = start_pool(factory, workers=2)\n"
         "pool.wait_ready()\n"
         "image = np.zeros((4, 4, 3), np.uint8)\n"
         f"image[0, 0] = {HANG}, 9, 0\n"
@@ -334,11 +334,10 @@ def test_refuses_wrong_samples(tmp_path):
 
 
 def test_refuses_wrong_options():
-    with pytest.raises(ValueError, match="workers=0"):
-        PoolOptions(workers=0)
-    with pytest.raises(ValueError, match="attempt_seconds=nan"):
-        PoolOptions(attempt_seconds=float("nan"))
+    slow = ("callable", {"target": "pool_fakes:Slow"})
+    with pytest.raises(ValueError, match="got no verifier factories, expected one per worker"):
+        start_pool(slow, workers=0)
+    with pytest.raises(ValueError, match=r"attempt_seconds\n  Input should be a finite number"):
+        start_pool(slow, attempt_seconds=float("nan"))
     with pytest.raises(ValueError, match="cannot be pickled"):
-        Pool(("callable", {"target": lambda: None}))
-    with pytest.raises(ValueError, match="got 1 verifier factories, expected workers=2"):
-        Pool([("callable", {"target": "pool_fakes:Slow"})])
+        start_pool(("callable", {"target": lambda: None}))
