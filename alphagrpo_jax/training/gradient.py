@@ -15,7 +15,7 @@ import optax
 from flax import traverse_util
 
 from alphagrpo_jax import loss, policy
-from alphagrpo_jax.config import LossOptions, TrainOptions
+from alphagrpo_jax.config import LossOptions
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.sampling import image
@@ -42,8 +42,9 @@ class UpdateSpec:
     """What an update compiles for; hashable, a static argument of jit."""
 
     rollout: RolloutSpec  # of the trajectories
-    train: TrainOptions
     loss: LossOptions
+    micro_batches: int  # into which a batch is cut
+    rebuild_contexts: bool  # compute contexts again, so that the gradient flows through them
     lora_scale: float | None  # alpha / rank; None: part of the base is trained
 
     @property
@@ -108,12 +109,12 @@ def log_probs(
 ) -> LogProbs:
     """Log-probs of all text and image steps of B trajectories, in their stored contexts.
 
-    The stored contexts are constants; with `context_gradient` they are computed again here, so
+    The stored contexts are constants; with `rebuild_contexts` they are computed again here, so
     that the gradient flows through them.
     """
     plan, rows = spec.plan, row_count(trajectories.inputs)
     pieces = jax.lax.stop_gradient(trajectories.pieces)
-    if spec.train.context_gradient:
+    if spec.rebuild_contexts:
         pieces = rebuild(
             model,
             params,
@@ -174,8 +175,7 @@ def forward(
     Returns:
       The scores, and the function from their cotangents to the gradient (a pytree).
     """
-    parts = row_count(trajectories.inputs) // spec.train.micro_batch
-    micro = take_micro_batch(trajectories, part, parts, shared=spec.plan.shared)
+    micro = take_micro_batch(trajectories, part, spec.micro_batches, shared=spec.plan.shared)
 
     def scores(tree: Any) -> LogProbs:
         params = policy_params(base, tree, lora_scale=spec.lora_scale)
@@ -188,10 +188,8 @@ def reference_log_probs(
     base: dict, trajectories: Rollout, part: jax.Array, *, model: Bagel, spec: UpdateSpec
 ) -> LogProbs:
     """Scores of a micro-batch under the base alone, in contexts that it builds from the tokens."""
-    parts = row_count(trajectories.inputs) // spec.train.micro_batch
-    micro = take_micro_batch(trajectories, part, parts, shared=spec.plan.shared)
-    train = dataclasses.replace(spec.train, context_gradient=True)
-    rebuilt = dataclasses.replace(spec, train=train)
+    micro = take_micro_batch(trajectories, part, spec.micro_batches, shared=spec.plan.shared)
+    rebuilt = dataclasses.replace(spec, rebuild_contexts=True)
     return log_probs(model, policy.PolicyParams(base=base), micro, spec=rebuilt)
 
 
@@ -220,8 +218,7 @@ def backward(
         several tasks. Scales the gradient, not the metrics.
       spec: static.
     """
-    parts = batch.advantage.shape[0] // spec.train.micro_batch
-    micro = take_micro_batch(batch, part, parts, shared=spec.plan.shared)
+    micro = take_micro_batch(batch, part, spec.micro_batches, shared=spec.plan.shared)
     old = jax.lax.stop_gradient(new) if old is None else old
 
     def share(scores: LogProbs) -> tuple[jax.Array, loss.Metrics]:

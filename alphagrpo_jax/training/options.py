@@ -67,8 +67,9 @@ def update_spec(config: Config, loaded: Loaded, task: tasks.Task) -> UpdateSpec:
     """What updates on a task's trajectories compile for."""
     return UpdateSpec(
         rollout=rollout_spec(config, loaded, task),
-        train=config.train,
         loss=config.loss,
+        micro_batches=config.trajectories // config.train.micro_batch,
+        rebuild_contexts=config.train.context_gradient,
         lora_scale=lora_scale(config),
     )
 

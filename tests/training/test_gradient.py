@@ -69,7 +69,7 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
     backward = _jitted("backward", None, spec)
     totals = gradient_lib.count_normalizers(batch, None, spec=spec)
     summed, scores = None, []
-    for part in range(ROWS // spec.train.micro_batch):
+    for part in range(spec.micro_batches):
         new, pullback = forward(trainable, base, batch.rollout, jnp.int32(part))
         before = None if old is None else old[part]
         own = backward(pullback, new, before, None, batch, jnp.int32(part), totals, ONE)
@@ -103,7 +103,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level):
     whole = dataclasses.replace(setting.spec, loss=loss)
     expected, metrics, _ = gradient_of(setting, whole)
     for size in (1, 2):
-        cut = dataclasses.replace(whole, train=dataclasses.replace(whole.train, micro_batch=size))
+        cut = dataclasses.replace(whole, micro_batches=ROWS // size)
         gradient, own, _ = gradient_of(setting, cut)
         assert_close(gradient, expected, atol=2e-6, rtol=2e-4)
         assert_close(own, metrics, atol=2e-6, rtol=2e-4)
@@ -158,8 +158,7 @@ def test_gradient_against_finite_differences(setting):
 
 
 def test_context_gradient_gives_the_same_scores_and_another_gradient(setting):
-    train = dataclasses.replace(setting.spec.train, context_gradient=True)
-    flowing = dataclasses.replace(setting.spec, train=train)
+    flowing = dataclasses.replace(setting.spec, rebuild_contexts=True)
     detached, _, scores = gradient_of(setting, setting.spec)
     gradient, _, again = gradient_of(setting, flowing)
     assert_close(again, scores, atol=2e-5)
