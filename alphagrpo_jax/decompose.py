@@ -48,8 +48,8 @@ def maker(options: argparse.Namespace, pace: Pace) -> Iterator[running.Maker]:
     if options.llm == "shapes":
         yield by_grammar
         return
-    names = [field.name for field in dataclasses.fields(models.ModelOptions)]
-    how = models.ModelOptions(**{name: vars(options)[name] for name in names})
+    names = [field.name for field in dataclasses.fields(models.LanguageModelOptions)]
+    how = models.LanguageModelOptions(**{name: vars(options)[name] for name in names})
     kind, _, place = options.llm.partition(":")
     name = options.model if kind == "openai" else pathlib.Path(place).name
     with models.opened(options.llm, how) as model:

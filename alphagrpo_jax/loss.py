@@ -3,8 +3,9 @@
 Conventions: an image log-prob is a mean over the latent (see `flow.sde`); a text log-prob is one
 token's. Every function returns its micro-batch's *share* of the update's loss: sums divided by the
 totals of the whole update, which the caller passes in. Shares of micro-batches therefore add up to
-the same loss and the same gradient however the update is cut; metrics add up too, except those
-whose name contains "max", see `merge_metrics`. Invalid trajectories (`valid` false) count nowhere.
+the same loss and the same gradient however the update is cut; metrics add up too, or their largest
+counts, by the table of `runtime.metric_reductions`. Invalid trajectories (`valid` false) count
+nowhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from alphagrpo_jax.config import LossOptions
+from alphagrpo_jax.runtime.metric_reductions import reduction_of
 
 Metrics = dict[str, jax.Array]  # float32[] each
 
@@ -100,10 +102,10 @@ def grpo_loss(
 
 
 def _over_steps(parts: list[Metrics]) -> Metrics:
-    """Metrics of the steps of one kind: largest where the name has "max", else the mean."""
+    """Metrics of the steps of one kind as of one, by `metric_reductions`."""
     return {
         name: jnp.max(jnp.stack([part[name] for part in parts]))
-        if "max" in name
+        if reduction_of(name).batches == "max"
         else sum(part[name] for part in parts) / len(parts)
         for name in (parts[0] if parts else ())
     }
@@ -277,7 +279,7 @@ def top_entropy_mask(entropy: jax.Array, mask: jax.Array, *, fraction: float) ->
 
 
 def merge_metrics(first: Mapping[str, jax.Array], second: Mapping[str, jax.Array]) -> Metrics:
-    """Metrics of two micro-batches as of one: largest where the name has "max", else the sum.
+    """Metrics of two micro-batches as of one: the sum or the largest, by `metric_reductions`.
 
     Raises:
       ValueError: the two have different names.
@@ -285,7 +287,9 @@ def merge_metrics(first: Mapping[str, jax.Array], second: Mapping[str, jax.Array
     if first.keys() != second.keys():
         raise ValueError(f"got metrics {sorted(second)}, expected the same as {sorted(first)}")
     return {
-        name: jnp.maximum(value, second[name]) if "max" in name else value + second[name]
+        name: jnp.maximum(value, second[name])
+        if reduction_of(name).micro_batches == "max"
+        else value + second[name]
         for name, value in first.items()
     }
 

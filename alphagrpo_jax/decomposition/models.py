@@ -20,7 +20,7 @@ _KINDS: dict[str, Kind] = {"wrong request": "refused", "reply": "failed"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
+class LanguageModelOptions:
     """How a language model is reached and run."""
 
     model: str = ""  # the name that the servers know it by
@@ -35,7 +35,7 @@ class ModelOptions:
 class ServedModel:
     """A model behind one or more OpenAI-compatible endpoints; for many threads at once."""
 
-    def __init__(self, endpoints: Sequence[str], options: ModelOptions) -> None:
+    def __init__(self, endpoints: Sequence[str], options: LanguageModelOptions) -> None:
         """Opens no connection yet.
 
         Raises:
@@ -75,7 +75,7 @@ class ServedModel:
 
 
 @contextlib.contextmanager
-def opened(llm: str, options: ModelOptions) -> Iterator[LanguageModel]:
+def opened(llm: str, options: LanguageModelOptions) -> Iterator[LanguageModel]:
     """The model that a description names, as long as the context lasts.
 
     Args:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.metric_reductions import reduction_of
 
 METRICS = "metrics.jsonl"
 PENDING = "eval/pending"  # in a row whose evaluation failed and is still to be done
@@ -224,7 +225,7 @@ def _merged(each: Sequence[dict]) -> dict[str, float]:
     for key in sorted({key for part in each for key in part}):
         values = np.array([part[key] for part in each if key in part], np.float64)
         known = values[~np.isnan(values)]
-        pick = np.max if "max" in key else np.mean
+        pick = np.max if reduction_of(key).batches == "max" else np.mean
         merged[key] = float(pick(known)) if known.size else float("nan")
     return merged
 

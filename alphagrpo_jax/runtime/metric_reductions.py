@@ -1,0 +1,70 @@
+"""The table that says how each metric of an update is reduced to one number.
+
+Values of one metric come from micro-batches, steps of a kind (texts, images), batches and optimizer
+steps. A metric that is not listed is a mean.
+"""
+
+from typing import Literal, NamedTuple
+
+
+class Reduction(NamedTuple):
+    """How the values of one metric become one number."""
+
+    micro_batches: Literal["sum", "max"]
+    batches: Literal["mean", "max"]  # also of the texts, or of the images, of a trajectory
+    optimizer_steps: Literal["first", "last"]  # of several updates per batch
+
+
+# Micro-batches compute shares of a mean over the whole batch, which add up.
+MEAN = Reduction("sum", "mean", "last")
+# Before the first optimizer step the policy is the sampler: only there are deviations errors.
+LARGEST_DEVIATION = Reduction("max", "max", "first")
+
+REDUCTIONS = {
+    "advantage/scale": MEAN,
+    "group/left_out_fraction": MEAN,
+    "group/zero_std_fraction": MEAN,
+    "image/clip_fraction": MEAN,
+    "image/kl": MEAN,
+    "image/ratio_max_dev": LARGEST_DEVIATION,
+    "logp/rollout_update_max_abs_diff": LARGEST_DEVIATION,
+    "loss/image": MEAN,
+    "loss/text": MEAN,
+    "loss/total": MEAN,
+    "question/saturated_fraction": MEAN,
+    "reward/format": MEAN,
+    "reward/mean": MEAN,
+    "reward/quality": MEAN,
+    "reward/reflection": MEAN,
+    "reward/score/": MEAN,  # and whatever begins so
+    "reward/semantic": MEAN,
+    "reward/tag/": MEAN,
+    "reward/total": MEAN,
+    "reward/valid_fraction": MEAN,
+    "srr/gain": MEAN,
+    "srr/improved_fraction": MEAN,
+    "srr/initial_reward": MEAN,
+    "text/clip_fraction": MEAN,
+    "text/entropy": MEAN,
+    "text/kl": MEAN,
+    "text/length": MEAN,
+    "text/ratio_max_dev": LARGEST_DEVIATION,
+    "text/truncated_fraction": MEAN,
+    "update/skipped": MEAN,
+}
+DEFAULT = MEAN
+
+
+def is_listed(name: str) -> bool:
+    """Whether the table has a metric, or the family that it belongs to."""
+    return name in REDUCTIONS or _family(name) in REDUCTIONS
+
+
+def reduction_of(name: str) -> Reduction:
+    """Returns a metric's row of the table, that of its family, or the default."""
+    return REDUCTIONS.get(name) or REDUCTIONS.get(_family(name), DEFAULT)
+
+
+def _family(name: str) -> str:
+    """reward/tag/Count -> reward/tag/."""
+    return name.rpartition("/")[0] + "/"
