@@ -24,13 +24,12 @@ from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.prompts import next_batches
 from alphagrpo_jax.reward import advantage_of, gather
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.rollout import sample
+from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
-from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import DataPosition, PromptBatch, RolloutBatch, TrainState
@@ -64,8 +63,7 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
       folder: for the prompt cache.
       steps: repetitions of each measurement; medians are reported.
     Raises:
-      ConfigError, ValueError, FileNotFoundError, PoolError, TrainingError: as in training;
-        ConfigError also for a task whose steps are not all alike.
+      UserError: as in training; ConfigError also for a task whose steps are not all alike.
     """
     if config.task not in TASKS:
         raise ConfigError(f"task: got {config.task!r}, bench measures one of {TASKS}")
@@ -191,29 +189,31 @@ def table(figures: dict[str, float], config: Config) -> str:
     return "\n".join(f"{name:<38}{value}" for name, value in rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m alphagrpo_jax.bench", description=__doc__)
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(prog="python -m alphagrpo_jax.bench", description=__doc__)
     parser.add_argument("--config", default=config_checks.DEFAULT_CONFIG, help="a Python file")
     parser.add_argument("--steps", type=int, default=5, help="repetitions; medians are shown")
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
-    try:
-        config = config_checks.read_config(options.config)
-        with tempfile.TemporaryDirectory() as folder:
-            figures = measure(config, pathlib.Path(folder), steps=options.steps)
-        if options.out:
-            replace_text(options.out, json.dumps(figures, indent=2) + "\n")
-    except ConfigError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, PoolError, TrainingError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures a configuration and prints its table."""
+    config = config_checks.read_config(options.config)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(config, pathlib.Path(folder), steps=options.steps)
+    if options.out:
+        replace_text(options.out, json.dumps(figures, indent=2) + "\n")
     print(table(figures, config))
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from alphagrpo_jax.parity import gradient_cases, image_cases, sampling_cases, te
 from alphagrpo_jax.parity.fixture import compare, load_fixture
 from alphagrpo_jax.parity.model import Port
 from alphagrpo_jax.parity.text_cases import Outputs
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
 
 # Pattern of the case's name -> its recomputation; the first that matches wholly.
 CASES: dict[str, Callable[[Port, str], Outputs]] = {
@@ -71,13 +73,13 @@ def check(
     Returns:
       One result per case.
     Raises:
-      FileNotFoundError, ValueError: the folder cannot be loaded, or has no such case.
+      MissingFileError, FixtureError, InputError: the folder cannot be loaded, or has no such case.
     """
     recorded = load_fixture(fixture).restricted(only)
     outputs = recorded.outputs()
     unknown = sorted(set(cases or ()) - outputs.keys())
     if unknown:
-        raise ValueError(f"{fixture} has no cases {unknown}; it has {sorted(outputs)}")
+        raise InputError(f"{fixture} has no cases {unknown}; it has {sorted(outputs)}")
     results = []
     with jax.default_matmul_precision("highest"):
         port = Port(recorded)
@@ -117,22 +119,27 @@ def _print_row(result: CaseResult) -> None:
         print(f"    ... and {len(result.failed) - 8} more")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m alphagrpo_jax.check_port", description=__doc__)
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(prog="python -m alphagrpo_jax.check_port", description=__doc__)
     parser.add_argument("--fixture", required=True, help="folder with recorded outputs")
     parser.add_argument("--cases", nargs="*", help="only these cases, e.g. c3 c8edit")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks a fixture and prints a table; returns the exit code."""
     print(f"{'case':<10} {'arrays':>9} {'max abs error':>15}  verdict", flush=True)
-    try:
-        results = check(options.fixture, options.cases, _print_row)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"check_port: {error}", file=sys.stderr)
-        return 1
+    results = check(options.fixture, options.cases, _print_row)
     total = sum(len(result.errors) for result in results)
     passed = sum(result.passed for result in results)
     print(f"{passed} of {total} outputs within tolerance")
-    return 0 if passed == total else 1
+    return cli.DONE if passed == total else cli.FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

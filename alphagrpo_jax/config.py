@@ -2,7 +2,8 @@
 
 A section of the configuration is handed as it is to the functions that read it; it is hashable, so
 that it can be a static argument of `jax.jit`. The default values stand in configs/grpo.py,
-`config_checks` reads them. This file imports nothing of the package: everything may import it.
+`config_checks` reads them. Of the package it imports error classes alone: everything may
+import it.
 """
 
 import re
@@ -10,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from alphagrpo_jax.runtime.errors import UsageError
 
 # No conversions but int to float; a text below a field is its description in the manual.
 SECTION = ConfigDict(
@@ -27,7 +30,7 @@ InitialChoice = Literal["worst", "softmax"]
 Rectification = Literal["released", "paper", "none"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A configuration that cannot be run; the message names the key and the fix."""
 
 

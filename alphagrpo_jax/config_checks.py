@@ -15,6 +15,7 @@ import ml_collections
 import pydantic
 
 from alphagrpo_jax.config import Config, ConfigError, Score
+from alphagrpo_jax.runtime.errors import MissingFileError
 from alphagrpo_jax.tasks import IMAGE, TASKS
 
 # What may differ when a run is resumed.
@@ -326,7 +327,7 @@ def read_config(path: str | pathlib.Path = DEFAULT_CONFIG) -> Config:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no configuration file at {path}; give one with --config")
+        raise MissingFileError(f"no configuration file at {path}; give one with --config")
     try:
         found = runpy.run_path(str(path))
     except (SyntaxError, ImportError, ValueError) as error:

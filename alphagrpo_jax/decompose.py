@@ -19,18 +19,18 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from alphagrpo_jax.decomposition import check, models, running
-from alphagrpo_jax.decomposition.journal import Journal, JournalError, read_prompts
+from alphagrpo_jax.decomposition.journal import Journal, read_prompts
 from alphagrpo_jax.decomposition.limits import Pace, PatientModel
 from alphagrpo_jax.decomposition.pipeline import TRIES, DecompositionError
 from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import grammar
 
-STOPPED = 75  # exit code: stopped with everything saved, the same command continues
-
 
 def by_grammar(prompt: str) -> running.Made:
-    """The record of a prompt of the shapes world, exact and without a language model."""
+    """Makes the record of a prompt of the shapes world, exact and without a language model."""
     try:
         return running.Made(grammar.record(prompt), {"by": "shapes"})
     except grammar.GrammarError as error:
@@ -42,7 +42,7 @@ def maker(options: argparse.Namespace, pace: Pace) -> Iterator[running.Maker]:
     """What decomposes a prompt, as the flags say, as long as the context lasts.
 
     Raises:
-      ValueError: flags that do not fit each other.
+      UsageError: flags that do not fit each other.
       LanguageModelError: a local model cannot be loaded.
     """
     if options.llm == "shapes":
@@ -62,8 +62,9 @@ def decompose(options: argparse.Namespace) -> int:
 
     Raises:
       JournalError: input or output cannot be used.
-      LanguageModelError: a local model cannot be loaded.
-      ValueError: flags that do not fit each other.
+      LanguageModelError: a local model cannot be loaded, or the model is away.
+      UsageError: flags that do not fit each other.
+      InputError: more prompts failed than are allowed.
     """
     flag, halt = StopFlag(), threading.Event()
 
@@ -83,37 +84,40 @@ def decompose(options: argparse.Namespace) -> int:
         running.write_report(pathlib.Path(f"{options.output}.report.json"), left)
     print(running.summary(left))
     if tally.silent:
-        print(
-            f"error: the language model was away for {running.MAX_SILENT} prompts in a row: "
+        raise LanguageModelError(
+            f"the language model was away for {running.MAX_SILENT} prompts in a row: "
             f"{tally.failed[-1][1]}\nMend this and run the same command again.",
-            file=sys.stderr,
+            kind="silent",
+            retryable=True,
         )
-        return 1
     if left["not_tried"]:
-        return STOPPED
+        return cli.STOPPED
     if left["failed"] > options.allow_failures:
-        print(
-            f"error: {left['failed']} prompts failed, at most {options.allow_failures} allowed "
-            "(--allow-failures); the same command tries them again",
-            file=sys.stderr,
+        raise InputError(
+            f"{left['failed']} prompts failed, at most {options.allow_failures} allowed "
+            "(--allow-failures); the same command tries them again"
         )
-        return 1
-    return 0
+    return cli.DONE
 
 
 def check_file(path: str) -> int:
-    """Prints what is wrong with a file of records; returns the exit code."""
+    """Prints the findings about a file of records; returns the exit code."""
     findings, count = check.check_file(path)
     errors = sum(finding.severity == "error" for finding in findings)
     for finding in findings:
         print(finding)
     print(f"{path}: {count} records, {errors} errors, {len(findings) - errors} warnings")
-    return 1 if errors else 0
+    return cli.FAILED if errors else cli.DONE
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def run(options: argparse.Namespace) -> int:
+    """Checks a file or decomposes prompts, as the flags say; returns the exit code."""
+    return check_file(options.check) if options.check else decompose(options)
+
+
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags; wrong usage ends the process with code 2."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alphagrpo_jax.decompose",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -158,15 +162,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    options = parse(arguments)
-    try:
-        return check_file(options.check) if options.check else decompose(options)
-    except (JournalError, LanguageModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from alphagrpo_jax import inference
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel_weights import memory_dtypes, save_model
-from alphagrpo_jax.runtime.checkpoint import CheckpointError
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import AccessError
 
 
 def merged(policy: inference.Policy) -> dict:
-    """The policy's weights as one base tree, float as loaded."""
+    """Returns the policy's weights as one base tree, adapters merged in, in the dtypes loaded."""
     params = policy.params
     if params.lora is None:
         return params.base
@@ -32,15 +33,15 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
     Args:
       run: the run's folder.
       out: a new or empty folder.
-      model_path: see `trained.from_run`.
+      model_path: see `inference.from_run`.
       dtype: of all tensors; None: each tensor's in memory, so that nothing is rounded (the
         pretrained folder's may be coarser than what was trained).
     Raises:
-      FileExistsError: `out` holds something.
+      AccessError: `out` holds something.
     """
     folder = pathlib.Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; give another --out")
+        raise AccessError(f"{out} exists and is not an empty folder; give another --out")
     policy = inference.from_run(run, model_path=model_path)
     base = merged(policy)
     loaded = dataclasses.replace(policy.loaded, dtypes=policy.loaded.dtypes | memory_dtypes(base))
@@ -48,9 +49,9 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
     return policy.step
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m alphagrpo_jax.export", description=__doc__)
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(prog="python -m alphagrpo_jax.export", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a run's folder")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--model", help="the pretrained folder, if it has moved since the run")
@@ -59,16 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=("float32", "bfloat16"),
         help="default: as in memory, float32 unless model.dtype says otherwise; bfloat16 rounds",
     )
-    options = parser.parse_args(arguments)
-    try:
-        step = export(
-            options.checkpoint, options.out, model_path=options.model, dtype=options.dtype
-        )
-    except (OSError, ValueError, CheckpointError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Exports a checkpoint as the flags say."""
+    step = export(options.checkpoint, options.out, model_path=options.model, dtype=options.dtype)
     print(f"{options.out}: the model after {step} updates")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from PIL import Image
 
 from alphagrpo_jax import config_checks, inference
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.rewards.workers.pool import PoolError
+from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime import images as images_lib
-from alphagrpo_jax.runtime.checkpoint import CheckpointError
+from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.shapes import grammar
@@ -105,12 +105,12 @@ def questions_for(options: argparse.Namespace) -> Record:
     """The record whose questions rate the rounds: of `--record`, or by the shapes grammar.
 
     Raises:
-      ValueError: there are no questions about this prompt.
+      InputError: there are no questions about this prompt.
     """
     if options.record:
         found = [each for each in read_jsonl(options.record) if each.prompt == options.prompt]
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"{options.record} has no record of the prompt {options.prompt!r}, whose questions "
                 f"--keep {options.keep} needs; add one (decompose writes them)"
             )
@@ -118,7 +118,7 @@ def questions_for(options: argparse.Namespace) -> Record:
     try:
         return parse_record(grammar.record(options.prompt))
     except grammar.GrammarError as error:
-        raise ValueError(
+        raise InputError(
             f"--keep {options.keep} needs questions about the prompt, and it is none of the shapes "
             f"world ({error}); give a file of records with --record, or use --keep last"
         ) from error
@@ -192,11 +192,11 @@ def _refine(
                 replace_text(beside, json.dumps(log, indent=2, ensure_ascii=False) + "\n")
                 score = "" if each.reward is None else f" (verifier: {each.reward:.3f})"
                 print(f"round {number}{score}: {each.text}\n  {path}")
-    except (ValueError, PoolError) as error:
+    except UserError as error:
         if not log["rounds"]:
             raise
         result = "none is kept" if kept is None else f"{out} is round {kept}"
-        raise ValueError(
+        raise InputError(
             f"after round {len(log['rounds']) - 1}: {error}; all rounds so far are written beside "
             f"{out}, with {beside.name}; {result}"
         ) from error
@@ -216,9 +216,9 @@ def _judge(config: Config) -> str:
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags; wrong usage ends the process with code 2."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alphagrpo_jax.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -298,16 +298,7 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    options = parse(arguments)
-    try:
-        run(options)
-    except ConfigError as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, CheckpointError, PoolError) as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import checkpoint, distributed, sharding
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.errors import InputError, MissingFileError
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.sampling.trajectory import RolloutSpec, sample_trajectories
 from alphagrpo_jax.training import gradient as gradient_lib
@@ -70,7 +71,7 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Po
     saves = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
     step = saves.latest()
     if step is None:
-        raise FileNotFoundError(f"the run in {folder} has no complete checkpoint yet")
+        raise MissingFileError(f"the run in {folder} has no complete checkpoint yet")
     trainable = saves.state(step, payload(state, start_position(config)))["trainable"]
     saves.close()
     params = gradient_lib.policy_params(
@@ -274,7 +275,7 @@ class _Judge:
         scoring.submit(self.pool, ids, image[None], records, self.options, first=0)
         scores = scoring.gather(self.pool, ids, records, (), self.options)
         if not scores.valid[0]:
-            raise ValueError(f"the verifier gave no answer: {', '.join(scores.failures)}")
+            raise InputError(f"the verifier gave no answer: {', '.join(scores.failures)}")
         return float(scores.reward[0])
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from alphagrpo_jax import tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
 from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.tasks import TEXT, Task
@@ -122,7 +123,7 @@ def given_image(folder: pathlib.Path, record: Record, size: tuple[int, int] | No
       ValueError: the record names no image, or what it names is not one.
     """
     if record.image is None:
-        raise ValueError(f"record {record.prompt!r} has no 'image', which its task needs")
+        raise InputError(f"record {record.prompt!r} has no 'image', which its task needs")
     if record.image.startswith("data:"):
         image = images_lib.from_data_url(record.image)
     else:
@@ -159,7 +160,7 @@ def load(
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file of prompt records at {path}; check data.train/heldout")
+        raise MissingFileError(f"no file of prompt records at {path}; check data.train/heldout")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     form = "answer" if task.reward == "answer" else "questions"
     folder = pathlib.Path(cache) / f"{form}_{digest[:16]}"
@@ -197,12 +198,12 @@ def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> 
         try:
             image = given_image(path.parent, record, None)
             total.update(f"{image.shape}".encode() + image.tobytes())
-        except (FileNotFoundError, ValueError) as error:
+        except UserError as error:
             problems.append(f"  {path}:{number}: {error}")
     if problems:
         more = len(problems) - MAX_REPORTED
         tail = f"\n  ... and {more} more" if more > 0 else ""
-        raise ValueError(
+        raise InputError(
             f"{len(problems)} of {len(records)} records have no readable image:\n"
             + "\n".join(problems[:MAX_REPORTED])
             + tail
@@ -224,7 +225,7 @@ def _filled(template: str, record: Record) -> str:
     try:
         return template.format_map(fields)
     except KeyError as error:
-        raise ValueError(
+        raise InputError(
             f"record {record.prompt!r} has no field {error}, which its task's text needs"
         ) from error
 
@@ -245,7 +246,7 @@ def tokenise(
     if long:
         lines = (f"  {count} tokens: {text[:100]!r}" for count, text in long[:MAX_REPORTED])
         shown = "\n".join(lines)
-        raise ValueError(
+        raise InputError(
             f"{len(long)} of {len(rows)} prompts are longer than the prompt bucket of {bucket} "
             f"tokens (delimiters included):\n{shown}\nset rollout.prompt_tokens to at least "
             f"{long[0][0] - added}, or shorten them"

@@ -27,11 +27,12 @@ import numpy as np
 from PIL import Image
 
 from alphagrpo_jax import config_checks, tasks
-from alphagrpo_jax.config import Aggregate, Config, ConfigError, Score
+from alphagrpo_jax.config import Aggregate, Config, Score
 from alphagrpo_jax.config_checks import from_config_dict
 from alphagrpo_jax.rewards import report, scoring
-from alphagrpo_jax.rewards.workers.pool import PoolError
+from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.records import Record, read_jsonl
 from alphagrpo_jax.training import options as options_lib
@@ -57,12 +58,12 @@ def match(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> Matched:
     places in the file.
 
     Raises:
-      ValueError: two records have the same id.
+      InputError: two records have the same id.
     """
     by_id: dict[str, int] = {}
     for number, record in enumerate(records):
         if record.id is not None and by_id.setdefault(record.id, number) != number:
-            raise ValueError(
+            raise InputError(
                 f"records {by_id[record.id]} and {number} (from 0) both have the id {record.id!r}; "
                 "ids must differ, since images are matched by them"
             )
@@ -92,14 +93,14 @@ def read_folder(folder: str) -> list[pathlib.Path]:
     """The image files of a folder, by name.
 
     Raises:
-      ValueError: no such folder, or no images in it.
+      InputError: no such folder, or no images in it.
     """
     place = pathlib.Path(folder)
     if not place.is_dir():
-        raise ValueError(f"--images {folder}: expected a folder of images, there is none")
+        raise InputError(f"--images {folder}: expected a folder of images, there is none")
     paths = sorted(path for path in place.iterdir() if path.suffix.lower() in ENDINGS)
     if not paths:
-        raise ValueError(f"--images {folder}: got no image in it, expected files {ENDINGS}")
+        raise InputError(f"--images {folder}: got no image in it, expected files {ENDINGS}")
     return paths
 
 
@@ -138,14 +139,14 @@ def score(options: argparse.Namespace) -> report.Report:
     """Asks the verifier about every image that has a record.
 
     Raises:
-      ValueError, OSError: images or records cannot be used.
+      InputError, RecordError, MissingFileError: images or records cannot be used.
       ConfigError: flags that do not go together.
       PoolError: the verifier cannot be started.
     """
     paths, records = read_folder(options.images), read_jsonl(options.records)
     matched = match(paths, records)
     if not matched.pairs:
-        raise ValueError(
+        raise InputError(
             f"none of the {len(paths)} images in {options.images} belongs to one of the "
             f"{len(records)} records in {options.records}, e.g. {matched.images[:3]}; expected "
             "ID.png or NUMBER.png (from 0), or ID_0.png, NUMBER_0.png and so on"
@@ -158,7 +159,7 @@ def score(options: argparse.Namespace) -> report.Report:
         for path, number in matched.pairs:
             try:
                 image = images_lib.open_rgb(path)
-            except (ValueError, OSError) as error:
+            except UserError as error:
                 rows.append(_unreadable(path, records[number], str(error)))
                 continue
             pixels = np.asarray(image)
@@ -195,8 +196,12 @@ def summary(found: report.Report) -> str:
     return "\n".join(lines)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Scores, writes the report, tells the summary; returns the exit code."""
+def run(options: argparse.Namespace) -> None:
+    """Scores, writes the report, and prints a summary.
+
+    Raises:
+      InputError: more images than allowed have no score; see also `score`.
+    """
     out = pathlib.Path(options.out)
     _check_writable(out)
     found = score(options)
@@ -204,29 +209,26 @@ def run(options: argparse.Namespace) -> int:
     print(f"{summary(found)}\n{out}")
     if found.failed > options.allow_failures:
         failure = next(row.failure for row in found.rows if row.failure is not None)
-        print(
-            f"error: {found.failed} of {len(found.rows)} images have no score, at most "
-            f"{options.allow_failures} allowed (--allow-failures), e.g.: {failure}",
-            file=sys.stderr,
+        raise InputError(
+            f"{found.failed} of {len(found.rows)} images have no score, at most "
+            f"{options.allow_failures} allowed (--allow-failures), e.g.: {failure}"
         )
-        return 1
-    return 0
 
 
 def _check_writable(out: pathlib.Path) -> None:
     """Finds out before the first question, not after the last answer.
 
     Raises:
-      ValueError: nothing can be written there.
+      InputError: nothing can be written there.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error}; give another place") from error
+        raise InputError(f"--out {out} cannot be written: {error}; give another place") from error
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give the name of a file")
+        raise InputError(f"--out {out} is a folder; give the name of a file")
 
 
 def _is_number(text: str) -> bool:
@@ -250,9 +252,9 @@ def _shown(image: Image.Image) -> str:
     return images_lib.data_url(np.asarray(small))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags; wrong usage ends the process with code 2."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alphagrpo_jax.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -288,18 +290,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    options = parse(arguments)
-    try:
-        return run(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, PoolError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 1
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,10 @@ from starlette.routing import Route
 
 from alphagrpo_jax.rewards.verifiers import serving
 from alphagrpo_jax.rewards.verifiers.chat.keys import read_key
-from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
+from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.serving import Batcher, RequestError
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import AccessError, UsageError
 from alphagrpo_jax.runtime.paths import model_folder
 
 _LOG = logging.getLogger(__name__)
@@ -193,9 +195,9 @@ def _error_reply(error: RequestError) -> Response:
     return JSONResponse(content, status_code=error.status, headers=headers)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command's flags; wrong usage ends the process with code 2."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alphagrpo_jax.serve_verifier",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -223,7 +225,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--port must be between 0 and 65535, --max-wait positive")
     try:
         read_key(options.api_key_env)
-    except ValueError as error:
+    except UsageError as error:
         parser.error(f"--api-key-env: {error}")
     return options
 
@@ -232,7 +234,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address, not yet listening: until then clients are refused.
 
     Raises:
-      OSError: the address is in use or not this machine's; the message says which.
+      AccessError: the address is in use or not this machine's; the message says which.
     """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -240,28 +242,29 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        message = f"cannot listen on --host={host} --port={port}: {error}; choose another"
-        raise OSError(message) from error
+        raise AccessError(
+            f"cannot listen on --host={host} --port={port}: {error}; choose another"
+        ) from error
     return bound
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Loads the verifier and serves it until a signal ends the process.
+
+    Raises:
+      AccessError: the address cannot be used.
+      MissingFileError, VerifierLoadError: there is no such verifier, or it cannot be loaded.
+    """
     name = options.name or pathlib.PurePath(options.model.removeprefix("package:")).name
-    try:
-        bound = bind(options.host, options.port)
-        verifier = HFVerifier(
-            model_folder(options.model),
-            device=options.device,
-            dtype=options.dtype,
-            num_threads=options.threads,
-            max_batch=options.max_batch,
-            text_fallback=True,  # whether the text may count is the client's affair
-        )
-    except (OSError, ValueError, RuntimeError, VerifierLoadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    bound = bind(options.host, options.port)
+    verifier = HFVerifier(
+        model_folder(options.model),
+        device=options.device,
+        dtype=options.dtype,
+        num_threads=options.threads,
+        max_batch=options.max_batch,
+        text_fallback=True,  # whether the text may count is the client's affair
+    )
     app = make_app(
         verifier,
         name=name,
@@ -280,7 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
     )
     uvicorn.Server(config).run(sockets=[bound])
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import dataclasses
 import pathlib
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -20,30 +19,25 @@ from ml_collections import config_flags
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import initial_images, update
-from alphagrpo_jax.config import Config, ConfigError, MeshOptions
+from alphagrpo_jax.config import Config, MeshOptions
 from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
 from alphagrpo_jax.prompts import next_batches, start_position
 from alphagrpo_jax.reward import advantage_of, gather, gather_reflections
-from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.rollout import sample
-from alphagrpo_jax.runtime import checkpoint, distributed
+from alphagrpo_jax.runtime import checkpoint, cli, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime.cli import DONE, STOPPED
+from alphagrpo_jax.runtime.errors import AccessError, UsageError, UserError, is_machine_error
 from alphagrpo_jax.runtime.metrics import merge_metrics, notify
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.training import run_folder, setup
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training import verifiers as verifiers_lib
-from alphagrpo_jax.training.checks import TrainingError, check_end, early_decay
+from alphagrpo_jax.training.checks import check_end, early_decay
 from alphagrpo_jax.training.context import Run
-
-DONE, STOPPED, FAILED, WRONG_USAGE = 0, 75, 1, 2
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config name>.")
-
-
-# Errors whose message says what to do; anything else comes with its traceback.
-EXPLAINED = (TrainingError, checkpoint.CheckpointError, PoolError, ValueError, FileNotFoundError)
 
 
 def main(config: Config, workdir: pathlib.Path) -> int:
@@ -162,53 +156,58 @@ def main(config: Config, workdir: pathlib.Path) -> int:
 
 
 def command(argv: Sequence[str]) -> None:
-    """The command: configuration, folder, exit code."""
+    """Runs the command: finds configuration and folder, and ends with the exit code."""
     if len(argv) > 1:
-        fail(WRONG_USAGE, f"unexpected arguments {argv[1:]}; see --help")
+        fail(f"unexpected arguments {argv[1:]}; see --help")
     if _CONFIG.value is None:
-        fail(WRONG_USAGE, "no --config given; the default is --config=configs/grpo.py")
+        fail("no --config given; the default is --config=configs/grpo.py")
     logging.set_verbosity(logging.WARNING)  # libraries; our own notices go to stderr
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{name}"
     if "://" in workdir:
-        fail(WRONG_USAGE, f"--workdir={workdir}: expected a folder; mount the bucket and name that")
+        fail(f"--workdir={workdir}: expected a folder; mount the bucket and name that")
+    sys.exit(cli.exit_code_of(lambda: start(_CONFIG.value, pathlib.Path(workdir))))
+
+
+def start(fields: Mapping[str, Any], workdir: pathlib.Path) -> int:
+    """Checks a configuration and runs it; returns the exit code.
+
+    Raises:
+      UserError: the run cannot start or go on; the message says what to do.
+    """
+    config = config_lib.from_config_dict(fields)
+    distributed.initialize()
     try:
-        config = config_lib.from_config_dict(_CONFIG.value)
-        distributed.initialize()
-        sys.exit(main(config, pathlib.Path(workdir)))
-    except ConfigError as error:
-        fail(WRONG_USAGE, str(error))
+        return main(config, workdir)
     except KeyboardInterrupt:
-        fail(FAILED, "interrupted twice; the last checkpoint is untouched")
-    except EXPLAINED as error:
-        fail(FAILED, str(error))
+        raise UserError("interrupted twice; the last checkpoint is untouched") from None
     except OSError as error:
-        fail(
-            FAILED,
+        in_workdir = isinstance(error.filename, str) and (
+            pathlib.Path(error.filename).absolute().is_relative_to(workdir.absolute())
+        )
+        if isinstance(error, UserError) or not (in_workdir or is_machine_error(error)):
+            raise
+        raise AccessError(
             f"{error}; the run's folder {workdir} or another file cannot be read or written: look "
             "for a full disk, then run the same command again: it continues from the last "
-            "checkpoint",
-        )
-    except Exception as error:
-        traceback.print_exc()
-        fail(FAILED, f"unexpected {type(error).__name__}: {error}")
+            "checkpoint"
+        ) from error
 
 
-def fail(code: int, message: str) -> None:
-    """Ends the process with one message on stderr."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+def fail(message: str) -> NoReturn:
+    """Ends the process as after wrong usage, with one message on stderr."""
+    sys.exit(cli.report(UsageError(message)))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's flag parser, with exit code 2 for unknown flags and fields."""
+    """Parses flags by absl; wrong flags and unknown fields end the process with code 2."""
     try:
         return flags.FLAGS(list(argv))
     except (
         flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError,
         ImportError,
     ) as error:  # fmt: skip
-        return fail(WRONG_USAGE, f"{error}; see --help, and configs/grpo.py for the fields")
+        fail(f"{error}; see --help, and configs/grpo.py for the fields")
 
 
 if __name__ == "__main__":

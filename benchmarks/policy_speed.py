@@ -29,6 +29,8 @@ from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
 from alphagrpo_jax.models.layers import REMAT_POLICIES
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
@@ -319,9 +321,9 @@ def time_of(run: Callable[[], Any], repeat: int) -> tuple[float, float]:
     return spent[0], statistics.median(spent[1:])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(
         prog="python -m benchmarks.policy_speed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -336,13 +338,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=5, help="medians of so many runs")
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args(arguments)
-    sizes = Sizes(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)}
-    )
+    sizes = sizes_of(options)
     if min(*dataclasses.astuple(sizes), options.repeat, options.unroll) < 1 or sizes.points < 2:
         parser.error("all sizes, --unroll and --repeat must be at least 1, --points at least 2")
     if options.sizes is None and jax.default_backend() == "cpu":
         parser.error("BAGEL-7B-MoT needs an accelerator; give --sizes on a CPU, e.g. package:umm")
+    return options
+
+
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """Returns the sizes that the flags give."""
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    return Sizes(**{name: getattr(options, name) for name in names})
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures a model of the sizes that the flags give.
+
+    Raises:
+      InputError: the image's side does not fit the model, or the device's memory is too small.
+    """
     try:
         folder = resolve(options.sizes or TOKENIZER)
         tokens = Tokenizer.from_folder(folder).special
@@ -352,22 +367,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else BagelConfig.from_dicts(**BAGEL_7B, tokens=tokens)
         )
         if options.side % config.latent_stride:
-            raise ValueError(
+            raise InputError(
                 f"--side={options.side} must be a multiple of {config.latent_stride} pixels, the "
                 "side of a latent token"
             )
         dtype, unroll = jnp.dtype(options.dtype), options.unroll
         model = Bagel(config, dtype=dtype, remat=options.remat, unroll=unroll)
-        figures = measure(model, sizes, repeat=options.repeat, only=options.only)
+        figures = measure(model, sizes_of(options), repeat=options.repeat, only=options.only)
         if options.out:
             replace_text(options.out, json.dumps(figures, indent=2) + "\n")
     except jax.errors.JaxRuntimeError as error:
-        print(f"policy_speed: {error}; fewer --rows, a smaller --side?", file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        print(f"policy_speed: {error}", file=sys.stderr)
-        return 1
-    return 0
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"{error}; fewer --rows, a smaller --side?") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ def test_wrong_usage(folder, wrong, capsys):
 
 def test_answers_are_remembered_if_asked_for(folder):
     def size(*more):
-        return score.configured(score.parse([*flags(folder, "a.csv"), *more])).verifier.cache_size
+        return score.configured(
+            score.parse_flags([*flags(folder, "a.csv"), *more])
+        ).verifier.cache_size
 
     assert (size(), size("--cache-size", "99")) == (0, 99)

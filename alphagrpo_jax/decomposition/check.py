@@ -1,6 +1,5 @@
 """Validates a file of records line by line: every finding has its place."""
 
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ from typing import NamedTuple
 from alphagrpo_jax.decomposition import phrasing
 from alphagrpo_jax.decomposition.pipeline import find_cycle
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
-from alphagrpo_jax.runtime.records import Question, Record, parse_record
+from alphagrpo_jax.runtime.records import Question, Record, RecordError, parse_line, parse_record
 
 _HAS_QUESTIONS = {"semantic_questions", "quality_questions"}
 REQUIRED = ("question_type", "question", "is_valid", "tag")  # of a question, as released
@@ -54,7 +53,7 @@ def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
     for number, line in enumerate(lines, start=1):
         try:
             record, found = _read(line)
-        except ValueError as error:
+        except RecordError as error:
             findings.append(Finding(str(path), number, "error", str(error)))
             continue
         if record is not None:
@@ -73,18 +72,11 @@ def _read(line: bytes) -> tuple[Record | None, list[_Found]]:
     """The record on a line, and the fields it leaves out.
 
     Raises:
-      ValueError: it is none.
+      RecordError: it is none.
     """
     if not line.strip():
         return None, [("warning", "blank line")]
-    try:
-        fields = json.loads(line, object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"got bytes that are not UTF-8 ({error}); expected UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"not JSON ({error.msg} at column {error.colno}); expected one complete object"
-        ) from error
+    fields = parse_line(line, object_pairs_hook=_unique)
     answers = isinstance(fields, dict) and "answer" in fields and not _HAS_QUESTIONS & set(fields)
     record = parse_record(fields, form="answer" if answers else "questions")
     missing: list[_Found] = []
@@ -102,7 +94,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"fields {twice} occur twice in one object, expected once")
+        raise RecordError(f"fields {twice} occur twice in one object, expected once")
     return fields
 
 

@@ -17,12 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from alphagrpo_jax.decomposition import phrasing
-from alphagrpo_jax.runtime.records import Record, parse_record
+from alphagrpo_jax.runtime.errors import UserError
+from alphagrpo_jax.runtime.records import Record, RecordError, parse_line, parse_record
 
 PROVENANCE = "decomposition"  # the field of a record that says how it was made
 
 
-class JournalError(ValueError):
+class JournalError(UserError, ValueError):
     """An input or output file that cannot be used; the message names it, the line and the fix."""
 
 
@@ -165,7 +166,10 @@ class Journal:
             "original_index": prompt.index,
         }
         origin = {"input": self._prompts.digest, **origin}
-        record = parse_record({**fields, **identity, PROVENANCE: origin})
+        try:
+            record = parse_record({**fields, **identity, PROVENANCE: origin})
+        except RecordError as error:  # a bug of the caller, nothing that the user can mend
+            raise AssertionError(f"prompt {prompt.index}: {error}") from error
         line = _line(record)
         end = os.lseek(self._file, 0, os.SEEK_END)
         try:
@@ -221,8 +225,8 @@ class Journal:
         """
         where = f"{self.path}:{number}"
         try:
-            record = parse_record(json.loads(line))
-        except ValueError as error:
+            record = parse_record(parse_line(line))
+        except RecordError as error:
             raise JournalError(
                 f"{where}: not a record ({error}); mend or delete this line, or give another "
                 "--output"

@@ -14,6 +14,7 @@ from alphagrpo_jax.rewards.verifiers.chat.base import (
     LanguageModelError,
     Message,
 )
+from alphagrpo_jax.runtime.errors import UsageError
 
 # Of `chat.ChatError`, as far as it is not the server that is away.
 _KINDS: dict[str, Kind] = {"wrong request": "refused", "reply": "failed"}
@@ -100,4 +101,4 @@ def opened(llm: str, options: LanguageModelOptions) -> Iterator[LanguageModel]:
             place, device=options.device, dtype=options.dtype, max_tokens=options.max_tokens
         )
     else:
-        raise ValueError(f"got --llm {llm!r}, expected openai:URL[,URL...], hf:FOLDER or shapes")
+        raise UsageError(f"got --llm {llm!r}, expected openai:URL[,URL...], hf:FOLDER or shapes")

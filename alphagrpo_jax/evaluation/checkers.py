@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from alphagrpo_jax.prompts import PromptSet
+from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.shapes import checker
 
@@ -31,15 +32,15 @@ def check_records(
       size: height and width of the images to come, pixels.
       source: what to call the set in an error.
     Raises:
-      ValueError: facts of another form, or an image size that the checker does not read.
+      InputError: facts of another form, or an image size that the checker does not read.
     """
     blank = np.zeros((*size, 3), np.uint8)
     for number, record in enumerate(prompts.records, start=1):
         try:
             check(blank, record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+        except UserError as error:
+            raise InputError(
                 f"{source}, record {number} ({record.prompt!r}): the exact checker cannot read "
-                f'its "facts" in images of {size[0]}x{size[1]} pixels: {error!r}; leave "facts" '
+                f'its "facts" in images of {size[0]}x{size[1]} pixels: {error}; leave "facts" '
                 "out, or set eval.checker='' to evaluate by reward alone"
             ) from error

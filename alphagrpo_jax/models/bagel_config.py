@@ -9,6 +9,7 @@ from typing import Any
 
 from alphagrpo_jax.models.layers import ACTIVATIONS
 from alphagrpo_jax.models.vae import VAEConfig
+from alphagrpo_jax.runtime.errors import MissingFileError, UserError
 from alphagrpo_jax.runtime.images import ImageSizes
 from alphagrpo_jax.runtime.tokenizer import SpecialTokens
 
@@ -23,7 +24,7 @@ VAE_TRANSFORM = ImageSizes(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageSizes(max_size=980, min_size=224, stride=14)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration file with a missing field or a value that contradicts another."""
 
 
@@ -226,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         present = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} does not exist; expected a BAGEL folder ({LLM_FILE}, {VIT_FILE}, "
             f"ema.safetensors, ae.safetensors, tokenizer files), found "
             f"{'no such folder' if present is None else present}; check model.path"

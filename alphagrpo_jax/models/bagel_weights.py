@@ -24,6 +24,7 @@ from alphagrpo_jax.models.bagel_config import (
 )
 from alphagrpo_jax.models.name_table import AE, EMA, Entry, entries, position_tables
 from alphagrpo_jax.ops.posembed import sincos_table
+from alphagrpo_jax.runtime.errors import MissingFileError, UserError
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ CONFIG_FILES = (LLM_FILE, VIT_FILE, VAE_FILE, BAGEL_FILE)
 Place = Callable[[str, np.ndarray], jax.Array]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """A weight file that cannot be read or does not fit the configuration."""
 
 
@@ -233,7 +234,7 @@ def _write(
 def _open(path: Path) -> Iterator[Any]:
     if not path.exists():
         present = sorted(p.name for p in path.parent.iterdir())
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} does not exist; expected the official layout with {EMA} and {AE}, found "
             f"{present}; download the missing file"
         )

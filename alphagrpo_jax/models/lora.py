@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from alphagrpo_jax.runtime.errors import UsageError
+
 TARGETS = r"language_model/layers/(self_attn|mlp|mlp_moe_gen)/\w+_proj(_moe_gen)?"
 
 
@@ -36,7 +38,7 @@ def init(key: jax.Array, base: dict, targets: str, rank: int) -> dict:
     ]
     if not paths:
         kernels = sorted("/".join(p[:-1]) for p in flat if p[-1] == "kernel")
-        raise ValueError(
+        raise UsageError(
             f"LoRA targets {targets!r} match none of the {len(kernels)} kernels, e.g. "
             f"{kernels[:3]}; correct the expression"
         )

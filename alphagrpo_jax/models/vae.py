@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from alphagrpo_jax.models.layers import ReadsParams
+from alphagrpo_jax.runtime.errors import InputError
 
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
@@ -39,14 +40,14 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         if self.downsample != 2 ** (len(self.ch_mult) - 1):
-            raise ValueError(
+            raise InputError(
                 f"vae_config.json: downsample is {self.downsample} but ch_mult has "
                 f"{len(self.ch_mult)} levels, which divide by {2 ** (len(self.ch_mult) - 1)}; "
                 "correct one of the two"
             )
         odd = [m for m in self.ch_mult if (self.ch * m) % NORM_GROUPS]
         if odd:
-            raise ValueError(
+            raise InputError(
                 f"vae_config.json: ch * ch_mult = {[self.ch * m for m in odd]} must be multiples "
                 f"of {NORM_GROUPS} (group normalisation)"
             )

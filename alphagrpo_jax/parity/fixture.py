@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from alphagrpo_jax.runtime.errors import MissingFileError, UserError
+
 ATOL = RTOL = 1e-4
 UINT8_SLACK = 1  # truncation may flip a value
 EXPECTED_JSON, EXPECTED_NPZ = "expected.json", "expected.npz"
@@ -41,7 +43,7 @@ ROLES: tuple[tuple[str, str], ...] = (
 )
 
 
-class FixtureError(ValueError):
+class FixtureError(UserError, ValueError):
     """A folder that does not hold recorded outputs."""
 
 
@@ -118,7 +120,7 @@ def load_fixture(folder: str | Path) -> Fixture:
     folder = Path(folder)
     missing = [name for name in (EXPECTED_JSON, EXPECTED_NPZ) if not (folder / name).exists()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} lacks {missing}; expected a folder of recorded outputs with "
             f"{EXPECTED_JSON}, {EXPECTED_NPZ} and a BAGEL folder's files; check --fixture"
         )

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alphagrpo_jax.runtime.distributed import to_host
+from alphagrpo_jax.runtime.errors import UserError
 from alphagrpo_jax.runtime.sharding import path_name
 
 FOLDER = "checkpoints"
@@ -21,7 +22,7 @@ MIN_FREE = 64 << 20  # bytes of free space that any run wants: logs, samples, pr
 ROOM = 4  # checkpoints of free space that a run wants at its start
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, read, or continued."""
 
 

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alphagrpo_jax.runtime.errors import InputError
+
 
 def initialize() -> None:
     """Joins the other processes if the environment asks for it.
@@ -25,7 +27,7 @@ def initialize() -> None:
     try:
         count, number = int(os.environ["NUM_PROCESSES"]), int(os.environ["PROCESS_ID"])
     except (KeyError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"COORDINATOR_ADDRESS={address} is set, but NUM_PROCESSES and PROCESS_ID are not "
             f"both numbers ({error}); set all three or none"
         ) from error

@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from alphagrpo_jax.runtime.errors import MissingFileError, UserError
+
 MAX_PIXELS = 14 * 14 * 9 * 1024  # largest image of either transform
+
+
+class ImageError(UserError, ValueError):
+    """An image that cannot be read or used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +65,8 @@ def open_rgb(path: str | Path) -> Image.Image:
     """Reads an image file, upright (EXIF); transparency is laid on white.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: not an image, cut short, or of so many pixels that it may be an attack.
+      MissingFileError: no such file.
+      ImageError: not an image, cut short, or of so many pixels that it may be an attack.
     """
     return _read(path, str(path))
 
@@ -69,15 +75,15 @@ def from_data_url(url: str) -> Image.Image:
     """The image in a `data:image/...;base64,...` URL, as `open_rgb` reads a file.
 
     Raises:
-      ValueError: not such a URL, or not an image.
+      ImageError: not such a URL, or not an image.
     """
     head, _, body = url.partition(",")
     try:
         content = base64.b64decode(body, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"{url[:40]!r}... is no data: URL in base64 ({error})") from error
+        raise ImageError(f"{url[:40]!r}... is no data: URL in base64 ({error})") from error
     if not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ValueError(
+        raise ImageError(
             f"got a URL that starts with {head[:40]!r}, expected data:image/...;base64"
         )
     return _read(io.BytesIO(content), f"{head[:40]},...")
@@ -96,15 +102,19 @@ def _read(source: str | Path | io.BytesIO, name: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(source)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no image file at {name}") from error
+        raise MissingFileError(f"no image file at {name}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is too large ({error}); give a smaller image") from error
+        raise ImageError(f"{name} is too large ({error}); give a smaller image") from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(
+        raise ImageError(
             f"{name} is not a readable image ({error}); give a PNG or JPEG file"
         ) from error
+    try:
+        return to_rgb(upright)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}; give a PNG or JPEG file") from error
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -128,10 +138,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB image; transparency is laid on white.
 
     Raises:
-      ValueError: floating-point values, whose range is not known.
+      ImageError: floating-point values, whose range is not known.
     """
     if image.mode == "F":
-        raise ValueError("got floating-point pixels, expected 8 or 16 bits per channel")
+        raise ImageError("got floating-point pixels, expected 8 or 16 bits per channel")
     if image.mode.startswith("I"):  # Pillow's own conversion cuts off what exceeds 8 bits
         values = np.asarray(image)
         if image.mode.startswith("I;16") or values.max() > 255:

@@ -4,11 +4,17 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from alphagrpo_jax.runtime.errors import MissingFileError, UserError
 
 MAX_REPORTED = 20  # bad lines listed in one error
 _OWN_FIELDS = ("prompt", "semantic_questions", "quality_questions", "id", "original_index")
+
+
+class RecordError(UserError, ValueError):
+    """A record, or a file of records, that cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,28 +117,28 @@ def read_jsonl(path: str | os.PathLike, *, form: str = "questions") -> list[Reco
         any further fields (kept in `Record.extra`).
       form: see `parse_record`.
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: bad lines; one message with file, line, what was got, expected, and the fix.
+      MissingFileError: no such file.
+      RecordError: bad lines; one message with file, line, what was got, expected, and the fix.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file of question records at {path}; check data.train/heldout")
+        raise MissingFileError(f"no file of question records at {path}; check data.train/heldout")
     records, problems = [], []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                records.append(parse_record(_parse_json(line), form=form))
-            except ValueError as error:
+                records.append(parse_record(parse_line(line), form=form))
+            except RecordError as error:
                 problems.append(f"{path}:{number}: {error}")
     if problems:
         shown = "\n".join(problems[:MAX_REPORTED])
         more = len(problems) - MAX_REPORTED
         tail = f"\n... and {more} more" if more > 0 else ""
-        raise ValueError(f"{len(problems)} bad line(s) in question records:\n{shown}{tail}")
+        raise RecordError(f"{len(problems)} bad line(s) in question records:\n{shown}{tail}")
     if not records:
-        raise ValueError(f"{path}: got no records, expected at least one JSON object a line")
+        raise RecordError(f"{path}: got no records, expected at least one JSON object a line")
     return records
 
 
@@ -144,13 +150,13 @@ def parse_record(fields: Any, *, form: str = "questions") -> Record:
       form: "questions": it has "prompt", "semantic_questions" and "quality_questions"; "answer":
         "prompt" and "answer", the right answer or a list of right ones.
     Raises:
-      ValueError: what is wrong with it, and what was expected.
+      RecordError: what is wrong with it, and what was expected.
     """
     if not isinstance(fields, dict):
-        raise ValueError(f"got {_kind(fields)}, expected a JSON object with prompt and questions")
+        raise RecordError(f"got {_kind(fields)}, expected a JSON object with prompt and questions")
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"field 'prompt': got {prompt!r}, expected a text that is not empty")
+        raise RecordError(f"field 'prompt': got {prompt!r}, expected a text that is not empty")
     _check_fields(fields, form)
     asks = form == "questions"
     semantic = _questions(fields, "semantic") if asks else ()
@@ -158,7 +164,7 @@ def parse_record(fields: Any, *, form: str = "questions") -> Record:
     for question in (*semantic, *quality):
         outside = [index for index in question.dependency if not 0 <= index < len(semantic)]
         if outside:
-            raise ValueError(
+            raise RecordError(
                 f"question {question.text!r}: got dependency {outside}, expected indexes of "
                 f"semantic questions, 0..{len(semantic) - 1}"
             )
@@ -175,13 +181,13 @@ def parse_record(fields: Any, *, form: str = "questions") -> Record:
 def _check_fields(fields: dict, form: str) -> None:
     image = fields.get("image")
     if image is not None and (not isinstance(image, str) or not image):
-        raise ValueError(f"field 'image': got {image!r}, expected a file's name or a data: URL")
+        raise RecordError(f"field 'image': got {image!r}, expected a file's name or a data: URL")
     if form != "answer":
         return
     answer = fields.get("answer")
     listed = [answer] if isinstance(answer, str) else answer
     if not isinstance(listed, list) or not listed or not all(_is_text(each) for each in listed):
-        raise ValueError(
+        raise RecordError(
             f"field 'answer': got {answer!r}, expected the right answer as a text, or a list of "
             "right answers"
         )
@@ -191,53 +197,72 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _parse_json(line: bytes) -> Any:
+def parse_line(
+    line: bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """Decodes one line of JSON.
+
+    Args:
+      line: UTF-8.
+      object_pairs_hook: see `json.loads`.
+    Raises:
+      RecordError: it is not UTF-8, or not one JSON value.
+    """
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=object_pairs_hook)
+    except RecordError:  # of the hook
+        raise
     except UnicodeDecodeError as error:
-        raise ValueError(f"got bytes that are not UTF-8 ({error}); expected UTF-8") from error
+        raise RecordError(f"got bytes that are not UTF-8 ({error}); expected UTF-8") from error
     except json.JSONDecodeError as error:
-        start = line[:60].decode(errors="replace").strip()
-        raise ValueError(
-            f"got {start!r}, which is not JSON ({error.msg} at column {error.colno}); "
-            "expected one complete JSON object on the line"
-        ) from error
+        problem = f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        problem = str(error)
+    start = line[:60].decode(errors="replace").strip()
+    raise RecordError(
+        f"got {start!r}, which is not JSON ({problem}); expected one complete JSON object on the "
+        "line"
+    )
 
 
 def _questions(fields: dict, kind: str) -> tuple[Question, ...]:
     name = f"{kind}_questions"
     if name not in fields:
-        raise ValueError(
+        raise RecordError(
             f"field '{name}' is missing; expected a list of questions "
             "(the decompose command writes them)"
         )
     items = fields[name]
     if not isinstance(items, list) or not items:
         got = "an empty list" if items == [] else _kind(items)
-        raise ValueError(f"field '{name}': got {got}, expected a list with at least one question")
+        raise RecordError(f"field '{name}': got {got}, expected a list with at least one question")
     questions = tuple(_question(item, f"{name}[{i}]", kind) for i, item in enumerate(items))
     if not any(question.is_valid for question in questions):
-        raise ValueError(f"field '{name}': every question has is_valid false, expected a valid one")
+        raise RecordError(
+            f"field '{name}': every question has is_valid false, expected a valid one"
+        )
     return questions
 
 
 def _question(item: Any, where: str, kind: str) -> Question:
     if not isinstance(item, dict):
-        raise ValueError(f"{where}: got {_kind(item)}, expected an object with 'question', 'tag'")
+        raise RecordError(f"{where}: got {_kind(item)}, expected an object with 'question', 'tag'")
     text = item.get("question")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: got question {text!r}, expected a text that is not empty")
+        raise RecordError(f"{where}: got question {text!r}, expected a text that is not empty")
     if item.get("question_type", kind) != kind:
-        raise ValueError(f"{where}: got question_type {item['question_type']!r}, expected {kind!r}")
+        raise RecordError(
+            f"{where}: got question_type {item['question_type']!r}, expected {kind!r}"
+        )
     is_valid = item.get("is_valid", True)
     if not isinstance(is_valid, bool):
-        raise ValueError(f"{where}: got is_valid {is_valid!r}, expected true or false")
+        raise RecordError(f"{where}: got is_valid {is_valid!r}, expected true or false")
     tag = item.get("tag", "")
     if not isinstance(tag, str):
-        raise ValueError(f"{where}: got tag {tag!r}, expected a text")
+        raise RecordError(f"{where}: got tag {tag!r}, expected a text")
     dependency = item.get("dependency", [])
     if not isinstance(dependency, list) or not all(type(i) is int for i in dependency):
-        raise ValueError(f"{where}: got dependency {dependency!r}, expected a list of integers")
+        raise RecordError(f"{where}: got dependency {dependency!r}, expected a list of integers")
     return Question(text=text, tag=tag, is_valid=is_valid, dependency=tuple(dependency))
 
 
@@ -257,13 +282,13 @@ def _optional_id(fields: dict) -> str | None:
         return value
     if type(value) is int:
         return str(value)
-    raise ValueError(f"field 'id': got {value!r}, expected a text or an integer")
+    raise RecordError(f"field 'id': got {value!r}, expected a text or an integer")
 
 
 def _optional_index(fields: dict) -> int | None:
     value = fields.get("original_index")
     if value is not None and type(value) is not int:
-        raise ValueError(f"field 'original_index': got {value!r}, expected an integer")
+        raise RecordError(f"field 'original_index': got {value!r}, expected an integer")
     return value
 
 

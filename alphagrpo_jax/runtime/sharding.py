@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from alphagrpo_jax.runtime.errors import UsageError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # logical axis -> mesh axes
@@ -70,12 +72,12 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     sizes = [data, fsdp, tensor]
     got = f"mesh data={data} fsdp={fsdp} tensor={tensor}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"{got}: sizes must be positive, at most one of them -1")
+        raise UsageError(f"{got}: sizes must be positive, at most one of them -1")
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if math.prod(sizes) != len(devices):
-        raise ValueError(
+        raise UsageError(
             f"{got} needs {math.prod(sizes)} devices, but there are {len(devices)}; set "
             "mesh.data, mesh.fsdp and mesh.tensor so that their product is the device count"
         )

@@ -9,6 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from alphagrpo_jax.runtime.errors import MissingFileError, UserError
+
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -23,7 +25,7 @@ SPECIAL = {
 PAD = "<|endoftext|>"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     """A tokenizer that cannot be read or lacks special tokens."""
 
 
@@ -80,7 +82,7 @@ class Tokenizer:
             elif "vocab.json" in files and "merges.txt" in files:
                 backend = _from_vocabulary(files)
             else:
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and "
                     f"merges.txt; found {sorted(files)}; copy the files of the BAGEL folder"
                 )

@@ -13,12 +13,14 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.shapes import corrupt, scenes, specs
 from alphagrpo_jax.shapes.specs import BACKGROUNDS, COLORS, Spec
 
@@ -263,11 +265,11 @@ def parse(image: np.ndarray) -> ParsedImage:
     Args:
       image: uint8[48, 48, 3].
     Raises:
-      ValueError: another shape or dtype.
+      InputError: another shape or dtype.
     """
     side = scenes.RESOLUTION
     if image.shape != (side, side, 3) or image.dtype != np.uint8:
-        raise ValueError(
+        raise InputError(
             f"got an image {image.dtype}{list(image.shape)}, expected uint8[{side}, {side}, 3]"
         )
     sigma = (SMOOTHING, SMOOTHING, 0)
@@ -369,15 +371,24 @@ def _spoil(scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
     return dataclasses.replace(scene, objects=tuple(objects))
 
 
-def main() -> None:
-    """Writes the table of `measure` to standard output."""
-    parser = argparse.ArgumentParser(description="Measures the exact checker on renders.")
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description="Measures the exact checker on renders.")
     parser.add_argument("--images", type=int, default=500, help="renders per row")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    for name, share in measure(arguments.images, arguments.seed).items():
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the table of `measure` to standard output."""
+    for name, share in measure(options.images, options.seed).items():
         sys.stdout.write(f"{name:20s} {share:.3f}\n")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

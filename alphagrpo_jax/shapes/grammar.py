@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from alphagrpo_jax.runtime.errors import UserError
 from alphagrpo_jax.shapes import language, prompts, riddles, scenes
 from alphagrpo_jax.shapes.requests import Request
 from alphagrpo_jax.shapes.riddles import Riddle
@@ -23,7 +24,7 @@ _RIDDLES = {
 }
 
 
-class GrammarError(ValueError):
+class GrammarError(UserError, ValueError):
     """A text that is no prompt of the shapes world; the message names the words that failed."""
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alphagrpo_jax.runtime import images
+from alphagrpo_jax.runtime import cli, images
 from alphagrpo_jax.shapes import examples, prompts, questions, scenes, specs
 
 SEED = 0
@@ -116,12 +116,16 @@ def records(name: str, split: str, count: int, *, seed: int = SEED) -> list[dict
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the files into a folder."""
-    parser = argparse.ArgumentParser(description="Writes the shapes world's records with images.")
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description="Writes the shapes world's records with images.")
     parser.add_argument("--out", type=Path, required=True, help="folder, made if need be")
     parser.add_argument("--seed", type=int, default=SEED)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the files into a folder."""
     options.out.mkdir(parents=True, exist_ok=True)
     for name in MAKERS:
         for split, count in SIZES.items():
@@ -132,5 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.write(f"{path}: {len(found)} records\n")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

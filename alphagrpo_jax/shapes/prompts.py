@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.shapes import questions, requests, riddles
 from alphagrpo_jax.shapes.questions import Query
 from alphagrpo_jax.shapes.riddles import Riddle
@@ -243,12 +244,16 @@ def files(seed: int = SEED) -> dict[str, list[dict]]:
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the files into a folder."""
-    parser = argparse.ArgumentParser(description="Writes the shapes world's prompt records.")
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description="Writes the shapes world's prompt records.")
     parser.add_argument("--out", type=Path, required=True, help="folder, made if need be")
     parser.add_argument("--seed", type=int, default=SEED)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the files into a folder."""
     options.out.mkdir(parents=True, exist_ok=True)
     for name, found in files(options.seed).items():
         lines = [json.dumps(each, separators=(",", ":")) + "\n" for each in found]
@@ -256,5 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"{options.out / name}: {len(found)} records\n")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.shapes import scenes
 
 NUMBERS = ("one", "two", "three")  # NUMBERS[count - 1]
@@ -22,6 +23,10 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 SPLITS = ("train", "validation", "heldout")
 HELDOUT_PERCENT, VALIDATION_PERCENT = 12, 8
 T = TypeVar("T")
+_SPEC_FORM = (
+    "expected groups (count, shape, color), relation (name, first, second) or null, with numbers "
+    "of two groups, and background or null"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,17 +114,25 @@ class Spec:
         """Builds a spec from the form that `to_json` returns.
 
         Raises:
-          ValueError: a field is missing or unknown.
+          InputError: a field is missing, unknown or wrong.
         """
         try:
             groups = tuple(Group(**group) for group in data["groups"])
             relation = None if data["relation"] is None else Relation(**data["relation"])
-            return cls(groups, relation, data["background"])
+            spec = cls(groups, relation, data["background"])
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"not a shapes-world spec: got {data!r}; expected groups (count, shape, color), "
-                "relation (name, first, second) or null, and background or null"
-            ) from error
+            raise InputError(f"not a shapes-world spec: got {data!r}; {_SPEC_FORM}") from error
+        places = range(len(groups))
+        if not all(type(group.count) is int for group in groups) or (
+            relation is not None
+            and not (
+                relation.name in RELATIONS
+                and relation.first in places
+                and relation.second in places
+            )
+        ):
+            raise InputError(f"not a shapes-world spec: got {data!r}; {_SPEC_FORM}")
+        return spec
 
 
 def related(name: str, first: scenes.SceneObject, second: scenes.SceneObject) -> bool:

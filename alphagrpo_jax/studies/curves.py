@@ -22,6 +22,8 @@ from PIL import Image
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError, MissingFileError
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows
 
 WINDOW = 9  # steps that the reward is averaged over
@@ -53,7 +55,7 @@ def curve(runs: Sequence[Sequence[dict]], name: str) -> Curve:
     found = [{r["step"]: r[name] for r in rows if r.get(name) is not None} for rows in runs]
     steps = sorted(set.intersection(*map(set, found)))
     if not steps:
-        raise ValueError(
+        raise InputError(
             f"there is no step at which all {len(runs)} runs have {name}; give runs of one "
             "configuration that have been evaluated"
         )
@@ -78,7 +80,7 @@ def read_run(folder: pathlib.Path) -> list[dict]:
     """
     rows = read_rows(folder / METRICS)
     if not rows:
-        raise FileNotFoundError(f"{folder / METRICS} does not exist or has no rows; give a run")
+        raise MissingFileError(f"{folder / METRICS} does not exist or has no rows; give a run")
     return rows
 
 
@@ -141,7 +143,7 @@ def read_samples(run: pathlib.Path, name: str) -> tuple[np.ndarray, list[dict]]:
     text = picture.with_suffix(".json")
     for path in (config, picture, text):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; give the folder of a run with samples")
+            raise MissingFileError(f"{path} does not exist; give the folder of a run with samples")
     captions = json.loads(text.read_text())
     model = json.loads(config.read_text())["model"]
     height, width = model["height"], model["width"]
@@ -150,7 +152,7 @@ def read_samples(run: pathlib.Path, name: str) -> tuple[np.ndarray, list[dict]]:
     found = np.asarray(Image.open(picture).convert("RGB"))
     expected = [scale * (n * (side + GAP) + GAP) for n, side in ((rows, height), (columns, width))]
     if list(found.shape[:2]) != expected:
-        raise ValueError(
+        raise InputError(
             f"{picture} has {list(found.shape[:2])} pixels, expected {expected} for "
             f"{len(captions)} images of {height}x{width}"
         )
@@ -167,7 +169,7 @@ def last_samples(run: pathlib.Path) -> str:
     """
     names = sorted(path.stem for path in (run / "samples").glob("step_*.png"))
     if names[-1:] in ([], [BEFORE]):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{run / 'samples'} has no step_*.png after {BEFORE}.png; let the run go on to an "
             "evaluation"
         )
@@ -187,7 +189,7 @@ def draw_samples(run: pathlib.Path, count: int, out: pathlib.Path) -> None:
     last = last_samples(run)
     (before, old), (after, new) = (read_samples(run, name) for name in (BEFORE, last))
     if [each["prompt"] for each in old] != [each["prompt"] for each in new]:
-        raise ValueError(f"{BEFORE} and {last} of {run} show different prompts")
+        raise InputError(f"{BEFORE} and {last} of {run} show different prompts")
     titles = [textwrap.wrap(caption["prompt"], WRAP) for caption in new[:count]]
     lines = max(map(len, titles))
     rows = -(-len(titles) // COLUMNS)
@@ -216,26 +218,34 @@ def _write(figure: plt.Figure, out: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=pathlib.Path, action="append", default=[])
     parser.add_argument("--out", type=pathlib.Path, help="picture of the curves")
     parser.add_argument("--samples", type=pathlib.Path, help="run whose drawings are shown")
     parser.add_argument("--out2", type=pathlib.Path, help="picture of the drawings")
     parser.add_argument("--prompts", type=int, default=16, help="drawings shown: the first ones")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if bool(args.run) != bool(args.out) or bool(args.samples) != bool(args.out2):
         parser.error("--run goes with --out, --samples with --out2")
     if not args.run and not args.samples:
         parser.error("nothing to draw: give --run and --out, or --samples and --out2, or all")
-    try:
-        if args.run:
-            draw_curves([read_run(folder) for folder in args.run], args.out)
-        if args.samples:
-            draw_samples(args.samples, args.prompts, args.out2)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    return args
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draws the pictures that the flags ask for."""
+    if options.run:
+        draw_curves([read_run(folder) for folder in options.run], options.out)
+    if options.samples:
+        draw_samples(options.samples, options.prompts, options.out2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

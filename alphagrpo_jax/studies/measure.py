@@ -27,7 +27,7 @@ import tqdm
 
 from alphagrpo_jax import config_checks, inference, policy, tasks
 from alphagrpo_jax.inference import Policy
-from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime import cli, distributed
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.sampling.trajectory import pixels, sample_trajectories
 from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
@@ -147,9 +147,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return {"reconstruction": same, **exact_shares(images, records)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="package:umm")
     add("--config", type=pathlib.Path, default=config_checks.DEFAULT_CONFIG)
@@ -167,16 +167,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--drawings goes without --skills: nothing is drawn for prompts then")
     if min(args.scenes, args.per_type, args.implied, args.repeats, args.examples) < 1:
         parser.error("--scenes, --per_type, --implied, --repeats and --examples must be at least 1")
-    try:
-        found = measure(args)
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"measure: {error}\n")
-        return 1
-    text = json.dumps({name: round(value, 4) for name, value in found.items()}, indent=2) + "\n"
-    if args.out is not None:
-        replace_text(args.out, text)
+    return args
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures as the flags say, and writes the figures as JSON."""
+    figures = {name: round(value, 4) for name, value in measure(options).items()}
+    text = json.dumps(figures, indent=2) + "\n"
+    if options.out is not None:
+        replace_text(options.out, text)
     sys.stdout.write(text)
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

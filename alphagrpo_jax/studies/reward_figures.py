@@ -27,7 +27,8 @@ import tqdm
 from alphagrpo_jax import config_checks
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.dvreward import dvreward
-from alphagrpo_jax.rewards.workers.pool import PoolError
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record
 from alphagrpo_jax.shapes import checker, questions, scenes
@@ -158,7 +159,7 @@ def agreement(
     """Agreement and calibration of the semantic answers, by tag; see this file's docstring.
 
     Raises:
-      KeyError: a question that the shapes world does not ask.
+      InputError: a question that the shapes world does not ask.
     """
     rows: dict[str, list[tuple[str, bool, float]]] = {}
     for index, p_yes in zip(judged.index, judged.p_yes, strict=True):
@@ -168,6 +169,11 @@ def agreement(
         scene = scenes.Scene(seen.objects, seen.background)
         asked = records[index].asked_questions[: len(records[index].asked_semantic)]
         for question, p in zip(asked, p_yes, strict=False):
+            if question.text not in queries_by_text():
+                raise InputError(
+                    f"the shapes world does not ask {question.text!r}; give drawings of its own "
+                    "prompts"
+                )
             truth = questions.truth(queries_by_text()[question.text], scene)
             for tag in ("all", question.tag):
                 rows.setdefault(tag, []).append((question.tag, truth, p))
@@ -213,9 +219,9 @@ def measure(options: argparse.Namespace) -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the figures as JSON to standard output; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--drawings", type=Path, required=True, help=".npz file that measure --drawings wrote")
     add("--verifier", default="package:verifier", help="a folder or package:NAME")
@@ -226,16 +232,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1 or (options.limit is not None and options.limit < 1):
         parser.error("--workers and --limit must be at least 1")
-    try:
-        figures = measure(options)
-    except (OSError, ValueError, KeyError, PoolError) as error:
-        sys.stderr.write(f"reward_figures: {error}\n")
-        return 1
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the figures as JSON to standard output."""
+    figures = measure(options)
     text = json.dumps(figures, indent=1) + "\n"
     if options.out is not None:
         replace_text(options.out, text)
     sys.stdout.write(text)
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

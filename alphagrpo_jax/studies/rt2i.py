@@ -34,9 +34,10 @@ from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import from_config_dict
 from alphagrpo_jax.inference import Policy
 from alphagrpo_jax.models.name_table import AE, EMA
-from alphagrpo_jax.runtime.checkpoint import CheckpointError
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
-from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.paths import existing_file, resolve
 from alphagrpo_jax.shapes import checker, prompts, requests, riddles
 from alphagrpo_jax.studies.measure import judge_policy
 from alphagrpo_jax.training import run_folder
@@ -99,12 +100,12 @@ def load_or_judge(path: pathlib.Path, make: Callable[[], np.ndarray], about: Map
             found = json.loads(path.read_text())
             marks, of = found["exact"], found["about"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} holds no judgements ({error!r}); delete it to draw again"
             ) from error
         names = sorted(name for name in {*of, *about} if of.get(name) != about.get(name))
         if names:
-            raise ValueError(
+            raise InputError(
                 f"{path} is about other {', '.join(names)}: got "
                 f"{[of.get(name) for name in names]}, expected "
                 f"{[about.get(name) for name in names]}; choose another --out, or delete the file "
@@ -128,7 +129,8 @@ def files_digest(*files: str | pathlib.Path) -> str:
 
 def model_digest(path: str) -> str:
     """That of a model's weights, given as in `model.path`."""
-    return files_digest(*(resolve(path) / name for name in (EMA, AE)))
+    hint = "give a folder in the official layout"
+    return files_digest(*(existing_file(resolve(path) / name, hint) for name in (EMA, AE)))
 
 
 def sampling_settings(config: Config) -> dict:
@@ -174,12 +176,12 @@ def read_finished_run(folder: pathlib.Path, config: Config, model: str) -> Finis
     folder = folder.resolve()
     path = folder / run_folder.CONFIG_FILE
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"--run {folder} is not a run's folder: it has no {path.name}; give the --workdir of "
             "a training"
         )
     if not run_folder.is_finished(folder):
-        raise ValueError(
+        raise InputError(
             f"the run in {folder} is not finished: it has no {run_folder.DONE_FILE}; continue it "
             "to its end first"
         )
@@ -188,14 +190,14 @@ def read_finished_run(folder: pathlib.Path, config: Config, model: str) -> Finis
     expected = {"task": config.task, "dtype": config.model.dtype, "model": model}
     for name, value in expected.items():
         if alike[name] != value:
-            raise ValueError(
+            raise InputError(
                 f"the run in {folder} was made with {name} {alike[name]}, expected {value} as of "
                 "the untrained policy; give the --config that fits the run"
             )
     rows = read_rows(folder / METRICS)
     states = [row for row in rows if "state/digest" in row]
     if not states:
-        raise ValueError(
+        raise InputError(
             f"{folder / METRICS} has no state/digest, expected one in its last row; run it again"
         )
     return FinishedRun(folder, states[-1]["step"], states[-1]["state/digest"], rows)
@@ -209,7 +211,7 @@ def final_policy(run: FinishedRun, config: Config) -> Policy:
     """
     policy = inference.from_run(run.folder)
     if policy.step != run.step:
-        raise ValueError(
+        raise InputError(
             f"the newest checkpoint in {run.folder} is of step {policy.step}, expected {run.step}, "
             f"the last state in {METRICS}; run it again"
         )
@@ -376,7 +378,7 @@ def study(args: argparse.Namespace) -> dict:
     names = [folder.resolve().name for folder in args.run]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(
+        raise InputError(
             f"got several --run folders named {twice}; judgements are kept by folder name, so "
             "expected different ones; rename them"
         )
@@ -424,22 +426,26 @@ def study(args: argparse.Namespace) -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--run", type=pathlib.Path, action="append", required=True)
     parser.add_argument("--name", default="default", help="of this set of runs")
     parser.add_argument("--config", type=pathlib.Path, default=config_checks.DEFAULT_CONFIG)
-    args = parser.parse_args(arguments)
-    try:
-        text = json.dumps(study(args), indent=2)
-    except (OSError, ValueError, CheckpointError) as error:
-        sys.stderr.write(f"study: {error}\n")
-        return 1
-    replace_text(args.out / f"summary_{args.name.replace(' ', '_')}.json", text + "\n")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures what is missing, writes the summary and prints it."""
+    text = json.dumps(study(options), indent=2)
+    replace_text(options.out / f"summary_{options.name.replace(' ', '_')}.json", text + "\n")
     tqdm.tqdm.write(text)
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

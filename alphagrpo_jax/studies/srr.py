@@ -30,7 +30,8 @@ import numpy as np
 
 from alphagrpo_jax import config_checks, inference, tasks
 from alphagrpo_jax.inference import Policy, run_task
-from alphagrpo_jax.runtime import checkpoint
+from alphagrpo_jax.runtime import checkpoint, cli
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.images import from_data_url
 from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.shapes import checker, image_records
@@ -266,13 +267,13 @@ def load_or_judge(
             got = {name: found["about"][name] for name in about}
             lengths = [len(found[name]) for name in JUDGED]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} holds no judgements of this study ({error!r}); delete it to measure again"
             ) from error
         expected = [len(edits) if name == "edit" else len(records) for name in JUDGED]
         other = [name for name in about if got[name] != about[name]]
         if other or lengths != expected:
-            raise ValueError(
+            raise InputError(
                 f"{path} is about other {', '.join(other) or 'numbers of records'}; choose another "
                 "--out, or delete it to measure again"
             )
@@ -297,11 +298,11 @@ def study(options: argparse.Namespace) -> dict:
     """Measures what is missing, and returns the summary.
 
     Raises:
-      ValueError: an unfinished run, or see `load_or_judge`.
+      InputError: an unfinished run, or see `load_or_judge`.
     """
     for _, folder in options.run:
         if not run_folder.is_finished(folder):
-            raise ValueError(
+            raise InputError(
                 f"the run in {folder} is not finished: it has no {run_folder.DONE_FILE}; continue "
                 "it to its end first"
             )
@@ -328,9 +329,9 @@ def _run(text: str) -> tuple[str, pathlib.Path]:
     return name, pathlib.Path(folder)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, help="folder of the raw results")
     add("--run", type=_run, action="append", default=[], help="NAME=FOLDER of a finished run")
@@ -340,14 +341,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.per_type, options.implied, options.edits) < 1:
         parser.error("--per_type, --implied and --edits must be at least 1")
-    try:
-        found = study(options)
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.stderr.write(f"refine_study: {error}\n")
-        return 1
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures what is missing, writes the summary and prints its table."""
+    found = study(options)
     replace_text(options.out / SUMMARY, json.dumps(found, indent=2) + "\n")
     sys.stdout.write(table(found) + "\n")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,18 @@ import itertools
 import json
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from alphagrpo_jax import config_checks
-from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
-from alphagrpo_jax.rewards.workers.pool import Pool, PoolError
+from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
+from alphagrpo_jax.rewards.workers.pool import Pool
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
+from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
 from alphagrpo_jax.shapes.image_records import scene_of_split
 from alphagrpo_jax.shapes.pretraining import verifier_data
@@ -278,14 +282,16 @@ def read_drawings(path: Path) -> tuple[np.ndarray, list[dict]]:
     """Images uint8[N, 48, 48, 3] and records, as `measure --drawings` writes them.
 
     Raises:
-      ValueError: the file holds something else.
+      MissingFileError: there is no such file.
+      InputError: the file holds something else.
     """
-    file = np.load(path)
+    hint = "make one with python -m alphagrpo_jax.studies.measure --drawings"
+    try:
+        file = np.load(existing_file(path, hint))
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # of NumPy: no file of arrays
+        raise InputError(f"--drawings {path} cannot be read ({error}); {hint}") from error
     if not isinstance(file, np.lib.npyio.NpzFile) or {*file} != {"images", "records"}:
-        raise ValueError(
-            f"--drawings {path}: expected an .npz of images and records; make one with "
-            "python -m alphagrpo_jax.studies.measure --drawings"
-        )
+        raise InputError(f"--drawings {path}: expected an .npz of images and records; {hint}")
     with file:
         return file["images"], [json.loads(str(text)) for text in file["records"]]
 
@@ -316,9 +322,9 @@ def measure(options: argparse.Namespace) -> dict:
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the figures as JSON, or the speeds as a table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="verifier folder")
     add("--images", type=int, default=1000, help="clean, and as many imperfect")
@@ -331,17 +337,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.speed is not None and (options.speed < 1 or options.threads < 1):
         parser.error("--speed and --threads must be at least 1")
-    try:
-        if options.speed is not None:
-            samples = timed_lists(options.seed, options.speed + 1)
-            text = speed_table(speed(options.model, samples, options.threads), samples)
-        else:
-            text = json.dumps(measure(options), indent=1)
-    except (OSError, ValueError, VerifierLoadError, PoolError) as error:
-        sys.stderr.write(f"verifier_eval: {error}\n")
-        return 1
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the figures as JSON, or the speeds as a table."""
+    if options.speed is not None:
+        samples = timed_lists(options.seed, options.speed + 1)
+        text = speed_table(speed(options.model, samples, options.threads), samples)
+    else:
+        text = json.dumps(measure(options), indent=1)
     sys.stdout.write(text + "\n")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import UserError
+
 PERIOD = 2.0  # seconds between two readings
 PROC = pathlib.Path("/proc")
 NOT_FOUND = 127  # exit code, as the shell's
@@ -58,6 +61,12 @@ def pss(process: int) -> int:
     return 0
 
 
+class StartError(UserError, OSError):
+    """A command that cannot be started."""
+
+    exit_code = NOT_FOUND
+
+
 def watch(command: Sequence[str]) -> CommandUsage:
     """Runs a command to its end.
 
@@ -65,10 +74,13 @@ def watch(command: Sequence[str]) -> CommandUsage:
     the terminal does.
 
     Raises:
-      OSError: it cannot be started.
+      StartError: it cannot be started.
     """
     began, peak = time.monotonic(), 0
-    process = subprocess.Popen(command, process_group=0)  # else Ctrl-C would reach it twice
+    try:
+        process = subprocess.Popen(command, process_group=0)  # else Ctrl-C would reach it twice
+    except OSError as error:
+        raise StartError(f"{command[0]} cannot be started ({error.strerror})") from error
     passing = {signal.SIGINT: os.killpg, signal.SIGTERM: os.kill}
 
     def pass_on(number: int, _: Any) -> None:
@@ -88,25 +100,31 @@ def watch(command: Sequence[str]) -> CommandUsage:
     return CommandUsage(code if code >= 0 else 128 - code, time.monotonic() - began, peak)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("command", nargs="+", help="after --")
-    command = parser.parse_args().command
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Watches a command and prints its figures; returns its exit code."""
     if not (PROC / "self" / "smaps_rollup").exists():
-        sys.exit("error: /proc/PID/smaps_rollup not found; this needs Linux 4.14 or newer")
-    try:
-        found = watch(command)
-    except OSError as error:
-        sys.stderr.write(f"error: {command[0]} cannot be started ({error.strerror})\n")
-        sys.exit(NOT_FOUND)
+        raise UserError("/proc/PID/smaps_rollup not found; this needs Linux 4.14 or newer")
+    found = watch(options.command)
     line = {
         "wall_seconds": round(found.wall_seconds, 1),
         "peak_pss_gib": round(found.peak_bytes / 2**30, 3),
     }
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
-    sys.exit(found.exit_code)
+    return found.exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

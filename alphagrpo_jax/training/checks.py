@@ -7,13 +7,14 @@ import numpy as np
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.errors import UserError
 from alphagrpo_jax.runtime.metrics import MetricsLog
 from alphagrpo_jax.types import Rollout
 
 REPORTED_FAILURES = 5  # kinds of verifier failures in one message
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says at which step and why."""
 
 

@@ -18,6 +18,7 @@ from alphagrpo_jax import loss, policy
 from alphagrpo_jax.config import LossOptions
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.sampling import image
 from alphagrpo_jax.sampling.trajectory import (
     RolloutSpec,
@@ -97,7 +98,7 @@ def init_trainable(
         if re.fullmatch(full_targets, path)
     }
     if not chosen:
-        raise ValueError(
+        raise UsageError(
             f"train.full_targets={full_targets!r} matches none of {len(flat)} parameter paths, "
             f"e.g. {sorted(flat)[:3]}"
         )

@@ -17,6 +17,7 @@ from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import from_saved
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
+from alphagrpo_jax.runtime.errors import InputError, MissingFileError
 from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows, replace_text
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TrainState
@@ -160,7 +161,7 @@ def check_folder(config: Config, workdir: pathlib.Path) -> None:
     """
     path = workdir / CONFIG_FILE
     if path.exists() and holds_run(workdir):
-        config_lib.check_resumable(config, json.loads(path.read_text()))
+        config_lib.check_resumable(config, _read_json(path))
 
 
 def holds_run(workdir: pathlib.Path) -> bool:
@@ -195,7 +196,16 @@ def run_config(folder: str | pathlib.Path) -> Config:
     """
     path = pathlib.Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run's folder: it has no {CONFIG_FILE}")
+        raise MissingFileError(f"{folder} is not a run's folder: it has no {CONFIG_FILE}")
     if not (path.parent / checkpoint.FOLDER).is_dir():
-        raise FileNotFoundError(f"the run in {folder} has no checkpoints yet")
-    return from_saved(json.loads(path.read_text()))
+        raise MissingFileError(f"the run in {folder} has no checkpoints yet")
+    return from_saved(_read_json(path))
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise InputError(
+            f"{path} is damaged ({error}); put it back as the run wrote it, or use another folder"
+        ) from error

@@ -15,6 +15,7 @@ from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.models.bagel_weights import Loaded, load_model
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
@@ -51,7 +52,7 @@ def make_mesh(config: Config) -> Mesh:
     """
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    except ValueError as error:
+    except UsageError as error:
         raise ConfigError(str(error)) from error
     ways = sharding.batch_ways(mesh)
     sizes = {

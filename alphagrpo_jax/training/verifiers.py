@@ -17,6 +17,7 @@ from alphagrpo_jax.rewards.workers.in_process import InProcessPool
 from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.rewards.workers.worker import Factory
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder
 from alphagrpo_jax.training.self_verifier import PolicyVerifier
 
@@ -64,7 +65,7 @@ def verifier_factories(config: Config) -> list[Factory]:
     if verifier.endpoints:
         try:
             checked_urls(verifier.endpoints)
-        except ValueError as error:
+        except UsageError as error:
             raise ConfigError(f"verifier.endpoints: {error}") from error
     if verifier.kind == "openai":
         return [_endpoint_factory(config, verifier.endpoints)] * verifier.workers

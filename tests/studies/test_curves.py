@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -41,9 +42,9 @@ def write_drawings(folder: pathlib.Path, name: str, images: np.ndarray, exact: l
     (folder / "config.json").write_text(json.dumps({"model": {"height": height, "width": width}}))
 
 
-def command(monkeypatch, *arguments: object) -> None:
+def command(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["curves", *map(str, arguments)])
-    curves.main()
+    return curves.main()
 
 
 def test_curve_takes_the_steps_of_all_runs(tmp_path):
@@ -86,23 +87,25 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     for path in (out, out2):
         picture = np.asarray(Image.open(path).convert("RGB"))
         assert picture.std() > 10
-    command(monkeypatch, "--run", run, "--out", out)  # one seed
+    assert command(monkeypatch, "--run", run, "--out", out) == 0  # one seed
 
 
-def test_missing_files_are_named(tmp_path, monkeypatch):
+def test_missing_files_are_named(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run")
     wanted = ("--samples", run, "--out2", tmp_path / "samples.png")
-    with pytest.raises(SystemExit, match=f"error: .*nowhere/{METRICS} does not exist"):
-        command(monkeypatch, "--run", tmp_path / "nowhere", "--out", tmp_path / "curves.png")
-    with pytest.raises(SystemExit, match=r"error: .*samples has no step_\*.png after"):
-        command(monkeypatch, *wanted)
+
+    def check_refused(message: str, *arguments: object) -> None:
+        assert command(monkeypatch, *arguments) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+    nowhere = ("--run", tmp_path / "nowhere", "--out", tmp_path / "curves.png")
+    check_refused(f"error: .*nowhere/{METRICS} does not exist", *nowhere)
+    check_refused(r"error: .*samples has no step_\*.png after", *wanted)
     images = np.zeros((7, 48, 48, 3), np.uint8)
     write_drawings(run, "step_000020", images, [True] * 7)
-    with pytest.raises(SystemExit, match=r"error: .*step_000000.png does not exist"):
-        command(monkeypatch, *wanted)
+    check_refused(r"error: .*step_000000.png does not exist", *wanted)
     write_drawings(run, "step_000000", images[:, :40], [True] * 7)
-    with pytest.raises(SystemExit, match=r"pixels, expected .* for 7 images of 40x48"):
-        command(monkeypatch, *wanted)
+    check_refused(r"pixels, expected .* for 7 images of 40x48", *wanted)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--run", "a"), ("--samples", "a", "--out", "b")])

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alphagrpo_jax.rewards.verifiers.base import Verifier
+from alphagrpo_jax.runtime.errors import UsageError
 
 # kind -> "module:function"; imported in the worker only, so that the caller never imports torch.
 KINDS = {
@@ -29,8 +30,8 @@ def build(kind: str, options: Mapping[str, Any]) -> Verifier:
     elif kind in KINDS:
         target = KINDS[kind]
     else:
-        raise ValueError(f"got verifier kind {kind!r}, expected one of {[*KINDS, 'callable']}")
+        raise UsageError(f"got verifier kind {kind!r}, expected one of {[*KINDS, 'callable']}")
     if not isinstance(target, str) or target.count(":") != 1:
-        raise ValueError(f"got verifier target {target!r}, expected 'module:function'")
+        raise UsageError(f"got verifier target {target!r}, expected 'module:function'")
     module, _, name = target.partition(":")
     return vars(importlib.import_module(module))[name](**options)

@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from alphagrpo_jax.runtime.errors import UserError
+
 
 class Answer(NamedTuple):
     """P(yes) of one question, or the reason for its absence. Exactly one of the two is None."""
@@ -20,7 +22,7 @@ class Rating(NamedTuple):
     failure: str | None = None
 
 
-class VerifierLoadError(RuntimeError):
+class VerifierLoadError(UserError, RuntimeError):
     """A verifier cannot be loaded; the message says why and what to do."""
 
 

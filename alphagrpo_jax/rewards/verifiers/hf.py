@@ -79,7 +79,13 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
                 f"verifier folder {str(folder)!r}: its processor {type(processor).__name__} has "
                 f"no {part}; expected a chat model for images and text with all its files"
             )
-    return model.to(device).eval(), processor
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device it lacks
+        raise VerifierLoadError(
+            f"the verifier in {str(folder)!r} cannot run on device {device!r}: {error}"
+        ) from error
+    return model.eval(), processor
 
 
 def _explain(folder: Path, error: Exception) -> str:

@@ -30,6 +30,7 @@ from alphagrpo_jax.rewards.verifiers.spelling import (
     RATINGS,
     normalize_word,
 )
+from alphagrpo_jax.runtime.errors import UsageError
 
 RATING_CANDIDATES = 20  # as many as servers commonly allow
 RATING_TOKENS = 3  # "10" may be two
@@ -82,7 +83,7 @@ class OpenAIVerifier:
           VerifierLoadError: no endpoint answers in time, or one serves other models only.
         """
         if concurrency < 1 or not top_logprobs >= 1:
-            raise ValueError(
+            raise UsageError(
                 f"got concurrency={concurrency} and top_logprobs={top_logprobs}, expected at "
                 "least 1 each"
             )

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from alphagrpo_jax.runtime.errors import AccessError
+
 
 class AuditLog:
     """Appends rows to a file, unbuffered, one JSON object per line.
@@ -17,12 +19,19 @@ class AuditLog:
         """Opens the file and creates it if it does not exist.
 
         Raises:
-          OSError: it cannot be opened or written.
+          AccessError: it cannot be opened.
+          OSError: it cannot be written.
         """
         self.path = pathlib.Path(path)
         # Unbuffered: a row must outlive a process that is killed right behind `write`. Without an
         # fsync it need not outlive the machine.
-        self._file = self.path.open("a+b", buffering=0)
+        try:
+            self._file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise AccessError(
+                f"the audit log {path} cannot be opened ({error}); choose another file or none "
+                "(verifier.audit)"
+            ) from error
         # A killed process may have left a torn row. The next row starts a line of its own, so that
         # a reader loses only the torn one. Devices and pipes have no last byte to look at.
         if self._file.seekable() and self._file.seek(0, os.SEEK_END):

@@ -22,13 +22,14 @@ from alphagrpo_jax.rewards.workers import worker as worker_lib
 from alphagrpo_jax.rewards.workers.audit import AuditLog
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.backoff import Backoff
+from alphagrpo_jax.runtime.errors import UserError
 
 LONGEST_PAUSE = 50.0  # of a worker that fails repeatedly, in units of backoff_seconds
 
 _LOG = logging.getLogger(__name__)
 
 
-class PoolError(RuntimeError):
+class PoolError(UserError, RuntimeError):
     """The pool cannot work at all; the message says why."""
 
 

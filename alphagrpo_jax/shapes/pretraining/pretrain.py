@@ -32,7 +32,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,9 @@ from flax import struct
 
 from alphagrpo_jax import tasks
 from alphagrpo_jax.models import bagel_weights
-from alphagrpo_jax.runtime import checkpoint
+from alphagrpo_jax.runtime import checkpoint, cli
 from alphagrpo_jax.runtime.metrics import read_rows, replace_text
+from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.shapes.pretraining import resumable
@@ -159,6 +160,7 @@ def write_start_model(
 ) -> None:
     """Writes the model that training begins with: that of `start`, else random weights."""
     if start is not None:
+        existing_file(start / bagel_weights.EMA, "--start names the folder of a model")
         shutil.copytree(start, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*RUN_FILES))
         return
     build_tokenizer(out)
@@ -208,7 +210,7 @@ def train(
       recipe, sizes: of objective and optimiser, and of a batch; None: the defaults.
       stopped: asked after every update; when true, the run saves and ends.
     Raises:
-      ValueError: the run in `out` has other options.
+      InputError: the run in `out` has other options.
     """
     recipe, sizes = recipe or Recipe(), sizes or BatchSizes()
     options = {"seed": seed, "steps": steps, "vae": _digest(vae_folder), "start": str(start)}
@@ -265,7 +267,7 @@ def train(
                 save()
     save()
     saves.close()
-    return resumable.DONE if step == steps else resumable.STOPPED
+    return cli.DONE if step == steps else cli.STOPPED
 
 
 def _keep_rows(log: pathlib.Path, step: int) -> None:
@@ -275,7 +277,9 @@ def _keep_rows(log: pathlib.Path, step: int) -> None:
 
 
 def _digest(vae_folder: pathlib.Path) -> str:
-    content = b"".join((vae_folder / name).read_bytes() for name in VAE_FILES)
+    hint = "train_vae writes it into the folder that --vae names"
+    paths = [existing_file(vae_folder / name, hint) for name in VAE_FILES]
+    content = b"".join(path.read_bytes() for path in paths)
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -288,24 +292,39 @@ def _prompts(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[np.ndarray, 
     return tokens, mask
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--vae", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning_rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--start", type=pathlib.Path, help="folder of a model to go on from")
-    options, stop = vars(parser.parse_args()), StopFlag()
-    out, vae, recipe = options.pop("out"), options.pop("vae"), Recipe(options.pop("learning_rate"))
-    try:
-        code = train(out, vae, **options, recipe=recipe, stopped=lambda: stop.requested)
-    except (ValueError, FileNotFoundError, checkpoint.CheckpointError) as error:
-        sys.exit(f"error: {error}")
-    if code == resumable.STOPPED:
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains as the flags say; returns the exit code."""
+    stop = StopFlag()
+    code = train(
+        options.out,
+        options.vae,
+        steps=options.steps,
+        seed=options.seed,
+        start=options.start,
+        recipe=Recipe(options.learning_rate),
+        stopped=lambda: stop.requested,
+    )
+    if code == cli.STOPPED:
         tqdm.tqdm.write("stopped; the same command continues", file=sys.stderr)
-    sys.exit(code)
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-DONE, STOPPED = 0, 75  # exit codes, as those of `alphagrpo_jax.train`
+from alphagrpo_jax.runtime.errors import InputError
 
 
 def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], out: pathlib.Path) -> None:
@@ -15,7 +15,7 @@ def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], out: pathlib
       own: of this start.
       out: the run's folder.
     Raises:
-      ValueError: all options that differ.
+      InputError: all options that differ.
     """
     different = [
         f"{name}: the run has {saved.get(name)!r}, this start {own.get(name)!r}"
@@ -23,7 +23,7 @@ def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], out: pathlib
         if saved.get(name) != own.get(name)
     ]
     if different:
-        raise ValueError(
+        raise InputError(
             f"{out} holds a run with other options:\n  "
             + "\n  ".join(different)
             + "\nrepeat that run's command, or choose another --out"

@@ -18,7 +18,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from alphagrpo_jax.models.vae import NORM_EPSILON, NORM_GROUPS, VAEConfig
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import scenes
 from alphagrpo_jax.shapes.pretraining import resumable
@@ -285,7 +287,7 @@ def train(
       crowded: see `sample_batch`.
       stopped: asked after every update; when true, the run saves and ends.
     Raises:
-      ValueError: the run in `out` has other options.
+      InputError: the run in `out` has other options.
     """
     options = {"steps": steps, "batch": batch, "lr": lr, "kl_weight": kl_weight, "seed": seed}
     options |= {"start": str(start), "latent_noise": latent_noise, "crowded": crowded}
@@ -305,7 +307,8 @@ def train(
         step, spent = saved["step"], saved["spent"]
     else:
         if start is not None:
-            model.load_state_dict(load_file(start / "ae.safetensors"))
+            weights = existing_file(start / "ae.safetensors", "--start names an earlier --out")
+            model.load_state_dict(load_file(weights))
         average.load_state_dict(model.state_dict())
 
     def save() -> None:
@@ -334,11 +337,12 @@ def train(
                 last_save = spent
                 save()
     save()
-    return resumable.DONE if step == steps else resumable.STOPPED
+    return cli.DONE if step == steps else cli.STOPPED
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=8)
@@ -349,16 +353,24 @@ def main() -> None:
     parser.add_argument("--latent_noise", type=float, help="train the decoder alone, see loss_of")
     parser.add_argument("--crowded", type=float, default=0.5, help="share of crowded scenes")
     parser.add_argument("--threads", type=int, default=2, help="no more than there are idle cores")
-    options, stop = vars(parser.parse_args()), StopFlag()
-    torch.set_num_threads(options.pop("threads"))
-    try:
-        code = train(**options, stopped=lambda: stop.requested)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    if code == resumable.STOPPED:
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains as the flags say; returns the exit code."""
+    stop = StopFlag()
+    torch.set_num_threads(options.threads)
+    arguments = {name: value for name, value in vars(options).items() if name != "threads"}
+    code = train(**arguments, stopped=lambda: stop.requested)
+    if code == cli.STOPPED:
         tqdm.tqdm.write("stopped; the same command continues", file=sys.stderr)
-    sys.exit(code)
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

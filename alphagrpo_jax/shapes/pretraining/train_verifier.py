@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import questions, scenes
 from alphagrpo_jax.shapes.pretraining import resumable, verifier_data, verifier_model
@@ -219,7 +221,7 @@ class Trainer:
         """Continues from the folder's checkpoint, if there is one.
 
         Raises:
-          ValueError: the checkpoint is of a run with other options; steps of a stage that has not
+          InputError: the checkpoint is of a run with other options; steps of a stage that has not
             begun may differ.
         """
         path = self.out / "checkpoint.pt"
@@ -260,11 +262,12 @@ class Trainer:
         """Goes on from the end of the run in `start`, if there is one, with the joint stage alone.
 
         Raises:
-          FileNotFoundError: the folder has no checkpoint.
+          MissingFileError: the folder has no checkpoint.
         """
         if self.begins_at is None:
             return
-        state = torch.load(self.begins_at / "checkpoint.pt", weights_only=True)
+        path = existing_file(self.begins_at / "checkpoint.pt", "--start names an earlier --out")
+        state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.probes.load_state_dict(state["probes"])
         self.stage = "joint"
@@ -333,13 +336,13 @@ def train(
         bar.close()
         trainer.save()
         if stopped():
-            return resumable.STOPPED
-    return resumable.DONE
+            return cli.STOPPED
+    return cli.DONE
 
 
-def main() -> None:
-    """Trains, calibrates and saves; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=1500)
@@ -347,23 +350,25 @@ def main() -> None:
     parser.add_argument("--joint-lr", type=float, default=PEAK_LR["joint"])
     parser.add_argument("--start", type=Path, help="folder of a run to go on from, questions only")
     parser.add_argument("--threads", type=int, default=2)
-    options, stop = parser.parse_args(), StopFlag()
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains, calibrates and saves; returns the exit code."""
+    stop = StopFlag()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     steps = {"vision": options.vision_steps, "joint": options.joint_steps}
     trainer = Trainer(options.out, options.seed, steps, options.joint_lr, options.start)
-    try:
-        if trainer.restore():
-            tqdm.write(f"resuming {trainer.stage} at step {trainer.step}")
-        else:
-            trainer.begin()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    if trainer.restore():
+        tqdm.write(f"resuming {trainer.stage} at step {trainer.step}")
+    else:
+        trainer.begin()
     code = train(trainer, stopped=lambda: stop.requested)
     spent = f"{trainer.seconds:.0f} seconds of training"
-    if code == resumable.STOPPED:
+    if code == cli.STOPPED:
         tqdm.write(f"stopped after {spent}; the same command continues", file=sys.stderr)
-        sys.exit(code)
+        return code
     divisor = temperature(*trainer.validate(CALIBRATION_IMAGES)[1:])
     with torch.no_grad():
         trainer.model.lm_head.weight.div_(divisor)
@@ -371,7 +376,13 @@ def main() -> None:
     tqdm.write(f"{spent} in all")
     trainer.model.save_pretrained(options.out)
     trainer.processor.save_pretrained(options.out)
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

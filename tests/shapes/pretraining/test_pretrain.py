@@ -10,10 +10,11 @@ import pytest
 from alphagrpo_jax import policy
 from alphagrpo_jax.models import bagel_weights, kv_cache
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.shapes import scenes
-from alphagrpo_jax.shapes.pretraining import pretrain, pretrain_loss, resumable
+from alphagrpo_jax.shapes.pretraining import pretrain, pretrain_loss
 from alphagrpo_jax.shapes.pretraining.batches import BatchSizes, patch_words
 
 SMALL = resolve("package:umm")
@@ -50,11 +51,11 @@ def rows(folder: pathlib.Path) -> list[dict]:
 
 def check_resume(folder: pathlib.Path, **options) -> None:
     uninterrupted, resumed = folder / "whole", folder / "parts"
-    assert train(uninterrupted, **options) == resumable.DONE
-    assert train(resumed, stop_after=2, **options) == resumable.STOPPED
+    assert train(uninterrupted, **options) == cli.DONE
+    assert train(resumed, stop_after=2, **options) == cli.STOPPED
     with (resumed / pretrain.LOG).open("a") as file:
         file.write('{"step": 3}\n{"st')  # done, but lost with its checkpoint
-    assert train(resumed, **options) == resumable.DONE
+    assert train(resumed, **options) == cli.DONE
     for name in (bagel_weights.EMA, bagel_weights.AE):
         assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes()
     assert rows(uninterrupted) == rows(resumed)
@@ -70,7 +71,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert expected != (SMALL / bagel_weights.EMA).read_bytes()
 
     weights.write_bytes((SMALL / bagel_weights.EMA).read_bytes())
-    assert train(tmp_path / "parts") == resumable.DONE  # nothing left but to write the weights
+    assert train(tmp_path / "parts") == cli.DONE  # nothing left but to write the weights
     assert weights.read_bytes() == expected
 
     wider = dataclasses.replace(SIZES, draw=3)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from alphagrpo_jax.models.bagel_weights import AE, VAE_FILE
-from alphagrpo_jax.shapes.pretraining import resumable, train_vae
+from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.shapes.pretraining import train_vae
 
 pytestmark = pytest.mark.torch
 
@@ -29,18 +30,18 @@ def train(out: pathlib.Path, *, stop_after: int | None = None, **changed) -> int
 
 def test_resumed_runs_equal_uninterrupted_ones(tmp_path):
     uninterrupted, resumed = tmp_path / "whole", tmp_path / "parts"
-    assert train(uninterrupted) == resumable.DONE
-    assert train(resumed, stop_after=2) == resumable.STOPPED
+    assert train(uninterrupted) == cli.DONE
+    assert train(resumed, stop_after=2) == cli.STOPPED
     torch.manual_seed(123)  # whatever happens in between
-    assert train(resumed) == resumable.DONE
+    assert train(resumed) == cli.DONE
     for name in (AE, VAE_FILE):
         assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes()
 
     # The decoder alone, from there.
     noised = {"start": uninterrupted, "latent_noise": 0.15}
-    assert train(tmp_path / "whole2", **noised) == resumable.DONE
-    assert train(tmp_path / "parts2", stop_after=1, **noised) == resumable.STOPPED
-    assert train(tmp_path / "parts2", **noised) == resumable.DONE
+    assert train(tmp_path / "whole2", **noised) == cli.DONE
+    assert train(tmp_path / "parts2", stop_after=1, **noised) == cli.STOPPED
+    assert train(tmp_path / "parts2", **noised) == cli.DONE
     weights = (tmp_path / "whole2" / AE).read_bytes()
     assert weights == (tmp_path / "parts2" / AE).read_bytes()
     before, after = load_file(uninterrupted / AE), load_file(tmp_path / "whole2" / AE)
@@ -49,7 +50,7 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path):
 
     # Nothing is left but to write the result.
     (tmp_path / "whole2" / AE).unlink()
-    assert train(tmp_path / "whole2", **noised) == resumable.DONE
+    assert train(tmp_path / "whole2", **noised) == cli.DONE
     assert (tmp_path / "whole2" / AE).read_bytes() == weights
 
 

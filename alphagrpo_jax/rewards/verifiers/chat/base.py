@@ -5,6 +5,8 @@ from typing import Literal, Protocol
 
 import pydantic
 
+from alphagrpo_jax.runtime.errors import UserError
+
 Message = dict[str, str]  # "role": system, user or assistant; "content"
 
 # "silent": the model cannot be reached, is busy, fails or lets nobody in, whatever the request.
@@ -29,7 +31,7 @@ class LanguageModel(Protocol):
         ...
 
 
-class LanguageModelError(RuntimeError):
+class LanguageModelError(UserError, RuntimeError):
     """No reply; the message says why, without secrets. `retryable`: another try may help."""
 
     def __init__(self, message: str, *, kind: Kind, retryable: bool) -> None:

@@ -22,6 +22,7 @@ import tenacity
 from alphagrpo_jax.rewards.verifiers.chat import keys, replies
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import Endpoint, Endpoints
 from alphagrpo_jax.rewards.verifiers.chat.replies import Completion
+from alphagrpo_jax.runtime.errors import UsageError, UserError
 
 MAX_REPLY_BYTES = 16 * 2**20
 MAX_ERROR_CHARACTERS = 300
@@ -35,7 +36,7 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)
 _T = TypeVar("_T")
 
 
-class ChatError(RuntimeError):
+class ChatError(UserError, RuntimeError):
     """No usable reply; the message says why, without any key.
 
     Attributes:
@@ -81,9 +82,9 @@ class ChatClient:
           ValueError: wrong endpoints, or a key that is missing or no key.
         """
         if not model or not isinstance(model, str):
-            raise ValueError(f"got model {model!r}, expected the name that the servers know")
+            raise UsageError(f"got model {model!r}, expected the name that the servers know")
         if not timeout > 0 or max_attempts < 1:
-            raise ValueError(
+            raise UsageError(
                 f"got timeout={timeout} s and max_attempts={max_attempts}, expected a positive "
                 "time and at least 1 attempt"
             )

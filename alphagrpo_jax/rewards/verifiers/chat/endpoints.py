@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from alphagrpo_jax.runtime.backoff import Backoff
+from alphagrpo_jax.runtime.errors import UsageError
 
 LONGEST_REST = 150.0  # in units of the first: 30 s by default
 
@@ -90,10 +91,10 @@ def checked_urls(urls: Sequence[str]) -> list[str]:
       ValueError: no URL, one twice, or one that is not http(s)://HOST[:PORT][/PATH].
     """
     if isinstance(urls, str) or not urls:
-        raise ValueError(f"got endpoints {urls!r}, expected a list of at least 1 base URL")
+        raise UsageError(f"got endpoints {urls!r}, expected a list of at least 1 base URL")
     names = [checked_url(url) for url in urls]
     if len(set(names)) < len(names):
-        raise ValueError(f"got endpoints {names}, expected each of them once")
+        raise UsageError(f"got endpoints {names}, expected each of them once")
     return names
 
 
@@ -106,17 +107,17 @@ def checked_url(url: str) -> str:
     """
     expected = "expected http(s)://HOST[:PORT][/PATH], e.g. http://127.0.0.1:8000/v1"
     if not isinstance(url, str):
-        raise ValueError(f"got endpoint {url!r}, {expected}")
+        raise UsageError(f"got endpoint {url!r}, {expected}")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ValueError(f"got endpoint {url!r} ({error}), {expected}") from error
+        raise UsageError(f"got endpoint {url!r} ({error}), {expected}") from error
     if "@" in url or parts.query or parts.fragment:
-        raise ValueError(
+        raise UsageError(
             "got an endpoint with a user, password, query or fragment in its URL, "
             f"{expected}; give a key by the environment variable that api_key_env names"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise ValueError(f"got endpoint {url!r}, {expected}")
+        raise UsageError(f"got endpoint {url!r}, {expected}")
     return url.rstrip("/")

@@ -5,6 +5,7 @@ import os
 import re
 
 from alphagrpo_jax.config import check_key_name
+from alphagrpo_jax.runtime.errors import UsageError
 
 MIN_LENGTH = 5  # shorter ones could not be cut out of texts without harm
 HIDDEN = "[key]"
@@ -22,12 +23,12 @@ def read_key(name: str) -> str:
         return ""
     key = os.environ.get(name, "").strip()
     if not key:
-        raise ValueError(
+        raise UsageError(
             f"the environment variable {name}, which api_key_env names, is not set or blank; "
             "export it, or set api_key_env to '' for servers without a key"
         )
     if len(key) < MIN_LENGTH or not all("!" <= letter <= "~" for letter in key):
-        raise ValueError(
+        raise UsageError(
             f"the environment variable {name} holds no key: expected at least {MIN_LENGTH} "
             "printable ASCII characters without blanks"
         )

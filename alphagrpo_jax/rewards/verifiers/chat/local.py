@@ -74,7 +74,14 @@ class HFChat:
             )
         self._templates, self._causal = templates, causal
         self._tokenizer = templates if causal else templates.tokenizer
-        self._model.to(device).eval()
+        try:
+            self._model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:  # PyTorch's, for a device it lacks
+            raise LanguageModelError(
+                f"the language model in {str(folder)!r} cannot run on device {device!r}: {error}",
+                kind="failed",
+                retryable=False,
+            ) from error
         self._device, self._lock = device, threading.Lock()
         self._generation = copy.deepcopy(self._model.generation_config)
         self._generation.update(

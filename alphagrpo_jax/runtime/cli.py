@@ -1,0 +1,58 @@
+"""Runs a command: parses its flags, explains the user's errors, returns the exit code."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from alphagrpo_jax.runtime.errors import UserError, is_machine_error
+
+# Exit codes of all commands. STOPPED: a signal ended it with everything saved, and the same command
+# continues.
+DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 75
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with the error prefix of all commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with the usage and a message on stderr."""
+        self.print_usage(sys.stderr)
+        self.exit(WRONG_USAGE, f"error: {message}\n")
+
+
+def run(
+    parse_flags: Callable[[Sequence[str] | None], argparse.Namespace],
+    command: Callable[[argparse.Namespace], int | None],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Runs a command and returns its exit code.
+
+    An error that the user can mend ends as one message on stderr. A bug propagates, so that it
+    keeps its traceback, whatever its class; the process then ends with 1 too.
+
+    Args:
+      parse_flags: reads the flags; ends the process with 2 if they are wrong.
+      command: does the work; None counts as 0.
+      arguments: flags; None: those of the process.
+    """
+    options = parse_flags(arguments)
+    return exit_code_of(lambda: command(options))
+
+
+def exit_code_of(command: Callable[[], int | None]) -> int:
+    """Calls a command and explains the user's errors; see `run`."""
+    try:
+        return command() or DONE
+    except KeyboardInterrupt:
+        return report("interrupted")
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and not is_machine_error(error):
+            raise
+        return report(error)
+
+
+def report(error: BaseException | str) -> int:
+    """Prints an error as every command does, and returns its exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code if isinstance(error, UserError) else FAILED
