@@ -26,7 +26,8 @@ from alphagrpo_jax.reward import advantage_of, gather
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rollout import sample
 from alphagrpo_jax.runtime import cli
-from alphagrpo_jax.runtime.metrics import CompileCounter, replace_text
+from alphagrpo_jax.runtime.files import replace_text
+from alphagrpo_jax.runtime.metrics import CompileCounter
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib

@@ -33,7 +33,7 @@ from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, UserError
-from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
 from alphagrpo_jax.shapes import grammar
 from alphagrpo_jax.training import run_folder

@@ -33,7 +33,7 @@ from alphagrpo_jax.rewards import report, scoring
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, UserError
-from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.records import Record, read_jsonl
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import verifiers as verifiers_lib

@@ -31,7 +31,7 @@ from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
 from alphagrpo_jax.models.layers import REMAT_POLICIES
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import InputError
-from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling import image, text

@@ -36,7 +36,7 @@ def test_an_error_of_the_training_is_explained(capsys, monkeypatch):
 
     monkeypatch.setattr(bench, "measure", fail)
     assert bench.main(["--steps", "1"]) == 1
-    assert capsys.readouterr().err == "bench: step 1: 100% of the samples have no reward\n"
+    assert capsys.readouterr().err == "error: step 1: 100% of the samples have no reward\n"
 
 
 @pytest.mark.parametrize(

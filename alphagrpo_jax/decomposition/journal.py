@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from alphagrpo_jax.decomposition import phrasing
-from alphagrpo_jax.runtime.errors import UserError
+from alphagrpo_jax.runtime.errors import AccessError, UserError
+from alphagrpo_jax.runtime.files import replace_bytes, sync_folder
 from alphagrpo_jax.runtime.records import Record, RecordError, parse_line, parse_record
 
 PROVENANCE = "decomposition"  # the field of a record that says how it was made
@@ -189,7 +190,7 @@ class Journal:
         if list(self.done) == sorted(self.done):
             return
         self.done = dict(sorted(self.done.items()))
-        replace_file(self.path, b"".join(_line(record) for record in self.done.values()))
+        write_whole(self.path, b"".join(_line(record) for record in self.done.values()))
 
     def _recover(self) -> None:
         """Reads the records; drops a last line that was cut short."""
@@ -252,22 +253,16 @@ class Journal:
         return record
 
 
-def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that a kill at any moment leaves the old one or the new one, both whole.
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Replaces a file as a whole, see `runtime.files.replacing`.
 
     Raises:
       JournalError: it cannot be written.
     """
-    new = path.with_name(f"{path.name}.new")
     try:
-        with new.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        _sync_folder(path)
-    except OSError as error:
-        raise JournalError(f"cannot write {path}: {error.strerror}") from error
+        replace_bytes(path, content)
+    except AccessError as error:
+        raise JournalError(str(error)) from error
 
 
 def _locked(path: pathlib.Path) -> int:
@@ -282,7 +277,7 @@ def _locked(path: pathlib.Path) -> int:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file), path.stat()):
-                _sync_folder(path)
+                sync_folder(path.parent)
                 return file
         except BlockingIOError as error:
             os.close(file)
@@ -308,15 +303,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _sync_folder(path: pathlib.Path) -> None:
-    """Makes the file's name survive a power cut too."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _begins_like_a_record(rest: bytes) -> bool:

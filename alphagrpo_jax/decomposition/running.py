@@ -186,7 +186,7 @@ def write_report(path: pathlib.Path, content: Mapping[str, Any]) -> None:
       JournalError: it cannot be written.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    journal_lib.replace_file(path, text.encode())
+    journal_lib.write_whole(path, text.encode())
 
 
 def summary(content: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from alphagrpo_jax.prompts import image_block
 from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metrics import notify
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
@@ -322,5 +323,5 @@ def report_evaluation(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
     """Writes and prints what an evaluation alone found; the log of the run stays as it is."""
     text = json.dumps(row, indent=2, sort_keys=True)
     if distributed.is_primary():
-        metrics_lib.replace_text(workdir / EVALUATION_FILE, text + "\n")
+        replace_text(workdir / EVALUATION_FILE, text + "\n")
         print(text)

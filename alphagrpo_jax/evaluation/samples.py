@@ -9,6 +9,7 @@ from alphagrpo_jax.evaluation.metrics import (
 from alphagrpo_jax.rewards import report
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.context import Run
 
@@ -31,12 +32,12 @@ def write_samples(run: Run, drawn: Mapping[str, Evaluation], step: int, label: s
         kept = own.captions[: run.config.log.samples]
         metrics_lib.write_samples(folder, file, own.images[: len(kept)], kept)
         pages[name] = _sample_report(run, name, own, step)
-        metrics_lib.replace_text(folder / f"{file}.html", report.to_html(pages[name]))
+        replace_text(folder / f"{file}.html", report.to_html(pages[name]))
     if pages:
         first, *_ = pages.values()
         rows = [row for page in pages.values() for row in page.rows]
         whole = report.Report(f"{run.config.task}, step {step}", first.how, tuple(rows))
-        metrics_lib.replace_text(run.workdir / REPORT_FILE, report.to_html(whole))
+        replace_text(run.workdir / REPORT_FILE, report.to_html(whole))
 
 
 def _sample_report(run: Run, name: str, own: Evaluation, step: int) -> report.Report:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from alphagrpo_jax.models.bagel_config import (
 from alphagrpo_jax.models.name_table import AE, EMA, Entry, entries, position_tables
 from alphagrpo_jax.ops.posembed import sincos_table
 from alphagrpo_jax.runtime.errors import MissingFileError, UserError
+from alphagrpo_jax.runtime.files import replacing
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 
@@ -222,12 +222,10 @@ def _write(
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(np.ascontiguousarray(tensors[name][1](), dtypes[name]).tobytes())
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from PIL import Image
 
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metric_reductions import reduction_of
 
 METRICS = "metrics.jsonl"
@@ -92,17 +93,6 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break  # the process was killed while it wrote this line
     return rows
-
-
-def replace_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new."""
-    path = pathlib.Path(path)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 class TensorBoardWriter:

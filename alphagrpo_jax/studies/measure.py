@@ -28,7 +28,7 @@ import tqdm
 from alphagrpo_jax import config_checks, inference, policy, tasks
 from alphagrpo_jax.inference import Policy
 from alphagrpo_jax.runtime import cli, distributed
-from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.files import replace_text, replacing
 from alphagrpo_jax.sampling.trajectory import pixels, sample_trajectories
 from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
 from alphagrpo_jax.studies import measure_skills
@@ -122,7 +122,7 @@ def exact_shares(images: Sequence[np.ndarray], records: Sequence[Mapping]) -> di
 
 def write_drawings(path: pathlib.Path, images: np.ndarray, records: Sequence[Mapping]) -> None:
     """Keeps images uint8[N, 48, 48, 3] and their records, as JSON texts, in an .npz file."""
-    with path.open("wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(
             file, images=images, records=np.array([json.dumps(each) for each in records])
         )

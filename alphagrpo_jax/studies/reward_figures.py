@@ -29,7 +29,7 @@ from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.dvreward import dvreward
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import InputError
-from alphagrpo_jax.runtime.metrics import replace_text
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record
 from alphagrpo_jax.shapes import checker, questions, scenes
 from alphagrpo_jax.studies.verifier_eval import calibration_error, queries_by_text, read_drawings

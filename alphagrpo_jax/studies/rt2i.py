@@ -36,7 +36,8 @@ from alphagrpo_jax.inference import Policy
 from alphagrpo_jax.models.name_table import AE, EMA
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import InputError
-from alphagrpo_jax.runtime.metrics import METRICS, read_rows, replace_text
+from alphagrpo_jax.runtime.files import replace_text
+from alphagrpo_jax.runtime.metrics import METRICS, read_rows
 from alphagrpo_jax.runtime.paths import existing_file, resolve
 from alphagrpo_jax.shapes import checker, prompts, requests, riddles
 from alphagrpo_jax.studies.measure import judge_policy

@@ -32,8 +32,8 @@ from alphagrpo_jax import config_checks, inference, tasks
 from alphagrpo_jax.inference import Policy, run_task
 from alphagrpo_jax.runtime import checkpoint, cli
 from alphagrpo_jax.runtime.errors import InputError
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.images import from_data_url
-from alphagrpo_jax.runtime.metrics import replace_text
 from alphagrpo_jax.shapes import checker, image_records
 from alphagrpo_jax.studies import measure
 from alphagrpo_jax.studies import rt2i as study_lib

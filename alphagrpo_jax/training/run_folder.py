@@ -18,7 +18,8 @@ from alphagrpo_jax.config_checks import from_saved
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError
-from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows, replace_text
+from alphagrpo_jax.runtime.files import replace_text
+from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TrainState
 

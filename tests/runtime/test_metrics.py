@@ -68,13 +68,6 @@ def test_samples_are_a_grid_with_captions(tmp_path):
     assert json.loads((tmp_path / "step_000012.json").read_text()) == [{"prompt": "p"}] * 3
 
 
-def test_replacing_leaves_no_other_file(tmp_path):
-    metrics.replace_text(tmp_path / "a", "one")
-    metrics.replace_text(tmp_path / "a", "two")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_text() == "two"
-
-
 def test_training_imports_torch_with_tensorboard_only(run_python):
     program = "import sys, alphagrpo_jax.train; print('torch' in sys.modules)"
     assert run_python("-c", program).stdout.strip() == "False"

@@ -45,7 +45,8 @@ from flax import struct
 from alphagrpo_jax import tasks
 from alphagrpo_jax.models import bagel_weights
 from alphagrpo_jax.runtime import checkpoint, cli
-from alphagrpo_jax.runtime.metrics import read_rows, replace_text
+from alphagrpo_jax.runtime.files import replace_text
+from alphagrpo_jax.runtime.metrics import read_rows
 from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.runtime.tokenizer import Tokenizer

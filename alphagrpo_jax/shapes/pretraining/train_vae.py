@@ -29,6 +29,7 @@ from torch import nn
 
 from alphagrpo_jax.models.vae import NORM_EPSILON, NORM_GROUPS, VAEConfig
 from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.files import replacing
 from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import scenes
@@ -313,10 +314,8 @@ def train(
 
     def save() -> None:
         state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(
-            state | {"step": step, "spent": spent, "options": options}, file.with_suffix(".tmp")
-        )
-        file.with_suffix(".tmp").replace(file)
+        with replacing(file) as new:
+            torch.save(state | {"step": step, "spent": spent, "options": options}, new)
         export(average, out)
 
     begun, last_save = time.monotonic() - spent, spent

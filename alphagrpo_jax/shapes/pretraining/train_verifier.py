@@ -9,7 +9,6 @@ A run resumes from DIR/checkpoint.pt by the same command (exit code 75: stopped 
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.files import replacing
 from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import questions, scenes
@@ -213,9 +213,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint atomically."""
-        temporary = self.out / "checkpoint.tmp"
-        torch.save(self.state(), temporary)
-        os.replace(temporary, self.out / "checkpoint.pt")
+        with replacing(self.out / "checkpoint.pt") as file:
+            torch.save(self.state(), file)
 
     def restore(self) -> bool:
         """Continues from the folder's checkpoint, if there is one.
