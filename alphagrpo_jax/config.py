@@ -2,8 +2,8 @@
 
 A section of the configuration is handed as it is to the functions that read it; it is hashable, so
 that it can be a static argument of `jax.jit`. The default values stand in configs/grpo.py,
-`config_checks` reads them. Of the package it imports error classes alone: everything may
-import it.
+`config_checks` reads them. Of the package it imports error classes alone: everything may import
+it.
 """
 
 import re
