@@ -38,16 +38,18 @@ def test_endpoints_stand_beside_local_workers():
 def test_the_pool_is_made_as_configured(tmp_path, monkeypatch):
     made = {}
     monkeypatch.setattr(
-        verifiers_lib, "Pool", lambda factories, options: made.update(options=options)
+        verifiers_lib,
+        "Pool",
+        lambda factories, options, **arguments: made.update(options=options, **arguments),
     )
     verifiers_lib.make_pool(
         config_of(cache_size=7, audit=str(tmp_path / "log.jsonl"), max_attempts=3)
     )
     assert made["options"].cache_size == 7
-    assert made["options"].audit_path == str(tmp_path / "log.jsonl")
+    assert made["audit_path"] == str(tmp_path / "log.jsonl")
     assert made["options"].max_attempts == 3
     verifiers_lib.make_pool(config_of())
-    assert (made["options"].cache_size, made["options"].audit_path) == (0, None)
+    assert (made["options"].cache_size, made["audit_path"]) == (0, None)
 
 
 def test_each_of_several_processes_has_an_audit_log_of_its_own(monkeypatch):
