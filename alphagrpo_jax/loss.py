@@ -1,4 +1,4 @@
-"""GRPO losses for the text and the image steps of a trajectory: pure functions of arrays.
+"""GRPO losses of the text and image steps of trajectories, as pure functions of arrays.
 
 Conventions: an image log-prob is a mean over the latent (see `flow.sde`); a text log-prob is one
 token's. Every function returns its micro-batch's *share* of the update's loss: sums divided by the
@@ -22,7 +22,7 @@ Metrics = dict[str, jax.Array]  # float32[] each
 
 
 class TextTerms(NamedTuple):
-    """What the text loss needs of B trajectories with T scored tokens."""
+    """Inputs of the text loss: B trajectories with T scored tokens."""
 
     new_logp: jax.Array  # float32[B, T], differentiated
     old_logp: jax.Array  # float32[B, T]
@@ -33,7 +33,7 @@ class TextTerms(NamedTuple):
 
 
 class ImageTerms(NamedTuple):
-    """What the image loss needs of B trajectories with J stochastic steps."""
+    """Inputs of the image loss: B trajectories with J stochastic steps."""
 
     new_logp: jax.Array  # float32[B, J], differentiated
     old_logp: jax.Array  # float32[B, J]
@@ -51,7 +51,7 @@ def grpo_loss(
     trajectories_total: jax.Array,
     options: LossOptions,
 ) -> tuple[jax.Array, Metrics]:
-    """A micro-batch's share of the update's loss over trajectories of text and image steps.
+    """Computes a micro-batch's share of the update's loss over text and image steps.
 
     `L_i = (sum_k n_k w L_text_k + sum_j L_image_j) / (K + J)` over K texts and the J stochastic
     steps of all images, where `n_k` counts the stochastic steps of the image that follows the text
@@ -79,9 +79,9 @@ def grpo_loss(
     if len(text_counts) != len(texts):
         raise ValueError(f"got {len(text_counts)} text_counts for {len(texts)} text steps")
     total = jnp.zeros((), jnp.float32)
-    parts: dict[str, list[Metrics]] = {"text": [], "image": []}
+    step_metrics: dict[str, list[Metrics]] = {"text": [], "image": []}
     for index, (text, count) in enumerate(zip(texts, text_counts, strict=True)):
-        share, part = text_grpo(
+        share, metrics = text_grpo(
             text,
             valid,
             text_tokens_total=text_tokens_total[index],
@@ -89,26 +89,26 @@ def grpo_loss(
             options=options,
         )
         total += count * options.text_loss_weight * share
-        parts["text"].append(part)
+        step_metrics["text"].append(metrics)
     for image in images:
-        share, part = image_grpo(
+        share, metrics = image_grpo(
             image, valid, trajectories_total=trajectories_total, options=options
         )
         total += image.new_logp.shape[1] * share
-        parts["image"].append(part)
+        step_metrics["image"].append(metrics)
     total /= len(texts) + sum(image.new_logp.shape[1] for image in images)
-    metrics = _over_steps(parts["text"]) | _over_steps(parts["image"])
+    metrics = _over_steps(step_metrics["text"]) | _over_steps(step_metrics["image"])
     return total, metrics | {"loss/total": jax.lax.stop_gradient(total)}
 
 
-def _over_steps(parts: list[Metrics]) -> Metrics:
-    """Metrics of the steps of one kind as of one, by `metric_reductions`."""
-    return {
-        name: jnp.max(jnp.stack([part[name] for part in parts]))
-        if reduction_of(name).batches == "max"
-        else sum(part[name] for part in parts) / len(parts)
-        for name in (parts[0] if parts else ())
-    }
+def _over_steps(step_metrics: list[Metrics]) -> Metrics:
+    """Reduces the metrics of all steps of one kind, by `metric_reductions`."""
+    reduced = {}
+    for name in step_metrics[0] if step_metrics else ():
+        values = [metrics[name] for metrics in step_metrics]
+        is_max = reduction_of(name).batches == "max"
+        reduced[name] = jnp.max(jnp.stack(values)) if is_max else sum(values) / len(values)
+    return reduced
 
 
 def text_grpo(
@@ -119,7 +119,7 @@ def text_grpo(
     trajectories_total: jax.Array,
     options: LossOptions,
 ) -> tuple[jax.Array, Metrics]:
-    """Clipped policy gradient on sampled tokens, per token (GRPO) or per sequence (GSPO).
+    """Computes the clipped loss on sampled tokens, per token (GRPO) or per sequence (GSPO).
 
     `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with `rho = exp(new - old)` per token, mean over
     the update's tokens (arXiv 2402.03300, eq. 3), or `rho = exp(mean_t(new - old))` per sequence,
@@ -181,7 +181,7 @@ def image_grpo(
     trajectories_total: jax.Array,
     options: LossOptions,
 ) -> tuple[jax.Array, Metrics]:
-    """Clipped policy gradient on stochastic sampling steps (Flow-GRPO, arXiv 2505.05470, eq. 5).
+    """Computes the clipped loss on stochastic image steps (Flow-GRPO, arXiv 2505.05470, eq. 5).
 
     `max(-rho A, -clip(rho, 1 - c, 1 + c) A) + image_beta KL` with `rho = exp(new - old)` of the
     step's mean log-prob and A clipped to +-`advantage_clip`; mean over steps and trajectories.
@@ -227,7 +227,7 @@ def image_grpo(
 
 
 def k3_kl(new_logp: jax.Array, ref_logp: jax.Array, mask: jax.Array) -> jax.Array:
-    """Per-token KL estimate `exp(r) - r - 1`, `r = ref - new` (k3, arXiv 2402.03300, eq. 4).
+    """Estimates a token's KL by `exp(r) - r - 1`, `r = ref - new` (k3, arXiv 2402.03300, eq. 4).
 
     Args:
       new_logp, ref_logp: float32[B, T].
@@ -241,7 +241,7 @@ def k3_kl(new_logp: jax.Array, ref_logp: jax.Array, mask: jax.Array) -> jax.Arra
 
 
 def gaussian_kl(mean: jax.Array, mean_ref: jax.Array, std: jax.Array) -> jax.Array:
-    """KL of two transitions of equal spread: mean over the latent of `(m - m_ref)^2 / (2 std^2)`.
+    """Computes the KL of two transitions of equal spread: mean of `(m - m_ref)^2 / (2 std^2)`.
 
     As released by Flow-GRPO and AlphaGRPO, `std` is the diffusion coefficient, without `sqrt(-dt)`.
 
@@ -258,14 +258,14 @@ def gaussian_kl(mean: jax.Array, mean_ref: jax.Array, std: jax.Array) -> jax.Arr
 
 
 def top_entropy_mask(entropy: jax.Array, mask: jax.Array, *, fraction: float) -> jax.Array:
-    """Keeps the tokens whose entropy is in the top `fraction` of the update's (arXiv 2506.01939).
+    """Selects the tokens whose entropy is in the update's top `fraction` (arXiv 2506.01939).
 
     Call it once with all of an update's tokens, so that micro-batches do not change the choice.
 
     Args:
       entropy: float32[B, T].
       mask: bool[B, T].
-      fraction: share of the masked tokens to keep, in (0, 1]; ties at the threshold are kept.
+      fraction: share of the masked tokens to select, in (0, 1]; ties at the threshold are.
     Returns:
       bool[B, T], a subset of `mask`.
     """
@@ -279,7 +279,7 @@ def top_entropy_mask(entropy: jax.Array, mask: jax.Array, *, fraction: float) ->
 
 
 def merge_metrics(first: Mapping[str, jax.Array], second: Mapping[str, jax.Array]) -> Metrics:
-    """Metrics of two micro-batches as of one: the sum or the largest, by `metric_reductions`.
+    """Reduces the metrics of two micro-batches, by `metric_reductions`.
 
     Raises:
       ValueError: the two have different names.
@@ -295,14 +295,14 @@ def merge_metrics(first: Mapping[str, jax.Array], second: Mapping[str, jax.Array
 
 
 def _masked_difference(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
-    """`a - b` where the mask holds, else 0, so that padding never meets an exponential."""
+    """Returns `a - b` where the mask holds, else 0, so that padding never meets an exponential."""
     return jnp.where(mask, a - b, 0.0)
 
 
 def _clipped(
     log_ratio: jax.Array, advantage: jax.Array, low: float, high: float
 ) -> tuple[jax.Array, jax.Array]:
-    """PPO's pessimistic surrogate as a loss, and where clipping took the gradient (float32)."""
+    """Computes PPO's pessimistic surrogate as a loss, and where clipping took the gradient."""
     ratio = jnp.exp(log_ratio)
     plain = -ratio * advantage
     bounded = -jnp.clip(ratio, 1.0 - low, 1.0 + high) * advantage
@@ -310,6 +310,6 @@ def _clipped(
 
 
 def _share(terms: jax.Array, mask: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Sum of the masked terms over the update's denominator (at least 1)."""
+    """Divides the sum of the masked terms by the update's denominator (at least 1)."""
     total = jnp.sum(jnp.where(mask, terms, 0.0))
     return total / jnp.maximum(jnp.asarray(denominator, jnp.float32), 1.0)

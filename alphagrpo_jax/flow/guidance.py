@@ -9,7 +9,7 @@ from alphagrpo_jax.config import Guidance
 
 
 def is_active(guidance: Guidance, sigma: float) -> bool:
-    """Whether guidance applies at a static noise level: `lo < sigma <= hi`, in float32.
+    """Returns whether guidance applies at a static noise level: `lo < sigma <= hi`, in float32.
 
     Args:
       guidance: scales and interval.
@@ -20,7 +20,7 @@ def is_active(guidance: Guidance, sigma: float) -> bool:
 
 
 def active_mask(guidance: Guidance, sigma: jax.Array) -> jax.Array:
-    """`is_active` for a traced sigma, float32[...] -> bool[...]."""
+    """Computes `is_active` for a traced sigma, float32[...] -> bool[...]."""
     low, high = (jnp.float32(end) for end in guidance.interval)
     return guidance.uses_text & (sigma > low) & (sigma <= high)
 
@@ -28,7 +28,7 @@ def active_mask(guidance: Guidance, sigma: jax.Array) -> jax.Array:
 def combine(
     v: jax.Array, v_text: jax.Array | None, v_image: jax.Array | None, guidance: Guidance
 ) -> jax.Array:
-    """Guided velocity of one noise level inside the interval (BAGEL's two-condition guidance).
+    """Computes the guided velocity at a noise level, by BAGEL's guidance over two conditions.
 
     `global`, `channel`: `u = v_t + s_t (v - v_t)`; if `s_i > 1`: `u = v_i + s_i (u - v_i)`;
     result `u clip(|v| / (|u| + 1e-8), renorm_min, 1)`.
@@ -41,7 +41,7 @@ def combine(
       v_text: float[B, M, C] with the text dropped; unused (may be None) if `text_scale <= 1`.
       v_image: float[B, M, C] with the image dropped; unused (may be None) unless both scales
         exceed 1.
-      guidance: scales and renormalisation; its interval is the caller's affair.
+      guidance: scales and renormalisation; its interval is not applied here, see `is_active`.
     Returns:
       float32[B, M, C].
     """
@@ -59,7 +59,7 @@ def combine(
 
 
 def _add_image(u: jax.Array, v_image: jax.Array | None, guidance: Guidance) -> jax.Array:
-    """`v_i + s_i (u - v_i)`, or u where image guidance is off."""
+    """Adds image guidance: `v_i + s_i (u - v_i)`, or u where it is off."""
     if not guidance.uses_image:
         return u
     chex.assert_equal_shape([u, v_image])
@@ -68,7 +68,7 @@ def _add_image(u: jax.Array, v_image: jax.Array | None, guidance: Guidance) -> j
 
 
 def _renormalise(u: jax.Array, v: jax.Array, axes: tuple[int, ...], minimum: float) -> jax.Array:
-    """`u clip(|v| / (|u| + 1e-8), minimum, 1)`, norms over `axes`."""
+    """Computes `u clip(|v| / (|u| + 1e-8), minimum, 1)`, norms over `axes`."""
     ratio = _norm(v, axes) / (_norm(u, axes) + 1e-8)
     ratio = jnp.where(ratio < minimum, minimum, ratio)
     # Plain `where`, not `jnp.clip`: at a tie with the bound the whole gradient passes.
@@ -76,7 +76,7 @@ def _renormalise(u: jax.Array, v: jax.Array, axes: tuple[int, ...], minimum: flo
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Euclidean norm over `axes` (kept as size 1), with gradient 0 rather than NaN at 0."""
+    """Computes the Euclidean norm over `axes` (of size 1 then), with gradient 0, not NaN, at 0."""
     square = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)

@@ -1,10 +1,10 @@
-"""The schedule of noise levels that a sampler walks down."""
+"""The schedule of noise levels that a sampler follows."""
 
 import numpy as np
 
 
 def sigmas(num_points: int, *, shift: float = 3.0) -> np.ndarray:
-    """Noise levels from pure noise to the image, `num_points - 1` velocity evaluations.
+    """Computes noise levels from pure noise to the image, one more than velocity evaluations.
 
     `t_k = 1 - k / (N - 1)`, `sigma_k = shift t_k / (1 + (shift - 1) t_k)` (shift of arXiv
     2403.03206, eq. 23), rounded to float32 once, at the end.

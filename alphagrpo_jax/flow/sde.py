@@ -1,7 +1,7 @@
 """One sampling step: deterministic (ODE), Flow-SDE, or Flow-CPS, with transition log-probs.
 
 All arithmetic is float32 whatever the model's dtype. A log-prob here is the *mean* over a sample's
-latent elements (M x C), and leaves out the normalising constants, equal for all policies.
+latent elements (M x C), and leaves out the normalising constants, which are equal for all policies.
 `sigma` arguments are float32[] (one level for the batch) or float32[B].
 """
 
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 
-class Step(NamedTuple):
-    """Outcome of a stochastic step."""
+class StochasticStep(NamedTuple):
+    """Sample, mean and spread of a stochastic step."""
 
     next: jax.Array  # float32[B, M, C]
     mean: jax.Array  # float32[B, M, C]
@@ -22,7 +22,7 @@ class Step(NamedTuple):
 
 
 def ode_step(x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
-    """Euler step of the probability flow: `x + v (sigma_next - sigma)`.
+    """Takes an Euler step of the probability flow: `x + v (sigma_next - sigma)`.
 
     Args:
       x: float[B, M, C] latents at `sigma`.
@@ -32,11 +32,11 @@ def ode_step(x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array
       float32[B, M, C] latents at `sigma_next`.
     """
     x, v = _latents(x, v)
-    return x + v * _spread(jnp.float32(sigma_next) - jnp.float32(sigma))
+    return x + v * _per_row(jnp.float32(sigma_next) - jnp.float32(sigma))
 
 
 def sde_std(sigma: jax.Array, sigma_1: jax.Array, noise_level: float) -> jax.Array:
-    """Diffusion coefficient `a sqrt(sigma / (1 - sigma))` of Flow-SDE (Flow-GRPO, eq. 9).
+    """Computes Flow-SDE's diffusion coefficient `a sqrt(sigma / (1 - sigma))` (Flow-GRPO, eq. 9).
 
     At `sigma = 1` the denominator takes the schedule's second point `sigma_1` in place of sigma.
 
@@ -60,7 +60,7 @@ def sde_mean_std(
     sigma_1: jax.Array,
     noise_level: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and diffusion coefficient of a Flow-SDE transition (Flow-GRPO, eq. 9).
+    """Computes mean and diffusion coefficient of a Flow-SDE transition (Flow-GRPO, eq. 9).
 
     With `dt = sigma_next - sigma < 0`:
     `mean = x (1 + std^2 / (2 sigma) dt) + v (1 + std^2 (1 - sigma) / (2 sigma)) dt`.
@@ -80,7 +80,7 @@ def sde_mean_std(
     std = sde_std(sigma, sigma_1, noise_level)
     x_factor = 1.0 + jnp.square(std) / (2.0 * sigma) * dt
     v_factor = (1.0 + jnp.square(std) * (1.0 - sigma) / (2.0 * sigma)) * dt
-    return x * _spread(x_factor) + v * _spread(v_factor), std
+    return x * _per_row(x_factor) + v * _per_row(v_factor), std
 
 
 def sde_step(
@@ -91,8 +91,8 @@ def sde_step(
     sigma_1: jax.Array,
     noise_level: float,
     noise: jax.Array,
-) -> Step:
-    """Flow-SDE step `next = mean + std sqrt(-dt) noise`, see `sde_mean_std`.
+) -> StochasticStep:
+    """Samples a Flow-SDE step `next = mean + std sqrt(-dt) noise`, see `sde_mean_std`.
 
     Args:
       x, v, noise: float[B, M, C]; `noise` is standard normal.
@@ -101,13 +101,13 @@ def sde_step(
     chex.assert_equal_shape([x, v, noise])
     mean, std = sde_mean_std(x, v, sigma, sigma_next, sigma_1, noise_level)
     scale = std * jnp.sqrt(jnp.float32(sigma) - jnp.float32(sigma_next))
-    return Step(mean + _spread(scale) * noise.astype(jnp.float32), mean, std)
+    return StochasticStep(mean + _per_row(scale) * noise.astype(jnp.float32), mean, std)
 
 
 def sde_log_prob(
     next_x: jax.Array, mean: jax.Array, std: jax.Array, sigma: jax.Array, sigma_next: jax.Array
 ) -> jax.Array:
-    """Log-prob of a Flow-SDE transition: `mean of -(next - mean)^2 / (2 std^2 (-dt))`.
+    """Computes the log-prob of a Flow-SDE step: `mean of -(next - mean)^2 / (2 std^2 (-dt))`.
 
     Args:
       next_x: float[B, M, C] the latents that were sampled (a constant of the loss).
@@ -124,7 +124,7 @@ def sde_log_prob(
 def cps_mean_std(
     x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array, noise_level: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of a Flow-CPS (coefficients-preserving) transition.
+    """Computes mean and standard deviation of a Flow-CPS (coefficients-preserving) transition.
 
     With `s' = sigma_next`: `std = s' sin(a pi / 2)`, `x0 = x - sigma v`, `x1 = x + (1 - sigma) v`,
     `mean = (1 - s') x0 + sqrt(s'^2 - std^2) x1` (Flow-CPS, arXiv 2509.05952).
@@ -140,10 +140,10 @@ def cps_mean_std(
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma_next = jnp.asarray(sigma_next, jnp.float32)
     std = sigma_next * math.sin(noise_level * math.pi / 2)
-    x0 = x - _spread(sigma) * v
-    x1 = x + _spread(1.0 - sigma) * v
-    kept = jnp.sqrt(jnp.square(sigma_next) - jnp.square(std))
-    return _spread(1.0 - sigma_next) * x0 + _spread(kept) * x1, std
+    x0 = x - _per_row(sigma) * v
+    x1 = x + _per_row(1.0 - sigma) * v
+    x1_factor = jnp.sqrt(jnp.square(sigma_next) - jnp.square(std))
+    return _per_row(1.0 - sigma_next) * x0 + _per_row(x1_factor) * x1, std
 
 
 def cps_step(
@@ -153,8 +153,8 @@ def cps_step(
     sigma_next: jax.Array,
     noise_level: float,
     noise: jax.Array,
-) -> Step:
-    """Flow-CPS step `next = mean + std noise`, see `cps_mean_std`.
+) -> StochasticStep:
+    """Samples a Flow-CPS step `next = mean + std noise`, see `cps_mean_std`.
 
     Args:
       x, v, noise: float[B, M, C]; `noise` is standard normal.
@@ -162,11 +162,11 @@ def cps_step(
     """
     chex.assert_equal_shape([x, v, noise])
     mean, std = cps_mean_std(x, v, sigma, sigma_next, noise_level)
-    return Step(mean + _spread(std) * noise.astype(jnp.float32), mean, std)
+    return StochasticStep(mean + _per_row(std) * noise.astype(jnp.float32), mean, std)
 
 
 def cps_log_prob(next_x: jax.Array, mean: jax.Array) -> jax.Array:
-    """Log-prob of a Flow-CPS transition, without its variance: `mean of -(next - mean)^2`.
+    """Computes the log-prob of a Flow-CPS step, without its variance: `mean of -(next - mean)^2`.
 
     Args:
       next_x, mean: float[B, M, C].
@@ -178,13 +178,13 @@ def cps_log_prob(next_x: jax.Array, mean: jax.Array) -> jax.Array:
 
 
 def _latents(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays in float32, after checking that all are [B, M, C]."""
+    """Returns the arrays in float32, after checking that all are [B, M, C]."""
     chex.assert_rank(list(arrays), 3)
     chex.assert_equal_shape(list(arrays))
     return tuple(array.astype(jnp.float32) for array in arrays)
 
 
-def _spread(scalar: jax.Array) -> jax.Array:
-    """A factor of shape [] as it is, one of shape [B] as [B, 1, 1]."""
+def _per_row(scalar: jax.Array) -> jax.Array:
+    """Returns a factor of shape [] as it is, one of shape [B] as [B, 1, 1]."""
     chex.assert_rank(scalar, {0, 1})
     return scalar if scalar.ndim == 0 else scalar[:, None, None]

@@ -122,7 +122,7 @@ def step_levels(port: Port) -> np.ndarray:
     return sigmas(points, shift=port.fixture.number("c9.timesteps", r"shifted by ([\d.]+)"))
 
 
-def _step(prefix: str, step: sde.Step, score: jax.Array) -> Outputs:
+def _step(prefix: str, step: sde.StochasticStep, score: jax.Array) -> Outputs:
     return {
         f"{prefix}_std": step.std,
         f"{prefix}_mean": step.mean[0],

@@ -1,1 +1,1 @@
-"""Loops over policy functions: writing a text, drawing an image."""
+"""Sampling loops over the policy: texts, images and whole trajectories."""

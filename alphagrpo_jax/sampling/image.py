@@ -1,4 +1,4 @@
-"""Drawing an image: a deterministic walk down the schedule with a short stochastic window."""
+"""Samples images: ODE steps down the schedule, a short window of which is stochastic."""
 
 import functools
 from itertools import groupby
@@ -18,7 +18,7 @@ from alphagrpo_jax.types import ImageSample
 
 
 def noise_levels(options: ImageOptions) -> np.ndarray:
-    """Noise levels of the options' schedule, float32[num_points] from 1 to 0."""
+    """Returns the noise levels of the options' schedule, float32[num_points] from 1 to 0."""
     return schedule.sigmas(options.num_points, shift=options.shift)
 
 
@@ -34,10 +34,10 @@ def sample_image(
     grid: tuple[int, int],
     stochastic: bool = True,
 ) -> ImageSample:
-    """Draws one image per row; steps start .. start + J - 1 are stochastic, the others ODE.
+    """Samples one image per row; steps start .. start + J - 1 are stochastic, the others ODE.
 
-    The start is traced: every window runs through the same compiled code. Row i's image depends on
-    its own contexts, initial noise and key only.
+    The start is traced, so that every window runs through the same compiled code. Row i's image
+    depends on its own contexts, initial noise and key only.
 
     Args:
       model, params: the policy.
@@ -62,28 +62,29 @@ def sample_image(
         after = sde.ode_step(x, v, sigma, sigma_next)
         if not window:
             return after, ()
-        own = jnp.take(noise, jnp.clip(at - start, 0, window - 1), axis=1)
+        step_noise = jnp.take(noise, jnp.clip(at - start, 0, window - 1), axis=1)
         mean, std = transition(x, v, sigma, sigma_next, options=options)
         scale = std * jnp.sqrt(sigma - sigma_next) if options.sampler == "sde" else std
         in_window = (at >= start) & (at < start + window)
-        after = jnp.where(in_window, mean + scale * own, after)
+        after = jnp.where(in_window, mean + scale * step_noise, after)
         return after, (x, after, log_prob(after, mean, std, sigma, sigma_next, options=options))
 
     x, trails, at = initial, [], 0
-    for guided, run in groupby(levels[:-1], key=functools.partial(is_active, options.guidance)):
-        count = len(list(run))
+    # One scan per stretch of steps with and without guidance: only there are branches evaluated.
+    for guided, stretch in groupby(levels[:-1], key=functools.partial(is_active, options.guidance)):
+        count = len(list(stretch))
         steps = jnp.arange(at, at + count, dtype=jnp.int32)
         x, trail = jax.lax.scan(functools.partial(step, guided=guided), x, steps)
         trails.append(trail)
         at += count
     if not window:
-        nothing = jnp.zeros((x.shape[0], 0, *x.shape[1:]), jnp.float32)
-        return ImageSample(nothing, nothing, nothing[:, :, 0, 0], start, x)
+        no_steps = jnp.zeros((x.shape[0], 0, *x.shape[1:]), jnp.float32)
+        return ImageSample(no_steps, no_steps, no_steps[:, :, 0, 0], start, x)
     before, after, logp = (
         jnp.moveaxis(
-            jax.lax.dynamic_slice_in_dim(jnp.concatenate(parts), start, window, axis=0), 0, 1
+            jax.lax.dynamic_slice_in_dim(jnp.concatenate(arrays), start, window, axis=0), 0, 1
         )
-        for parts in zip(*trails, strict=True)
+        for arrays in zip(*trails, strict=True)
     )
     return ImageSample(before=before, after=after, log_prob=logp, start=start, latents=x)
 
@@ -97,10 +98,10 @@ def image_log_probs(
     options: ImageOptions,
     grid: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and means of a sample's stochastic steps, with the guidance they were drawn with.
+    """Computes log-probs and means of a sample's stochastic steps, guided as they were sampled.
 
     Args:
-      model, params: the policy that scores.
+      model, params: the policy whose log-probs they are.
       contexts: of B rows, merged.
       sample: the images.
       options: static.
@@ -110,26 +111,27 @@ def image_log_probs(
     """
     levels = jnp.asarray(noise_levels(options))
     lo, hi = options.window_range
-    possible = {is_active(options.guidance, sigma) for sigma in noise_levels(options)[lo:hi]}
-    guided = possible.pop() if len(possible) == 1 else None
+    # None, decided per row on the device, only where the window may lie on both sides.
+    decisions = {is_active(options.guidance, sigma) for sigma in noise_levels(options)[lo:hi]}
+    guided = decisions.pop() if len(decisions) == 1 else None
 
-    def step(_: None, each: tuple) -> tuple[None, tuple]:
-        x, after, at = each
+    def step(_: None, inputs: tuple) -> tuple[None, tuple]:
+        x, after, at = inputs
         sigma, sigma_next = levels[at], levels[at + 1]
         v = _velocity(model, params, contexts, x, sigma, options, grid, guided=guided)
         mean, std = transition(x, v, sigma, sigma_next, options=options)
         return None, (log_prob(after, mean, std, sigma, sigma_next, options=options), mean)
 
     at = sample.start + jnp.arange(options.window, dtype=jnp.int32)
-    pairs = (jnp.moveaxis(sample.before, 1, 0), jnp.moveaxis(sample.after, 1, 0), at)
-    _, (logp, mean) = jax.lax.scan(step, None, pairs)
+    inputs = (jnp.moveaxis(sample.before, 1, 0), jnp.moveaxis(sample.after, 1, 0), at)
+    _, (logp, mean) = jax.lax.scan(step, None, inputs)
     return jnp.moveaxis(logp, 0, 1), jnp.moveaxis(mean, 0, 1)
 
 
 def transition(
     x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array, *, options: ImageOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean float32[B, M, C] and std float32[] of one stochastic step of the chosen sampler."""
+    """Computes mean float32[B, M, C] and std float32[] of a stochastic step of the sampler."""
     if options.sampler == "cps":
         return sde.cps_mean_std(x, v, sigma, sigma_next, options.noise_level)
     second = jnp.float32(noise_levels(options)[1])
@@ -145,7 +147,7 @@ def log_prob(
     *,
     options: ImageOptions,
 ) -> jax.Array:
-    """float32[B] log-prob of the chosen sampler's step."""
+    """Computes the log-prob of the sampler's step, float32[B]."""
     if options.sampler == "cps":
         return sde.cps_log_prob(after, mean)
     return sde.sde_log_prob(after, mean, std, sigma, sigma_next)

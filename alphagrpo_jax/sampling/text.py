@@ -1,4 +1,4 @@
-"""Batched sampling of a text with a key/value cache, stopping when every row has ended."""
+"""Samples texts with a key/value cache, all rows at once, until every row has ended."""
 
 from typing import NamedTuple
 
@@ -14,15 +14,15 @@ from alphagrpo_jax.types import TextSample
 
 
 class _State(NamedTuple):
-    """What the loop carries; slot `step` of `tokens` is read next."""
+    """Carry of the loop; slot `step` of `tokens` is read next."""
 
     step: jax.Array  # int32[]
     cache: policy.DecodeCache
     tokens: jax.Array  # int32[B, T]
     log_prob: jax.Array  # float32[B, T], of the token in the same slot
     length: jax.Array  # int32[B], tokens so far, <|im_start|> included
-    sampled: jax.Array  # int32[B], tokens that were drawn
-    open: jax.Array  # bool[B], <|im_end|> not yet written
+    sampled: jax.Array  # int32[B], number of sampled tokens
+    open: jax.Array  # bool[B], <|im_end|> not yet sampled
     active: jax.Array  # bool[B], the slot `step` holds a token that the cache lacks
 
 
@@ -57,7 +57,7 @@ def sample_text(
     ctx = kv_cache.merge(kv_cache.broadcast(ctx, batch))
     end = model.config.tokens.im_end
     tokens = jnp.zeros((batch, length), jnp.int32).at[:, 0].set(model.config.tokens.im_start)
-    every = jnp.ones((batch,), bool)
+    all_rows = jnp.ones((batch,), bool)
     state = _State(
         step=jnp.zeros((), jnp.int32),
         cache=policy.init_decode(model, ctx, length),
@@ -65,8 +65,8 @@ def sample_text(
         log_prob=jnp.zeros((batch, length), jnp.float32),
         length=jnp.ones((batch,), jnp.int32),
         sampled=jnp.zeros((batch,), jnp.int32),
-        open=every,
-        active=every,
+        open=all_rows,
+        active=all_rows,
     )
 
     def step(state: _State) -> _State:
@@ -74,17 +74,17 @@ def sample_text(
         cache, logits = policy.decode_step(model, params, ctx, state.cache, token, state.active)
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
         log_p = jax.nn.log_softmax(scaled, axis=-1)
-        drawn = sample_tokens(log_p, keys, state.step, temperature=temperature, top_p=top_p)
-        picked = jnp.take_along_axis(log_p, drawn[:, None], axis=1)[:, 0]
+        token_ids = sample_tokens(log_p, keys, state.step, temperature=temperature, top_p=top_p)
+        token_log_p = jnp.take_along_axis(log_p, token_ids[:, None], axis=1)[:, 0]
         room = state.step < max_tokens
-        new = jnp.where(state.open, jnp.where(room, drawn, end), 0)
+        new = jnp.where(state.open, jnp.where(room, token_ids, end), 0)
         scored = state.open & room
         at = state.step + 1
         return _State(
             step=at,
             cache=cache,
-            tokens=_put(state.tokens, new, at),
-            log_prob=_put(state.log_prob, jnp.where(scored, picked, 0.0), at),
+            tokens=_set_column(state.tokens, new, at),
+            log_prob=_set_column(state.log_prob, jnp.where(scored, token_log_p, 0.0), at),
             length=state.length + state.open.astype(jnp.int32),
             sampled=state.sampled + scored.astype(jnp.int32),
             open=state.open & (new != end),
@@ -107,18 +107,20 @@ def sample_text(
 def sample_tokens(
     log_p: jax.Array, keys: jax.Array, step: jax.Array, *, temperature: jax.Array, top_p: float
 ) -> jax.Array:
-    """One token per row, int32[B], from log-probs float32[B, V]; row i uses key i and the step.
+    """Samples one token per row, int32[B], from log-probs float32[B, V], by key i and the step.
 
-    Only the tokens of the nucleus are drawn; temperature 0 takes the likeliest.
+    Only tokens of the nucleus are sampled; temperature 0 takes the likeliest.
     """
-    kept = log_p if top_p >= 1.0 else jnp.where(nucleus(log_p, top_p=top_p), log_p, -jnp.inf)
+    nucleus_log_p = (
+        log_p if top_p >= 1.0 else jnp.where(nucleus(log_p, top_p=top_p), log_p, -jnp.inf)
+    )
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-    drawn = jax.vmap(jax.random.categorical)(step_keys, kept)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(log_p, axis=-1)).astype(jnp.int32)
+    token_ids = jax.vmap(jax.random.categorical)(step_keys, nucleus_log_p)
+    return jnp.where(temperature > 0, token_ids, jnp.argmax(log_p, axis=-1)).astype(jnp.int32)
 
 
 def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
-    """The smallest set of likeliest tokens whose probability reaches `top_p`, and ties of the last.
+    """Returns the smallest set of likeliest tokens whose mass reaches `top_p`, ties included.
 
     A token is kept if the tokens strictly likelier than it, in sorted order, sum to less than
     `top_p`; the likeliest is always kept (Holtzman et al. 2020).
@@ -138,6 +140,6 @@ def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
     return log_p >= threshold
 
 
-def _put(array: jax.Array, column: jax.Array, at: jax.Array) -> jax.Array:
-    """`array[:, at] = column`; nothing where `at` lies beyond the end."""
+def _set_column(array: jax.Array, column: jax.Array, at: jax.Array) -> jax.Array:
+    """Sets `array[:, at] = column`; does nothing where `at` lies beyond the end."""
     return array.at[:, at].set(column, mode="drop")

@@ -1,6 +1,7 @@
-"""Stage 2: runs a task's events over its contexts, writing texts and drawing images."""
+"""Samples trajectories: a task's events over its contexts, texts and images in order."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -42,7 +43,7 @@ Inputs = tuple[TextBlock | ImageBlock, ...]
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSpec:
-    """What a rollout compiles for; hashable, a static argument of jit."""
+    """Everything that a rollout is compiled for; hashable, a static argument of jit."""
 
     plan: Plan
     system_tokens: tuple[int, ...]  # ids of the system prompt with its delimiters; may be empty
@@ -63,7 +64,7 @@ def sample_trajectories(
     *,
     spec: RolloutSpec,
 ) -> tuple[Rollout, jax.Array | None]:
-    """Draws `rows_per_prompt` trajectories for each of P prompts: `prefill`, then `generate`.
+    """Samples `rows_per_prompt` trajectories for each of P prompts: `prefill`, then `generate`.
 
     A trajectory depends on its own inputs, its number in the update and the key; not on how the
     update is cut into calls.
@@ -78,15 +79,15 @@ def sample_trajectories(
       temperature: float32[], of texts; 0 is greedy.
       spec: static.
     Returns:
-      The trajectories, and uint8[B, Hpx, Wpx, 3], what the last image step drew, if any.
+      The trajectories, and uint8[B, Hpx, Wpx, 3], the images of the last image step, if any.
     """
     params = sampling_params(params, merge_lora=spec.options.merge_lora)
-    given = prefill(model, params, inputs, spec=spec)
-    return generate(model, params, given, key, first, start, temperature, spec=spec)
+    prefix = prefill(model, params, inputs, spec=spec)
+    return generate(model, params, prefix, key, first, start, temperature, spec=spec)
 
 
 def sampling_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.PolicyParams:
-    """The weights that rollouts use: adapters folded into a copy of the base, or as they are."""
+    """Returns the weights of rollouts: adapters folded into a copy of the base, or unchanged."""
     if not merge_lora or params.lora is None:
         return params
     return policy.PolicyParams(base=lora.merge(params.base, params.lora, params.lora_scale))
@@ -99,10 +100,10 @@ def prefill(
     *,
     spec: RolloutSpec,
 ) -> Rollout:
-    """What is given, before anything is generated: B = P * rows_per_prompt rows without samples.
+    """Computes the contexts of the inputs: B = P * rows_per_prompt rows without samples.
 
-    What is the same for all prompts is computed once, what is a prompt's once per prompt; pieces
-    of generated events are None.
+    What all prompts share is computed once, what belongs to a prompt once per prompt; pieces of
+    generated events are None.
     """
     plan, group = spec.plan, spec.rows_per_prompt
     pieces: list[Piece | None] = [None] * len(plan.nodes)
@@ -110,18 +111,18 @@ def prefill(
         if node.level != "trajectory":
             block = _block(plan, node, inputs, (), spec.system_tokens)
             pieces[index] = _extend(model, params, pieces, node, block)
-    repeated = (
+    per_row = (
         piece if piece is None or node.level == "shared" else repeat_rows(piece, group)
         for piece, node in zip(pieces, plan.nodes, strict=True)
     )
-    per_row = tuple(repeat_rows(block, group) for block in inputs)
-    return Rollout(inputs=per_row, pieces=tuple(repeated), texts=(), images=())
+    row_inputs = tuple(repeat_rows(block, group) for block in inputs)
+    return Rollout(inputs=row_inputs, pieces=tuple(per_row), texts=(), images=())
 
 
 def generate(
     model: Bagel,
     params: policy.PolicyParams,
-    given: Rollout,
+    prefix: Rollout,
     key: jax.Array,
     first: jax.Array,
     start: jax.Array,
@@ -129,21 +130,21 @@ def generate(
     *,
     spec: RolloutSpec,
 ) -> tuple[Rollout, jax.Array | None]:
-    """The task's steps over what `prefill` has made; see `sample_trajectories`."""
+    """Runs the task's steps over the contexts of `prefill`; see `sample_trajectories`."""
     plan, grid = spec.plan, spec.grid
-    pieces = list(given.pieces)
-    rows = first + jnp.arange(row_count(given.inputs), dtype=jnp.int32)
+    pieces = list(prefix.pieces)
+    rows = first + jnp.arange(row_count(prefix.inputs), dtype=jnp.int32)
     texts: list[TextSample] = []
     images: list[ImageSample] = []
-    drawn: dict[int, ImageBlock] = {}  # by event
+    image_blocks: dict[int, ImageBlock] = {}  # by event
 
     def fill(nodes: tuple[int, ...]) -> None:
-        """Computes the pieces of what was given or generated after the first step."""
+        """Computes the pieces of inputs and samples that come after the first step."""
         for index in nodes:
             if pieces[index] is None:
                 node = plan.nodes[index]
-                block = drawn.get(node.event) or _block(
-                    plan, node, given.inputs, tuple(texts), spec.system_tokens
+                block = image_blocks.get(node.event) or _block(
+                    plan, node, prefix.inputs, tuple(texts), spec.system_tokens
                 )
                 pieces[index] = _extend(model, params, pieces, node, block)
 
@@ -152,8 +153,8 @@ def generate(
         if step.kind == IMAGE:
             images.append(_sample_image(model, params, step, pieces, key, rows, start, spec))
             if step.node is not None:
-                shown = pixels(model, params, images[-1].latents, grid)
-                drawn[step.event] = image_block(model, shown)
+                image_pixels = pixels(model, params, images[-1].latents, grid)
+                image_blocks[step.event] = image_block(model, image_pixels)
             continue
         ctx = context(pieces, step.gen, rows.shape[0])
         sample, after = text.sample_text(
@@ -169,9 +170,9 @@ def generate(
         if step.node is not None:
             pieces[step.node] = Piece(after.segments[-1:], after.rope - ctx.rope)
     fill(tuple(range(len(plan.nodes))))
-    done = given.replace(pieces=tuple(pieces), texts=tuple(texts), images=tuple(images))
-    shown = pixels(model, params, images[-1].latents, grid) if images else None
-    return done, shown
+    rollout = prefix.replace(pieces=tuple(pieces), texts=tuple(texts), images=tuple(images))
+    last_images = pixels(model, params, images[-1].latents, grid) if images else None
+    return rollout, last_images
 
 
 def rebuild(
@@ -183,10 +184,10 @@ def rebuild(
     system_tokens: tuple[int, ...],
     grid: tuple[int, int],
 ) -> tuple[Piece, ...]:
-    """The context pieces of given trajectories under other parameters, from their tokens.
+    """Computes the context pieces of trajectories again from their tokens, under other parameters.
 
-    Used where the context takes part in the gradient, and for the reference policy. The pixels
-    of generated images are constants.
+    Used where the context takes part in the gradient, and for the reference policy. The pixels of
+    generated images are constants.
 
     Args:
       grid: rows and columns of an image's latent tokens.
@@ -204,36 +205,36 @@ def rebuild(
 
 
 def image_block(model: Bagel, images: jax.Array) -> ImageBlock:
-    """Generated images uint8[B, Hpx, Wpx, 3] as a context takes them up.
+    """Prepares generated images uint8[B, Hpx, Wpx, 3] for a context.
 
-    Where the ViT wants another size they are resized on the device: cubic and antialiased as a
-    user's image is by Pillow, equal to it within a few levels of 255.
+    For the ViT they are resized on the device where its size differs: cubic and antialiased as
+    Pillow resizes a user's image, equal to it within a few levels of 255.
     """
     rows, height, width, _ = images.shape
     wide, high = fitted_size(width, height, model.config.vit_transform)
-    seen = images
+    vit_images = images
     if (high, wide) != (height, width):
         floats = jax.image.resize(
             images.astype(jnp.float32), (rows, high, wide, 3), "cubic", antialias=True
         )
-        seen = jnp.clip(jnp.round(floats), 0, 255).astype(jnp.uint8)
-    return ImageBlock(images, seen)
+        vit_images = jnp.clip(jnp.round(floats), 0, 255).astype(jnp.uint8)
+    return ImageBlock(images, vit_images)
 
 
 def context(pieces: list[Piece] | tuple[Piece, ...], nodes: tuple[int, ...], rows: int) -> Context:
-    """The context made of the given nodes' pieces, for `rows` rows."""
+    """Joins the pieces of some nodes into a context of `rows` rows."""
     ctx = kv_cache.empty(rows)
     for index in nodes:
         piece = pieces[index]
-        own = kv_cache.broadcast(Context(piece.segments, piece.advance), rows)
-        ctx = Context((*ctx.segments, *own.segments), ctx.rope + own.rope)
+        added = kv_cache.broadcast(Context(piece.segments, piece.advance), rows)
+        ctx = Context((*ctx.segments, *added.segments), ctx.rope + added.rope)
     return ctx
 
 
 def guidance_contexts(
     pieces: list[Piece] | tuple[Piece, ...], step: PlannedStep, rows: int
 ) -> GuidanceContexts:
-    """The three contexts of an image step, each merged into one segment."""
+    """Joins the three contexts of an image step, each merged into one segment."""
     return GuidanceContexts(
         *(
             kv_cache.merge(context(pieces, nodes, rows))
@@ -245,13 +246,13 @@ def guidance_contexts(
 def pixels(
     model: Bagel, params: policy.PolicyParams, latents: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-    """Latents float32[B, M, C] -> uint8[B, Hpx, Wpx, 3], truncated as the official decoder does."""
+    """Decodes latents float32[B, M, C] to uint8[B, Hpx, Wpx, 3], truncated as officially."""
     images = policy.decode_latents(model, params, latents, grid)
     return ((images * 0.5 + 0.5) * 255.0).astype(jnp.uint8)
 
 
 def repeat_rows(tree: Any, count: int) -> Any:
-    """Every row `count` times in a row."""
+    """Repeats every row `count` times, one after the other."""
     return map_rows(lambda axis, x: jnp.repeat(x, count, axis=axis), tree)
 
 
@@ -262,7 +263,7 @@ def _block(
     texts: tuple[TextSample, ...],
     system_tokens: tuple[int, ...],
 ) -> TextBlock | ImageBlock:
-    """What an event adds to a context: an input, or a text that was generated."""
+    """Returns what an event adds to a context: an input, or a sampled text."""
     if node.kind == SYSTEM:
         tokens = jnp.asarray(system_tokens, jnp.int32)[None]
         return TextBlock(tokens, jnp.ones(tokens.shape, bool))
@@ -280,20 +281,22 @@ def _extend(
     node: Node,
     block: TextBlock | ImageBlock,
 ) -> Piece:
+    """Computes the piece that a block adds to a node's context."""
     before = context(pieces, node.before, row_count((block,)))
     if isinstance(block, TextBlock):
         after, _ = policy.extend_text(model, params, before, block.tokens, block.mask)
     elif node.kind == SEEN_IMAGE:
-        patches = patchify(_floats(block.seen), model.config.vit.patch_size)
+        patches = patchify(_to_signed_unit(block.seen), model.config.vit.patch_size)
         grid = model.config.vit_grid(*block.seen.shape[1:3])
         after = policy.extend_vit(model, params, before, patches, grid)
     else:
-        images = (_floats(block.pixels), _floats(block.seen))
+        images = (_to_signed_unit(block.pixels), _to_signed_unit(block.seen))
         after = policy.extend_image(model, params, before, *images)
     return Piece(after.segments[len(before.segments) :], after.rope - before.rope)
 
 
-def _floats(images: jax.Array) -> jax.Array:
+def _to_signed_unit(images: jax.Array) -> jax.Array:
+    """Scales uint8 pixels to float32 in [-1, 1]."""
     return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
@@ -307,14 +310,17 @@ def _sample_image(
     start: jax.Array,
     spec: RolloutSpec,
 ) -> ImageSample:
+    """Samples the images of one step, each from its trajectory's own keys."""
     chex.assert_rank([rows, start], [1, 0])
     (high, wide), width = spec.grid, model.config.latent_width
+    # The number in the update, or that of the group, whose members then start from the same noise.
     owners = rows // spec.rows_per_prompt if spec.options.shared_noise else rows
     initial_keys, noise_keys = jax.random.split(jax.random.fold_in(key, step.event))
     initial_keys = jax.vmap(jax.random.fold_in, (None, 0))(initial_keys, owners)
     noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_keys, rows)
     shape = (high * wide, width)
-    initial = jax.vmap(lambda each: jax.random.normal(each, shape, jnp.float32))(initial_keys)
+    sample_noise = functools.partial(jax.random.normal, shape=shape, dtype=jnp.float32)
+    initial = jax.vmap(sample_noise)(initial_keys)
     contexts = guidance_contexts(pieces, step, rows.shape[0])
     return image.sample_image(
         model,
@@ -330,10 +336,10 @@ def _sample_image(
 
 
 def step_options(options: RolloutOptions, step: PlannedStep) -> RolloutOptions:
-    """The options of one image step: behind another image, guidance is that of edits."""
+    """Returns the options of one image step: behind another image, guidance is that of edits."""
     return dataclasses.replace(options, guidance=options.edit_guidance) if step.edits else options
 
 
 def _row_keys(key: jax.Array, rows: jax.Array, event: int) -> jax.Array:
-    """One key per trajectory for one event, typed key[B]."""
+    """Derives one key per trajectory for one event, typed key[B]."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, event), rows)

@@ -1,7 +1,7 @@
-"""Stage 6: scores stored trajectories, and takes one optimizer step on the GRPO loss.
+"""Log-probs of stored trajectories, the gradient of the GRPO loss, and the optimizer step.
 
 An update is: `forward` of each micro-batch for the old log-probs; then, per micro-batch, `forward`
-and `backward`; then `apply`. Each is jitted once, in the command.
+and `backward`; then `apply`. Each is jitted once, in `training.steps`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import optax
 from flax import traverse_util
 
 from alphagrpo_jax import loss, policy
-from alphagrpo_jax.config import LossOptions
+from alphagrpo_jax.config import LoraOptions, LossOptions, TrainOptions
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.runtime.errors import UsageError
@@ -40,7 +40,7 @@ from alphagrpo_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
-    """What an update compiles for; hashable, a static argument of jit."""
+    """Everything that an update is compiled for; hashable, a static argument of jit."""
 
     rollout: RolloutSpec  # of the trajectories
     loss: LossOptions
@@ -55,7 +55,7 @@ class UpdateSpec:
 
 
 class LossNormalizers(NamedTuple):
-    """What a micro-batch has to know of the whole update."""
+    """Batch-wide normalizers shared by all micro-batches."""
 
     tokens: jax.Array  # float32[K], trained tokens of each text step of valid trajectories
     trajectories: jax.Array  # float32[], valid ones
@@ -63,7 +63,7 @@ class LossNormalizers(NamedTuple):
 
 
 def policy_params(base: dict, trainable: Any, *, lora_scale: float | None) -> policy.PolicyParams:
-    """The policy's weights from the frozen and the trained part.
+    """Puts the policy's weights together from the frozen and the trained part.
 
     Args:
       base: the pretrained parameters.
@@ -76,31 +76,29 @@ def policy_params(base: dict, trainable: Any, *, lora_scale: float | None) -> po
     return policy.PolicyParams(base=traverse_util.unflatten_dict(flat))
 
 
-def init_trainable(
-    base: dict, key: jax.Array, *, rank: int, targets: str, full_targets: str | None
-) -> Any:
-    """What is trained at the start: fresh adapters, or float32 copies of a part of the base.
+def init_trainable(base: dict, key: jax.Array, adapters: LoraOptions, options: TrainOptions) -> Any:
+    """Makes what is trained: fresh adapters, or float32 copies of a part of the base.
 
     Args:
       base: parameter tree.
       key: typed key, for the adapters.
-      rank, targets: of the adapters.
-      full_targets: regex over whole parameter paths; None: adapters.
+      adapters: rank and targets of the adapters.
+      options: which of the two, and a regex over whole parameter paths for the second.
     Raises:
-      ValueError: nothing matches.
+      UsageError: nothing matches.
     """
-    if full_targets is None:
-        return lora.init(key, base, targets, rank=rank)
+    if options.trainable == "lora":
+        return lora.init(key, base, adapters.targets, rank=adapters.rank)
     flat = traverse_util.flatten_dict(base, sep="/")
     chosen = {
         path: jnp.array(leaf, jnp.float32)
         for path, leaf in sorted(flat.items())
-        if re.fullmatch(full_targets, path)
+        if re.fullmatch(options.full_targets, path)
     }
     if not chosen:
         raise UsageError(
-            f"train.full_targets={full_targets!r} matches none of {len(flat)} parameter paths, "
-            f"e.g. {sorted(flat)[:3]}"
+            f"train.full_targets: got {options.full_targets!r}, which matches none of {len(flat)} "
+            f"parameter paths; expected a match, e.g. of {sorted(flat)[:3]}"
         )
     return traverse_util.unflatten_dict(chosen, sep="/")
 
@@ -108,7 +106,7 @@ def init_trainable(
 def log_probs(
     model: Bagel, params: policy.PolicyParams, trajectories: Rollout, *, spec: UpdateSpec
 ) -> LogProbs:
-    """Log-probs of all text and image steps of B trajectories, in their stored contexts.
+    """Computes log-probs of all text and image steps of B trajectories, in their stored contexts.
 
     The stored contexts are constants; with `rebuild_contexts` they are computed again here, so
     that the gradient flows through them.
@@ -147,8 +145,8 @@ def log_probs(
         for step in plan.image_steps
     ]
     return LogProbs(
-        text_log_prob=tuple(each.log_prob for each in texts),
-        text_entropy=tuple(each.entropy for each in texts),
+        text_log_prob=tuple(step.log_prob for step in texts),
+        text_entropy=tuple(step.entropy for step in texts),
         image_log_prob=tuple(logp for logp, _ in images),
         image_mean=tuple(mean for _, mean in images),
     )
@@ -158,12 +156,12 @@ def forward(
     trainable: Any,
     base: dict,
     trajectories: Rollout,
-    part: jax.Array,
+    micro_batch: jax.Array,
     *,
     model: Bagel,
     spec: UpdateSpec,
 ) -> tuple[LogProbs, Callable]:
-    """Scores one micro-batch, and what its backward pass needs.
+    """Computes a micro-batch's log-probs, and the function that its backward pass needs.
 
     Old and new log-probs both come from this one function, compiled once: before the first step
     of a batch they are the same bits, so that the first ratio is exactly 1.
@@ -171,27 +169,27 @@ def forward(
     Args:
       trainable, base: the policy.
       trajectories: of the whole update.
-      part: int32[], which micro-batch.
+      micro_batch: int32[], its number.
       model, spec: static.
     Returns:
-      The scores, and the function from their cotangents to the gradient (a pytree).
+      The log-probs, and the function from their cotangents to the gradient (a pytree).
     """
-    micro = take_micro_batch(trajectories, part, spec.micro_batches, shared=spec.plan.shared)
+    rows = take_micro_batch(trajectories, micro_batch, spec.micro_batches, shared=spec.plan.shared)
 
-    def scores(tree: Any) -> LogProbs:
-        params = policy_params(base, tree, lora_scale=spec.lora_scale)
-        return log_probs(model, params, micro, spec=spec)
+    def compute(trainable: Any) -> LogProbs:
+        params = policy_params(base, trainable, lora_scale=spec.lora_scale)
+        return log_probs(model, params, rows, spec=spec)
 
-    return jax.vjp(scores, trainable)
+    return jax.vjp(compute, trainable)
 
 
 def reference_log_probs(
-    base: dict, trajectories: Rollout, part: jax.Array, *, model: Bagel, spec: UpdateSpec
+    base: dict, trajectories: Rollout, micro_batch: jax.Array, *, model: Bagel, spec: UpdateSpec
 ) -> LogProbs:
-    """Scores of a micro-batch under the base alone, in contexts that it builds from the tokens."""
-    micro = take_micro_batch(trajectories, part, spec.micro_batches, shared=spec.plan.shared)
+    """Computes a micro-batch's log-probs under the base, in contexts built from the tokens."""
+    rows = take_micro_batch(trajectories, micro_batch, spec.micro_batches, shared=spec.plan.shared)
     rebuilt = dataclasses.replace(spec, rebuild_contexts=True)
-    return log_probs(model, policy.PolicyParams(base=base), micro, spec=rebuilt)
+    return log_probs(model, policy.PolicyParams(base=base), rows, spec=rebuilt)
 
 
 def backward(
@@ -200,33 +198,33 @@ def backward(
     old: LogProbs | None,
     reference: LogProbs | None,
     batch: UpdateBatch,
-    part: jax.Array,
+    micro_batch: jax.Array,
     totals: LossNormalizers,
     weight: jax.Array,
     *,
     spec: UpdateSpec,
 ) -> tuple[Any, loss.Metrics]:
-    """A micro-batch's share of the gradient and of the metrics.
+    """Computes a micro-batch's share of the gradient and of the metrics.
 
     Args:
-      pullback, new: from `forward` of the same part.
-      old: scores of this part before the first step of the batch; None: `new` itself.
-      reference: of this part, if the loss has a KL term.
+      pullback, new: from `forward` of the same micro-batch.
+      old: its log-probs before the first step of the batch; None: `new` itself.
+      reference: its log-probs under the base, if the loss has a KL term.
       batch: of the whole update.
-      part: int32[].
+      micro_batch: int32[], its number.
       totals: from `count_normalizers`, over all batches of this task in the update.
       weight: float32[], the task's share of the update's trajectories: 1 unless the update holds
         several tasks. Scales the gradient, not the metrics.
       spec: static.
     """
-    micro = take_micro_batch(batch, part, spec.micro_batches, shared=spec.plan.shared)
+    rows = take_micro_batch(batch, micro_batch, spec.micro_batches, shared=spec.plan.shared)
     old = jax.lax.stop_gradient(new) if old is None else old
 
-    def share(scores: LogProbs) -> tuple[jax.Array, loss.Metrics]:
-        own, metrics = micro_loss(scores, old, reference, micro, totals, spec=spec)
-        return weight * own, metrics
+    def weighted_share(new: LogProbs) -> tuple[jax.Array, loss.Metrics]:
+        share, metrics = micro_loss(new, old, reference, rows, totals, spec=spec)
+        return weight * share, metrics
 
-    cotangents, metrics = jax.grad(share, has_aux=True)(new)
+    cotangents, metrics = jax.grad(weighted_share, has_aux=True)(new)
     (gradient,) = pullback(cotangents)
     return gradient, metrics
 
@@ -238,16 +236,16 @@ def apply(
     *,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, loss.Metrics]:
-    """One optimizer step. A loss or gradient that is not finite leaves the state as it was;
-    `update/finite` tells.
+    """Takes one optimizer step.
+
+    A loss or gradient that is not finite leaves the state as it was, and `update/finite` at 0.
     """
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-    moved = (optax.apply_updates(state.trainable, updates), opt_state)
-    trainable, opt_state = jax.tree.map(
-        lambda new, same: jnp.where(finite, new, same), moved, (state.trainable, state.opt_state)
-    )
+    after = (optax.apply_updates(state.trainable, updates), opt_state)
+    before = (state.trainable, state.opt_state)
+    trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     metrics = metrics | {"update/grad_norm": norm, "update/finite": finite.astype(jnp.float32)}
     return state.replace(trainable=trainable, opt_state=opt_state), metrics
 
@@ -255,39 +253,35 @@ def apply(
 def accumulate(
     first: tuple[Any, loss.Metrics], second: tuple[Any, loss.Metrics]
 ) -> tuple[Any, loss.Metrics]:
-    """Gradients and metrics of two micro-batches as of one."""
+    """Adds the gradients of two micro-batches, and reduces their metrics."""
     gradient = jax.tree.map(jnp.add, first[0], second[0])
     return gradient, loss.merge_metrics(first[1], second[1])
 
 
 def take_micro_batch(
-    tree: Any, part: jax.Array, parts: int, *, shared: tuple[int, ...] = ()
+    tree: Any, number: jax.Array, count: int, *, shared: tuple[int, ...] = ()
 ) -> Any:
-    """Rows part, part + parts, part + 2 parts, ... of a batch.
+    """Takes rows number, number + count, number + 2 count, ... of a batch."""
 
-    Strided, so that on a mesh every device holds its share of each micro-batch already.
-    """
+    # Strided, so that on a mesh every device holds its share of each micro-batch already.
+    def take_rows(axis: int, x: jax.Array) -> jax.Array:
+        strided = (*x.shape[:axis], x.shape[axis] // count, count, *x.shape[axis + 1 :])
+        return jax.lax.dynamic_index_in_dim(x.reshape(strided), number, axis + 1, keepdims=False)
 
-    def one(axis: int, x: jax.Array) -> jax.Array:
-        cut = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
-        return jax.lax.dynamic_index_in_dim(x.reshape(cut), part, axis + 1, keepdims=False)
-
-    return map_rows(one, tree, shared=shared)
+    return map_rows(take_rows, tree, shared=shared)
 
 
-def join_entropy(scores: list[LogProbs]) -> tuple[jax.Array, ...]:
-    """Entropies float32[B, T - 1] of each text step, from the scores of all parts."""
-    stacked = [
-        jnp.stack(parts, axis=1)
-        for parts in zip(*(each.text_entropy for each in scores), strict=True)
-    ]
-    return tuple(each.reshape(-1, each.shape[-1]) for each in stacked)
+def join_entropy(micro_batches: list[LogProbs]) -> tuple[jax.Array, ...]:
+    """Joins the entropies of all micro-batches, float32[B, T - 1] per text step, rows in order."""
+    entropies = zip(*(log_probs.text_entropy for log_probs in micro_batches), strict=True)
+    strided = [jnp.stack(step_entropy, axis=1) for step_entropy in entropies]
+    return tuple(rows.reshape(-1, rows.shape[-1]) for rows in strided)
 
 
 def count_normalizers(
     batch: UpdateBatch, entropy: tuple[jax.Array, ...] | None, *, spec: UpdateSpec
 ) -> LossNormalizers:
-    """The denominators of the means over a batch.
+    """Counts the denominators of the means over a batch.
 
     Args:
       batch: of the whole update, or its trajectories of one task.
@@ -315,22 +309,24 @@ def micro_loss(
     new: LogProbs,
     old: LogProbs,
     reference: LogProbs | None,
-    micro: UpdateBatch,
+    micro_batch: UpdateBatch,
     totals: LossNormalizers,
     *,
     spec: UpdateSpec,
 ) -> tuple[jax.Array, loss.Metrics]:
-    """A micro-batch's share of the update's loss, as a function of the new scores."""
-    trajectories, own, plan = micro.rollout, spec.loss, spec.plan
-    text_kl, image_kl = (own.report_kl or beta > 0 for beta in (own.text_beta, own.image_beta))
-    text_trained, image_trained = own.text != "none", own.image != "none"
+    """Computes a micro-batch's share of the update's loss, a function of the new log-probs."""
+    trajectories, options, plan = micro_batch.rollout, spec.loss, spec.plan
+    text_kl, image_kl = (
+        options.report_kl or beta > 0 for beta in (options.text_beta, options.image_beta)
+    )
+    text_trained, image_trained = options.text != "none", options.image != "none"
     texts = [
         loss.TextTerms(
             new_logp=new.text_log_prob[k],
             old_logp=old.text_log_prob[k],
-            # An entropy of NaN counts.
+            # Not `>=`: tokens whose entropy is NaN count too.
             mask=sample.scored & ~(old.text_entropy[k] < totals.entropy_threshold[k]),
-            advantage=micro.advantage,
+            advantage=micro_batch.advantage,
             entropy=jax.lax.stop_gradient(new.text_entropy[k]),
             ref_logp=reference.text_log_prob[k] if text_kl else None,
         )
@@ -340,21 +336,21 @@ def micro_loss(
         loss.ImageTerms(
             new_logp=new.image_log_prob[k],
             old_logp=old.image_log_prob[k],
-            advantage=micro.image_advantage,
+            advantage=micro_batch.image_advantage,
             kl=_image_kl(k, new, reference, trajectories, spec) if image_kl else None,
         )
         for k in range(len(plan.image_steps) if image_trained else 0)
     ]
-    followed = [spec.rollout.options.window if image_trained else 0] * len(plan.text_steps)
-    counts = [max(1, n * drawn) for n, drawn in zip(followed, plan.followed_by_image, strict=True)]
+    image_steps = spec.rollout.options.window if image_trained else 0
+    counts = [max(1, image_steps * followed) for followed in plan.followed_by_image]
     share, metrics = loss.grpo_loss(
         texts,
         images,
-        micro.valid,
+        micro_batch.valid,
         text_counts=counts if text_trained else (),
         text_tokens_total=totals.tokens,
         trajectories_total=totals.trajectories,
-        options=spec.loss,
+        options=options,
     )
     return share, metrics | {"logp/rollout_update_max_abs_diff": _sampler_gap(old, trajectories)}
 
@@ -366,20 +362,20 @@ def _image_kl(
     trajectories: Rollout,
     spec: UpdateSpec,
 ) -> jax.Array:
-    """KL to the reference of every stochastic step of an image, float32[B, J]."""
+    """Computes the KL to the reference of an image's stochastic steps, float32[B, J]."""
     options = spec.rollout.options
     sample, levels = trajectories.images[index], jnp.asarray(image.noise_levels(options))
     columns = []
     for j in range(options.window):
         x, at = sample.before[:, j], sample.start + j
         _, std = image.transition(x, x, levels[at], levels[at + 1], options=options)
-        pair = (new.image_mean[index][:, j], reference.image_mean[index][:, j])
-        columns.append(loss.gaussian_kl(*pair, std))
+        means = (new.image_mean[index][:, j], reference.image_mean[index][:, j])
+        columns.append(loss.gaussian_kl(*means, std))
     return jnp.stack(columns, axis=1)
 
 
 def _sampler_gap(old: LogProbs, trajectories: Rollout) -> jax.Array:
-    """Largest difference between the sampler's own log-probs and the update's, float32[]."""
+    """Computes the largest difference of the sampler's log-probs and the update's, float32[]."""
     gaps = [
         jnp.max(jnp.where(sample.scored, jnp.abs(sample.log_prob - logp), 0.0))
         for sample, logp in zip(trajectories.texts, old.text_log_prob, strict=True)

@@ -13,7 +13,7 @@ GEN_EXPERT = r"_moe_gen/|(^|/)(vae2llm|llm2vae|time_embedder)/"  # paths of the 
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
-    """AdamW after clipping the global gradient norm, with the rates of `make_schedule`.
+    """Makes AdamW behind clipping of the global gradient norm, with the rates of `make_schedule`.
 
     `gen_scale` multiplies the steps of the image expert's parameters.
     """
@@ -31,8 +31,10 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
 
 
 def make_schedule(options: OptimizerOptions) -> optax.Schedule:
-    """The rate by the number of applied updates: up linearly from zero over `warmup_steps`, so that
-    the first has rate zero, and, if `decay_steps` > 0, down linearly to zero at `decay_steps`.
+    """Makes the learning rate a function of the number of applied updates.
+
+    It rises linearly from zero over `warmup_steps`, so that the first update has rate zero, and, if
+    `decay_steps` > 0, falls linearly to zero at `decay_steps`.
     """
     rate, rising = options.learning_rate, options.warmup_steps
     schedule: optax.Schedule = optax.constant_schedule(rate)
@@ -45,14 +47,16 @@ def make_schedule(options: OptimizerOptions) -> optax.Schedule:
 
 
 def next_rate(opt_state: Any, *, schedule: optax.Schedule) -> jax.Array:
-    """The learning rate of the next applied update, float32[], by the state of `make_optimizer`."""
+    """Returns the next applied update's learning rate, float32[], by `make_optimizer`'s state."""
     count = optax.tree.get(opt_state, "ScaleByScheduleState").count
     return jnp.asarray(schedule(count), jnp.float32)
 
 
 def _is_gen(tree: Any) -> Any:
-    def one(path: tuple, _: jax.Array) -> bool:
+    """Marks the leaves of the image expert, a tree of bool."""
+
+    def is_gen(path: tuple, _: jax.Array) -> bool:
         name = "/".join(str(entry.key) for entry in path)
         return re.search(GEN_EXPERT, name) is not None
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(is_gen, tree)

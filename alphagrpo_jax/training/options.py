@@ -1,6 +1,6 @@
-"""The static arguments of jitted functions, from a configuration and a task.
+"""Static arguments of jitted functions, from a configuration and a task.
 
-Each is sections of the configuration, changed by what the task or the occasion says, and beside
+Each holds sections of the configuration, changed where the task or the occasion says so, and beside
 them what is derived and no option: the plan, token ids, the latent grid.
 """
 
@@ -14,14 +14,14 @@ from alphagrpo_jax.training.gradient import UpdateSpec
 
 
 def scoring_options(config: Config, task: tasks.Task) -> RewardOptions:
-    """The section `reward`; without a format reward where the task has none."""
+    """Returns the section `reward`, without a format reward where the task has none."""
     if task.format_reward:
         return config.reward
     return dataclasses.replace(config.reward, format_weight=0.0)
 
 
 def rollout_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
-    """What training rollouts of a task compile for."""
+    """Returns what training rollouts of a task are compiled for."""
     options = config.rollout
     if task.refines:  # its text is a reflection
         options = dataclasses.replace(options, text_tokens=config.srr.text_tokens)
@@ -37,7 +37,7 @@ def rollout_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpe
 
 
 def eval_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
-    """What evaluation rollouts compile for: one per prompt, images without stochastic steps.
+    """Returns what evaluation rollouts are compiled for: one per prompt, no stochastic steps.
 
     The text guidance of images that are no edits is `eval.text_guidance`.
     """
@@ -53,7 +53,7 @@ def eval_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
 
 
 def initial_spec(config: Config, loaded: Loaded) -> RolloutSpec:
-    """What stage 1 of task srr compiles for: plain text-to-image, several images per prompt."""
+    """Returns what initial images are compiled for: text-to-image, several images per prompt."""
     spec = rollout_spec(config, loaded, tasks.TASKS["t2i"])
     options = dataclasses.replace(
         spec.options, num_points=config.srr.num_points, shared_noise=False
@@ -64,7 +64,7 @@ def initial_spec(config: Config, loaded: Loaded) -> RolloutSpec:
 
 
 def update_spec(config: Config, loaded: Loaded, task: tasks.Task) -> UpdateSpec:
-    """What updates on a task's trajectories compile for."""
+    """Returns what updates on a task's trajectories are compiled for."""
     return UpdateSpec(
         rollout=rollout_spec(config, loaded, task),
         loss=config.loss,
@@ -75,5 +75,5 @@ def update_spec(config: Config, loaded: Loaded, task: tasks.Task) -> UpdateSpec:
 
 
 def lora_scale(config: Config) -> float | None:
-    """alpha / rank; None where a part of the base is trained."""
+    """Returns alpha / rank; None where a part of the base is trained."""
     return config.lora.alpha / config.lora.rank if config.train.trainable == "lora" else None

@@ -92,12 +92,9 @@ def initial_state(
     """The state before the first update, on the mesh."""
     root = jax.random.key(config.seed)
     run_key, lora_key = jax.random.split(root)
-    full = config.train.full_targets if config.train.trainable == "full" else None
 
     def init(base: dict, key: jax.Array) -> tuple[Any, Any]:
-        trainable = gradient_lib.init_trainable(
-            base, key, rank=config.lora.rank, targets=config.lora.targets, full_targets=full
-        )
+        trainable = gradient_lib.init_trainable(base, key, config.lora, config.train)
         return trainable, optimizer.init(trainable)
 
     shapes = jax.eval_shape(init, base, lora_key)

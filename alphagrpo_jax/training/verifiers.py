@@ -1,4 +1,4 @@
-"""Opens the verifiers of a run: a pool, a second one beside it, or the policy itself."""
+"""Opens the verifiers of a run: a pool of processes or the policy itself, and a second pool."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder
 from alphagrpo_jax.training.self_verifier import PolicyVerifier
 
-ENDPOINT_SHARE = 0.9  # of the pool's deadlines, for what an endpoint worker does by itself
+ENDPOINT_SHARE = 0.9  # of the pool's deadlines, left to an endpoint worker's own ones
 
 
 def make_pool(config: Config) -> Pool:
-    """Starts the verifier workers (in the background).
+    """Starts the verifier workers in the background.
 
     Raises:
       ConfigError: see `verifier_factories`.
@@ -40,7 +40,7 @@ def make_pool(config: Config) -> Pool:
 
 
 def audit_path(name: str) -> str | None:
-    """The audit log of this process; of several, each has one of its own, NAME.NUMBER.jsonl."""
+    """Names this process's audit log; with several processes it is NAME.NUMBER.jsonl."""
     if not name or jax.process_count() == 1:
         return name or None
     path = pathlib.PurePath(name)
@@ -48,10 +48,10 @@ def audit_path(name: str) -> str | None:
 
 
 def verifier_factories(config: Config) -> list[Factory]:
-    """What each worker of the pool builds.
+    """Lists what the pool's workers build, one entry per worker.
 
-    With kind "openai" every worker balances over all endpoints; otherwise the endpoints stand
-    beside local workers, each with a worker of its own, and the pool balances.
+    With kind "openai" every worker balances over all endpoints; otherwise there is one worker per
+    endpoint beside the local ones, and the pool balances.
 
     Raises:
       ConfigError: an endpoint that is no base URL, or one twice; or the policy is the verifier.
@@ -81,18 +81,19 @@ def verifier_factories(config: Config) -> list[Factory]:
             "text_fallback": verifier.text_fallback,
         }
         local = ("hf", options)
-    # What one server cannot answer goes to another worker soon, from the start of the run on.
-    soon = {"outage_attempts": 2, "must_serve": False, "start_seconds": 0.0}
+    # A server that fails hands its sample to another worker soon, even while the run starts.
+    fast_handover = {"outage_attempts": 2, "must_serve": False, "start_seconds": 0.0}
     remote = []
     for url in verifier.endpoints:
         kind, options = _endpoint_factory(config, (url,))
-        remote.append((kind, {**options, **soon}))
+        remote.append((kind, {**options, **fast_handover}))
     return [local] * verifier.workers + remote
 
 
 def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
-    """A worker over endpoints; its own deadlines end before the pool would kill it."""
+    """Describes a worker over endpoints."""
     verifier = config.verifier
+    # Its own deadlines end before the pool would kill it, so that it says what went wrong.
     options = {
         "endpoints": endpoints,
         "model": verifier.model,
@@ -111,7 +112,9 @@ def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
 def open_verifiers(
     config: Config, loaded: Loaded
 ) -> Iterator[tuple[VerifierPool, VerifierPool | None]]:
-    """The verifier of the training, and the one that only evaluations ask, if any; both ready.
+    """Opens the verifier of the training, and the one that only evaluations ask, if any.
+
+    Both are ready when the block begins.
 
     Raises:
       ConfigError: wrong endpoints, or a policy that cannot judge.
@@ -139,34 +142,34 @@ def follow(verifier: VerifierPool, params: PolicyParams) -> None:
 
 
 def _second_pool(config: Config) -> Pool:
-    """One process with the second verifier."""
-    own = config.verifier
-    named, _, urls = own.second.partition(":")
-    if named == "openai":
-        where = {"kind": "openai", "path": "", "endpoints": tuple(urls.split(","))}
+    """Starts one process with the second verifier."""
+    first = config.verifier
+    scheme, _, urls = first.second.partition(":")
+    if scheme == "openai":
+        changes = {"kind": "openai", "path": "", "endpoints": tuple(urls.split(","))}
     else:
-        kind = "callable" if own.kind == "callable" else "hf"
-        where = {"kind": kind, "path": own.second, "endpoints": ()}
-    second = dataclasses.replace(own, **where, workers=1, audit="")
+        kind = "callable" if first.kind == "callable" else "hf"
+        changes = {"kind": kind, "path": first.second, "endpoints": ()}
+    second = dataclasses.replace(first, **changes, workers=1, audit="")
     return make_pool(dataclasses.replace(config, verifier=second))
 
 
 class PoolCounts:
-    """What the training's pool did since the last look, as metrics: everything that went wrong too.
+    """Counters of the training's pool since the last row, failures included, as metrics.
 
     Under `time/`, since faults differ from run to run while rewards do not.
     """
 
-    def __init__(self, judge: VerifierPool) -> None:
-        """Counts from now on; of a judge without a pool there is nothing to count."""
-        self._pool = judge if isinstance(judge, Pool) else None
+    def __init__(self, verifier: VerifierPool) -> None:
+        """Counts from now on; a verifier without worker processes has no counters."""
+        self._pool = verifier if isinstance(verifier, Pool) else None
         self._before = self._pool.counters() if self._pool else {}
 
     def metrics(self) -> dict[str, float]:
-        """`time/pool/NAME` for every counter (see `Pool.counters`), summed over all processes."""
+        """Returns `time/pool/NAME` per counter (see `Pool.counters`), summed over all processes."""
         if self._pool is None:
             return {}
         now = self._pool.counters()
-        gained = distributed.total(np.array([now[name] - self._before[name] for name in now]))
+        counts = distributed.total(np.array([now[name] - self._before[name] for name in now]))
         self._before = now
-        return {f"time/pool/{name}": float(value) for name, value in zip(now, gained, strict=True)}
+        return {f"time/pool/{name}": float(value) for name, value in zip(now, counts, strict=True)}

@@ -42,7 +42,7 @@ def setting():
     config, loaded = configuration(), tiny_world.model()
     spec = options_lib.update_spec(config, loaded, TASKS["rt2i"])
     trainable = gradient_lib.init_trainable(
-        loaded.base, jax.random.key(2), rank=4, targets=config.lora.targets, full_targets=None
+        loaded.base, jax.random.key(2), config.lora, config.train
     )
     trainable = jax.tree.map(
         lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), trainable
@@ -209,9 +209,11 @@ def test_kl_to_the_reference_grows_with_the_adapters(setting):
 
 def test_full_training_replaces_part_of_the_base(setting):
     base = setting.loaded.base
-    chosen = gradient_lib.init_trainable(
-        base, jax.random.key(0), rank=1, targets="", full_targets=r"language_model/layers/.*"
+    config = configuration()
+    part = dataclasses.replace(
+        config.train, trainable="full", full_targets=r"language_model/layers/.*"
     )
+    chosen = gradient_lib.init_trainable(base, jax.random.key(0), config.lora, part)
     assert set(chosen) == {"language_model"}
     doubled = jax.tree.map(lambda x: 2 * x, chosen)
     params = gradient_lib.policy_params(base, doubled, lora_scale=None)
@@ -221,10 +223,9 @@ def test_full_training_replaces_part_of_the_base(setting):
         found, before = found[name], before[name]
     np.testing.assert_array_equal(found, 2 * before)
     assert params.base["lm_head"]["kernel"] is base["lm_head"]["kernel"]
+    nothing = dataclasses.replace(part, full_targets="nothing")
     with pytest.raises(ValueError, match="matches none of"):
-        gradient_lib.init_trainable(
-            base, jax.random.key(0), rank=1, targets="", full_targets="nothing"
-        )
+        gradient_lib.init_trainable(base, jax.random.key(0), config.lora, nothing)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
