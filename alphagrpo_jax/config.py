@@ -166,7 +166,7 @@ class RewardOptions:
     replaces the questions by ratings from 0 to 10."""
     extra_scores: tuple[Score, ...]
     """Further scores that are averaged with `score`."""
-    extra_weights: tuple[float, ...]
+    extra_weights: tuple[Annotated[float, Field(gt=0.0, lt=1e6)], ...]
     """Weights of `extra_scores`, one each; that of `score` is 1."""
     rate_semantic: tuple[str, ...]
     """What the holistic score rates as semantic consistency; {prompt} stands for the prompt."""
@@ -317,7 +317,7 @@ class MixedOptions:
 
     tasks: tuple[str, ...]
     """Names of the tasks."""
-    weights: tuple[float, ...]
+    weights: tuple[Annotated[float, Field(gt=0.0)], ...]
     """Relative frequency of each task's batches."""
     batches: int = Field(ge=1, le=1000)
     """Batches per update, each of one task."""

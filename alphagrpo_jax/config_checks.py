@@ -1,15 +1,18 @@
-"""Reads a run's configuration; unknown keys and contradictions are refused here.
+"""Reads a run's configuration, and refuses unknown keys, wrong values and contradictions.
 
-A ConfigDict ends in `from_config_dict`: nothing below it sees one.
+A ConfigDict ends in `from_config_dict`: nothing below it sees one. What a single field may be is
+declared in `config`; here stands what several fields must agree on.
 """
 
 import dataclasses
+import functools
 import json
+import operator
 import pathlib
 import runpy
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ml_collections
 import pydantic
@@ -28,14 +31,14 @@ Location = tuple[str | int, ...]  # a field of the configuration, or an element 
 
 
 def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
-    """The checked, frozen form of a configuration.
+    """Returns the checked, frozen form of a configuration.
 
     Raises:
       ConfigError: unknown or missing keys, wrong types, or values that contradict each other.
     """
     mapping = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     try:
-        # As JSON, in which lists may be tuples and objects sections; all else stays strict.
+        # As JSON, so that lists become tuples and mappings sections; all else stays strict.
         parsed = CONFIG.validate_json(json.dumps(mapping, default=repr))
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_problems(error))) from None
@@ -47,7 +50,7 @@ def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> C
 
 
 def from_saved(saved: Mapping[str, Any]) -> Config:
-    """The configuration that a run wrote into its folder, also one without the newest fields.
+    """Reads the configuration that a run wrote into its folder, the newest fields filled in.
 
     Raises:
       ConfigError: see `from_config_dict`.
@@ -59,8 +62,25 @@ def from_saved(saved: Mapping[str, Any]) -> Config:
     return from_config_dict(completed)
 
 
+def change_options(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns a configuration with changed options, checked like a new one.
+
+    Args:
+      config: which one.
+      changes: new values by key, such as "rollout.guidance.text_scale".
+    Raises:
+      ConfigError: see `from_config_dict`.
+    """
+    mapping = dataclasses.asdict(config)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = functools.reduce(operator.getitem, sections, mapping)
+        section[name] = value
+    return from_config_dict(mapping)
+
+
 def to_json(config: Config) -> str:
-    """The resolved configuration as text."""
+    """Writes the resolved configuration as text."""
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
@@ -74,21 +94,21 @@ def check_resumable(config: Config, saved: Mapping[str, Any]) -> None:
       ConfigError: a field outside `RESUMABLE` differs; all such fields are listed.
     """
     now, then = _flatten(json.loads(to_json(config))), LATER | _flatten(saved)
-    different = [
+    differences = [
         f"{key}: the run has {then.get(key)!r}, this start {now.get(key)!r}"
         for key in sorted(now.keys() | then.keys())
         if now.get(key) != then.get(key) and not key.startswith(RESUMABLE)
     ]
-    if different:
+    if differences:
         raise ConfigError(
             "the run folder holds a run of another configuration:\n  "
-            + "\n  ".join(different)
+            + "\n  ".join(differences)
             + "\nuse these values, or another --workdir"
         )
 
 
 def _problems(error: pydantic.ValidationError) -> list[str]:
-    """Everything that is wrong with single fields: the key, what it got, and what is expected."""
+    """Lists everything that is wrong with single fields: key, what it got, what is expected."""
     problems: list[str] = []
     names: dict[tuple[str, Location], list[str]] = {}  # of unknown and missing keys, by section
     for detail in error.errors(include_url=False):
@@ -107,23 +127,27 @@ def _problems(error: pydantic.ValidationError) -> list[str]:
                 f"{_key(location)}: missing keys {sorted(keys)}; configs/grpo.py has them all"
             )
         else:
-            known = sorted(_declaration(location)[0].__pydantic_fields__)
-            problems.append(f"{_key(location)}: unknown keys {sorted(keys)}; known: {known}")
+            known_keys = sorted(_declaration(location)[0].__pydantic_fields__)
+            problems.append(f"{_key(location)}: unknown keys {sorted(keys)}; known: {known_keys}")
     return problems
 
 
 def _key(location: Location) -> str:
-    """A place in the configuration as users write it: config.mixed.weights[0]."""
+    """Writes a place in the configuration as users do: config.mixed.weights[0]."""
     names = (f"[{name}]" if isinstance(name, int) else f".{name}" for name in location)
     return "config" + "".join(names)
 
 
 def _declaration(location: Location) -> tuple[Any, list[Any]]:
     """Returns a field's type and its constraints."""
-    kind, constraints = Config, []
+    kind: Any = Config
+    constraints: list[Any] = []
     for name in location:
         if isinstance(name, int):
             kind, constraints = typing.get_args(kind)[0], []
+            if typing.get_origin(kind) is Annotated:
+                kind, field = typing.get_args(kind)
+                constraints = field.metadata
         else:
             field = kind.__pydantic_fields__[name]
             kind, constraints = field.annotation, field.metadata
@@ -140,12 +164,18 @@ def _allowed(location: Location) -> str:
         return f"one of {arguments}"
     if typing.get_origin(kind) is tuple:
         return "a list" if arguments[-1] is ... else f"a list of {len(arguments)}"
-    low = next((x.ge for x in constraints if hasattr(x, "ge")), None)
-    high = next((x.le for x in constraints if hasattr(x, "le")), None)
-    return kind.__name__ if low is None else f"{kind.__name__} between {low} and {high}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = [
+        f"{word} {getattr(constraint, name)}"
+        for constraint in constraints
+        for name, word in words.items()
+        if hasattr(constraint, name)
+    ]
+    return " ".join([kind.__name__, " and ".join(limits)]).strip()
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         name = f"{prefix}{key}"
@@ -154,13 +184,14 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check_task(config: Config) -> None:
-    known = (*TASKS, "mixed")
-    if config.task not in known:
-        raise ConfigError(f"task: got {config.task!r}, expected one of {known}")
+    """Checks the name of the task, which a new entry of `tasks.TASKS` extends."""
+    names = (*TASKS, "mixed")
+    if config.task not in names:
+        raise ConfigError(f"task: got {config.task!r}, expected one of {names}")
 
 
 def _check_sizes(config: Config) -> None:
-    """Values that must agree with each other."""
+    """Checks sizes and modes that must agree with each other."""
     total, rollout, train = config.trajectories, config.rollout, config.train
     for key, size in (("train", train.micro_batch), ("rollout", rollout.micro_batch)):
         if total % size:
@@ -171,7 +202,7 @@ def _check_sizes(config: Config) -> None:
     if rollout.micro_batch % train.group_size:
         raise ConfigError(
             f"rollout.micro_batch: got {rollout.micro_batch}, expected a multiple of "
-            f"train.group_size={train.group_size} (a group is drawn together)"
+            f"train.group_size={train.group_size} (a group is sampled together)"
         )
     lo, hi = rollout.window_range
     if not 0 <= lo <= hi - rollout.window or hi > rollout.num_points - 1:
@@ -198,7 +229,7 @@ def _check_sizes(config: Config) -> None:
 
 
 def _check_tasks(config: Config) -> None:
-    """What single tasks, or several of them, need."""
+    """Checks what single tasks, or several of them, need."""
     mixed, srr = config.mixed, config.srr
     if config.task == "mixed":
         unknown = sorted(set(mixed.tasks) - set(TASKS))
@@ -206,10 +237,10 @@ def _check_tasks(config: Config) -> None:
             raise ConfigError(
                 f"mixed.tasks: got {mixed.tasks}, expected different ones of {tuple(TASKS)}"
             )
-        if len(mixed.weights) != len(mixed.tasks) or not all(w > 0 for w in mixed.weights):
+        if len(mixed.weights) != len(mixed.tasks):
             raise ConfigError(
-                f"mixed.weights: got {mixed.weights}, expected {len(mixed.tasks)} positive "
-                "numbers, one for each of mixed.tasks"
+                f"mixed.weights: got {mixed.weights}, expected {len(mixed.tasks)} numbers, one for "
+                "each of mixed.tasks"
             )
     for task in (TASKS[name] for name in config.tasks):
         if "" in config.data.pair(task.data):
@@ -218,10 +249,11 @@ def _check_tasks(config: Config) -> None:
                 f"task {task.name} needs data.{key}_train and data.{key}_heldout, files of records"
             )
         for kind, steps in (("text", task.text_kinds), ("image", task.events.count(IMAGE))):
-            other = {"text": "image", "image": "text"}[kind]
-            if not steps and vars(config.loss)[other] == "none":
+            trained_kind = {"text": "image", "image": "text"}[kind]
+            if not steps and vars(config.loss)[trained_kind] == "none":
                 raise ConfigError(
-                    f"task {task.name} has no {kind} to train; loss.{other} must not be 'none'"
+                    f"task {task.name} has no {kind} to train; loss.{trained_kind} must not be "
+                    "'none'"
                 )
     refining = [name for name in config.tasks if TASKS[name].refines]
     if config.verifier.kind == "self" and refining and srr.reflection_format == "verifier":
@@ -243,7 +275,7 @@ def _check_tasks(config: Config) -> None:
         raise ConfigError(
             f"srr.initial_images={srr.initial_images} must divide rollout.micro_batch={size}, and "
             f"srr.queue_prompts={srr.queue_prompts} be a multiple of what is left, the prompts "
-            "whose initial images are drawn together"
+            "whose initial images are sampled together"
         )
     if srr.queue_prompts < config.train.prompts_per_step:
         raise ConfigError(
@@ -253,7 +285,7 @@ def _check_tasks(config: Config) -> None:
 
 
 def _check_reward(config: Config) -> None:
-    """What the scores that the reward is made of need."""
+    """Checks what the scores need that the reward is made of."""
     reward = config.reward
     scores, weights = reward.scores, reward.extra_weights
     if len(set(scores)) < len(scores):
@@ -261,10 +293,10 @@ def _check_reward(config: Config) -> None:
             f"reward.extra_scores: got {reward.extra_scores} beside reward.score={reward.score!r}, "
             f"expected different ones of {typing.get_args(Score)}"
         )
-    if len(weights) != len(reward.extra_scores) or not all(0 < w < 1e6 for w in weights):
+    if len(weights) != len(reward.extra_scores):
         raise ConfigError(
-            f"reward.extra_weights: got {weights}, expected {len(reward.extra_scores)} positive "
-            "numbers, one for each of reward.extra_scores (the weight of reward.score is 1)"
+            f"reward.extra_weights: got {weights}, expected {len(reward.extra_scores)} numbers, "
+            "one for each of reward.extra_scores (the weight of reward.score is 1)"
         )
     if "holistic" not in scores:
         return
@@ -282,7 +314,7 @@ def _check_reward(config: Config) -> None:
 
 
 def _check_verifier(config: Config) -> None:
-    """What endpoints need, and what needs endpoints."""
+    """Checks what endpoints need, and what needs endpoints."""
     verifier = config.verifier
     if verifier.kind == "self":
         if verifier.endpoints or verifier.audit:
@@ -319,19 +351,19 @@ DEFAULT_CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "g
 
 
 def read_config(path: str | pathlib.Path = DEFAULT_CONFIG) -> Config:
-    """The configuration that a Python file's `get_config` makes.
+    """Reads the configuration that a Python file's `get_config` returns.
 
     Raises:
       FileNotFoundError: no such file.
-      ConfigError: the file is no Python or has no `get_config`; see `config.from_config_dict`.
+      ConfigError: the file is no Python or has no `get_config`; see `from_config_dict`.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise MissingFileError(f"no configuration file at {path}; give one with --config")
     try:
-        found = runpy.run_path(str(path))
+        variables = runpy.run_path(str(path))
     except (SyntaxError, ImportError, ValueError) as error:
         raise ConfigError(f"{path} cannot be run ({error}); see configs/grpo.py") from error
-    if not callable(found.get("get_config")):
+    if not callable(variables.get("get_config")):
         raise ConfigError(f"{path} has no function get_config; see configs/grpo.py")
-    return from_config_dict(found["get_config"]())
+    return from_config_dict(variables["get_config"]())

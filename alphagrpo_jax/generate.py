@@ -18,7 +18,6 @@ written enlarged. `--keep`:
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import pathlib
@@ -58,30 +57,27 @@ def changed(config: Config, options: argparse.Namespace) -> Config:
     Raises:
       ConfigError: image guidance where the text guidance is off.
     """
-    names = ("temperature", "top_p", "num_points", "text_guidance")
-    values = {name: vars(options)[name] for name in names if vars(options)[name] is not None}
-    scales = {"text_scale": options.text_guidance, "image_scale": options.image_guidance}
-    scales = {name: scale for name, scale in scales.items() if scale is not None}
-    edits = dataclasses.replace(config.rollout.edit_guidance, **scales)
-    if options.image_guidance is not None and edits.text_scale <= 1:
+    flags = {
+        "eval.temperature": options.temperature,
+        "eval.top_p": options.top_p,
+        "eval.num_points": options.num_points,
+        "eval.text_guidance": options.text_guidance,
+        "rollout.edit_guidance.text_scale": options.text_guidance,
+        "rollout.edit_guidance.image_scale": options.image_guidance,
+        "model.path": options.model,
+    }
+    changes = {key: flag for key, flag in flags.items() if flag is not None}
+    if options.verifier is not None:
+        changes |= {"verifier.kind": "hf", "verifier.path": options.verifier}
+        changes |= {"verifier.endpoints": ()}
+    changed_config = config_checks.change_options(config, changes)
+    text_scale = changed_config.rollout.edit_guidance.text_scale
+    if options.image_guidance is not None and text_scale <= 1:
         raise ConfigError(
             f"without effect: --image_guidance {options.image_guidance}, as the text guidance of "
-            f"edits is {edits.text_scale}, which is off; give --text_guidance above 1 as well"
+            f"edits is {text_scale}, which is off; give --text_guidance above 1 as well"
         )
-    verifier = config.verifier
-    if options.verifier is not None:
-        local = {"kind": "hf", "path": options.verifier, "endpoints": ()}
-        verifier = dataclasses.replace(verifier, **local)
-    model = config.model
-    if options.model is not None:
-        model = dataclasses.replace(model, path=options.model)
-    return dataclasses.replace(
-        config,
-        model=model,
-        eval=dataclasses.replace(config.eval, **values),
-        rollout=dataclasses.replace(config.rollout, edit_guidance=edits),
-        verifier=verifier,
-    )
+    return changed_config
 
 
 def read_config(options: argparse.Namespace) -> Config:

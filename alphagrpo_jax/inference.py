@@ -12,6 +12,7 @@ from PIL import Image
 
 from alphagrpo_jax import policy, tasks
 from alphagrpo_jax.config import Config
+from alphagrpo_jax.config_checks import change_options
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.prompts import image_block, start_position
 from alphagrpo_jax.rewards import scoring
@@ -62,9 +63,7 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Po
     """
     config = run_config(folder)
     if model_path is not None:
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, path=model_path)
-        )
+        config = change_options(config, {"model.path": model_path})
     mesh = _one_device()
     loaded = setup.load_policy(config, mesh)
     state = setup.initial_state(config, loaded.base, setup.make_optimizer(config), mesh)
@@ -258,8 +257,7 @@ class _Judge:
     """The configured verifier, asked about one image at a time."""
 
     def __init__(self, policy: Policy, record: Record) -> None:
-        verifier = dataclasses.replace(policy.config.verifier, workers=1)
-        config = dataclasses.replace(policy.config, verifier=verifier)
+        config = change_options(policy.config, {"verifier.workers": 1})
         self.record, self.asked = record, 0
         self.options = options_lib.scoring_options(config, tasks.TASKS["t2i"])
         self.pool = verifiers_lib.make_pool(config)

@@ -45,7 +45,7 @@ def test_values_arrive():
         ({"train__stepz": 3}, r"config\.train: unknown keys \['stepz'\]"),
         ({"bonus": 3}, r"config: unknown keys \['bonus'\]"),
         ({"train__steps": "many"}, r"config\.train\.steps: got 'many', expected int"),
-        ({"train__steps": -1}, r"train\.steps: got -1, expected int between 0 and"),
+        ({"train__steps": -1}, r"train\.steps: got -1, expected int at least 0 and at most"),
         ({"train__steps": True}, "expected int"),
         ({"task": "sing"}, r"task: got 'sing', expected one of"),
         ({"train__micro_batch": 7}, r"train\.micro_batch: got 7, which does not divide"),
@@ -68,7 +68,7 @@ def test_values_arrive():
         ({"reward__extra_scores": ("holistic",)}, r"extra_weights: got \(\), expected 1"),
         (
             {"reward__extra_scores": ("holistic",), "reward__extra_weights": (0.0,)},
-            "1 positive numbers",
+            r"extra_weights\[0\]: got 0\.0, expected float above 0\.0 and below 1000000\.0",
         ),
         ({"reward__score": "holistic", "reward__rate_quality": ()}, "got an empty list or text"),
         (
@@ -101,6 +101,11 @@ def test_values_arrive():
         ({"model__path": None}, r"config\.model\.path: got None, expected str"),
         ({"loss__level": "word"}, r"level: got 'word', expected one of \('sequence', 'token'\)"),
         ({"mixed__tasks": ("rt2i", 3)}, r"config\.mixed\.tasks\[1\]: got 3, expected str"),
+        (
+            {"mixed__weights": (1.0, -1.0)},
+            r"mixed\.weights\[1\]: got -1\.0, expected float above 0",
+        ),
+        ({"task": "mixed", "mixed__weights": (1.0,)}, r"mixed\.weights: got .* expected 2 numbers"),
         ({"rollout__window_range": (1,)}, r"window_range: got \[1\], expected a list of 2"),
         (
             {"rollout__guidance__interval": (0.5, 0.5)},
@@ -113,6 +118,20 @@ def test_values_arrive():
 def test_refusals(fields, message):
     with pytest.raises(ConfigError, match=message):
         config_lib.from_config_dict(changed(**fields))
+
+
+def test_changed_options_are_checked_like_new_ones():
+    config = config_lib.from_config_dict(grpo.get_config())
+    scale = {"rollout.guidance.text_scale": 3}
+    assert config_lib.change_options(config, scale).rollout.guidance.text_scale == 3.0
+    with pytest.raises(
+        ConfigError, match=r"config\.eval\.top_p: got 1\.5, expected float at least"
+    ):
+        config_lib.change_options(config, {"eval.top_p": 1.5})
+    with pytest.raises(ConfigError, match=r"config\.eval: unknown keys \['top_k'\]"):
+        config_lib.change_options(config, {"eval.top_k": 1})
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        config_lib.change_options(config, {"loss.text": "none", "loss.image": "none"})
 
 
 def test_missing_keys_are_refused():

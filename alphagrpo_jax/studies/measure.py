@@ -13,7 +13,6 @@ temperature 1, by kind and type of prompt. `--drawings` keeps these images with 
 
 import argparse
 import collections
-import dataclasses
 import functools
 import json
 import pathlib
@@ -130,11 +129,10 @@ def write_drawings(path: pathlib.Path, images: np.ndarray, records: Sequence[Map
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """The figures that the flags ask for."""
-    config = config_checks.read_config(args.config)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=args.model))
+    changes = {"model.path": args.model}
     if args.text_guidance is not None:
-        changed = dataclasses.replace(config.eval, text_guidance=args.text_guidance)
-        config = dataclasses.replace(config, eval=changed)
+        changes["eval.text_guidance"] = args.text_guidance
+    config = config_checks.change_options(config_checks.read_config(args.config), changes)
     policy_ = inference.from_config(config)
     if args.skills:
         return measure_skills.measure(policy_, args.examples)

@@ -193,14 +193,13 @@ def measure(options: argparse.Namespace) -> dict:
     images, fields = read_drawings(options.drawings)
     images, fields = images[: options.limit], fields[: options.limit]
     records = [parse_record(each) for each in fields]
-    config = config_checks.read_config()
-    verifier = dataclasses.replace(
-        config.verifier,
-        path=options.verifier,
-        workers=options.workers,
-        total_seconds=QUEUE_SECONDS,
-    )
-    with verifiers_lib.make_pool(dataclasses.replace(config, verifier=verifier)) as pool:
+    changes = {
+        "verifier.path": options.verifier,
+        "verifier.workers": options.workers,
+        "verifier.total_seconds": QUEUE_SECONDS,
+    }
+    config = config_checks.change_options(config_checks.read_config(), changes)
+    with verifiers_lib.make_pool(config) as pool:
         pool.wait_ready()
         judged = score_images(pool, images, records)
     exact = np.array(
