@@ -74,8 +74,8 @@ def changed(config: Config, options: argparse.Namespace) -> Config:
     text_scale = changed_config.rollout.edit_guidance.text_scale
     if options.image_guidance is not None and text_scale <= 1:
         raise ConfigError(
-            f"without effect: --image_guidance {options.image_guidance}, as the text guidance of "
-            f"edits is {text_scale}, which is off; give --text_guidance above 1 as well"
+            f"without effect: --image-guidance {options.image_guidance}, as the text guidance of "
+            f"edits is {text_scale}, which is off; give --text-guidance above 1 as well"
         )
     return changed_config
 
@@ -238,15 +238,15 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--model", help="a folder or package:NAME, instead of the configuration's")
     add("--temperature", type=float, help="of texts; 0 is greedy")
-    add("--top_p", type=float, help="of texts")
-    add("--num_points", type=int, help="of the schedule: one more than steps")
-    add("--text_guidance", type=float, help="scale, of edits and repairs too; at most 1 is off")
-    add("--image_guidance", type=float, help="scale of edits and repairs; needs text guidance")
+    add("--top-p", type=float, help="of texts")
+    add("--num-points", type=int, help="of the schedule: one more than steps")
+    add("--text-guidance", type=float, help="scale, of edits and repairs too; at most 1 is off")
+    add("--image-guidance", type=float, help="scale of edits and repairs; needs text guidance")
     options = parser.parse_args(arguments)
     top_p = 1.0 if options.top_p is None else options.top_p
     if options.n < 1 or (options.num_points or 2) < 2 or not 0 < top_p <= 1 or options.refine < 0:
         parser.error(
-            "--n must be at least 1, --num_points at least 2, --top_p in (0, 1], --refine not "
+            "--n must be at least 1, --num-points at least 2, --top-p in (0, 1], --refine not "
             "negative"
         )
     if (options.temperature or 0) < 0:
@@ -277,8 +277,8 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     without = {
         "--think with --edit or --ask, which always think": options.think and asked != ["prompt"],
         "--think with --refine and --image: the first image is given": options.think and given,
-        "--n, --out, --num_points or guidance with --ask": drawing and asked == ["ask"],
-        "--image_guidance without --edit or --refine": (
+        "--n, --out, --num-points or guidance with --ask": drawing and asked == ["ask"],
+        "--image-guidance without --edit or --refine": (
             options.image_guidance is not None and asked == ["prompt"] and not options.refine
         ),
         "--record or --verifier without --keep best or gated": (

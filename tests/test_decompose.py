@@ -14,7 +14,7 @@ import pytest
 from fake_llm import SEMANTIC_CHECKS, FakeModel, verdicts
 
 from alphagrpo_jax import decompose
-from alphagrpo_jax.decomposition import check, limits, running, schemas, texts
+from alphagrpo_jax.decomposition import check, limits, pipeline, running, schemas, texts
 from alphagrpo_jax.decomposition.journal import PROVENANCE
 from alphagrpo_jax.rewards.verifiers.chat import endpoints
 from alphagrpo_jax.runtime.records import read_jsonl
@@ -418,6 +418,18 @@ def test_bad_inputs_are_one_message(tmp_path, capsys):
     source.write_text("two red squares\n")
     assert decompose.main(["--input", str(source), "--output", str(tmp_path / "o")]) == 1
     assert "begun with another input" in capsys.readouterr().err
+
+
+def test_a_bug_in_decomposing_keeps_its_traceback(files, monkeypatch, capsys):
+    def broken(*_):
+        return dict(zip([1, 2], [1], strict=True))
+
+    monkeypatch.setattr(pipeline, "find_cycle", broken)
+    with fake_llm.serve(FakeModel()) as url, pytest.raises(ValueError, match="zip") as caught:
+        decompose.main(served(files, url))
+    assert caught.traceback[-1].name == "broken"
+    assert "error: " not in capsys.readouterr().err
+    assert lines_of(files) == []
 
 
 @pytest.mark.parametrize(

@@ -225,13 +225,13 @@ def test_guidance_changes_edits(run_folder, picture, tmp_path, capsys):
     written = {}
     for text, image in (("1.5", "1"), ("8", "1"), ("1.5", "8")):
         out = tmp_path / f"{text}_{image}.png"
-        scales = ["--text_guidance", text, "--image_guidance", image]
+        scales = ["--text-guidance", text, "--image-guidance", image]
         assert generate.main([*given, "--out", str(out), *scales]) == 0
         written[out.read_bytes()] = out
     assert len(written) == 3
-    off = ["--text_guidance", "1", "--image_guidance", "2"]
+    off = ["--text-guidance", "1", "--image-guidance", "2"]
     assert generate.main([*given, "--out", str(tmp_path / "x.png"), *off]) == 2
-    assert "give --text_guidance above 1 as well" in capsys.readouterr().err
+    assert "give --text-guidance above 1 as well" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keep", ["best", "gated"])
@@ -287,8 +287,8 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
         (["--prompt", "x", "--out", "x.psd"], "expected a name that ends with one of"),
         (["--image", "y.png", "--ask", "x", "--n", "2"], "guidance with --ask"),
         (["--image", "y.png", "--ask", "x", "--out", "x.png"], "guidance with --ask"),
-        (["--image", "y.png", "--ask", "x", "--text_guidance", "2"], "guidance with --ask"),
-        (["--prompt", "x", "--out", "x.png", "--image_guidance", "2"], "without --edit or"),
+        (["--image", "y.png", "--ask", "x", "--text-guidance", "2"], "guidance with --ask"),
+        (["--prompt", "x", "--out", "x.png", "--image-guidance", "2"], "without --edit or"),
         (
             ["--prompt", "x", "--out", "x.png", "--refine", "1", "--think", "--image", "y.png"],
             "the first image is given",
@@ -310,7 +310,7 @@ def test_every_format_that_is_allowed_can_be_written(ending, tmp_path):
 
 
 def test_wrong_usage_ends_with_code_2(capsys):
-    for extra in (["--n", "0"], ["--top_p", "1.5"], ["--temperature", "-1"], ["--unknown"]):
+    for extra in (["--n", "0"], ["--top-p", "1.5"], ["--temperature", "-1"], ["--unknown"]):
         with pytest.raises(SystemExit) as stop:
             generate.main(["--prompt", "x", "--out", "x.png", *extra])
         assert stop.value.code == 2

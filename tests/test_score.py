@@ -12,6 +12,7 @@ from bad_server import BadServer
 from PIL import Image
 
 from alphagrpo_jax import score
+from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime.records import parse_record
 
 HONEST = ("--verifier", "callable:tiny_verifiers:Honest", "--workers", "1")
@@ -130,6 +131,18 @@ def test_bad_input_is_explained(folder, capsys, change, message):
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert message in errors
+
+
+def test_a_bug_in_scoring_keeps_its_traceback(folder, monkeypatch, capsys):
+    def broken(*_, **__):
+        return np.zeros(2) + np.zeros(3)  # a ValueError of NumPy
+
+    monkeypatch.setattr(scoring, "dvreward", broken)
+    with pytest.raises(ValueError, match="could not be broadcast") as caught:
+        score.main(flags(folder, "report.html"))
+    assert caught.traceback[-1].name == "broken"
+    assert "error: " not in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
 
 
 def test_no_match_at_all(folder, capsys):

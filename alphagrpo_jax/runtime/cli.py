@@ -13,7 +13,26 @@ DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 75
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with the error prefix of all commands."""
+    """An ArgumentParser with the error prefix of all commands.
+
+    Flags are declared with hyphens; with underscores, as they were once spelled, they are accepted
+    too.
+    """
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parses arguments; `parse_args` calls it."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)  # what follows is no flag
+        spelled = [self._with_hyphens(word) for word in words[:end]]
+        return super().parse_known_args(spelled + words[end:], namespace)
+
+    def _with_hyphens(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        hyphens = name.replace("_", "-")
+        is_flag = any(flag.startswith(hyphens) for flag in self._option_string_actions)
+        return f"{hyphens}{equals}{value}" if name.startswith("--") and is_flag else word
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with the usage and a message on stderr."""

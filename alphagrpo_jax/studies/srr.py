@@ -335,12 +335,12 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, help="folder of the raw results")
     add("--run", type=_run, action="append", default=[], help="NAME=FOLDER of a finished run")
-    add("--per_type", type=int, default=PER_PLAIN_TYPE, help="prompts of every plain type")
+    add("--per-type", type=int, default=PER_PLAIN_TYPE, help="prompts of every plain type")
     add("--implied", type=int, default=IMPLIED, help="implied prompts")
     add("--edits", type=int, default=EDITS)
     options = parser.parse_args(arguments)
     if min(options.per_type, options.implied, options.edits) < 1:
-        parser.error("--per_type, --implied and --edits must be at least 1")
+        parser.error("--per-type, --implied and --edits must be at least 1")
     return options
 
 

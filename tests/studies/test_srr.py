@@ -99,7 +99,7 @@ def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(TaskOutput, "_replace", lambda self, **_: None)
     run = tmp_path / "run"
     run.mkdir()
-    command = ["--out", str(tmp_path), "--run", f"srr={run}", "--per_type", "1", "--implied", "1"]
+    command = ["--out", str(tmp_path), "--run", f"srr={run}", "--per-type", "1", "--implied", "1"]
     command += ["--edits", "8"]
     assert srr.main(command) == 1
     assert "is not finished" in capsys.readouterr().err

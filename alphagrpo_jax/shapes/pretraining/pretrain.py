@@ -2,7 +2,7 @@
 
     python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae
     python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae \\
-      --latent_noise 0.15
+      --latent-noise 0.15
     python -m alphagrpo_jax.shapes.pretraining.pretrain --vae runs/vae2 --out runs/umm
 
 This sequence makes the model: the autoencoder, its decoder once more on noised latents, then the
@@ -300,7 +300,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning_rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--start", type=pathlib.Path, help="folder of a model to go on from")
     return parser.parse_args(arguments)
 

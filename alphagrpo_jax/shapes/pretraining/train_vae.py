@@ -2,7 +2,7 @@
 
     python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae
     python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae \\
-      --latent_noise 0.15
+      --latent-noise 0.15
 
 First encoder and decoder, then the decoder alone on noised latents; each call is estimated, not
 measured, to take at most 35 minutes on two idle cores.
@@ -346,10 +346,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--kl_weight", type=float, default=3e-4)
+    parser.add_argument("--kl-weight", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=pathlib.Path, help="folder whose weights to begin with")
-    parser.add_argument("--latent_noise", type=float, help="train the decoder alone, see loss_of")
+    parser.add_argument("--latent-noise", type=float, help="train the decoder alone, see loss_of")
     parser.add_argument("--crowded", type=float, default=0.5, help="share of crowded scenes")
     parser.add_argument("--threads", type=int, default=2, help="no more than there are idle cores")
     return parser.parse_args(arguments)
