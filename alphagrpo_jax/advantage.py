@@ -1,25 +1,32 @@
-"""Group-relative advantages from rewards: host side, numpy in and numpy out."""
+"""Stage 4: group-relative advantages from rewards; host side, numpy in and numpy out."""
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
 from alphagrpo_jax.config import AdvantageOptions
+from alphagrpo_jax.types import Advantages, BatchAdvantages, BatchRewards
 
 MIN_VALID = 2  # a group with fewer valid samples has nothing to be compared with
 
 
-class Advantages(NamedTuple):
-    """Advantages of P groups of G trajectories."""
+def of_batch(rewards: BatchRewards, options: AdvantageOptions) -> BatchAdvantages:
+    """Computes the advantages of a batch's text and image steps within each prompt's group.
 
-    advantage: np.ndarray  # float32[P, G], 0 where not used
-    used: np.ndarray  # bool[P, G], valid samples of groups with at least two of them
-    metrics: dict[str, float]
+    Args:
+      rewards: shaped rewards of P groups of G trajectories.
+      options: scale and baseline. Without initial images (no refining task), or where nothing
+        improved, the baseline is the group's mean.
+    """
+    refines = rewards.text_initial is not None and rewards.improved
+    batch_options = options if refines else dataclasses.replace(options, baseline="group")
 
-    @property
-    def all_zero(self) -> bool:
-        """Whether no trajectory would be moved: the update is to be skipped."""
-        return not self.advantage.any()
+    def advantages(total: np.ndarray, initial: np.ndarray | None) -> Advantages:
+        return group_advantage(total, rewards.valid, batch_options, initial=initial)
+
+    text = advantages(rewards.text, rewards.text_initial)
+    image = advantages(rewards.image, rewards.image_initial)
+    return BatchAdvantages(text, image.advantage, left_out=not rewards.improved)
 
 
 def group_advantage(

@@ -8,6 +8,7 @@ verifiers answer while the device works. Only ratios within one such run are wor
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -19,30 +20,19 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alphagrpo_jax import config_checks, initial_images, update
+from alphagrpo_jax import advantage, config_checks, prompts, reward, rollout, update
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.prompts import next_batches
-from alphagrpo_jax.reward import advantage_of, gather
+from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rollout import sample
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metrics import CompileCounter
-from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.training import setup
-from alphagrpo_jax.training import verifiers as verifiers_lib
-from alphagrpo_jax.training.context import Run
+from alphagrpo_jax.training import setup, verifiers
+from alphagrpo_jax.training.context import Run, make_run
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import DataPosition, PromptBatch, RolloutBatch, TrainState
 
 TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
-
-
-class Silent:
-    """A pool that takes images and answers nothing: drawing without verifiers beside it."""
-
-    def submit(self, *_: object) -> None:
-        """Takes a sample."""
 
 
 class Seconds(NamedTuple):
@@ -75,91 +65,108 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     data = setup.load_data(config, loaded, folder / "data")
     optimizer = setup.make_optimizer(config)
     state = setup.initial_state(config, loaded.base, optimizer, mesh)
-    steps_ = compile_fns(config, loaded, state, optimizer, mesh)
-    with verifiers_lib.make_pool(config) as pool:
+    fns = compile_fns(config, loaded, state, optimizer, mesh)
+    with verifiers.make_pool(config) as pool:
         pool.wait_ready()
-        run = Run(config, loaded, data, steps_, pool, folder)
-        first = time.monotonic()
-        state, _ = _step(run, state, 1)
-        first = time.monotonic() - first
+        run = make_run(config, loaded, data, fns, pool, folder)
+        start = time.monotonic()
+        state, _ = _train_step(run, state, 1)
+        first_step = time.monotonic() - start
         count, seconds = compiles.count, compiles.seconds
-        silent = run._replace(pool=Silent())
-        drawing = [_timed(lambda at=at: _draw(silent, state, at)) for at in range(2, steps + 2)]
-        questions, answering = _answering(run, state, steps)
-        whole = []
-        for at in range(2, steps + 2):
-            state, spent = _step(run, state, at)
-            whole.append(spent)
-    total = float(np.median(np.sum(whole, axis=1)))
-    parts = dict(zip(STAGES, np.median(whole, axis=0).tolist(), strict=True))
-    draw, answer = float(np.median(drawing)), float(np.median(answering))
+        rollouts = [
+            _timed(lambda number=number: _rollout_alone(run, state, number))
+            for number in range(2, steps + 2)
+        ]
+        questions, answering = _answering(run, steps)
+        stages = []
+        for number in range(2, steps + 2):
+            state, stage_seconds = _train_step(run, state, number)
+            stages.append(stage_seconds)
+    total = float(np.median(np.sum(stages, axis=1)))
+    by_stage = dict(zip(STAGES, np.median(stages, axis=0).tolist(), strict=True))
+    rollout_seconds, answer_seconds = float(np.median(rollouts)), float(np.median(answering))
     return {
-        "images_per_second": config.trajectories / draw,
-        "questions_per_second": questions / answer,
-        "seconds/draw_alone": draw,
-        "seconds/answer_alone": answer,
+        "images_per_second": config.trajectories / rollout_seconds,
+        "questions_per_second": questions / answer_seconds,
+        "seconds/draw_alone": rollout_seconds,
+        "seconds/answer_alone": answer_seconds,
         "seconds/step": total,
-        **{f"seconds/{name}": value for name, value in parts.items()},
-        **{f"share/{name}": value / sum(parts.values()) for name, value in parts.items()},
-        "share/verifier_hidden": max(0.0, 1.0 - parts["reward_wait"] / answer),
-        "seconds/first_step": first,
+        **{f"seconds/{name}": value for name, value in by_stage.items()},
+        **{f"share/{name}": value / sum(by_stage.values()) for name, value in by_stage.items()},
+        "share/verifier_hidden": max(0.0, 1.0 - by_stage["reward_wait"] / answer_seconds),
+        "seconds/first_step": first_step,
         "compilations": count,
         "seconds/compilation": seconds,
         "compilations_after_first_step": compiles.count - count,
     }
 
 
-def _batch(run: Run, state: TrainState, step: int) -> PromptBatch:
-    place = DataPosition({run.config.task: (step - 1) * run.config.train.prompts_per_step}, None)
-    initial_images.fill(run, state, step, place)
-    (batch,) = next_batches(run.config, run.data, step, place)
+def _batch(run: Run, step: int) -> PromptBatch:
+    position = (step - 1) * run.config.train.prompts_per_step
+    data = {name: context.data for name, context in run.tasks.items()}
+    (batch,) = prompts.next_batches(
+        run.config, data, step, DataPosition({run.config.task: position}, None)
+    )
     return batch
 
 
-def _draw(run: Run, state: TrainState, step: int) -> RolloutBatch:
-    drawn = sample(run, state, step, _batch(run, state, step))
-    jax.block_until_ready(drawn.trajectories)
-    return drawn
+def _sample(
+    run: Run, state: TrainState, step: int, on_images: rollout.OnImages | None
+) -> RolloutBatch:
+    params: PolicyParams = run.sampling_params(state)
+    batch = _batch(run, step)
+    sampled = rollout.sample(run, params, state.key, step, batch, on_images=on_images)
+    jax.block_until_ready(sampled.trajectories)
+    return sampled
 
 
-def _step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
-    """One training step as `train.main` does it."""
+def _rollout_alone(run: Run, state: TrainState, step: int) -> None:
+    """Samples a batch; its images are fetched, as for verifiers, and dropped."""
+    _sample(run, state, step, on_images=lambda *_: None)
+
+
+def _train_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
+    """Takes one training step as `train.main` does."""
     marks = [time.monotonic()]
-    drawn = _draw(run, state, step)
+    sampled = _sample(run, state, step, functools.partial(reward.submit_images, run))
     marks.append(time.monotonic())
-    old = update.old_log_probs(run, state, drawn)
-    scores = gather(run, drawn, None, step)
+    old = update.old_log_probs(run, state, sampled)
+    rewards = reward.gather(run, sampled, step)
     marks.append(time.monotonic())
-    advantages = advantage_of(run.config, drawn, scores)
-    state, *_ = update.step(run, state, [drawn], [old], [advantages], step)
+    advantages = advantage.of_batch(rewards, run.config.advantage)
+    state, _ = update.step(run, state, [sampled], [old], [advantages], step)
     jax.block_until_ready(state.trainable)
     marks.append(time.monotonic())
     return state, Seconds(*np.diff(marks).tolist())
 
 
-def _answering(run: Run, state: TrainState, steps: int) -> tuple[float, list[float]]:
-    """Mean number of questions of a step's samples, and the seconds the pool alone takes."""
+def _answering(run: Run, steps: int) -> tuple[float, list[float]]:
+    """Times the pool alone on random images.
+
+    Returns:
+      Mean number of questions of a step's samples, and the seconds of each repetition.
+    """
     config = run.config
     rng = np.random.default_rng(config.seed)
     shape = (config.trajectories, config.model.height, config.model.width, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
-    asked = 0
+    questions = 0
 
-    def ask(turn: int) -> None:  # other prompts every time, as in training
-        nonlocal asked
-        batch = _batch(run, state, turn + 2)
+    def answer(turn: int) -> None:  # other prompts every time, as in training
+        nonlocal questions
+        batch = _batch(run, turn + 2)
+        context = run.tasks[batch.task.name]
         rows = np.repeat(batch.rows, config.train.group_size)
-        records = [run.data[batch.task.name].train.records[row] for row in rows]
-        options = options_lib.scoring_options(config, batch.task)
+        records = [context.data.train.records[row] for row in rows]
         for record in records:
-            asked += len(scoring.yes_no_questions(options, record))
-            asked += len(scoring.rating_questions(options, record))
-        ids = [("bench", turn, number) for number in range(len(records))]
-        scoring.submit(run.pool, ids, images, records, options, first=0)
-        run.pool.gather(ids)
+            questions += len(scoring.yes_no_questions(context.scoring, record))
+            questions += len(scoring.rating_questions(context.scoring, record))
+        sample_ids = [("bench", turn, number) for number in range(len(records))]
+        scoring.submit(run.verifier, sample_ids, images, records, context.scoring, first=0)
+        run.verifier.gather(sample_ids)
 
-    spent = [_timed(lambda turn=turn: ask(turn)) for turn in range(steps)]
-    return asked / steps, spent
+    seconds = [_timed(lambda turn=turn: answer(turn)) for turn in range(steps)]
+    return questions / steps, seconds
 
 
 def _timed(action: Callable[[], object]) -> float:

@@ -1,4 +1,9 @@
-"""Fills the queue of initial images that task srr repairs."""
+"""Initial images for self-reflective refinement: samples, scores and queues what is repaired.
+
+A refining task takes its images from a queue. When the queue runs short, it is filled: several
+images of each prompt are sampled without thinking (or read from the records), the verifiers score
+them, and one per prompt is chosen (AlphaGRPO, arXiv 2605.12495, SRR stage 1).
+"""
 
 from collections.abc import Sequence
 
@@ -6,90 +11,122 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax import prompts, tasks
+from alphagrpo_jax import prompts
+from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.refinement import choose_initial
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
-from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.checks import TrainingError, check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import DataPosition, TextBlock, TrainState
+from alphagrpo_jax.types import DataPosition, InitialImageQueue, TextBlock
 
-CHOICE_STREAM = 2  # host-side random numbers, beside the data order's
+CHOICE_STREAM = 2  # of the host's random numbers, apart from the order of prompts
 
 
-def fill(run: Run, state: TrainState, step: int, place: DataPosition) -> None:
-    """Fills the queue until it holds what the update's refining batches take.
+def take(
+    run: Run, params: PolicyParams, key: jax.Array, step: int, position: DataPosition
+) -> list[InitialImageQueue]:
+    """Takes each refining batch's initial images from the queue, and fills it when it runs short.
 
+    Args:
+      run: the run.
+      params: the weights to sample with.
+      key: typed key[], the run's root key.
+      step: number of the update.
+      position: moves on.
+    Returns:
+      One entry per batch of the update whose task refines images, in order.
     Raises:
-      TrainingError: the verifiers failed too often on initial images.
+      TrainingError: the verifiers failed too often.
     """
-    needed = 0
+    count = run.config.train.prompts_per_step
+    batches = []
     for task in prompts.tasks_at(run.config, step):
         if task.refines:
-            needed += run.config.train.prompts_per_step
-            while place.queue.count < needed:
-                _fill_once(run, state, step, place, task.name)
+            while position.queue.count < count:
+                _fill(run, params, key, step, position, task.name)
+            batches.append(position.queue.take(count))
+    return batches
 
 
-def _fill_once(run: Run, state: TrainState, step: int, place: DataPosition, name: str) -> None:
-    """Stage 1 of a refining task: draws (or reads) initial images, scores and queues one of each.
+def _fill(
+    run: Run, params: PolicyParams, key: jax.Array, step: int, position: DataPosition, name: str
+) -> None:
+    """Queues one initial image for each of the next `srr.queue_prompts` prompts.
 
     Prompts whose images all stay without a reward are left out.
     """
-    config, srr, data = run.config, run.config.srr, run.data[name].train
-    run.weights(state)  # the policy may be its own judge
-    position = place.positions[name]
-    rows = prompts.order(position, srr.queue_prompts, size=len(data.records), seed=config.seed)
+    config, srr, data = run.config, run.config.srr, run.tasks[name].data.train
+    start = position.positions[name]
+    rows = prompts.order(start, srr.queue_prompts, size=len(data.records), seed=config.seed)
     records = [data.records[row] for row in rows]
     if srr.source == "record":
-        images = data.images(rows, run.size)[:, None]
+        images = data.images(rows, run.image_size)[:, None]
     else:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 0), position)
-        images = sample_initial_images(run, state, records, key)
-    prompts_, each = images.shape[:2]
-    ids = [("initial", position, number) for number in range(prompts_ * each)]
-    repeated = [record for record in records for _ in range(each)]
-    options = options_lib.scoring_options(config, tasks.TASKS["t2i"])
-    flat = images.reshape(-1, *images.shape[2:])
-    scoring.submit(run.pool, ids, flat, repeated, options, first=0)
-    scores = scoring.gather(run.pool, ids, repeated, (), options)
-    check_validity(config, scores, f"step {step}, initial images")
-    reward, valid = (x.reshape(prompts_, each) for x in (scores.reward, scores.valid))
-    rng = np.random.default_rng([config.seed, CHOICE_STREAM, position])
+        # Step 0 of the root key, which no update uses; the position makes each filling's own.
+        fill_key = jax.random.fold_in(jax.random.fold_in(key, 0), start)
+        images = sample_initial_images(run, params, records, fill_key)
+    reward, valid = _score(run, records, images, start, step)
+    rng = np.random.default_rng([config.seed, CHOICE_STREAM, start])
     chosen, usable = choose_initial(reward, valid, choice=srr.choice, rng=rng)
     lowest = np.where(valid, reward, np.inf).min(axis=1)
     at = np.flatnonzero(usable)
     if not at.size:
         raise TrainingError(
-            f"step {step}: none of the {len(ids)} initial images of task {name} has a reward; mend "
-            "the verifier, then run the same command again"
+            f"step {step}: none of the {valid.size} initial images of task {name} has a reward; "
+            "mend the verifier, then run the same command again"
         )
-    place.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]], lowest[at])
-    place.positions[name] += srr.queue_prompts
+    position.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]], lowest[at])
+    position.positions[name] += srr.queue_prompts
+
+
+def _score(
+    run: Run, records: Sequence[Record], images: np.ndarray, start: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Asks the verifiers about uint8[P, K, Hpx, Wpx, 3]: rewards float64[P, K], valid bool[P, K].
+
+    `start` is the position of the first prompt in the data, which makes the sample ids unique.
+    """
+    shape = images.shape[:2]
+    sample_ids = [("initial", start, number) for number in range(shape[0] * shape[1])]
+    repeated = [record for record in records for _ in range(shape[1])]
+    scoring_options = run.initial.scoring
+    flat = images.reshape(-1, *images.shape[2:])
+    scoring.submit(run.verifier, sample_ids, flat, repeated, scoring_options, first=0)
+    rewards = scoring.gather(run.verifier, sample_ids, repeated, (), scoring_options)
+    check_validity(run.config, rewards, f"step {step}, initial images")
+    return rewards.reward.reshape(shape), rewards.valid.reshape(shape)
 
 
 def sample_initial_images(
-    run: Run, state: TrainState, records: Sequence[Record], key: jax.Array
+    run: Run, params: PolicyParams, records: Sequence[Record], key: jax.Array
 ) -> np.ndarray:
-    """`srr.initial_images` images of each prompt, without thinking: uint8[P, K, Hpx, Wpx, 3]."""
-    config = run.config
-    each = config.srr.initial_images
-    count = config.rollout.micro_batch // each
-    weights = run.weights(state)
-    tokens, mask = prompts.tokenise(
+    """Samples `srr.initial_images` images of each prompt, without thinking.
+
+    Args:
+      run: the run.
+      params: the weights to sample with.
+      records: P prompts.
+      key: typed key[].
+    Returns:
+      uint8[P, K, Hpx, Wpx, 3].
+    """
+    config, fns = run.config, run.initial.fns
+    images_per_prompt = config.srr.initial_images
+    prompts_at_once = config.rollout.micro_batch // images_per_prompt
+    tokens, mask = prompts.tokenize(
         [record.prompt for record in records],
         run.loaded.tokenizer,
         bucket=config.rollout.prompt_tokens,
     )
     no_window, greedy = jnp.int32(config.srr.num_points), jnp.float32(0.0)
     launched = []
-    for first in range(0, len(records), count):
-        block = TextBlock(tokens[first : first + count], mask[first : first + count])
-        given = run.steps.initial.prefill(weights, (block,))
-        number = jnp.int32(first * each)
-        _, images = run.steps.initial.generate(weights, given, key, number, no_window, greedy)
+    for first in range(0, len(records), prompts_at_once):
+        rows = slice(first, first + prompts_at_once)
+        prefix = fns.prefill(params, (TextBlock(tokens[rows], mask[rows]),))
+        number = jnp.int32(first * images_per_prompt)
+        _, images = fns.generate(params, prefix, key, number, no_window, greedy)
         launched.append(images)
-    drawn = np.concatenate([distributed.to_host(images) for images in launched])
-    return drawn.reshape(len(records), each, *drawn.shape[1:])
+    images = np.concatenate([distributed.to_host(images) for images in launched])
+    return images.reshape(len(records), images_per_prompt, *images.shape[1:])

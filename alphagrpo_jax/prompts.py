@@ -75,7 +75,7 @@ class PromptRecords(tfds.core.GeneratorBasedBuilder):
 
 
 class PromptSet(NamedTuple):
-    """N prompts of one task, tokenised."""
+    """N prompts of one task, tokenized."""
 
     task: Task
     records: tuple[Record, ...]
@@ -108,7 +108,7 @@ class PromptSet(NamedTuple):
 
 
 class TaskData(NamedTuple):
-    """Both prompt sets of a task, tokenised."""
+    """Both prompt sets of a task, tokenized."""
 
     train: PromptSet
     heldout: PromptSet
@@ -143,7 +143,7 @@ def load(
     cache: str | os.PathLike,
     own_images: bool = False,
 ) -> PromptSet:
-    """Builds (once) and reads the dataset of a JSONL file, and tokenises a task's texts.
+    """Builds (once) and reads the dataset of a JSONL file, and tokenizes a task's texts.
 
     Args:
       path: the file.
@@ -173,7 +173,7 @@ def load(
         digest = check_images(path, records, digest)
     texts = tuple(
         TextBlock(
-            *tokenise(
+            *tokenize(
                 [_filled(template, record) for record in records],
                 tokenizer,
                 bucket=bucket + added_tokens(template, tokenizer),
@@ -230,7 +230,7 @@ def _filled(template: str, record: Record) -> str:
         ) from error
 
 
-def tokenise(
+def tokenize(
     prompts: Sequence[str], tokenizer: Tokenizer, *, bucket: int, added: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as int32[N, T] tokens and their bool[N, T] mask, T = bucket.
@@ -332,25 +332,34 @@ def tasks_at(config: Config, step: int) -> list[tasks.Task]:
 
 
 def next_batches(
-    config: Config, data: Mapping[str, TaskData], step: int, place: DataPosition
+    config: Config,
+    data: Mapping[str, TaskData],
+    step: int,
+    position: DataPosition,
+    initial_images: Sequence[InitialImageQueue] = (),
 ) -> list[PromptBatch]:
-    """Stage 1: the prompts of an update; moves `place` on.
+    """Takes the prompts of an update and moves the position on.
 
-    Task srr takes them from the queue of initial images, which `initial_images.fill` has filled.
+    Args:
+      config: the run's.
+      data: prompts by task.
+      step: number of the update.
+      position: moves on for tasks that do not refine; `initial_images.take` moves it for the rest.
+      initial_images: of the batches whose tasks refine images, in order.
     """
+    count, size = config.train.prompts_per_step, (config.model.height, config.model.width)
+    waiting = iter(initial_images)
     batches = []
-    count = config.train.prompts_per_step
-    size = (config.model.height, config.model.width)
     for number, task in enumerate(tasks_at(config, step)):
         if task.refines:
-            initial = place.queue.take(count)
+            initial = next(waiting)
             batches.append(PromptBatch(number, task, initial.row, initial.image, initial))
             continue
-        prompt_set, position = data[task.name].train, place.positions[task.name]
-        rows = order(position, count, size=len(prompt_set.records), seed=config.seed)
+        prompt_set, start = data[task.name].train, position.positions[task.name]
+        rows = order(start, count, size=len(prompt_set.records), seed=config.seed)
         images = prompt_set.images(rows, size) if task.image == "record" else None
         batches.append(PromptBatch(number, task, rows, images, None))
-        place.positions[task.name] += count
+        position.positions[task.name] += count
     return batches
 
 

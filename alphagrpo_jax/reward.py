@@ -1,134 +1,186 @@
-"""Stage 3: the rewards of a batch."""
+"""Stage 3: sends samples to the verifiers, gathers their rewards and shapes them."""
 
-import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from alphagrpo_jax.advantage import Advantages, group_advantage
-from alphagrpo_jax.config import Config
 from alphagrpo_jax.refinement import rectify
 from alphagrpo_jax.rewards import formats, scoring
 from alphagrpo_jax.runtime import distributed
-from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import BatchAdvantages, InitialImageQueue, RolloutBatch
+from alphagrpo_jax.types import BatchRewards, InitialImageQueue, PromptBatch, RolloutBatch
 
 
-def _submit_reflections(run: Run, drawn: RolloutBatch) -> None:
-    """Asks the verifiers about the reflections, beside the images that they speak of."""
-    group = run.config.train.group_size
-    for index in distributed.own_rows(len(drawn.ids)):
-        asked = formats.reflection_questions(drawn.records[index].prompt, drawn.texts[0][index])
-        image = drawn.batch.images[index // group]
-        run.pool.submit((*drawn.ids[index], "reflection"), image, asked)
-
-
-def gather(
-    run: Run, drawn: RolloutBatch, reflection: np.ndarray | None, step: int
-) -> scoring.Rewards:
-    """Stage 3: the rewards of a batch.
+def submit_images(
+    run: Run,
+    batch: PromptBatch,
+    sample_ids: Sequence[Any],
+    images: np.ndarray,
+    records: Sequence[Record],
+    first: int,
+) -> None:
+    """Sends one micro-batch of sampled images to the verifiers, which answer in the background.
 
     Args:
       run: the run.
-      drawn: the batch.
-      reflection: from `gather_reflections`; a sample without a verdict is invalid.
+      batch: the prompts that the images belong to.
+      sample_ids: N ids in the verifier pool.
+      images: uint8[N, Hpx, Wpx, 3].
+      records: N records with the questions.
+      first: number of the first image in the batch.
+    """
+    task = run.tasks[batch.task.name]
+    if task.task.reward == "image":
+        scoring.submit(run.verifier, sample_ids, images, records, task.scoring, first=first)
+
+
+def submit_reflections(run: Run, rollout: RolloutBatch) -> None:
+    """Asks the verifiers about the reflections, beside the images that they describe.
+
+    Does nothing unless the task refines images and `srr.reflection_format` is "verifier".
+    """
+    config, batch = run.config, rollout.batch
+    if not batch.task.refines or config.srr.reflection_format != "verifier":
+        return
+    for index in distributed.own_rows(len(rollout.sample_ids)):
+        questions = formats.reflection_questions(
+            rollout.records[index].prompt, rollout.texts[0][index]
+        )
+        image = batch.images[index // config.train.group_size]
+        run.verifier.submit((*rollout.sample_ids[index], "reflection"), image, questions)
+
+
+def gather(run: Run, rollout: RolloutBatch, step: int) -> BatchRewards:
+    """Waits for the verifiers' answers and turns them into the shaped rewards of a batch.
+
+    Args:
+      run: the run.
+      rollout: the batch, its images and reflections submitted.
       step: number of the update.
     Raises:
       TrainingError: the verifiers failed too often.
     """
-    task = drawn.batch.task
+    reflection = reflection_scores(run, rollout)
+    rewards = collect(run, rollout, reflection, step)
+    return shape(run, rollout, rewards, reflection)
+
+
+def collect(
+    run: Run, rollout: RolloutBatch, reflection: np.ndarray | None, step: int
+) -> scoring.Rewards:
+    """Waits for a batch's answers and returns its rewards before shaping.
+
+    A sample whose reflection has no verdict is invalid.
+
+    Raises:
+      TrainingError: the verifiers failed too often.
+    """
+    task = rollout.batch.task
     if task.reward == "answer":
-        return scoring.answer_scores(drawn.records, drawn.texts[-1], drawn.thinks)
-    options = options_lib.scoring_options(run.config, task)
-    scores = scoring.gather(run.pool, drawn.ids, drawn.records, drawn.thinks, options)
+        return scoring.answer_scores(rollout.records, rollout.texts[-1], rollout.think_texts)
+    rewards = scoring.gather(
+        run.verifier,
+        rollout.sample_ids,
+        rollout.records,
+        rollout.think_texts,
+        run.tasks[task.name].scoring,
+    )
     if reflection is not None:
-        scores = scoring.without(scores, np.isnan(reflection), "no verdict on the reflection")
-    check_validity(run.config, scores, f"step {step}")
-    return scores
+        rewards = scoring.without(rewards, np.isnan(reflection), "no verdict on the reflection")
+    check_validity(run.config, rewards, f"step {step}")
+    return rewards
 
 
-def gather_reflections(run: Run, drawn: RolloutBatch) -> np.ndarray | None:
-    """1 where a reflection has the form that is asked for, else 0; None where none is asked for.
+def reflection_scores(run: Run, rollout: RolloutBatch) -> np.ndarray | None:
+    """Scores the form of each reflection: 1 as asked for, 0 not, NaN without an answer.
 
-    float64[B]; NaN where the verifier gave no answer.
+    Returns:
+      float64[B]; None where no form is asked for.
     """
     mode = run.config.srr.reflection_format
-    if not drawn.batch.task.refines or mode == "none":
+    if not rollout.batch.task.refines or mode == "none":
         return None
     if mode == "rule":
-        return np.array([formats.reflection_rule(text) for text in drawn.texts[0]])
-    own = distributed.own_rows(len(drawn.ids))
-    outcomes = run.pool.gather((*drawn.ids[index], "reflection") for index in own)
-    judged = [
-        float(min(outcome.p_yes) > 0.5) if outcome.valid else np.nan
-        for outcome in outcomes.values()
+        return np.array([formats.reflection_rule(text) for text in rollout.texts[0]])
+    rows = distributed.own_rows(len(rollout.sample_ids))
+    results = run.verifier.gather((*rollout.sample_ids[row], "reflection") for row in rows)
+    scores = [
+        float(min(result.p_yes) > 0.5) if result.valid else np.nan for result in results.values()
     ]
-    return distributed.merge_rows(np.array(judged), len(drawn.ids))
+    return distributed.merge_rows(np.array(scores), len(rollout.sample_ids))
 
 
-def advantage_of(
-    config: Config,
-    drawn: RolloutBatch,
-    scores: scoring.Rewards,
+def shape(
+    run: Run,
+    rollout: RolloutBatch,
+    rewards: scoring.Rewards,
     reflection: np.ndarray | None = None,
-) -> BatchAdvantages:
-    """Stage 4: advantages within each prompt's group.
+) -> BatchRewards:
+    """Rectifies the rewards of refinements and adds what the texts' form is worth.
 
     Args:
-      config: the run's.
-      drawn: a batch.
-      scores: its rewards.
-      reflection: from `gather_reflections`; known for every valid sample.
+      run: the run.
+      rollout: the batch.
+      rewards: from `collect`.
+      reflection: from `reflection_scores`; known for every valid sample.
     """
-    shape = (config.train.prompts_per_step, config.train.group_size)
-    task, initial = drawn.batch.task, drawn.batch.initial
-    valid, reward = scores.valid, scores.reward
-    metrics: dict[str, float] = {}
-    moves = True
+    config, initial = run.config, rollout.batch.initial
+    group_shape = (config.train.prompts_per_step, config.train.group_size)
+    valid, reward = rewards.valid, rewards.reward
+    metrics = rewards.metrics()
+    improved = True
     if reflection is not None:
         metrics["reward/reflection"] = float(np.mean(reflection[valid])) if valid.any() else 0.0
     if initial is not None:
         mode = config.srr.rectification
-        groups = (reward.reshape(shape), valid.reshape(shape))
+        groups = (reward.reshape(group_shape), valid.reshape(group_shape))
         rectified = rectify(*groups, initial.reward, initial.lowest, mode=mode)
         reward = rectified.reward.ravel()
-        moves = mode == "none" or bool(rectified.improved.any())
-        metrics |= _refinement_metrics(scores, valid, rectified.improved, initial, shape)
-    options = options_lib.scoring_options(config, task)
-    text, image = scoring.totals(scores, options, reward=reward, reflection=reflection)
+        improved = mode == "none" or bool(rectified.improved.any())
+        metrics |= _refinement_metrics(rewards, rectified.improved, initial, group_shape)
+    scoring_options = run.tasks[rollout.batch.task.name].scoring
+    text, image = scoring.totals(rewards, scoring_options, reward=reward, reflection=reflection)
     metrics["reward/total"] = float(np.mean(text[valid])) if valid.any() else float("nan")
-    if not moves:
-        text = image = np.zeros_like(text)
-
-    def advantages(total: np.ndarray) -> Advantages:
-        baseline, compared = "group", None
-        if initial is not None and moves and config.advantage.baseline != "group":
-            baseline = config.advantage.baseline
-            # The initial image has no text: it is given what its group's texts add on average.
-            added = np.where(valid, total - reward, 0.0).reshape(shape).sum(axis=1)
-            compared = initial.reward + added / np.maximum(valid.reshape(shape).sum(axis=1), 1)
-        return group_advantage(
-            total.reshape(shape),
-            valid.reshape(shape),
-            dataclasses.replace(config.advantage, baseline=baseline),
-            initial=compared,
+    text_initial = image_initial = None
+    if initial is not None:
+        text_initial, image_initial = (
+            _initial_total(total - reward, valid, initial, group_shape) for total in (text, image)
         )
+    if not improved:
+        text = image = np.zeros_like(text)
+    return BatchRewards(
+        text.reshape(group_shape),
+        image.reshape(group_shape),
+        valid.reshape(group_shape),
+        text_initial,
+        image_initial,
+        improved,
+        metrics,
+    )
 
-    own = advantages(text)
-    other = own.advantage if image is text else advantages(image).advantage
-    return BatchAdvantages(own, other, metrics | own.metrics, left_out=not moves)
+
+def _initial_total(
+    shaping: np.ndarray, valid: np.ndarray, initial: InitialImageQueue, shape: tuple[int, int]
+) -> np.ndarray:
+    """Returns the initial images' totals, float64[P], to be compared with those of their groups.
+
+    An initial image has no text: it is given what its group's texts add on average.
+    """
+    added = np.where(valid, shaping, 0.0).reshape(shape).sum(axis=1)
+    return initial.reward + added / np.maximum(valid.reshape(shape).sum(axis=1), 1)
 
 
 def _refinement_metrics(
-    scores: scoring.Rewards,
-    valid: np.ndarray,
+    rewards: scoring.Rewards,
     improved: np.ndarray,
     initial: InitialImageQueue,
     shape: tuple[int, int],
 ) -> dict[str, float]:
-    gain = scores.reward.reshape(shape) - initial.reward[:, None]
-    counted = valid.reshape(shape)
+    gain = rewards.reward.reshape(shape) - initial.reward[:, None]
+    counted = rewards.valid.reshape(shape)
     return {
         "srr/initial_reward": float(initial.reward.mean()),
         "srr/gain": float(gain[counted].mean()) if counted.any() else float("nan"),

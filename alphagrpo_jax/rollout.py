@@ -1,61 +1,83 @@
-"""What the first four calls of `train.main` do: prompts, rollout, reward, advantage."""
+"""Stage 2: samples the trajectories of a batch and hands their images on as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.prompts import image_block
-from alphagrpo_jax.reward import (
-    _submit_reflections,
-)
-from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import PromptBatch, Rollout, RolloutBatch, TextSample, TrainState
+from alphagrpo_jax.types import PromptBatch, Rollout, RolloutBatch, TextSample
+
+# (batch, ids, images uint8[N, Hpx, Wpx, 3], records, number of the first) of one micro-batch.
+OnImages = Callable[
+    [PromptBatch, Sequence[tuple[int, int, int]], np.ndarray, Sequence[Record], int], None
+]
 
 
-def sample(run: Run, state: TrainState, step: int, batch: PromptBatch) -> RolloutBatch:
-    """Stage 2 and the start of stage 3: draws a batch's trajectories, micro-batch by micro-batch.
+def sample(
+    run: Run,
+    params: PolicyParams,
+    key: jax.Array,
+    step: int,
+    batch: PromptBatch,
+    *,
+    on_images: OnImages | None = None,
+    on_texts: Callable[[RolloutBatch], None] | None = None,
+) -> RolloutBatch:
+    """Samples `train.group_size` trajectories for each prompt of a batch, by micro-batches.
 
-    The images of one micro-batch go to the verifiers while the device draws the next.
+    Args:
+      run: the run.
+      params: the weights to sample with.
+      key: typed key[], the run's root key.
+      step: number of the update.
+      batch: P prompts of one task.
+      on_images: called with the images of each micro-batch, while the device samples the next.
+      on_texts: called with the whole batch, its texts decoded.
+    Returns:
+      P * G trajectories, the members of a group in a row.
     """
     config, group = run.config, run.config.train.group_size
-    steps, data = run.steps.tasks[batch.task.name], run.data[batch.task.name].train
-    own = jax.random.fold_in(jax.random.fold_in(state.key, step), batch.number)
-    key, window_key = jax.random.split(own)
-    lo, hi = config.rollout.window_range
-    start = jax.random.randint(window_key, (), lo, hi - config.rollout.window + 1)
-    count = config.rollout.micro_batch // group  # prompts
+    context = run.tasks[batch.task.name]
+    fns, data = context.fns, context.data.train
+    batch_key = jax.random.fold_in(jax.random.fold_in(key, step), batch.number)
+    sample_key, window_key = jax.random.split(batch_key)
+    low, high = config.rollout.window_range
+    start = jax.random.randint(window_key, (), low, high - config.rollout.window + 1)
     temperature = jnp.float32(config.rollout.temperature)
-    weights = run.weights(state)
+    prompts_at_once = config.rollout.micro_batch // group
+    # All micro-batches are dispatched before the first result is waited for.
     launched = []
-    for first in range(0, len(batch.rows), count):
-        part = slice(first, first + count)
-        images = None if batch.images is None else image_block(run.loaded, batch.images[part])
-        given = steps.train.prefill(weights, data.inputs(batch.rows[part], images))
+    for first in range(0, len(batch.rows), prompts_at_once):
+        rows = slice(first, first + prompts_at_once)
+        images = None if batch.images is None else image_block(run.loaded, batch.images[rows])
+        prefix = fns.train.prefill(params, data.inputs(batch.rows[rows], images))
         number = jnp.int32(first * group)
-        launched.append(steps.train.generate(weights, given, key, number, start, temperature))
+        launched.append(fns.train.generate(params, prefix, sample_key, number, start, temperature))
     records = [data.records[row] for row in np.repeat(batch.rows, group)]
-    ids = [(step, batch.number, number) for number in range(len(records))]
-    if batch.task.reward == "image":
-        options = options_lib.scoring_options(config, batch.task)
+    sample_ids = [(step, batch.number, number) for number in range(len(records))]
+    if on_images is not None:
         for number, (_, images) in enumerate(launched):
-            first = number * count * group
-            part = slice(first, first + count * group)
-            shown = distributed.to_host(images)
-            scoring.submit(run.pool, ids[part], shown, records[part], options, first=first)
-    parts = [trajectories for trajectories, _ in launched]
-    whole = parts[0] if len(parts) == 1 else steps.join(parts)
-    samples = distributed.to_host(whole.texts)
-    texts = [decode_texts(run.loaded.tokenizer, each.tokens, each.mask) for each in samples]
-    drawn = RolloutBatch(batch, whole, records, ids, texts, _text_metrics(samples))
-    if batch.task.refines and config.srr.reflection_format == "verifier":
-        _submit_reflections(run, drawn)
-    return drawn
+            if images is None:
+                continue
+            first = number * prompts_at_once * group
+            rows = slice(first, first + prompts_at_once * group)
+            on_images(batch, sample_ids[rows], distributed.to_host(images), records[rows], first)
+    micro_batches = [trajectories for trajectories, _ in launched]
+    trajectories = micro_batches[0] if len(micro_batches) == 1 else fns.join(micro_batches)
+    samples = distributed.to_host(trajectories.texts)
+    tokenizer = run.loaded.tokenizer
+    texts = [decode_texts(tokenizer, sample.tokens, sample.mask) for sample in samples]
+    rollout = RolloutBatch(batch, trajectories, records, sample_ids, texts, _text_metrics(samples))
+    if on_texts is not None:
+        on_texts(rollout)
+    return rollout
 
 
 def decode_steps(tokenizer: Tokenizer, trajectories: Rollout) -> list[list[str]]:

@@ -7,9 +7,9 @@ failure explained in one message, 2 wrong usage or configuration.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -17,24 +17,27 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from alphagrpo_jax import advantage, initial_images, prompts, reward, rollout, update
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax import initial_images, update
 from alphagrpo_jax.config import Config, MeshOptions
-from alphagrpo_jax.evaluation.heldout import check_heldout, evaluate_first, evaluate_row, is_regular
-from alphagrpo_jax.prompts import next_batches, start_position
-from alphagrpo_jax.reward import advantage_of, gather, gather_reflections
-from alphagrpo_jax.rollout import sample
+from alphagrpo_jax.evaluation import heldout
 from alphagrpo_jax.runtime import checkpoint, cli, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.cli import DONE, STOPPED
 from alphagrpo_jax.runtime.errors import AccessError, UsageError, UserError, is_machine_error
-from alphagrpo_jax.runtime.metrics import merge_metrics, notify
-from alphagrpo_jax.runtime.stopping import StopFlag
-from alphagrpo_jax.training import run_folder, setup
-from alphagrpo_jax.training import steps as steps_lib
-from alphagrpo_jax.training import verifiers as verifiers_lib
+from alphagrpo_jax.runtime.metrics import notify
+from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
+from alphagrpo_jax.training import run_folder, setup, verifiers
 from alphagrpo_jax.training.checks import check_end, early_decay
-from alphagrpo_jax.training.context import Run
+from alphagrpo_jax.training.context import Run, make_run
+from alphagrpo_jax.training.steps import compile_fns
+from alphagrpo_jax.types import (
+    BatchAdvantages,
+    BatchRewards,
+    DataPosition,
+    RolloutBatch,
+    TrainState,
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config name>.")
@@ -53,106 +56,154 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         notify(notice)
     loaded = setup.load_policy(config, mesh)
     data = setup.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
-    check_heldout(config, data)
+    heldout.check_heldout(config, data)
     optimizer = setup.make_optimizer(config)
     state = setup.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
-    steps = steps_lib.compile_fns(config, loaded, state, optimizer, mesh)
+    fns = compile_fns(config, loaded, state, optimizer, mesh)
 
     # ---------------------------------------------------------------- restore
     saves = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
-    state, done, place = run_folder.restore(saves, state, start_position(config), data)
+    start = prompts.start_position(config)
+    state, done, position = run_folder.restore(saves, state, start, data)
     log = metrics_lib.MetricsLog(workdir, last_step=done, writes=distributed.is_primary())
     if done >= config.train.steps > 0 and run_folder.is_finished(workdir):
         notify(f"{workdir} is finished: {done} steps are done")
         return DONE
     check_end(config, log, done)
-    board = metrics_lib.TensorBoardWriter(
-        workdir, enabled=config.log.tensorboard and distributed.is_primary(), step=done
-    )
-    bar = metrics_lib.Progress(
-        total=config.train.steps,
-        done=done,
-        enabled=config.log.progress and distributed.is_primary(),
-    )
-
-    def record(step: int, row: Mapping[str, Any]) -> None:
-        (log.complete if log.owes(step) else log.write)(step, row)
-        board.write(step, row)
-        bar.show(row, advance=int(step > done))
+    writers = metrics_lib.Writers(config.log, log, workdir, done=done, total=config.train.steps)
+    emergency = run_folder.EmergencyCheckpoint(saves, data, writers.log_row)
 
     with (
-        verifiers_lib.open_verifiers(config, loaded) as (pool, second),
-        run_folder.saved_on_error(saves, data, record) as kept,
+        verifiers.open_verifiers(config, loaded) as (verifier, second_verifier),
+        emergency.on_error(),
     ):
         if config.train.steps > 0 or not run_folder.holds_run(workdir):
             run_folder.mark_running(workdir, config)
-        run = Run(config, loaded, data, steps, pool, workdir, second)
-        settled = evaluate_first(run, state, done, place, log, record, stop)
-        counts = verifiers_lib.PoolCounts(pool)
+        run = make_run(config, loaded, data, fns, verifier, workdir, second_verifier)
+        evaluated = evaluate_pending(run, state, done, position, data, log, writers, stop)
+        pool_counts = verifiers.PoolCounts(verifier)
         # ---------------------------------------------------------- the loop
         while done < config.train.steps and not distributed.any_process(stop.requested):
-            step, started = done + 1, time.monotonic()
-            kept.hold(state, done, place)
-            initial_images.fill(run, state, step, place)
-            batches = next_batches(config, data, step, place)
-            given = time.monotonic()
-            drawn = [sample(run, state, step, batch) for batch in batches]
-            rolled = time.monotonic()
-            old = [update.old_log_probs(run, state, each) for each in drawn]
-            verdicts = [gather_reflections(run, each) for each in drawn]
-            scores = [gather(run, *each, step) for each in zip(drawn, verdicts, strict=True)]
-            rewarded = time.monotonic()
-            advantages = [
-                advantage_of(config, *each) for each in zip(drawn, scores, verdicts, strict=True)
-            ]
-            kept.drop()
-            state, learned, parts = update.step(run, state, drawn, old, advantages, step)
-            updated = time.monotonic()
-            parts = [
-                score.metrics() | each.text_metrics | advantage.metrics | part
-                for score, each, advantage, part in zip(
-                    scores, drawn, advantages, parts, strict=True
-                )
-            ]
-            names = [batch.task.name for batch in batches]
-            row = merge_metrics(config, names, parts) | learned
-            row |= {
-                "time/initial_images": given - started,
-                "time/rollout": rolled - given,
-                "time/reward_wait": rewarded - rolled,
-                "time/update": updated - rewarded,
-            }
-            if is_regular(config, config.eval.every, step):
-                kept.hold(state, step, place, row)
-                row |= evaluate_row(run, state, step, greedy=step == config.train.steps)
-            row |= {
-                "time/eval": time.monotonic() - updated,
-                "time/compilations": compiles.count,
-            } | counts.metrics()
+            step, timer = done + 1, metrics_lib.Timer()
+            emergency.hold(state, done, position)
+            params = run.sampling_params(state)
+            verifiers.follow(verifier, params)  # the policy may be its own verifier
+            with timer("initial_images"):
+                initial = initial_images.take(run, params, state.key, step, position)
+                batches = prompts.next_batches(config, data, step, position, initial)
+            with timer("rollout"):
+                on_images = functools.partial(reward.submit_images, run)
+                on_texts = functools.partial(reward.submit_reflections, run)
+                rollouts = [
+                    rollout.sample(
+                        run, params, state.key, step, batch, on_images=on_images, on_texts=on_texts
+                    )
+                    for batch in batches
+                ]
+            with timer("reward_wait"):
+                # On the device, while the verifiers still answer.
+                old = [update.old_log_probs(run, state, batch) for batch in rollouts]
+                rewards = [reward.gather(run, batch, step) for batch in rollouts]
+            advantages = [advantage.of_batch(batch, config.advantage) for batch in rewards]
+            emergency.release()
+            with timer("update"):
+                state, metrics = update.step(run, state, rollouts, old, advantages, step)
+            row = step_row(config, rollouts, rewards, advantages, metrics) | timer.metrics()
+            with timer("eval"):
+                if heldout.is_due(config, config.eval.every, step):
+                    emergency.hold(state, step, position, row)
+                    row |= evaluate(run, state, step, greedy=step == config.train.steps)
+            row |= timer.metrics() | {"time/compilations": compiles.count} | pool_counts.metrics()
             # ------------------------------------------------------- log, save
-            regular = is_regular(config, config.checkpoint.every, step)
-            if regular:
-                content = run_folder.content(state, step, place, data)
+            if save_due := heldout.is_due(config, config.checkpoint.every, step):
+                content = run_folder.content(state, step, position, data)
                 row["state/digest"] = checkpoint.digest(*content)
-            record(step, row)
+            writers.log_row(step, row)
             done = step
-            if regular:
+            if save_due:
                 saves.save(done, *content)
         # ---------------------------------------------------------------- end
         if done < config.train.steps and saves.latest() != done:  # stopped
-            saves.save(done, *run_folder.content(state, done, place, data))
+            saves.save(done, *run_folder.content(state, done, position, data))
     saves.close()
-    board.close()
-    bar.close()
+    writers.close()
     if config.train.steps == 0:
-        return DONE if settled else STOPPED
-    if done < config.train.steps or not settled:
+        return DONE if evaluated else STOPPED
+    if done < config.train.steps or not evaluated:
         notify(f"stopped after step {done}; the same command continues")
         return STOPPED
     run_folder.mark_finished(workdir, done)
     notify(f"{workdir}: {done} steps are done")
     return DONE
+
+
+def step_row(
+    config: Config,
+    rollouts: Sequence[RolloutBatch],
+    rewards: Sequence[BatchRewards],
+    advantages: Sequence[BatchAdvantages],
+    metrics: update.UpdateMetrics,
+) -> dict[str, float]:
+    """Merges the metrics of an update's batches and of the update itself into one row."""
+    batch_metrics = [
+        reward_batch.metrics | rollout_batch.metrics | advantage_batch.text.metrics | update_metrics
+        for reward_batch, rollout_batch, advantage_batch, update_metrics in zip(
+            rewards, rollouts, advantages, metrics.batches, strict=True
+        )
+    ]
+    names = [rollout_batch.batch.task.name for rollout_batch in rollouts]
+    return metrics_lib.merge_metrics(config, names, batch_metrics) | metrics.update
+
+
+def evaluate(
+    run: Run,
+    state: TrainState,
+    step: int,
+    *,
+    greedy: bool,
+    label: str | None = None,
+    stop: StopFlag | None = None,
+) -> dict[str, float]:
+    """Evaluates a train state; see `heldout.evaluate`."""
+    params = run.sampling_params(state)
+    verifiers.follow(run.verifier, params)
+    return heldout.evaluate(run, params, step, greedy=greedy, label=label, stop=stop)
+
+
+def evaluate_pending(
+    run: Run,
+    state: TrainState,
+    done: int,
+    position: DataPosition,
+    data: Mapping[str, prompts.TaskData],
+    log: metrics_lib.MetricsLog,
+    writers: metrics_lib.Writers,
+    stop: StopFlag,
+) -> bool:
+    """Does the evaluation that is due before the first update; see `heldout.Pending`.
+
+    Returns:
+      False if a stop was requested before it was done.
+    """
+    config, pending = run.config, heldout.pending(run.config, log, done)
+    if pending is heldout.Pending.NONE:
+        return True
+    if pending is heldout.Pending.REPORT:
+        row = evaluate(run, state, done, greedy=True, label="evaluation")
+        heldout.write_report(run.workdir, {"step": done} | row)
+        return True
+    try:
+        row = evaluate(run, state, done, greedy=done in (0, config.train.steps), stop=stop)
+    except StoppedError:
+        notify(f"stopped before the evaluation of step {done} was done; it is done again")
+        return False
+    if done and heldout.is_due(config, config.checkpoint.every, done):
+        row["state/digest"] = checkpoint.digest(*run_folder.content(state, done, position, data))
+    writers.log_row(done, row)
+    if config.train.steps == 0:
+        heldout.write_report(run.workdir, {"step": 0} | row)
+    return True
 
 
 def command(argv: Sequence[str]) -> None:

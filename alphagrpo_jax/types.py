@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from alphagrpo_jax.advantage import Advantages
 from alphagrpo_jax.models.kv_cache import Segment
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.tasks import Task, think_texts
@@ -239,35 +238,63 @@ class DataPosition:
 
 
 class PromptBatch(NamedTuple):
-    """P prompts of one task, and what is given beside them."""
+    """P prompts of one task, and the images that come with them."""
 
-    number: int  # in the update
+    number: int  # of the batch in the update
     task: Task
     rows: np.ndarray  # int64[P], into the task's training prompts
-    images: np.ndarray | None  # uint8[P, Hpx, Wpx, 3]
-    initial: InitialImageQueue | None  # rewards of the images to be repaired
+    images: np.ndarray | None  # uint8[P, Hpx, Wpx, 3], input images of the task
+    initial: InitialImageQueue | None  # the images to repair and their rewards
 
 
 class RolloutBatch(NamedTuple):
-    """The trajectories of one batch, their images under way to the verifiers."""
+    """The B trajectories of one prompt batch; the verifiers have their images already."""
 
     batch: PromptBatch
     trajectories: Rollout
     records: list[Record]  # one per trajectory
-    ids: list[tuple[int, int, int]]  # of the samples in the pool
-    texts: list[list[str]]  # what each text step wrote
-    text_metrics: dict[str, float]
+    sample_ids: list[tuple[int, int, int]]  # of the samples in the verifier pool
+    texts: list[list[str]]  # [text steps][B]
+    metrics: dict[str, float]
 
     @property
-    def thinks(self) -> list[list[str]]:
-        """What each think step wrote."""
+    def think_texts(self) -> list[list[str]]:
+        """Texts of the think steps: [think steps][B]."""
         return think_texts(self.batch.task, self.texts)
 
 
+class BatchRewards(NamedTuple):
+    """Shaped rewards of one batch: what advantages are computed from.
+
+    Text and image steps have totals of their own, since a format term may count for texts alone.
+    Initial rewards exist for refining tasks only and carry the same shaping as the totals.
+    """
+
+    text: np.ndarray  # float64[P, G], NaN where invalid
+    image: np.ndarray  # float64[P, G]
+    valid: np.ndarray  # bool[P, G]
+    text_initial: np.ndarray | None  # float64[P]
+    image_initial: np.ndarray | None  # float64[P]
+    improved: bool  # False: rectification found no improvement, the batch is left out
+    metrics: dict[str, float]
+
+
+class Advantages(NamedTuple):
+    """Advantages of P groups of G trajectories."""
+
+    advantage: np.ndarray  # float32[P, G], 0 where not used
+    used: np.ndarray  # bool[P, G], valid samples of groups with at least two of them
+    metrics: dict[str, float]
+
+    @property
+    def all_zero(self) -> bool:
+        """True if no trajectory would be moved, so that the update is skipped."""
+        return not self.advantage.any()
+
+
 class BatchAdvantages(NamedTuple):
-    """Advantages of one batch."""
+    """Advantages of the text and image steps of one batch."""
 
     text: Advantages
     image: np.ndarray  # float32[P, G]
-    metrics: dict[str, float]
     left_out: bool = False  # nothing improved: the batch is no part of the update

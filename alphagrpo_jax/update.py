@@ -1,7 +1,8 @@
-"""What the last two calls of `train.main` do: the loss, and the update of the policy."""
+"""Stages 5 and 6: computes the loss's gradient over an update and takes the optimizer steps."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,179 +10,254 @@ import numpy as np
 
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import distributed
-from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.gradient import LossNormalizers
+from alphagrpo_jax.training.steps import TaskFns
 from alphagrpo_jax.types import BatchAdvantages, LogProbs, RolloutBatch, TrainState, UpdateBatch
 
 # Metrics of a batch's first optimizer step; of its others the last one's are kept.
 FIRST_ONLY = {"text/ratio_max_dev", "image/ratio_max_dev", "logp/rollout_update_max_abs_diff"}
 
 
-def old_log_probs(run: Run, state: TrainState, drawn: RolloutBatch) -> list[LogProbs] | None:
-    """The log-probs before the update, per micro-batch; None where the policy's own are used."""
+class UpdateMetrics(NamedTuple):
+    """Metrics of an update."""
+
+    update: dict[str, float]  # of the update as a whole
+    batches: list[dict[str, float]]  # of each batch
+
+
+def old_log_probs(run: Run, state: TrainState, rollout: RolloutBatch) -> list[LogProbs] | None:
+    """Computes the log-probs before the update, by micro-batch.
+
+    Returns:
+      One `LogProbs` per micro-batch; None with `train.old_logprob` "self", where the loss takes
+      its own log-probs for the old ones.
+    """
     if run.config.train.old_logprob == "self":
         return None
-    forward = run.steps.tasks[drawn.batch.task.name].forward
+    forward = run.tasks[rollout.batch.task.name].fns.forward
     return [
-        forward(state.trainable, run.loaded.base, drawn.trajectories, part)[0]
-        for part in _parts(run.config)
+        forward(state.trainable, run.loaded.base, rollout.trajectories, index)[0]
+        for index in _micro_batch_indices(run.config)
     ]
 
 
 def step(
     run: Run,
     state: TrainState,
-    drawn: Sequence[RolloutBatch],
+    rollouts: Sequence[RolloutBatch],
     old: Sequence[list[LogProbs] | None],
     advantages: Sequence[BatchAdvantages],
     step: int,
-) -> tuple[TrainState, dict[str, float], list[dict[str, float]]]:
-    """Stages 5 and 6: the optimizer steps of one update; the state as it was if nothing differs.
+) -> tuple[TrainState, UpdateMetrics]:
+    """Takes the optimizer steps of one update; leaves the state as it was if nothing differs.
 
     The loss is the mean over the update's trajectories: batches of one task count as one large
-    batch, tasks by their trajectories. A batch that is to be left out counts nowhere; one whose
+    batch, tasks by their trajectories. A batch that is left out counts nowhere; one whose
     advantages happen to be all zero counts like any other.
 
-    Returns:
-      The new state, the metrics of the whole update, and those of each batch.
+    Args:
+      run: the run.
+      state: its memory is given to the new state.
+      rollouts, old, advantages: one entry per batch, from the stages before.
+      step: number of the update, for messages.
     Raises:
       TrainingError: a loss or gradient that is not finite, before it has changed anything; or
-        nothing differs and what was drawn is not finite.
+        nothing differs and the sampled log-probs are not finite.
     """
-    if all(each.text.all_zero and not each.image.any() for each in advantages):
-        for each in drawn:
-            check_sampled(each.trajectories, step)
-        return state, {"update/skipped": 1}, [{"update/skipped": 1} for _ in drawn]
-    used = [0 if each.left_out else int(each.text.used.sum()) for each in advantages]
-    members: dict[str, list[int]] = {}  # by task
-    for index, each in enumerate(drawn):
-        if used[index]:
-            members.setdefault(each.batch.task.name, []).append(index)
-    groups = {
-        name: _TaskBatches.of(
-            run, [_UpdateBatch.of(run, drawn[i], old[i], advantages[i]) for i in own]
-        )
-        for name, own in members.items()
-    }
-    weights = {name: sum(used[i] for i in own) / sum(used) for name, own in members.items()}
-    whole: dict[str, float] = {}
-    parts: list[dict[str, float]] = [{"update/skipped": int(not each)} for each in used]
+    if all(batch.text.all_zero and not batch.image.any() for batch in advantages):
+        for rollout in rollouts:
+            check_sampled(rollout.trajectories, step)
+        skipped: dict[str, float] = {"update/skipped": 1}
+        return state, UpdateMetrics(skipped, [dict(skipped) for _ in rollouts])
+    tasks = _group_by_task(run, rollouts, old, advantages)
+    batch_metrics: list[dict[str, float]] = [{"update/skipped": 1} for _ in rollouts]
+    update_metrics: dict[str, float] = {}
     for _ in range(run.config.train.updates_per_batch):
-        gradient, total, found = None, 0.0, {}
-        for name, group in groups.items():
-            weight = jnp.float32(weights[name])
-            own, metrics = group.gradient(run, state, weight)
-            gradient = own if gradient is None else run.steps.add(gradient, own)
-            total += weight * metrics["loss/total"]
-            found[name] = metrics
-        state, applied = run.steps.apply(state, gradient, {"loss/total": total})
-        values = {name: float(x) for name, x in jax.device_get(applied).items()}
-        if not values.pop("update/finite"):
-            raise TrainingError(
-                f"step {step}: the loss ({values['loss/total']}) or its gradient (norm "
-                f"{values['update/grad_norm']}) is not finite; the update was not applied and the "
-                "last checkpoint is untouched. Lower optimizer.learning_rate, or look for broken "
-                "weights or rewards"
-            )
-        whole = values
-        for name, metrics in jax.device_get(found).items():
-            values = {key: float(x) for key, x in metrics.items()}
-            for index in members[name]:
-                first = {key: parts[index][key] for key in FIRST_ONLY & parts[index].keys()}
-                parts[index] |= values | first
-    is_self = int(run.config.train.old_logprob == "self")
-    return state, whole | {"update/skipped": 0, "update/old_is_self": is_self}, parts
+        gradient, loss_total, metrics = _gradient(run, state, tasks)
+        state, update_metrics = _apply(run, state, gradient, loss_total, step)
+        for task, device_metrics in zip(tasks, jax.device_get(metrics), strict=True):
+            values = {key: float(value) for key, value in device_metrics.items()}
+            for index in task.indices:
+                _record(batch_metrics[index], values)
+    update_metrics |= {
+        "update/skipped": 0,
+        "update/old_is_self": int(run.config.train.old_logprob == "self"),
+    }
+    return state, UpdateMetrics(update_metrics, batch_metrics)
 
 
-class _UpdateBatch(NamedTuple):
+def _record(batch_metrics: dict[str, float], values: dict[str, float]) -> None:
+    """Takes over an optimizer step's metrics; of `FIRST_ONLY` those of the first step stay."""
+    first = {key: batch_metrics[key] for key in FIRST_ONLY & batch_metrics.keys()}
+    batch_metrics |= values | first | {"update/skipped": 0}
+
+
+class _BatchUpdate(NamedTuple):
     """One batch with everything that its gradient needs."""
 
-    steps: steps_lib.TaskFns
+    fns: TaskFns
     batch: UpdateBatch
-    old: list[LogProbs] | None
-    reference: list[LogProbs] | None
-    entropy: tuple[jax.Array, ...] | None
-
-    @classmethod
-    def of(
-        cls, run: Run, drawn: RolloutBatch, old: list[LogProbs] | None, scored: BatchAdvantages
-    ) -> "_UpdateBatch":
-        steps, config = run.steps.tasks[drawn.batch.task.name], run.config
-        flat = (jnp.asarray(x.ravel()) for x in (scored.text.advantage, scored.image))
-        batch = UpdateBatch(drawn.trajectories, *flat, jnp.asarray(scored.text.used.ravel()))
-        reference = entropy = None
-        if config.loss.text_beta > 0 or config.loss.image_beta > 0 or config.loss.report_kl:
-            own = (run.loaded.base, drawn.trajectories)
-            reference = [steps.reference(*own, part) for part in _parts(config)]
-        if config.loss.entropy_fraction < 1 and drawn.trajectories.texts:
-            entropy = steps.entropy(old)
-        return cls(steps, batch, old, reference, entropy)
+    old: list[LogProbs] | None  # by micro-batch
+    reference: list[LogProbs] | None  # by micro-batch; None without a KL term
+    entropy: tuple[jax.Array, ...] | None  # float32[B, T - 1] of each text step
 
 
-class _TaskBatches(NamedTuple):
-    """All batches of one task in an update, and the denominators of their common means."""
+@dataclasses.dataclass(frozen=True)
+class _TaskUpdate:
+    """All batches of one task in an update, and the normalizers of their common means."""
 
-    batches: list[_UpdateBatch]
-    totals: LossNormalizers
+    batches: list[_BatchUpdate]
+    indices: list[int]  # of the batches in the update
+    weight: float  # share of the update's trajectories
+    normalizers: LossNormalizers
 
-    @classmethod
-    def of(cls, run: Run, batches: list[_UpdateBatch]) -> "_TaskBatches":
-        counted = [each.steps.count(each.batch, each.entropy) for each in batches]
-        if len(batches) == 1:
-            return cls(batches, counted[0])
-        # On the host: jitted, it would compile for every number of batches.
-        tokens, trajectories, thresholds = (
-            np.stack(values) for values in zip(*distributed.to_host(counted), strict=True)
+
+def _group_by_task(
+    run: Run,
+    rollouts: Sequence[RolloutBatch],
+    old: Sequence[list[LogProbs] | None],
+    advantages: Sequence[BatchAdvantages],
+) -> list[_TaskUpdate]:
+    """Groups the batches that are trained by task; batches without a used trajectory stay out."""
+    used = [0 if batch.left_out else int(batch.text.used.sum()) for batch in advantages]
+    indices: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        if used[index]:
+            indices.setdefault(rollout.batch.task.name, []).append(index)
+    return [
+        _task_update(
+            run,
+            [_batch_update(run, rollouts[i], old[i], advantages[i]) for i in task_indices],
+            task_indices,
+            sum(used[i] for i in task_indices) / sum(used),
         )
-        joint = LossNormalizers(
-            tokens.sum(axis=0), trajectories.sum(axis=0), thresholds.max(axis=0)
-        )
-        if batches[0].entropy is not None:
-            joint = _most_uncertain(batches, joint, run.config.loss.entropy_fraction)
-        placed = (
-            jax.device_put(x, like.sharding) for x, like in zip(joint, counted[0], strict=True)
-        )
-        return cls(batches, LossNormalizers(*placed))
+        for task_indices in indices.values()
+    ]
 
-    def gradient(self, run: Run, state: TrainState, weight: jax.Array) -> tuple:
-        """Gradient and metrics, summed over the micro-batches of all batches."""
-        summed = None
-        for each in self.batches:
-            for index, part in enumerate(_parts(run.config)):
-                new, pullback = each.steps.forward(
-                    state.trainable, run.loaded.base, each.batch.rollout, part
-                )
-                before = each.old[index] if each.old else None
-                ref = each.reference[index] if each.reference else None
-                own = each.steps.backward(
-                    pullback, new, before, ref, each.batch, part, self.totals, weight
-                )
-                summed = own if summed is None else run.steps.accumulate(summed, own)
-        return summed
+
+def _batch_update(
+    run: Run, rollout: RolloutBatch, old: list[LogProbs] | None, advantages: BatchAdvantages
+) -> _BatchUpdate:
+    """Puts a batch's arrays on the device, with reference log-probs and entropies if needed."""
+    fns, loss_options = run.tasks[rollout.batch.task.name].fns, run.config.loss
+    text, image = (jnp.asarray(x.ravel()) for x in (advantages.text.advantage, advantages.image))
+    used = jnp.asarray(advantages.text.used.ravel())
+    batch = UpdateBatch(rollout.trajectories, text, image, used)
+    reference = entropy = None
+    if loss_options.text_beta > 0 or loss_options.image_beta > 0 or loss_options.report_kl:
+        reference = [
+            fns.reference(run.loaded.base, rollout.trajectories, index)
+            for index in _micro_batch_indices(run.config)
+        ]
+    if loss_options.entropy_fraction < 1 and rollout.trajectories.texts:
+        entropy = fns.entropy(old)
+    return _BatchUpdate(fns, batch, old, reference, entropy)
+
+
+def _task_update(
+    run: Run, batches: list[_BatchUpdate], indices: list[int], weight: float
+) -> _TaskUpdate:
+    """Adds up the normalizers of a task's batches."""
+    by_batch = [batch.fns.count(batch.batch, batch.entropy) for batch in batches]
+    if len(batches) == 1:
+        return _TaskUpdate(batches, indices, weight, by_batch[0])
+    # On the host: jitted, it would compile for every number of batches.
+    tokens, trajectories, thresholds = (
+        np.stack(values) for values in zip(*distributed.to_host(by_batch), strict=True)
+    )
+    joint = LossNormalizers(tokens.sum(axis=0), trajectories.sum(axis=0), thresholds.max(axis=0))
+    if batches[0].entropy is not None:
+        joint = _most_uncertain(batches, joint, run.config.loss.entropy_fraction)
+    on_device = (
+        jax.device_put(x, like.sharding) for x, like in zip(joint, by_batch[0], strict=True)
+    )
+    return _TaskUpdate(batches, indices, weight, LossNormalizers(*on_device))
 
 
 def _most_uncertain(
-    batches: Sequence[_UpdateBatch], joint: LossNormalizers, fraction: float
+    batches: Sequence[_BatchUpdate], joint: LossNormalizers, fraction: float
 ) -> LossNormalizers:
-    """`update.count`'s tokens and thresholds over several batches of one task."""
+    """Replaces tokens and thresholds by those over several batches of one task.
+
+    The same as `gradient.count_normalizers` computes on the device for a single batch.
+    """
     tokens, thresholds = joint.tokens.copy(), joint.entropy_threshold.copy()
     for k in range(len(tokens)):
-        held = []
-        for each in batches:
-            arrays = (each.entropy[k], each.batch.rollout.texts[k].scored, each.batch.valid)
+        by_batch = []
+        for batch in batches:
+            arrays = (batch.entropy[k], batch.batch.rollout.texts[k].scored, batch.batch.valid)
             entropy, scored, valid = distributed.to_host(arrays)
-            held.append(entropy[scored & valid[:, None]])
-        known = np.concatenate(held)
-        known = known[~np.isnan(known)]
-        if not known.size:
+            by_batch.append(entropy[scored & valid[:, None]])
+        entropies = np.concatenate(by_batch)
+        entropies = entropies[~np.isnan(entropies)]
+        if not entropies.size:
             continue
-        chosen = known[known >= np.quantile(known, 1.0 - fraction)]
-        tokens[k], thresholds[k] = chosen.size, chosen.min()
+        trained = entropies[entropies >= np.quantile(entropies, 1.0 - fraction)]
+        tokens[k], thresholds[k] = trained.size, trained.min()
     return LossNormalizers(tokens, joint.trajectories, thresholds)
 
 
-def _parts(config: Config) -> list[jax.Array]:
-    """The numbers of a batch's micro-batches, int32[] each."""
-    return [jnp.int32(part) for part in range(config.trajectories // config.train.micro_batch)]
+def _gradient(
+    run: Run, state: TrainState, tasks: Sequence[_TaskUpdate]
+) -> tuple[Any, jax.Array | float, list[dict[str, jax.Array]]]:
+    """Computes the gradient of the update's loss.
+
+    Returns:
+      The gradient, the loss (a weighted mean over the tasks) and the metrics of each task.
+    """
+    gradient, loss_total, metrics = None, 0.0, []
+    for task in tasks:
+        weight = jnp.float32(task.weight)
+        task_gradient, task_metrics = _task_gradient(run, state, task, weight)
+        gradient = task_gradient if gradient is None else run.fns.add(gradient, task_gradient)
+        loss_total += weight * task_metrics["loss/total"]
+        metrics.append(task_metrics)
+    return gradient, loss_total, metrics
+
+
+def _task_gradient(
+    run: Run, state: TrainState, task: _TaskUpdate, weight: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Adds up gradient and metrics over the micro-batches of a task's batches."""
+    accumulated = None
+    for batch in task.batches:
+        for number, index in enumerate(_micro_batch_indices(run.config)):
+            new, pullback = batch.fns.forward(
+                state.trainable, run.loaded.base, batch.batch.rollout, index
+            )
+            old = batch.old[number] if batch.old else None
+            reference = batch.reference[number] if batch.reference else None
+            micro_batch = batch.fns.backward(
+                pullback, new, old, reference, batch.batch, index, task.normalizers, weight
+            )
+            accumulated = (
+                micro_batch if accumulated is None else run.fns.accumulate(accumulated, micro_batch)
+            )
+    return accumulated
+
+
+def _apply(
+    run: Run, state: TrainState, gradient: Any, loss_total: jax.Array | float, step: int
+) -> tuple[TrainState, dict[str, float]]:
+    """Takes one optimizer step.
+
+    Raises:
+      TrainingError: loss or gradient is not finite.
+    """
+    state, device_metrics = run.fns.apply(state, gradient, {"loss/total": loss_total})
+    metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    if not metrics.pop("update/finite"):
+        raise TrainingError(
+            f"step {step}: the loss ({metrics['loss/total']}) or its gradient (norm "
+            f"{metrics['update/grad_norm']}) is not finite; the update was not applied and the "
+            "last checkpoint is untouched. Lower optimizer.learning_rate, or look for broken "
+            "weights or rewards"
+        )
+    return state, metrics
+
+
+def _micro_batch_indices(config: Config) -> list[jax.Array]:
+    """Returns the indices of a batch's micro-batches, int32[] each."""
+    return [jnp.int32(index) for index in range(config.trajectories // config.train.micro_batch)]

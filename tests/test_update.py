@@ -7,19 +7,12 @@ import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import rollout, tasks, types, update
-from alphagrpo_jax.advantage import Advantages
+from alphagrpo_jax.runtime.metrics import merge_metrics
 from alphagrpo_jax.training import context, setup
 from alphagrpo_jax.training import steps as steps_lib
 
 ADVANTAGES = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
 USED = np.array([[True] * 4, [True, True, False, True]])
-
-
-class Silent:
-    """A pool that takes images and is never asked."""
-
-    def submit(self, sample_id, image, questions, rated=()):
-        pass
 
 
 class World:
@@ -40,9 +33,9 @@ class World:
             state.trainable,
         )
         self.state = state.replace(trainable=moved)
-        steps = steps_lib.compile_fns(self.config, loaded, state, optimizer, mesh)
-        steps = steps._replace(apply=self.apply)
-        self.run = context.Run(self.config, loaded, data, steps, Silent(), root)
+        fns = steps_lib.compile_fns(self.config, loaded, state, optimizer, mesh)
+        fns = fns._replace(apply=self.apply)
+        self.run = context.make_run(self.config, loaded, data, fns, None, root)
 
     def apply(self, state, gradient, metrics):
         self.gradient = jax.tree.map(np.asarray, gradient)
@@ -50,13 +43,13 @@ class World:
 
     def update(self, drawn, advantages):
         old = [update.old_log_probs(self.run, self.state, each) for each in drawn]
-        _, whole, parts = update.step(self.run, self.state, drawn, old, advantages, 1)
-        return self.gradient, whole, parts
+        _, metrics = update.step(self.run, self.state, drawn, old, advantages, 1)
+        return self.gradient, metrics.update, metrics.batches
 
 
 def scored(advantage, used, **options):
     advantage = np.where(used, advantage, 0.0).astype(np.float32)
-    return types.BatchAdvantages(Advantages(advantage, used, {}), advantage, {}, **options)
+    return types.BatchAdvantages(types.Advantages(advantage, used, {}), advantage, **options)
 
 
 def batch(number, rows):
@@ -77,11 +70,13 @@ def worlds(tmp_path_factory):
     """Runs of one and of two prompts per batch, and what was drawn for both."""
     root = tiny_world.write_all(tmp_path_factory.mktemp("world"))
     single, double = World(root, 1), World(root, 2)
+    params = single.run.sampling_params(single.state)
     first, second = (
-        rollout.sample(single.run, single.state, 1, batch(number, [number])) for number in (0, 1)
+        rollout.sample(single.run, params, single.state.key, 1, batch(number, [number]))
+        for number in (0, 1)
     )
     second = cut(second)
-    both = single.run.steps.tasks["rt2i"].join([first.trajectories, second.trajectories])
+    both = single.run.tasks["rt2i"].fns.join([first.trajectories, second.trajectories])
     joined = types.RolloutBatch(batch(0, [0, 1]), both, [], [], [], {})
     return single, double, (first, second), joined
 
@@ -98,7 +93,7 @@ def test_two_batches_of_a_task_are_one_of_twice_the_size(worlds, zero):
         other = dict(jax.tree_util.tree_flatten_with_path(expected)[0])[path]
         np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5 * np.abs(other).max())
     assert whole["loss/total"] == pytest.approx(once["loss/total"], rel=1e-5)
-    merged = metrics.merge_metrics(single.config, ["rt2i"] * 2, parts)
+    merged = merge_metrics(single.config, ["rt2i"] * 2, parts)
     for name in ("loss/text", "loss/image", "text/entropy", "text/kl", "update/skipped"):
         assert merged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-7), name
 

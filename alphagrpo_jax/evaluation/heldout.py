@@ -1,21 +1,22 @@
-"""Evaluation of a run's policy on held-out prompts, task by task, with fixed keys."""
+"""Evaluates a run's policy on held-out prompts, task by task, with fixed keys."""
 
-import functools
+import enum
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax import prompts, tasks
+from alphagrpo_jax import prompts
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.evaluation.checkers import CHECKERS, check_records
 from alphagrpo_jax.evaluation.metrics import (
     Evaluation,
     Sampled,
+    SampleFn,
     evaluate_answers,
     evaluate_images,
     refinement_metrics,
@@ -24,50 +25,74 @@ from alphagrpo_jax.evaluation.samples import write_samples
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.prompts import image_block
 from alphagrpo_jax.rollout import decode_steps
-from alphagrpo_jax.runtime import checkpoint, distributed
-from alphagrpo_jax.runtime import metrics as metrics_lib
+from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.files import replace_text
-from alphagrpo_jax.runtime.metrics import notify
+from alphagrpo_jax.runtime.metrics import MetricsLog
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
-from alphagrpo_jax.tasks import think_texts
-from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.training import run_folder
-from alphagrpo_jax.training import steps as steps_lib
+from alphagrpo_jax.tasks import TASKS, Task, think_texts
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.types import DataPosition, ImageBlock, TextBlock, TrainState
+from alphagrpo_jax.training.steps import SampleFns
+from alphagrpo_jax.types import ImageBlock, TextBlock
 
+EVALUATION_FILE = "evaluation.json"
 # By `tasks.Task.data`.
 HELDOUT_FIELDS = {
     "prompts": "data.heldout",
     "edits": "data.edit_heldout",
     "answers": "data.answer_heldout",
 }
+# Rows of the evaluation set, int64[N] -> the task's inputs for them.
+InputsFn = Callable[[np.ndarray], tuple[TextBlock | ImageBlock, ...]]
 
 
 def check_heldout(config: Config, data: Mapping[str, prompts.TaskData]) -> None:
-    """Tries the exact checker on all held-out records before anything is drawn.
+    """Tries the exact checker on all held-out records before anything is sampled.
 
     Raises:
-      ValueError: see `evaluation.check_records`.
+      ValueError: see `checkers.check_records`.
     """
     size = (config.model.height, config.model.width)
-    for both in data.values():
-        task = both.heldout.task
+    for task_data in data.values():
+        task = task_data.heldout.task
         if task.reward == "image":
             _, path = config.data.pair(task.data)
             source = f"{HELDOUT_FIELDS[task.data]}={path}"
-            check_records(both.heldout, CHECKERS[config.eval.checker], size, source=source)
+            check_records(task_data.heldout, CHECKERS[config.eval.checker], size, source=source)
 
 
-def evaluate_row(
+class Pending(enum.Enum):
+    """The evaluation that is due before the first update of this process."""
+
+    NONE = "the last row has its evaluation"
+    UNTRAINED = "row 0, the untrained policy's, is missing"
+    LAST_ROW = "the last row's evaluation failed and is done again"
+    REPORT = "train.steps is 0: evaluate the newest checkpoint and leave the log as it is"
+
+
+def pending(config: Config, log: MetricsLog, step: int) -> Pending:
+    """Finds out which evaluation is due before the first update.
+
+    Args:
+      config: the run's.
+      log: the rows written so far, whole on the primary process only.
+      step: updates done.
+    """
+    if step == 0 and not distributed.primary_says(log.has(0)):
+        return Pending.UNTRAINED
+    if config.train.steps == 0:
+        return Pending.REPORT
+    return Pending.LAST_ROW if distributed.primary_says(log.owes(step)) else Pending.NONE
+
+
+def evaluate(
     run: Run,
-    state: TrainState,
+    params: PolicyParams,
     step: int,
     *,
     greedy: bool,
-    samples: str | None = None,
+    label: str | None = None,
     stop: StopFlag | None = None,
 ) -> dict[str, float]:
     """Evaluates all tasks on their held-out prompts, writes sample grids, returns the metrics.
@@ -76,58 +101,59 @@ def evaluate_row(
 
     Args:
       run: the run.
-      state: the policy's.
+      params: the weights to sample with.
       step: updates done.
       greedy: evaluate a second time with the likeliest think texts ("eval_greedy").
-      samples: name of the sample grid, default that of the step.
-      stop: where given, a stop that is asked for ends the evaluation.
+      label: of the sample grid's files, default that of the step.
+      stop: where given, a requested stop ends the evaluation.
     Raises:
       StoppedError: see `stop`.
       TrainingError: the verifiers failed too often.
     """
-    config, found = run.config, {}
-    ways = {"eval": config.eval.temperature} | ({"eval_greedy": 0.0} if greedy else {})
-    first = {
-        name: initial_images(run, state, name, stop=stop)
-        for name in config.tasks
-        if tasks.TASKS[name].refines
+    config = run.config
+    temperatures = {"eval": config.eval.temperature} | ({"eval_greedy": 0.0} if greedy else {})
+    initial = {
+        name: evaluate_initial_images(run, params, name, stop=stop)
+        for name, context in run.tasks.items()
+        if context.task.refines
     }
-    for prefix, temperature in ways.items():
+    row: dict[str, float] = {}
+    sampled: dict[str, Evaluation] = {}
+    for prefix, temperature in temperatures.items():
+        evaluations = {}
         for name in config.tasks:
-            own = evaluate_task(
+            evaluations[name] = evaluate_task(
                 run,
-                state,
+                params,
                 name,
                 temperature=temperature,
                 prefix=prefix,
-                initial=first.get(name),
+                initial=initial.get(name),
                 stop=stop,
             )
             kind = "evaluation" if prefix == "eval" else "greedy evaluation"
-            check_validity(config, own.scores, f"{kind} of {name} at step {step}")
-            found[prefix, name] = own
-    row = {}
-    for prefix in ways:
-        metrics = {name: found[prefix, name].metrics for name in config.tasks}
+            where = f"{kind} of {name} at step {step}"
+            check_validity(config, evaluations[name].rewards, where)
+        metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
         if prefix == "eval":
-            metrics |= {name: metrics[name] | own.metrics for name, own in first.items()}
+            sampled = evaluations
+            metrics |= {name: metrics[name] | initial[name].metrics for name in initial}
         if config.task == "mixed":
             row |= {
                 f"{name}/{key}": value
-                for name, own in metrics.items()
-                for key, value in own.items()
+                for name, task_metrics in metrics.items()
+                for key, value in task_metrics.items()
             }
         row |= _means(list(metrics.values()))
     if distributed.is_primary():
-        drawn = {name: found["eval", name] for name in config.tasks}
-        pictures = {name: own for name, own in drawn.items() if own.images is not None}
-        write_samples(run, pictures, step, samples or f"step_{step:06d}")
+        with_images = {name: each for name, each in sampled.items() if each.images is not None}
+        write_samples(run, with_images, step, label or f"step_{step:06d}")
     return row
 
 
 def evaluate_task(
     run: Run,
-    state: TrainState,
+    params: PolicyParams,
     name: str,
     *,
     temperature: float,
@@ -138,190 +164,149 @@ def evaluate_task(
     """Evaluates one task on its held-out prompts, with the same keys every time.
 
     Args:
-      run, state, name: the policy and the task.
+      run, params, name: the run, the weights to sample with, and the task.
       temperature: of texts.
       prefix: of the metrics' names.
-      initial: what a refining task repairs, whatever its reward; from `initial_images`.
-      stop: see `evaluate_row`.
+      initial: what a refining task repairs, whatever its reward; from `evaluate_initial_images`.
+      stop: see `evaluate`.
     Raises:
-      StoppedError: see `evaluate_row`.
+      StoppedError: see `evaluate`.
     """
-    config, task = run.config, tasks.TASKS[name]
-    heldout, steps = run.data[name].heldout, run.steps.tasks[name]
-    rows, records = _chosen(run, name)
-    draw = _Sampler(run, run.weights(state), temperature, stop)
-    root, size = jax.random.key(config.eval.seed), config.eval.micro_batch
-    first_images = None
+    config, context = run.config, run.tasks[name]
+    task, heldout = context.task, context.data.heldout
+    rows, records = _evaluation_set(run, name)
+    input_images = None
     if initial is not None:
-        first_images = initial.images
+        input_images = initial.images
     elif task.image == "record":
-        first_images = heldout.images(rows, run.size)
+        input_images = heldout.images(rows, run.image_size)
 
-    def inputs(part: np.ndarray) -> tuple[TextBlock | ImageBlock, ...]:
-        images = None if first_images is None else image_block(run.loaded, first_images[part])
-        return heldout.inputs(rows[part], images)
+    def inputs(batch: np.ndarray) -> tuple[TextBlock | ImageBlock, ...]:
+        images = None if input_images is None else image_block(run.loaded, input_images[batch])
+        return heldout.inputs(rows[batch], images)
 
-    own = functools.partial(draw.draw, steps.eval, root, inputs, task)
+    key = jax.random.key(config.eval.seed)
+    sample = _sample_fn(run, params, context.fns.eval, key, inputs, task, temperature, stop)
     if task.reward == "answer":
-        return evaluate_answers(own, records, micro_batch=size, prefix=prefix)
-    found = evaluate_images(
-        own,
-        run.pool,
+        return evaluate_answers(sample, records, micro_batch=config.eval.micro_batch, prefix=prefix)
+    check = CHECKERS[config.eval.checker]
+    evaluation = evaluate_images(
+        sample,
+        run.verifier,
         records,
-        micro_batch=size,
-        scoring_options=options_lib.scoring_options(config, task),
-        check=CHECKERS[config.eval.checker],
+        micro_batch=config.eval.micro_batch,
+        scoring_options=context.scoring,
+        check=check,
         prefix=prefix,
-        second=run.second,
+        second=run.second_verifier,
     )
     if initial is None:
-        return found
-    checked = (records, first_images, found.images, CHECKERS[config.eval.checker])
-    refined = {f"{prefix}/{key}": x for key, x in refinement_metrics(*checked).items()}
-    return found._replace(metrics=found.metrics | refined)
+        return evaluation
+    refined = refinement_metrics(records, input_images, evaluation.images, check)
+    named = {f"{prefix}/{key}": value for key, value in refined.items()}
+    return evaluation._replace(metrics=evaluation.metrics | named)
 
 
-class _Sampler(NamedTuple):
-    """Draws micro-batches of an evaluation."""
-
-    run: Run
-    weights: PolicyParams
-    temperature: float
-    stop: StopFlag | None
-
-    def draw(
-        self,
-        drawing: steps_lib.SampleFns,
-        key: jax.Array,
-        inputs: Callable[[np.ndarray], tuple],
-        task: tasks.Task,
-        part: np.ndarray,
-        first: int,
-    ) -> Sampled:
-        """A task's steps for the prompts `part`, int64[N]; see `evaluation.Draw`."""
-        if self.stop is not None and distributed.any_process(self.stop.requested):
-            raise StoppedError
-        given = drawing.prefill(self.weights, inputs(part))
-        scalars = (jnp.int32(first), jnp.int32(self.run.config.eval.num_points))
-        drawn, images = drawing.generate(
-            self.weights, given, key, *scalars, jnp.float32(self.temperature)
-        )
-        texts = decode_steps(self.run.loaded.tokenizer, drawn)
-        answers = texts[-1] if task.reward == "answer" else []
-        return Sampled(distributed.to_host(images), think_texts(task, texts), answers)
-
-
-def initial_images(
-    run: Run, state: TrainState, name: str, *, stop: StopFlag | None = None
+def evaluate_initial_images(
+    run: Run, params: PolicyParams, name: str, *, stop: StopFlag | None = None
 ) -> Evaluation:
-    """The images that a refining task starts from, scored and checked as `eval/initial/...`.
+    """Scores and checks the images that a refining task starts from, as `eval/initial/...`.
 
-    One per held-out prompt: drawn without thinking, or the records' own; no text takes part, so
+    One per held-out prompt: sampled without thinking, or the records' own; no text takes part, so
     that they are the same for every temperature.
 
     Raises:
-      StoppedError: see `evaluate_row`.
+      StoppedError: see `evaluate`.
       TrainingError: the verifiers failed too often.
     """
-    config, plain = run.config, tasks.TASKS["t2i"]
-    rows, records = _chosen(run, name)
-    weights = run.weights(state)  # a policy that judges itself needs them in any case
+    config = run.config
+    rows, records = _evaluation_set(run, name)
     if config.srr.source == "record":
-        images = run.data[name].heldout.images(rows, run.size)
+        images = run.tasks[name].data.heldout.images(rows, run.image_size)
 
-        def make(part: np.ndarray, first: int) -> Sampled:
+        def sample(batch: np.ndarray, first: int) -> Sampled:
             del first
-            return Sampled(images[part], (), [])
+            return Sampled(images[batch], (), [])
 
     else:
         key = jax.random.fold_in(jax.random.key(config.eval.seed), 1)
-        draw = _Sampler(run, weights, 0.0, stop)
-        inputs = _plain_inputs(run, records)
-        make = functools.partial(draw.draw, run.steps.eval_initial, key, inputs, plain)
-    initial = evaluate_images(
-        make,
-        run.pool,
+        inputs = _prompt_inputs(run, records)
+        sample = _sample_fn(run, params, run.initial.eval_fns, key, inputs, TASKS["t2i"], 0.0, stop)
+    evaluation = evaluate_images(
+        sample,
+        run.verifier,
         records,
         micro_batch=config.eval.micro_batch,
-        scoring_options=options_lib.scoring_options(config, plain),
+        scoring_options=run.initial.scoring,
         check=CHECKERS[config.eval.checker],
         prefix="eval/initial",
     )
-    check_validity(config, initial.scores, f"initial images of {name}")
-    return initial
+    check_validity(config, evaluation.rewards, f"initial images of {name}")
+    return evaluation
 
 
-def _chosen(run: Run, name: str) -> tuple[np.ndarray, list[Record]]:
-    """Which held-out prompts of a task are evaluated, int64[N], and their records."""
-    heldout = run.data[name].heldout
-    rows = np.array(prompts.balanced(heldout.records, run.config.eval.prompts))
-    return rows, [heldout.records[row] for row in rows]
-
-
-def _plain_inputs(run: Run, records: Sequence[Record]):
-    """The records' prompts alone, as task t2i gets them."""
-    tokens, mask = prompts.tokenise(
-        [record.prompt for record in records],
-        run.loaded.tokenizer,
-        bucket=run.config.rollout.prompt_tokens,
-    )
-    return lambda part: (TextBlock(tokens[part], mask[part]),)
-
-
-def _means(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the tasks that have a metric."""
-    if len(each) == 1:
-        return dict(each[0])
-    keys = dict.fromkeys(key for own in each for key in own)
-    return {key: float(np.nanmean([own[key] for own in each if key in own])) for key in keys}
-
-
-EVALUATION_FILE = "evaluation.json"
-
-
-def evaluate_first(
-    run: Run,
-    state: TrainState,
-    done: int,
-    place: DataPosition,
-    log: metrics_lib.MetricsLog,
-    record: Callable[[int, Mapping[str, Any]], None],
-    stop: StopFlag,
-) -> bool:
-    """What comes before the loop: an evaluation alone, or the one that the last row still owes.
-
-    Returns:
-      False if a stop was asked for before it was done.
-    """
-    config, alone = run.config, run.config.train.steps == 0
-    untold = done == 0 and not distributed.primary_says(log.has(0))
-    if alone and not untold:
-        row = evaluate_row(run, state, done, greedy=True, samples="evaluation")
-        report_evaluation(run.workdir, {"step": done} | row)
-        return True
-    if not untold and not distributed.primary_says(log.owes(done)):
-        return True
-    try:
-        row = evaluate_row(run, state, done, greedy=done in (0, config.train.steps), stop=stop)
-    except StoppedError:
-        notify(f"stopped before the evaluation of step {done} was done; it is done again")
-        return False
-    if done and is_regular(config, config.checkpoint.every, done):
-        row["state/digest"] = checkpoint.digest(*run_folder.content(state, done, place, run.data))
-    record(done, row)
-    if alone:
-        report_evaluation(run.workdir, {"step": 0} | row)
-    return True
-
-
-def is_regular(config: Config, every: int, step: int) -> bool:
-    """Whether something that is done `every` so many steps (0: at the end alone) is due."""
+def is_due(config: Config, every: int, step: int) -> bool:
+    """Returns True at multiples of `every` (0: never there) and at the run's last step."""
     return step == config.train.steps or (every > 0 and step % every == 0)
 
 
-def report_evaluation(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """Writes and prints what an evaluation alone found; the log of the run stays as it is."""
+def write_report(workdir: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Writes and prints an evaluation that is no part of the log (`train.steps` 0)."""
     text = json.dumps(row, indent=2, sort_keys=True)
     if distributed.is_primary():
         replace_text(workdir / EVALUATION_FILE, text + "\n")
         print(text)
+
+
+def _sample_fn(
+    run: Run,
+    params: PolicyParams,
+    fns: SampleFns,
+    key: jax.Array,
+    inputs: InputsFn,
+    task: Task,
+    temperature: float,
+    stop: StopFlag | None,
+) -> SampleFn:
+    """Returns the function that samples a task's steps for a batch of evaluation rows."""
+
+    def sample(batch: np.ndarray, first: int) -> Sampled:
+        if stop is not None and distributed.any_process(stop.requested):
+            raise StoppedError
+        prefix = fns.prefill(params, inputs(batch))
+        # A window that starts at the end of the schedule: no step is stochastic.
+        numbers = (jnp.int32(first), jnp.int32(run.config.eval.num_points))
+        trajectories, images = fns.generate(params, prefix, key, *numbers, jnp.float32(temperature))
+        texts = decode_steps(run.loaded.tokenizer, trajectories)
+        answers = texts[-1] if task.reward == "answer" else []
+        return Sampled(distributed.to_host(images), think_texts(task, texts), answers)
+
+    return sample
+
+
+def _evaluation_set(run: Run, name: str) -> tuple[np.ndarray, list[Record]]:
+    """Returns which held-out prompts of a task are evaluated, int64[N], and their records."""
+    heldout = run.tasks[name].data.heldout
+    rows = np.array(prompts.balanced(heldout.records, run.config.eval.prompts))
+    return rows, [heldout.records[row] for row in rows]
+
+
+def _prompt_inputs(run: Run, records: Sequence[Record]) -> InputsFn:
+    """Returns the inputs of task t2i: the records' prompts alone."""
+    tokens, mask = prompts.tokenize(
+        [record.prompt for record in records],
+        run.loaded.tokenizer,
+        bucket=run.config.rollout.prompt_tokens,
+    )
+    return lambda batch: (TextBlock(tokens[batch], mask[batch]),)
+
+
+def _means(task_metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Averages each metric over the tasks that have it."""
+    if len(task_metrics) == 1:
+        return dict(task_metrics[0])
+    keys = dict.fromkeys(key for metrics in task_metrics for key in metrics)
+    return {
+        key: float(np.nanmean([metrics[key] for metrics in task_metrics if key in metrics]))
+        for key in keys
+    }

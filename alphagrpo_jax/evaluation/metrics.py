@@ -1,4 +1,4 @@
-"""Evaluation inside a run: held-out prompts drawn with fixed keys, rewarded and checked."""
+"""Metrics of an evaluation: rewards by the verifier, facts by the exact checker."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,39 +9,42 @@ from alphagrpo_jax.config import RewardOptions
 from alphagrpo_jax.evaluation.checkers import FactCheck
 from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.runtime.records import Record
+
+# Reward metrics that an evaluation's row keeps, beside the means by tag.
+REWARD_METRICS = (
+    "reward/mean",
+    "reward/format",
+    "reward/valid_fraction",
+    "question/saturated_fraction",
+)
 
 
 class Sampled(NamedTuple):
-    """What a micro-batch of N prompts gave."""
+    """Samples of a batch of N prompts."""
 
     images: np.ndarray | None  # uint8[N, H, W, 3]
-    thinks: Sequence[list[str]]  # of each think step
-    answers: list[str]  # none if the task has none
+    thinks: Sequence[list[str]]  # [think steps][N]
+    answers: list[str]  # N, or none if the task has none
 
 
-# (numbers of N prompts, int64[N]; number of the first) -> what was made
-Draw = Callable[[np.ndarray, int], Sampled]
-
-
-# Metrics of scores that stand in an evaluation's rows, beside the means by tag.
-KEPT = ("reward/mean", "reward/format", "reward/valid_fraction", "question/saturated_fraction")
+# (evaluation rows int64[N], number of the first) -> their samples
+SampleFn = Callable[[np.ndarray, int], Sampled]
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found, N prompts."""
+    """Result of an evaluation on N prompts."""
 
     metrics: dict[str, float]
     images: np.ndarray | None  # uint8[N, H, W, 3]
     captions: list[dict[str, Any]]  # prompt, text, reward, exact, per image or answer
-    scores: scoring.Rewards
+    rewards: scoring.Rewards
     records: Sequence[Record]
 
 
 def evaluate_images(
-    draw: Draw,
-    pool: Pool,
+    sample: SampleFn,
+    verifier: scoring.VerifierPool,
     records: Sequence[Record],
     *,
     micro_batch: int,
@@ -50,164 +53,134 @@ def evaluate_images(
     prefix: str,
     second: scoring.VerifierPool | None = None,
 ) -> Evaluation:
-    """Draws one image per prompt, while the pool answers about those drawn before.
+    """Samples one image per prompt, while the verifier answers about the batch before.
 
     Args:
-      draw: draws a micro-batch.
-      pool: answers the questions.
+      sample: samples a micro-batch.
+      verifier: answers the questions.
       records: of the prompts, N.
-      micro_batch: prompts per call of `draw`; the last call is filled up and cut.
+      micro_batch: prompts per call of `sample`; the last call is filled up and cut.
       scoring_options: as in training.
       check: the exact checker.
       prefix: of the metrics' names, "eval" or "eval_greedy".
       second: rates the same images in the same way, for the metrics alone.
     """
-    ids = [(prefix, number) for number in range(len(records))]
-    images, thinks = [], []
-    for part, filled in _parts(len(records), micro_batch):
-        made = draw(filled, part.start)
-        drawn = made.images[: part.stop - part.start]
-        for judge in (pool, second) if second else (pool,):
+    sample_ids = [(prefix, number) for number in range(len(records))]
+    image_batches, think_batches = [], []
+    for rows, filled in _micro_batches(len(records), micro_batch):
+        count = rows.stop - rows.start
+        sampled = sample(filled, rows.start)
+        images = sampled.images[:count]
+        for pool in (verifier, second) if second else (verifier,):
             scoring.submit(
-                judge, ids[part], drawn, records[part], scoring_options, first=part.start
+                pool, sample_ids[rows], images, records[rows], scoring_options, first=rows.start
             )
-        images.append(drawn)
-        thinks.append([own[: len(drawn)] for own in made.thinks])
-    thinks = _joined(thinks)
-    scores = scoring.gather(pool, ids, records, thinks, scoring_options)
-    pictures = np.concatenate(images)
-    facts = [check(image, record) for image, record in zip(pictures, records, strict=True)]
-    metrics = summarise(scores, facts, records)
+        image_batches.append(images)
+        think_batches.append([texts[:count] for texts in sampled.thinks])
+    thinks = _join_steps(think_batches)
+    rewards = scoring.gather(verifier, sample_ids, records, thinks, scoring_options)
+    images = np.concatenate(image_batches)
+    facts = [check(image, record) for image, record in zip(images, records, strict=True)]
+    metrics = summarize(rewards, facts, records)
     if second:
-        other = scoring.gather(second, ids, records, (), scoring_options)
-        metrics |= compare_verifiers(scores, other)
-    exact = [None if held is None else all(held.values()) for held in facts]
-    shown = [" | ".join(own) for own in zip(*thinks, strict=True)] or [None] * len(records)
-    captions = _captions(records, shown, scores, exact)
-    return Evaluation(_named(prefix, metrics), pictures, captions, scores, records)
+        second_rewards = scoring.gather(second, sample_ids, records, (), scoring_options)
+        metrics |= compare_verifiers(rewards, second_rewards)
+    exact = [None if image_facts is None else all(image_facts.values()) for image_facts in facts]
+    texts = [" | ".join(steps) for steps in zip(*thinks, strict=True)] or [None] * len(records)
+    captions = _captions(records, texts, rewards, exact)
+    return Evaluation(_prefixed(prefix, metrics), images, captions, rewards, records)
 
 
 def evaluate_answers(
-    draw: Draw, records: Sequence[Record], *, micro_batch: int, prefix: str
+    sample: SampleFn, records: Sequence[Record], *, micro_batch: int, prefix: str
 ) -> Evaluation:
-    """Writes one answer per question; `exact_all` is the share of right ones.
+    """Samples one answer per question; `exact_all` is the share of right ones.
 
     Args:
-      draw: writes a micro-batch.
+      sample: samples a micro-batch.
       records, micro_batch, prefix: as of `evaluate_images`.
     """
-    thinks, answers = [], []
-    for part, filled in _parts(len(records), micro_batch):
-        made = draw(filled, part.start)
-        count = part.stop - part.start
-        thinks.append([own[:count] for own in made.thinks])
-        answers += made.answers[:count]
-    scores = scoring.answer_scores(records, answers, _joined(thinks))
-    facts = [{"answer": reward == 1.0} for reward in scores.reward]
-    metrics = summarise(scores, facts, records)
+    think_batches, answers = [], []
+    for rows, filled in _micro_batches(len(records), micro_batch):
+        count = rows.stop - rows.start
+        sampled = sample(filled, rows.start)
+        think_batches.append([texts[:count] for texts in sampled.thinks])
+        answers += sampled.answers[:count]
+    rewards = scoring.answer_scores(records, answers, _join_steps(think_batches))
+    exact = [reward == 1.0 for reward in rewards.reward]
+    metrics = summarize(rewards, [{"answer": right} for right in exact], records)
     del metrics["reward_minus_exact"]  # the reward is the exact verdict
-    captions = _captions(records, answers, scores, [reward == 1.0 for reward in scores.reward])
-    return Evaluation(_named(prefix, metrics), None, captions, scores, records)
+    captions = _captions(records, answers, rewards, exact)
+    return Evaluation(_prefixed(prefix, metrics), None, captions, rewards, records)
 
 
 def refinement_metrics(
     records: Sequence[Record], before: np.ndarray, after: np.ndarray, check: FactCheck
 ) -> dict[str, float]:
-    """What refinement did to the share of facts that hold: `refined/improved`, `kept`, `spoilt`,
-    and `refined/gain`, by how much the share of fully right images rose.
+    """Compares the share of facts that hold before and after refinement.
 
     Args:
       records: N, some of which describe facts.
       before, after: uint8[N, H, W, 3].
       check: the exact checker.
+    Returns:
+      `refined/improved`, `refined/kept`, `refined/spoilt` (shares of images), and `refined/gain`,
+      by how much the share of fully right images rose; empty if no record describes facts.
     """
     pairs = [
-        (check(first, record), check(last, record))
-        for first, last, record in zip(before, after, records, strict=True)
+        (check(image_before, record), check(image_after, record))
+        for image_before, image_after, record in zip(before, after, records, strict=True)
     ]
-    pairs = [(first, last) for first, last in pairs if first is not None and last is not None]
+    pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
     if not pairs:
         return {}
     shares = np.array([[np.mean(list(facts.values())) for facts in pair] for pair in pairs])
-    whole = shares == 1.0
-    found = outcomes(shares[:, 0], shares[:, 1])
-    found["gain"] = float(whole[:, 1].mean() - whole[:, 0].mean())
-    return {f"refined/{name}": value for name, value in found.items()}
+    all_right = shares == 1.0
+    metrics = outcomes(shares[:, 0], shares[:, 1])
+    metrics["gain"] = float(all_right[:, 1].mean() - all_right[:, 0].mean())
+    return _prefixed("refined", metrics)
 
 
-def _parts(count: int, micro_batch: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Slices of at most `micro_batch` rows, and each one's row numbers filled up to that many."""
-    for first in range(0, count, micro_batch):
-        part = slice(first, min(first + micro_batch, count))
-        yield part, np.resize(np.arange(part.start, part.stop), micro_batch)
+def compare_verifiers(rewards: scoring.Rewards, second: scoring.Rewards) -> dict[str, float]:
+    """Compares a second verifier's rewards of the same images, where both verifiers answered.
 
-
-def _joined(parts: Sequence[Sequence[list[str]]]) -> list[list[str]]:
-    """Texts of each step, of all micro-batches: [parts][K][n] -> [K][N]."""
-    return [[text for own in step for text in own] for step in zip(*parts, strict=True)]
-
-
-def _captions(
-    records: Sequence[Record],
-    texts: Sequence[str | None],
-    scores: scoring.Rewards,
-    exact: Sequence[bool | None],
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": record.prompt,
-            "think": text,
-            "reward": None if np.isnan(reward) else round(float(reward), 4),
-            "exact": held,
-        }
-        for record, text, reward, held in zip(records, texts, scores.reward, exact, strict=True)
-    ]
-
-
-def _named(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
-
-
-def compare_verifiers(scores: scoring.Rewards, other: scoring.Rewards) -> dict[str, float]:
-    """What a second verifier says of the same images, over those that both have judged.
-
-    A reward that rises while `second_minus_reward` falls is learnt against the training verifier.
+    A reward that rises while `second_minus_reward` falls is learned against the training verifier.
 
     Args:
-      scores: by the verifier of the training.
-      other: by the second one.
+      rewards: by the verifier of the training.
+      second: by the second one.
     """
-    both = scores.valid & other.valid
-    found = {"second/valid_fraction": float(np.mean(other.valid))}
-    if both.any():
-        mean = float(other.reward[both].mean())
-        found |= {
+    valid = rewards.valid & second.valid
+    metrics = {"second/valid_fraction": float(np.mean(second.valid))}
+    if valid.any():
+        mean = float(second.reward[valid].mean())
+        metrics |= {
             "second/mean": mean,
-            "second_minus_reward": mean - float(scores.reward[both].mean()),
+            "second_minus_reward": mean - float(rewards.reward[valid].mean()),
         }
-    return found
+    return metrics
 
 
-def summarise(
-    scores: scoring.Rewards,
+def summarize(
+    rewards: scoring.Rewards,
     facts: Sequence[Mapping[str, bool] | None],
     records: Sequence[Record],
 ) -> dict[str, float]:
-    """Rewards, and, over the records that describe facts, exact scores by kind and type.
+    """Computes reward metrics and, over the records that describe facts, exact scores by kind.
 
     `exact_all` is the share of images with all facts right, `exact_facts` the share of all facts
     that are; `reward_minus_exact` compares the mean reward with `exact_all` on the same images.
     """
     metrics = {
         key: value
-        for key, value in scores.metrics().items()
-        if key in KEPT or key.startswith("reward/tag/")
+        for key, value in rewards.metrics().items()
+        if key in REWARD_METRICS or key.startswith("reward/tag/")
     }
-    checked = np.array([held is not None for held in facts], bool)
+    checked = np.array([image_facts is not None for image_facts in facts], bool)
     if not checked.any():
         return metrics
-    exact = np.array([held is not None and all(held.values()) for held in facts], bool)
-    values = [value for held in facts if held is not None for value in held.values()]
+    exact = np.array([known and all(facts[index].values()) for index, known in enumerate(checked)])
+    values = [value for index in np.flatnonzero(checked) for value in facts[index].values()]
     metrics["exact_all"] = float(exact[checked].mean())
     metrics["exact_facts"] = float(np.mean(values))
     groups: dict[str, list[int]] = {}
@@ -219,7 +192,42 @@ def summarise(
         if "type" in extra:
             groups.setdefault(f"exact_all/{extra['kind']}/{extra['type']}", []).append(index)
     metrics |= {name: float(exact[members].mean()) for name, members in groups.items()}
-    both = checked & scores.valid
-    if both.any():
-        metrics["reward_minus_exact"] = float(scores.reward[both].mean() - exact[both].mean())
+    compared = checked & rewards.valid
+    if compared.any():
+        metrics["reward_minus_exact"] = float(
+            rewards.reward[compared].mean() - exact[compared].mean()
+        )
     return metrics
+
+
+def _micro_batches(count: int, micro_batch: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields slices of at most `micro_batch` rows, and their numbers filled up to that many."""
+    for first in range(0, count, micro_batch):
+        rows = slice(first, min(first + micro_batch, count))
+        yield rows, np.resize(np.arange(rows.start, rows.stop), micro_batch)
+
+
+def _join_steps(batches: Sequence[Sequence[list[str]]]) -> list[list[str]]:
+    """Joins the texts of each step over all batches: [batches][steps][n] -> [steps][N]."""
+    return [[text for texts in step for text in texts] for step in zip(*batches, strict=True)]
+
+
+def _captions(
+    records: Sequence[Record],
+    texts: Sequence[str | None],
+    rewards: scoring.Rewards,
+    exact: Sequence[bool | None],
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": record.prompt,
+            "think": text,
+            "reward": None if np.isnan(reward) else round(float(reward), 4),
+            "exact": right,
+        }
+        for record, text, reward, right in zip(records, texts, rewards.reward, exact, strict=True)
+    ]
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -1,11 +1,13 @@
 """What a run writes for people: metrics.jsonl, TensorBoard events, sample grids, a progress bar."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +15,8 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from alphagrpo_jax.config import Config
+from alphagrpo_jax.config import Config, LogOptions
+from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metric_reductions import reduction_of
@@ -163,6 +166,65 @@ class Progress:
     def close(self) -> None:
         """Leaves the line as it stands."""
         self._bar.close()
+
+
+class Writers:
+    """Writes a run's rows to metrics.jsonl, TensorBoard and the progress line."""
+
+    def __init__(
+        self,
+        options: LogOptions,
+        log: MetricsLog,
+        folder: str | os.PathLike,
+        *,
+        done: int,
+        total: int,
+    ) -> None:
+        """Opens the writers; only the primary process writes.
+
+        Args:
+          options: which writers are on.
+          log: the run's rows.
+          folder: of the run.
+          done: steps done before.
+          total: steps of the run.
+        """
+        primary = distributed.is_primary()
+        self._log, self._done = log, done
+        self._board = TensorBoardWriter(folder, enabled=options.tensorboard and primary, step=done)
+        self._progress = Progress(total=total, done=done, enabled=options.progress and primary)
+
+    def log_row(self, step: int, row: Mapping[str, Any]) -> None:
+        """Writes a row, or completes one whose evaluation was pending."""
+        (self._log.complete if self._log.owes(step) else self._log.write)(step, row)
+        self._board.write(step, row)
+        self._progress.show(row, advance=int(step > self._done))
+        self._done = step
+
+    def close(self) -> None:
+        """Ends the event file and the progress line."""
+        self._board.close()
+        self._progress.close()
+
+
+class Timer:
+    """Adds up seconds by stage: `with timer("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times the block."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.monotonic() - start
+
+    def metrics(self) -> dict[str, float]:
+        """Returns `time/STAGE`, seconds."""
+        return {f"time/{stage}": seconds for stage, seconds in self._seconds.items()}
 
 
 class CompileCounter:

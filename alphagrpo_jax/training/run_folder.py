@@ -1,10 +1,9 @@
-"""What a run's folder says about the run: its configuration, place, and whether it is done."""
+"""The run folder: configuration, checkpoints' content, resuming, and the mark of a finished run."""
 
 import contextlib
 import copy
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,67 +18,69 @@ from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError
 from alphagrpo_jax.runtime.files import replace_text
-from alphagrpo_jax.runtime.metrics import METRICS, PENDING, read_rows
+from alphagrpo_jax.runtime.metrics import METRICS, PENDING, notify, read_rows
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TrainState
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
 
 
-def payload(state: TrainState, place: DataPosition) -> dict[str, Any]:
-    """The arrays of a checkpoint: the train state, and the images that wait in queues."""
+def payload(state: TrainState, position: DataPosition) -> dict[str, Any]:
+    """Returns the arrays of a checkpoint: the train state, and the images that wait in queues."""
     key = jax.random.key_data(state.key)
     arrays = {"trainable": state.trainable, "opt_state": state.opt_state, "key": key}
-    return arrays if place.queue is None else arrays | {"queue": place.queue.image}
+    return arrays if position.queue is None else arrays | {"queue": position.queue.image}
 
 
 def progress(
-    step: int, place: DataPosition, data: Mapping[str, prompts.TaskData]
+    step: int, position: DataPosition, data: Mapping[str, prompts.TaskData]
 ) -> dict[str, Any]:
-    """The numbers of a checkpoint: steps done, the place in the data, and what data it is."""
-    queue = {} if place.queue is None else {"queue": place.queue.progress()}
-    return {"step": step, "positions": place.positions} | queue | fingerprint(data)
+    """Returns the numbers of a checkpoint: steps done, position in the data, its digests."""
+    queue = {} if position.queue is None else {"queue": position.queue.progress()}
+    return {"step": step, "positions": position.positions} | queue | fingerprint(data)
 
 
 def content(
-    state: TrainState, step: int, place: DataPosition, data: Mapping[str, prompts.TaskData]
+    state: TrainState, step: int, position: DataPosition, data: Mapping[str, prompts.TaskData]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint holds: arrays, and a JSON object."""
-    return payload(state, place), progress(step, place, data)
+    """Returns what a checkpoint holds: arrays, and a JSON object."""
+    return payload(state, position), progress(step, position, data)
 
 
 def fingerprint(data: Mapping[str, prompts.TaskData]) -> dict[str, str]:
-    """The contents of the prompt files, which a resumed run must find again."""
+    """Returns digests of the prompt files, which a resumed run must find again."""
     return {
-        f"data.{part}.{task}": one.digest
-        for task, both in data.items()
-        for part, one in (("train", both.train), ("heldout", both.heldout))
+        f"data.{split}.{task}": prompt_set.digest
+        for task, task_data in data.items()
+        for split, prompt_set in (("train", task_data.train), ("heldout", task_data.heldout))
     }
 
 
 def restore(
     saves: checkpoint.Checkpoints,
     state: TrainState,
-    place: DataPosition,
+    position: DataPosition,
     data: Mapping[str, prompts.TaskData],
 ) -> tuple[TrainState, int, DataPosition]:
-    """The newest checkpoint's state, steps done and place in the data; what is given if none.
+    """Restores the newest checkpoint; returns the arguments and step 0 if there is none.
 
+    Returns:
+      Train state, steps done and position in the data.
     Raises:
       CheckpointError: the prompts are not those of the run, or the checkpoint is damaged.
     """
     latest = saves.latest()
     if latest is None:
-        return state, 0, place
+        return state, 0, position
     saved = saves.progress(latest)
-    for name, value in fingerprint(data).items():
-        if saved.get(name) != value:
+    for name, digest in fingerprint(data).items():
+        if saved.get(name) != digest:
             raise checkpoint.CheckpointError(
-                f"the file {name} is not the one that this run was started with (sha256 {value}, "
+                f"the file {name} is not the one that this run was started with (sha256 {digest}, "
                 f"expected {saved.get(name)}); put the old file back or use another --workdir"
             )
-    arrays = saves.state(latest, payload(state, place))
-    queue = place.queue
+    arrays = saves.state(latest, payload(state, position))
+    queue = position.queue
     if queue is not None:
         queue = InitialImageQueue.restored(np.asarray(arrays.pop("queue")), saved["queue"])
     key = jax.random.wrap_key_data(arrays.pop("key"))
@@ -87,71 +88,68 @@ def restore(
 
 
 class EmergencyCheckpoint:
-    """The newest point that a run can go on from, for an error that ends it between checkpoints."""
+    """In-memory snapshot that becomes a checkpoint if an error ends the run between checkpoints."""
 
-    def __init__(self) -> None:
-        self._held: tuple[TrainState, int, DataPosition, dict[str, Any] | None] | None = None
+    def __init__(
+        self,
+        saves: checkpoint.Checkpoints,
+        data: Mapping[str, prompts.TaskData],
+        log_row: Callable[[int, Mapping[str, Any]], None],
+    ) -> None:
+        """Starts without a snapshot.
+
+        Args:
+          saves: the run's checkpoints.
+          data: see `content`.
+          log_row: writes a row of the metrics.
+        """
+        self._saves, self._data, self._log_row = saves, data, log_row
+        self._snapshot: tuple[TrainState, int, DataPosition, dict[str, Any] | None] | None = None
 
     def hold(
         self,
         state: TrainState,
-        done: int,
-        place: DataPosition,
+        step: int,
+        position: DataPosition,
         row: Mapping[str, Any] | None = None,
     ) -> None:
-        """Takes a point, in place of the one before.
+        """Takes a snapshot in place of the one before.
 
         Args:
-          state: not copied; see `drop`.
-          done: steps done.
-          place: behind these steps; copied.
-          row: of the last of them, if it waits for its evaluation.
+          state: not copied; see `release`.
+          step: updates done.
+          position: after these updates; copied.
+          row: metrics of the last of them, if they wait for their evaluation.
         """
-        self._held = (state, done, copy.deepcopy(place), None if row is None else dict(row))
+        self._snapshot = (state, step, copy.deepcopy(position), None if row is None else dict(row))
 
-    def drop(self) -> None:
-        """Lets the point go, before its state's memory is given to an update."""
-        self._held = None
+    def release(self) -> None:
+        """Drops the snapshot, before its state's memory is donated to an update."""
+        self._snapshot = None
 
-    def save(
-        self,
-        saves: checkpoint.Checkpoints,
-        data: Mapping[str, prompts.TaskData],
-        record: Callable[[int, Mapping[str, Any]], None],
-    ) -> None:
-        """Writes the row that waits, marked so, and the checkpoint, where there is anything new."""
-        if self._held is None or self._held[1] in (0, saves.latest()):
+    @contextlib.contextmanager
+    def on_error(self) -> Iterator[None]:
+        """Saves the snapshot if the block ends with an error of verifiers or of training."""
+        try:
+            yield
+        except (TrainingError, PoolError) as error:
+            # Saving is collective: of several processes, all raise the same TrainingError, but a
+            # PoolError is one's own.
+            if isinstance(error, TrainingError) or jax.process_count() == 1:
+                try:
+                    self._save()
+                except (checkpoint.CheckpointError, OSError) as save_error:
+                    notify(f"the steps since the last checkpoint are lost: {save_error}")
+            raise
+
+    def _save(self) -> None:
+        """Writes the waiting row, marked as such, and the checkpoint, where there is news."""
+        if self._snapshot is None or self._snapshot[1] in (0, self._saves.latest()):
             return
-        state, done, place, row = self._held
+        state, step, position, row = self._snapshot
         if row is not None:
-            record(done, row | {PENDING: 1})
-        saves.save(done, *content(state, done, place, data))
-
-
-@contextlib.contextmanager
-def saved_on_error(
-    saves: checkpoint.Checkpoints,
-    data: Mapping[str, prompts.TaskData],
-    record: Callable[[int, Mapping[str, Any]], None],
-) -> Iterator[EmergencyCheckpoint]:
-    """Where a run's updates happen: an error in there costs none that is done.
-
-    Args:
-      saves: the run's checkpoints.
-      data: see `content`.
-      record: writes a row of the metrics.
-    """
-    kept = EmergencyCheckpoint()
-    try:
-        yield kept
-    except (TrainingError, PoolError) as error:
-        # Of several processes, all raise the same TrainingError, but a PoolError is one's own.
-        if isinstance(error, TrainingError) or jax.process_count() == 1:
-            try:
-                kept.save(saves, data, record)
-            except (checkpoint.CheckpointError, OSError) as second:
-                print(f"the steps since the last checkpoint are lost: {second}", file=sys.stderr)
-        raise
+            self._log_row(step, row | {PENDING: 1})
+        self._saves.save(step, *content(state, step, position, self._data))
 
 
 def check_folder(config: Config, workdir: pathlib.Path) -> None:
@@ -166,31 +164,31 @@ def check_folder(config: Config, workdir: pathlib.Path) -> None:
 
 
 def holds_run(workdir: pathlib.Path) -> bool:
-    """Whether anything of a run is in the folder, so that it can only be continued."""
-    saved = (workdir / checkpoint.FOLDER).glob("[0-9]*")
-    return bool(read_rows(workdir / METRICS)) or any(saved)
+    """Returns True if the folder holds anything of a run, so that it can only be continued."""
+    checkpoints = (workdir / checkpoint.FOLDER).glob("[0-9]*")
+    return bool(read_rows(workdir / METRICS)) or any(checkpoints)
 
 
 def is_finished(workdir: pathlib.Path) -> bool:
-    """Whether the run in this folder came to its end."""
+    """Returns True if the run in this folder came to its end."""
     return (workdir / DONE_FILE).exists()
 
 
 def mark_running(workdir: pathlib.Path, config: Config) -> None:
-    """Writes the configuration, and takes back an earlier end."""
+    """Writes the configuration, and removes the mark of an earlier end."""
     if distributed.is_primary():
         (workdir / DONE_FILE).unlink(missing_ok=True)
         replace_text(workdir / CONFIG_FILE, config_lib.to_json(config))
 
 
 def mark_finished(workdir: pathlib.Path, done: int) -> None:
-    """Leaves the file that marks a finished run."""
+    """Writes the file that marks a finished run."""
     if distributed.is_primary():
         replace_text(workdir / DONE_FILE, f"{done}\n")
 
 
 def run_config(folder: str | pathlib.Path) -> Config:
-    """The configuration of a run that has checkpoints.
+    """Reads the configuration of a run that has checkpoints.
 
     Raises:
       FileNotFoundError: the folder is not a run's, or has no checkpoint yet.

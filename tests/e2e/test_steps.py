@@ -1,6 +1,7 @@
 """Whole steps of tasks with images and of several turns, in this process, with a given judge."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -11,8 +12,10 @@ import tiny_verifiers
 import tiny_world
 from PIL import Image
 
+from alphagrpo_jax import advantage, initial_images, prompts, reward, rollout, tasks, types, update
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax import initial_images, prompts, reward, rollout, tasks, types, update
+from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.rewards.dvreward import dvreward
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult as Answered
 from alphagrpo_jax.runtime import metrics
 from alphagrpo_jax.runtime.records import parse_record
@@ -21,7 +24,7 @@ from alphagrpo_jax.training import context, setup
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import steps as steps_lib
-from alphagrpo_jax.types import InitialImageQueue, TextSample, TrainState
+from alphagrpo_jax.types import InitialImageQueue, TextSample
 
 SECOND_LOOK = tasks.Task(
     "second_look",
@@ -33,7 +36,7 @@ SECOND_LOOK = tasks.Task(
 NAMES = ("srr", "ti2t", "second_look")
 
 
-class Judge:
+class BrightnessPool:
     """A pool that answers at once: P(yes) by brightness, as `tiny_verifiers.Honest` does."""
 
     def __init__(self):
@@ -82,44 +85,48 @@ def one_step(world, name):
             state.trainable,
         )
         state = state.replace(trainable=moved)
-        steps = steps_lib.compile_fns(config, loaded, state, optimizer, mesh)
-        run = context.Run(config, loaded, data, steps, Judge(), world)
-        place = prompts.start_position(config)
-        initial_images.fill(run, state, 1, place)
-        (batch,) = prompts.next_batches(config, data, 1, place)
-        drawn = rollout.sample(run, state, 1, batch)
-        old = update.old_log_probs(run, state, drawn)
-        scores = reward.gather(run, drawn, None, 1)
-        scored = reward.advantage_of(config, drawn, scores)
-        # A random model's answers may all be wrong, its repairs all worse: given advantages then.
-        given = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
-        own = scored.text._replace(advantage=given, used=np.ones((2, 4), bool))
-        given = types.BatchAdvantages(own, given, {})
-        whole = update._UpdateBatch.of(run, drawn, old, given)
-        together = update._TaskBatches.of(run, [whole])
-        gradient, _ = together.gradient(run, state, jnp.float32(1.0))
+        fns = steps_lib.compile_fns(config, loaded, state, optimizer, mesh)
+        run = context.make_run(config, loaded, data, fns, BrightnessPool(), world)
+        position, params = prompts.start_position(config), run.sampling_params(state)
+        initial = initial_images.take(run, params, state.key, 1, position)
+        (batch,) = prompts.next_batches(config, data, 1, position, initial)
+        sampled = rollout.sample(
+            run, params, state.key, 1, batch, on_images=functools.partial(reward.submit_images, run)
+        )
+        old = update.old_log_probs(run, state, sampled)
+        rewards = reward.gather(run, sampled, 1)
+        advantages = advantage.of_batch(rewards, config.advantage)
+        # A random model's answers may all be wrong, its repairs all worse: fixed advantages then.
+        fixed = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
+        text = advantages.text._replace(advantage=fixed, used=np.ones((2, 4), bool))
+        advantages = types.BatchAdvantages(text, fixed)
+        (task_update,) = update._group_by_task(run, [sampled], [old], [advantages])
+        gradient, _ = update._task_gradient(run, state, task_update, jnp.float32(1.0))
         gradient = jax.tree.map(np.asarray, gradient)
-        by_score = cotangents(config, loaded, together)
-        _, learned, (metrics,) = update.step(run, state, [drawn], [old], [given], 1)
+        by_log_prob = cotangents(config, loaded, task_update)
+        _, metrics = update.step(run, state, [sampled], [old], [advantages], 1)
     return {
-        "name": name, "run": run, "batch": batch, "drawn": drawn, "scores": scores,
-        "gradient": gradient, "by_score": by_score, "learned": learned, "metrics": metrics,
+        "name": name, "run": run, "batch": batch, "rollout": sampled, "rewards": rewards,
+        "gradient": gradient, "by_log_prob": by_log_prob, "learned": metrics.update,
+        "metrics": metrics.batches[0],
     }  # fmt: skip
 
 
-def cotangents(config, loaded, together):
-    """The loss's derivatives by the scores of the first micro-batch, and its scored tokens."""
-    (whole,) = together.batches
+def cotangents(config, loaded, task_update):
+    """Derivatives of the loss by the log-probs of the first micro-batch, and its texts."""
+    (batch,) = task_update.batches
     task = tasks.TASKS[config.task]
     spec = options_lib.update_spec(config, loaded, task)
-    parts = config.trajectories // config.train.micro_batch
-    micro = gradient_lib.take_micro_batch(whole.batch, jnp.int32(0), parts, shared=spec.plan.shared)
-    found = jax.grad(
+    count = config.trajectories // config.train.micro_batch
+    micro_batch = gradient_lib.take_micro_batch(
+        batch.batch, jnp.int32(0), count, shared=spec.plan.shared
+    )
+    derivatives = jax.grad(
         lambda new: gradient_lib.micro_loss(
-            new, whole.old[0], None, micro, together.totals, spec=spec
+            new, batch.old[0], None, micro_batch, task_update.normalizers, spec=spec
         )[0]
-    )(whole.old[0])
-    return jax.tree.map(np.asarray, (found, micro.rollout.texts))
+    )(batch.old[0])
+    return jax.tree.map(np.asarray, (derivatives, micro_batch.rollout.texts))
 
 
 def test_the_first_ratios_are_one(step):
@@ -131,7 +138,7 @@ def test_the_first_ratios_are_one(step):
 
 
 def test_members_of_a_group_share_what_is_given_and_nothing_else(step):
-    trajectories, group = step["drawn"].trajectories, step["run"].config.train.group_size
+    trajectories, group = step["rollout"].trajectories, step["run"].config.train.group_size
     for block in trajectories.inputs:
         for leaf in jax.tree.leaves(block):
             members = np.asarray(leaf).reshape(2, group, *leaf.shape[1:])
@@ -153,9 +160,9 @@ def test_gradients_reach_exactly_the_adapters_that_took_part(step):
 
 def test_every_step_is_trained(step):
     plan = tasks.plan(tasks.TASKS[step["name"]].events)
-    assert len(step["drawn"].texts) == len(plan.text_steps)
-    assert len(step["drawn"].trajectories.images) == len(plan.image_steps)
-    found, samples = step["by_score"]
+    assert len(step["rollout"].texts) == len(plan.text_steps)
+    assert len(step["rollout"].trajectories.images) == len(plan.image_steps)
+    found, samples = step["by_log_prob"]
     assert len(found.text_log_prob) == len(plan.text_steps)
     for own, sample in zip(found.text_log_prob, samples, strict=True):
         assert (own != 0.0)[sample.scored].all()
@@ -163,14 +170,14 @@ def test_every_step_is_trained(step):
     assert len(found.image_log_prob) == len(plan.image_steps)
     for own in found.image_log_prob:
         assert (own != 0.0).all()
-    assert step["scores"].valid.all()
+    assert step["rewards"].valid.all()
 
 
 def test_every_text_counts_in_the_metrics(step):
-    samples = step["drawn"].trajectories.texts
+    samples = step["rollout"].trajectories.texts
     lengths = [np.asarray(sample.scored).sum(axis=1).mean() for sample in samples]
     cut = [np.asarray(sample.truncated).mean() for sample in samples]
-    found = step["drawn"].text_metrics
+    found = step["rollout"].metrics
     assert found["text/length"] == pytest.approx(np.mean(lengths))
     assert found["text/truncated_fraction"] == pytest.approx(np.mean(cut))
 
@@ -189,23 +196,25 @@ def test_the_worst_initial_image_is_repaired(step):
         assert step["batch"].initial is None
         return
     run, batch = step["run"], step["batch"]
-    samples = {key: run.pool.samples[key] for key in run.pool.samples if key[0] == "initial"}
+    samples = {
+        key: run.verifier.samples[key] for key in run.verifier.samples if key[0] == "initial"
+    }
     assert len(samples) == 12  # six prompts with two images each
     for place, row in enumerate(batch.rows):
-        record = run.data["srr"].train.records[row]
+        record = run.tasks["srr"].data.train.records[row]
         own = [image for image, asked in samples.values() if asked == tuple(record.asked)]
-        found = [rollout.scoring.dvreward(*record.split(
-            [answer.p_yes for answer in run.pool.honest.answer(image, record.asked)]
+        found = [dvreward(*record.split(
+            [answer.p_yes for answer in run.verifier.honest.answer(image, record.asked)]
         )).reward for image in own]  # fmt: skip
         assert batch.initial.reward[place] == pytest.approx(min(found))
         np.testing.assert_array_equal(batch.images[place], own[int(np.argmin(found))])
 
 
-class NoModel:
-    """Steps of a run that draws nothing."""
+class NoFns:
+    """Compiled functions of a run that samples nothing."""
 
-    def weights(self, base, trainable):
-        return None
+    initial = eval_initial = None
+    tasks = {"srr": None}  # noqa: RUF012
 
 
 def test_own_initial_images_are_those_of_the_files(world):
@@ -215,25 +224,22 @@ def test_own_initial_images_are_those_of_the_files(world):
     config = config_lib.from_config_dict(fields)
     loaded = tiny_world.model()
     data = setup.load_data(config, loaded, world / "cache")
-    run = context.Run(config, loaded, data, NoModel(), Judge(), world)
-    state = TrainState(None, None, jax.random.key(0))
-    place, seen = prompts.start_position(config), set()
+    run = context.make_run(config, loaded, data, NoFns(), BrightnessPool(), world)
+    position, prompts_seen = prompts.start_position(config), set()
     for step in (1, 2, 3):
-        initial_images.fill(run, state, step, place)
-        (batch,) = prompts.next_batches(config, data, step, place)
+        initial = initial_images.take(run, None, jax.random.key(0), step, position)
+        (batch,) = prompts.next_batches(config, data, step, position, initial)
         for index, row in enumerate(batch.rows):
-            seen.add(int(row))
+            prompts_seen.add(int(row))
             with Image.open(world / f"edit_{row}.png") as image:
                 np.testing.assert_array_equal(batch.images[index], np.asarray(image))
             record = data["srr"].train.records[row]
-            answers = run.pool.honest.answer(batch.images[index], record.asked)
-            reward = rollout.scoring.dvreward(
-                *record.split([each.p_yes for each in answers])
-            ).reward
-            assert batch.initial.reward[index] == pytest.approx(reward)
+            answers = run.verifier.honest.answer(batch.images[index], record.asked)
+            expected = dvreward(*record.split([each.p_yes for each in answers])).reward
+            assert batch.initial.reward[index] == pytest.approx(expected)
             assert batch.initial.lowest[index] == batch.initial.reward[index]
-    assert seen == set(range(6))
-    assert run.pool.samples.keys() == {("initial", 0, number) for number in range(6)}
+    assert prompts_seen == set(range(6))
+    assert run.verifier.samples.keys() == {("initial", 0, number) for number in range(6)}
 
 
 def refining(mode, texts, pool=None):
@@ -249,12 +255,17 @@ def refining(mode, texts, pool=None):
     batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(1, int), numbers[1], initial)
     records = [parse_record(tiny_world.record("a red circle"))] * 4
     ids = [(1, 0, number) for number in range(4)]
-    drawn = types.RolloutBatch(batch, None, records, ids, [texts], {})
-    return context.Run(parsed, None, {}, None, pool, None), drawn
+    sampled = types.RolloutBatch(batch, None, records, ids, [texts], {})
+    return run_without_model(parsed, pool), sampled
 
 
-class Given:
-    """A pool with given answers by sample."""
+def run_without_model(config, pool=None):
+    data, fns = dict.fromkeys(config.tasks), NoFns()
+    return context.make_run(config, None, data, fns, pool, None)
+
+
+class FixedPool:
+    """A pool with fixed answers by sample."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -271,33 +282,36 @@ class Given:
 def test_a_reflection_is_well_formed_if_every_verdict_is_yes():
     verdicts = [(0.9, 0.9, 0.9), (0.9, 0.9, 0.4), None, (0.51, 0.6, 0.7)]
     answers = {(1, 0, number): (0.64, 0.64, 0.64) for number in range(4)}
-    answers |= {(1, 0, number, "reflection"): own for number, own in enumerate(verdicts)}
-    run, drawn = refining("verifier", ["<think> a </think>"] * 4, pool=Given(answers))
-    found = reward.gather_reflections(run, drawn)
-    np.testing.assert_array_equal(found, [1.0, 0.0, np.nan, 1.0])
-    scores = reward.gather(run, drawn, found, 1)
-    assert scores.valid.tolist() == [True, True, False, True]
-    np.testing.assert_allclose(scores.reward, [0.64, 0.64, np.nan, 0.64])
-    assert scores.failures == {"no verdict on the reflection": 1}
-    assert scores.reasons[2] == "no verdict on the reflection"
-    scored = reward.advantage_of(run.config, drawn, scores, found)
+    answers |= {(1, 0, number, "reflection"): verdict for number, verdict in enumerate(verdicts)}
+    run, sampled = refining("verifier", ["<think> a </think>"] * 4, pool=FixedPool(answers))
+    reflection = reward.reflection_scores(run, sampled)
+    np.testing.assert_array_equal(reflection, [1.0, 0.0, np.nan, 1.0])
+    rewards = reward.collect(run, sampled, reflection, 1)
+    assert rewards.valid.tolist() == [True, True, False, True]
+    np.testing.assert_allclose(rewards.reward, [0.64, 0.64, np.nan, 0.64])
+    assert rewards.failures == {"no verdict on the reflection": 1}
+    assert rewards.reasons[2] == "no verdict on the reflection"
+    shaped = reward.gather(run, sampled, 1)
+    advantages = advantage.of_batch(shaped, run.config.advantage)
     # Text: reward + 0.5 (format + reflection) / 2; the image's reward is alone.
-    np.testing.assert_allclose(scored.text.advantage, [[1 / 12, -1 / 6, 0.0, 1 / 12]], atol=1e-6)
-    np.testing.assert_allclose(scored.image, np.zeros((1, 4)), atol=1e-6)
-    assert scored.metrics["reward/reflection"] == pytest.approx(2 / 3)
+    expected = [[1 / 12, -1 / 6, 0.0, 1 / 12]]
+    np.testing.assert_allclose(advantages.text.advantage, expected, atol=1e-6)
+    np.testing.assert_allclose(advantages.image, np.zeros((1, 4)), atol=1e-6)
+    assert shaped.metrics["reward/reflection"] == pytest.approx(2 / 3)
 
 
 def test_reflections_by_rule():
     good = "<think> the cross is blue. make the cross red. red cross top left </think>"
-    run, drawn = refining("rule", [good, *["<think> red cross </think>"] * 3])
-    found = reward.gather_reflections(run, drawn)
-    assert found.tolist() == [1.0, 0.0, 0.0, 0.0]
-    scores = dataclasses.replace(scores_of([0.6] * 4), format=np.ones(4))
-    scored = reward.advantage_of(run.config, drawn, scores, found)
-    np.testing.assert_allclose(scored.text.advantage[0], [0.1875, -0.0625, -0.0625, -0.0625])
-    assert not scored.image.any()
-    run, drawn = refining("none", [good] * 4)
-    assert reward.gather_reflections(run, drawn) is None
+    run, sampled = refining("rule", [good, *["<think> red cross </think>"] * 3])
+    reflection = reward.reflection_scores(run, sampled)
+    assert reflection.tolist() == [1.0, 0.0, 0.0, 0.0]
+    rewards = dataclasses.replace(rewards_of([0.6] * 4), format=np.ones(4))
+    shaped = reward.shape(run, sampled, rewards, reflection)
+    advantages = advantage.of_batch(shaped, run.config.advantage)
+    np.testing.assert_allclose(advantages.text.advantage[0], [0.1875, -0.0625, -0.0625, -0.0625])
+    assert not advantages.image.any()
+    run, sampled = refining("none", [good] * 4)
+    assert reward.reflection_scores(run, sampled) is None
 
 
 @pytest.mark.parametrize(
@@ -314,16 +328,17 @@ def test_initial_and_repairs_are_compared_on_one_scale(baseline, expected):
     numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
     initial = InitialImageQueue(np.array(1), *numbers, np.array([0.55]), np.array([0.1]))
     batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
-    drawn = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 4], {})
-    found = reward.advantage_of(parsed, drawn, scores_of([0.6, 0.5, 0.5, 0.5]))
-    np.testing.assert_allclose(found.text.advantage[0], expected, atol=1e-6)
-    np.testing.assert_allclose(found.image[0], expected, atol=1e-6)
+    sampled = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 4], {})
+    shaped = reward.shape(run_without_model(parsed), sampled, rewards_of([0.6, 0.5, 0.5, 0.5]))
+    advantages = advantage.of_batch(shaped, parsed.advantage)
+    np.testing.assert_allclose(advantages.text.advantage[0], expected, atol=1e-6)
+    np.testing.assert_allclose(advantages.image[0], expected, atol=1e-6)
 
 
-def scores_of(rewards):
-    count = len(rewards)
-    nothing, valid = np.zeros(count), ~np.isnan(rewards)
-    return rollout.scoring.Rewards(np.array(rewards), nothing, nothing, np.ones(count), valid, {})
+def rewards_of(values):
+    count = len(values)
+    nothing, valid = np.zeros(count), ~np.isnan(values)
+    return scoring.Rewards(np.array(values), nothing, nothing, np.ones(count), valid, {})
 
 
 def test_nothing_improved_means_no_advantages():
@@ -332,22 +347,25 @@ def test_nothing_improved_means_no_advantages():
     numbers = (np.zeros(2, int), np.zeros((2, 2, 2, 3), np.uint8))
     initial = InitialImageQueue(np.array(2), *numbers, np.array([0.6, 0.9]), np.array([0.1, 0.2]))
     batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(2, int), None, initial)
-    drawn = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 8], {})
-    worse = scores_of([0.6, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, 0.4])
-    found = reward.advantage_of(config, drawn, worse)
-    assert found.text.all_zero
-    assert not found.image.any()
-    assert found.left_out
-    assert found.metrics["srr/improved_fraction"] == 0.0
-    better = scores_of([0.7, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, np.nan])
-    found = reward.advantage_of(config, drawn, better)
-    assert not found.left_out
-    advantage = found.text.advantage
-    assert advantage[0, 0] > 0 > advantage[0, 1]
-    assert advantage[0, 1] == advantage[0, 2] == advantage[0, 3]  # all rectified to 0.1
-    assert not advantage[1].any()  # rectified to 0.2, all of them
-    assert found.metrics["srr/improved_fraction"] == pytest.approx(1 / 7)
-    assert found.metrics["reward/total"] == pytest.approx((0.7 + 0.1 * 3 + 0.2 * 3) / 7 + 1)
+    sampled = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 8], {})
+    run = run_without_model(config)
+    worse = rewards_of([0.6, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, 0.4])
+    shaped = reward.shape(run, sampled, worse)
+    advantages = advantage.of_batch(shaped, config.advantage)
+    assert advantages.text.all_zero
+    assert not advantages.image.any()
+    assert advantages.left_out
+    assert shaped.metrics["srr/improved_fraction"] == 0.0
+    better = rewards_of([0.7, 0.5, 0.1, 0.2, 0.9, 0.8, 0.3, np.nan])
+    shaped = reward.shape(run, sampled, better)
+    advantages = advantage.of_batch(shaped, config.advantage)
+    assert not advantages.left_out
+    text = advantages.text.advantage
+    assert text[0, 0] > 0 > text[0, 1]
+    assert text[0, 1] == text[0, 2] == text[0, 3]  # all rectified to 0.1
+    assert not text[1].any()  # rectified to 0.2, all of them
+    assert shaped.metrics["srr/improved_fraction"] == pytest.approx(1 / 7)
+    assert shaped.metrics["reward/total"] == pytest.approx((0.7 + 0.1 * 3 + 0.2 * 3) / 7 + 1)
 
 
 def test_tasks_are_drawn_by_weight_and_by_the_step_alone():

@@ -11,7 +11,7 @@ from default_options import reward_options
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.evaluation import metrics
 from alphagrpo_jax.evaluation.heldout import check_heldout
-from alphagrpo_jax.prompts import PromptSet
+from alphagrpo_jax.prompts import PromptSet, TaskData
 from alphagrpo_jax.rewards.scoring import Rewards
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
@@ -40,7 +40,7 @@ def scores(reward, valid):
 
 def test_exact_scores_by_kind_and_type():
     reward = [0.9, 0.5, np.nan, 0.4]
-    found = metrics.summarise(scores(reward, [True, True, False, True]), FACTS, records())
+    found = metrics.summarize(scores(reward, [True, True, False, True]), FACTS, records())
     assert found["exact_all"] == 0.5
     assert found["exact_facts"] == 5 / 8
     assert found["exact_all/plain"] == pytest.approx(2 / 3)
@@ -55,7 +55,7 @@ def test_exact_scores_by_kind_and_type():
 
 def test_facts_without_a_kind_count_in_the_whole_only():
     without = [parse_record(tiny_world.record(f"p{i}", type="count")) for i in range(4)]
-    found = metrics.summarise(scores([0.5] * 4, [True] * 4), FACTS, without)
+    found = metrics.summarize(scores([0.5] * 4, [True] * 4), FACTS, without)
     assert found["exact_all"] == 0.5
     assert not any(name.startswith("exact_all/") for name in found)
 
@@ -67,7 +67,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
         TASKS["rt2i"], tuple(map(parse_record, (good, bad))), (), pathlib.Path(), ""
     )
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
-    check_heldout(config, {"rt2i": prompts.Data(None, prompts)})  # without a checker
+    check_heldout(config, {"rt2i": TaskData(None, prompts)})  # without a checker
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, checker="shapes"))
     for name, source in (
         ("rt2i", "data.heldout=unused/held"),
@@ -80,7 +80,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
 
 
 def test_without_facts_there_are_only_rewards():
-    found = metrics.summarise(scores([0.5] * 4, [True] * 4), [None] * 4, records())
+    found = metrics.summarize(scores([0.5] * 4, [True] * 4), [None] * 4, records())
     assert set(found) == {"reward/mean", "reward/format", "reward/valid_fraction"}
 
 

@@ -31,12 +31,13 @@ def state(value: float) -> TrainState:
 
 
 def stopped_by(error: Exception, saves: Saves, act) -> dict[int, dict]:
-    """The rows that are written when `act(kept)` is followed by an error."""
+    """The rows that are written when `act(emergency)` is followed by an error."""
     rows = {}
 
     def run() -> None:
-        with run_folder.saved_on_error(saves, {}, rows.__setitem__) as kept:
-            act(kept)
+        emergency = run_folder.EmergencyCheckpoint(saves, {}, rows.__setitem__)
+        with emergency.on_error():
+            act(emergency)
             raise error
 
     with pytest.raises(type(error)):
@@ -48,8 +49,8 @@ def stopped_by(error: Exception, saves: Saves, act) -> dict[int, dict]:
 def test_the_newest_point_is_saved_with_its_place(error):
     saves, place = Saves(), DataPosition({"rt2i": 16}, None)
 
-    def act(kept):
-        kept.hold(state(1.0), 2, place)
+    def act(emergency):
+        emergency.hold(state(1.0), 2, place)
         place.positions["rt2i"] += 8  # the step that fails has taken its prompts
 
     assert stopped_by(error, saves, act) == {}
@@ -63,7 +64,7 @@ def test_a_row_waits_for_its_evaluation():
     rows = stopped_by(
         TrainingError("x"),
         saves,
-        lambda kept: kept.hold(state(1.0), 3, DataPosition({}, None), row),
+        lambda emergency: emergency.hold(state(1.0), 3, DataPosition({}, None), row),
     )
     assert rows == {3: {"loss/total": 0.5, "eval/pending": 1}}
     assert list(saves.kept) == [3]
@@ -72,14 +73,17 @@ def test_a_row_waits_for_its_evaluation():
 def test_nothing_is_saved_where_nothing_can_be():
     place = DataPosition({}, None)
 
-    def in_the_update(kept):
-        kept.hold(state(1.0), 2, place)
-        kept.drop()
+    def in_the_update(emergency):
+        emergency.hold(state(1.0), 2, place)
+        emergency.release()
 
     for error, act in (
         (TrainingError("x"), in_the_update),  # its memory is given away
-        (TrainingError("x"), lambda kept: kept.hold(state(1.0), 0, place)),  # nothing done yet
-        (RuntimeError("a defect"), lambda kept: kept.hold(state(1.0), 2, place)),
+        (
+            TrainingError("x"),
+            lambda emergency: emergency.hold(state(1.0), 0, place),
+        ),  # nothing done yet
+        (RuntimeError("a defect"), lambda emergency: emergency.hold(state(1.0), 2, place)),
     ):
         saves = Saves()
         assert stopped_by(error, saves, act) == {}
@@ -89,6 +93,8 @@ def test_nothing_is_saved_where_nothing_can_be():
 def test_a_full_disk_does_not_hide_the_error(capsys):
     saves = Saves(full=True)
     stopped_by(
-        TrainingError("x"), saves, lambda kept: kept.hold(state(1.0), 2, DataPosition({}, None))
+        TrainingError("x"),
+        saves,
+        lambda emergency: emergency.hold(state(1.0), 2, DataPosition({}, None)),
     )
     assert "since the last checkpoint are lost: the disk is full" in capsys.readouterr().err
