@@ -76,7 +76,7 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
         own = prompts._replace(task=TASKS[name])
         message = f"{source}.*record 2 .'a blue square'.*eval.checker=''"
         with pytest.raises(ValueError, match=message):
-            check_heldout(config, {name: prompts.Data(None, own)})
+            check_heldout(config, {name: TaskData(None, own)})
 
 
 def test_without_facts_there_are_only_rewards():
