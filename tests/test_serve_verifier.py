@@ -20,6 +20,7 @@ from alphagrpo_jax.rewards.verifiers import openai, serving
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.openai import OpenAIVerifier
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch
@@ -299,7 +300,7 @@ class Blocked:
         self.go.wait(30)
         self.batches.append(list(texts))
         if "bad" in texts:
-            raise ValueError("control tokens")
+            raise InputError("control tokens")
         if "explode" in texts:
             raise RuntimeError("out of memory")
         return torch.tensor([[float(len(text)), 0.0] for text in texts])

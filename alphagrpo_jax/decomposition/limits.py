@@ -1,13 +1,14 @@
 """Asking a language model at a limited rate, with patience for failures, and stops in between."""
 
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import pydantic
+import tenacity
 
 from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModel, LanguageModelError, Message
+from alphagrpo_jax.runtime.backoff import Backoff
 
 BACKOFF_SECONDS = 1.0  # before the second try of a call; doubles, with jitter of +-50%
 MAX_BACKOFF_SECONDS = 60.0
@@ -74,8 +75,14 @@ class PatientModel:
         pace: every single request waits for it, repeated ones too.
         tries: of one call, at most.
         """
-        self._model, self._pace, self._tries = model, pace, tries
-        self._jitter = random.Random(0)  # no reply depends on it
+        self._model, self._pace = model, pace
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_retryable),
+            stop=tenacity.stop_after_attempt(tries),
+            wait=Backoff(BACKOFF_SECONDS, longest_seconds=MAX_BACKOFF_SECONDS),
+            sleep=pace.pause,  # looks for a stop again and again
+            reraise=True,
+        )
 
     def complete(
         self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
@@ -86,13 +93,12 @@ class PatientModel:
           LanguageModelError: of the last try.
           StopRequestedError: a stop was asked for.
         """
-        for number in range(1, self._tries + 1):
-            self._pace.wait()
-            try:
-                return self._model.complete(messages, form)
-            except LanguageModelError as error:
-                if not error.retryable or number == self._tries:
-                    raise
-            seconds = min(BACKOFF_SECONDS * 2.0 ** (number - 1), MAX_BACKOFF_SECONDS)
-            self._pace.pause(seconds * self._jitter.uniform(0.5, 1.5))
-        raise AssertionError("the loop returns or raises")
+        return self._retrying(self._attempt, messages, form)
+
+    def _attempt(self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None) -> str:
+        self._pace.wait()
+        return self._model.complete(messages, form)
+
+
+def _is_retryable(error: BaseException) -> bool:
+    return isinstance(error, LanguageModelError) and error.retryable

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from alphagrpo_jax.runtime.sharding import path_name
 
 FOLDER = "checkpoints"
 MIN_FREE = 64 << 20  # bytes of free space that any run wants: logs, samples, prompt cache
+# A write that fails is a ValueError of tensorstore, "RESOURCE_EXHAUSTED: Error writing ...".
+_STORAGE_STATUS = re.compile(r"[A-Z]+(?:_[A-Z]+)*: ")
 ROOM = 4  # checkpoints of free space that a run wants at its start
 
 
@@ -60,6 +63,8 @@ class Checkpoints:
             )
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) and not _STORAGE_STATUS.match(str(error)):
+                raise
             raise CheckpointError(
                 f"step {step}: the checkpoint could not be written ({error}); free some space, "
                 "then run the same command again: it continues from the checkpoint before"
@@ -83,7 +88,7 @@ class Checkpoints:
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
         try:
             return self._manager.restore(step, args=args)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # damage shows as any of these
             raise CheckpointError(
                 f"checkpoint {step} cannot be restored ({error}); if it is damaged, delete its "
                 "folder: the run then continues from the one before"

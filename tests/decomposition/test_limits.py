@@ -1,5 +1,6 @@
 """The pace of requests by a clock of our own, patience with failures, and stops."""
 
+import random
 import threading
 
 import pytest
@@ -109,6 +110,29 @@ def test_back_off_grows_and_the_last_failure_is_told():
         model.complete([])
     assert flaky.calls == 4
     assert 100 + 0.5 * 7 <= clock.now <= 100 + 1.5 * 7  # 1 + 2 + 4 seconds, with jitter
+
+
+def test_the_waits_are_those_of_the_formula():
+    waits = []
+
+    class Recorder(Pace):
+        def pause(self, seconds):
+            if seconds > 0:
+                waits.append(seconds)
+
+    flaky = Flaky(*[LanguageModelError("busy", kind="silent", retryable=True)] * 9)
+    assert PatientModel(flaky, Recorder(0), tries=10).complete([]) == "reply"
+    jitter = random.Random(0)
+    assert waits == [min(2.0**n, 60.0) * jitter.uniform(0.5, 1.5) for n in range(9)]
+
+
+def test_a_stop_ends_the_back_off():
+    clock = Clock()
+    pace = Pace(0, stopped=lambda: clock.naps >= 3, clock=clock, sleep=clock.sleep)
+    flaky = Flaky(*[LanguageModelError("busy", kind="silent", retryable=True)] * 9)
+    with pytest.raises(StopRequestedError):
+        PatientModel(flaky, pace, tries=9).complete([])
+    assert flaky.calls == 1
 
 
 def test_failures_that_stay_are_not_repeated():

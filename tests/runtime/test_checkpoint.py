@@ -47,6 +47,26 @@ def test_another_structure_is_an_explained_error(tmp_path):
         saves.state(1, {"trainable": {"else": jnp.zeros(7)}})
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ValueError("RESOURCE_EXHAUSTED: Error writing 'a/0'"), CheckpointError),
+        (OSError(28, "No space left on device"), CheckpointError),
+        (ValueError("operands could not be broadcast"), ValueError),
+    ],
+    ids=["tensorstore", "full disk", "bug"],
+)
+def test_a_failed_write_is_explained_and_a_bug_is_not(tmp_path, monkeypatch, error, raised):
+    def save(*_, **__):
+        raise error
+
+    saves = Checkpoints(tmp_path, keep=1)
+    monkeypatch.setattr(saves._manager, "save", save)
+    with pytest.raises(raised) as caught:
+        saves.save(1, state(), {"step": 1})
+    assert type(caught.value) is raised
+
+
 def test_digest_sees_every_part_and_not_the_order(tmp_path):
     progress = {"step": 1, "position": 8}
     base = checkpoint.digest(state(), progress)

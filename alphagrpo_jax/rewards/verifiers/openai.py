@@ -30,7 +30,7 @@ from alphagrpo_jax.rewards.verifiers.spelling import (
     RATINGS,
     normalize_word,
 )
-from alphagrpo_jax.runtime.errors import UsageError
+from alphagrpo_jax.runtime.errors import InputError, UsageError
 
 RATING_CANDIDATES = 20  # as many as servers commonly allow
 RATING_TOKENS = 3  # "10" may be two
@@ -161,7 +161,7 @@ class OpenAIVerifier:
                 return fail(f"not asked within {self._answer_seconds:.3g} s")
             try:
                 asked = messages(url, question, instruction)
-            except ValueError as error:
+            except InputError as error:
                 return fail(str(error))
             try:
                 return read(self._client.complete(asked, total_seconds=left, **options))
@@ -244,7 +244,7 @@ def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
       ValueError: the question holds a control token, which a server would read as one.
     """
     if found := control_tokens(question):
-        raise ValueError(
+        raise InputError(
             f"got the control tokens {found} in the question {question!r}; a question is plain text"
         )
     content = [

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+from alphagrpo_jax.runtime.errors import InputError
 
 WAYS = ("packed", "shared", "separate")
 # Largest difference of a probability from "separate" that rounding explains. The shipped verifier
@@ -120,7 +121,7 @@ class Passes:
           ValueError: the texts hold a control token, which would be read as one.
         """
         if found := sorted(token for token in self._control if token in question + instruction):
-            raise ValueError(
+            raise InputError(
                 f"got the control tokens {found} in the text {question!r}; a question is plain text"
             )
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
+import logging
 import re
 import time
 import uuid
@@ -17,10 +18,12 @@ import torch
 from PIL import Image
 
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
+from alphagrpo_jax.runtime.errors import InputError
 
 MAX_PIXELS = 4096 * 4096
 MAX_TOKENS = 256  # of a reply
 LINGER_SECONDS = 0.003  # for questions about the same image that arrive together
+_LOG = logging.getLogger(__name__)
 LEAST_LOGPROB = -9999.0  # what the API says for a probability of zero
 DATA_URL = re.compile(r"data:image/(png|jpeg|webp);base64,", re.IGNORECASE)
 
@@ -263,10 +266,11 @@ class Batcher:
         """On the model's thread: an outcome for every question, whatever happens."""
         try:
             return self._answer(questions)
-        except ValueError as error:
+        except InputError as error:
             if len(questions) == 1:
                 return [RequestError(str(error))]
         except Exception as error:  # one failed pass must not end the server
+            _LOG.exception("a forward pass of %d questions", len(questions))
             message = f"the model failed: {type(error).__name__}: {error}"
             return [RequestError(message, status=500, kind="model") for _ in questions]
         # One bad question must not fail those that came with it.
