@@ -38,12 +38,15 @@ def dependent(scores: np.ndarray, parents: Sequence[Sequence[int]]) -> np.ndarra
     """
     if len(parents) != len(scores):
         raise ValueError(f"got {len(parents)} lists of parents for {len(scores)} questions")
-    outside = [p for own in parents for p in own if not 0 <= p < len(scores)]
+    outside = [p for indexes in parents for p in indexes if not 0 <= p < len(scores)]
     if outside:
         raise ValueError(f"got parents {outside}, expected indexes 0..{len(scores) - 1}")
     holds = scores > 0.5
     return np.array(
-        [s if all(holds[p] for p in own) else 0.0 for s, own in zip(scores, parents, strict=True)]
+        [
+            score if all(holds[p] for p in indexes) else 0.0
+            for score, indexes in zip(scores, parents, strict=True)
+        ]
     )
 
 

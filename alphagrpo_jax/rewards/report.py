@@ -147,7 +147,7 @@ def rows(
                 quality=_known(scores.quality[index]),
                 failure=None if valid else scores.reasons[index] or "no answer",
                 lines=_lines(record, scores, index, options) if valid else (),
-                parts={n: float(x[index]) for n, x in scores.parts.items()} if several else {},
+                parts={n: float(x[index]) for n, x in scores.by_score.items()} if several else {},
                 think=None if thinks is None else thinks[index],
                 exact=None if exact is None else exact[index],
             )

@@ -1,4 +1,4 @@
-"""From images to rewards: asks the pool, combines the answers, adds the reward of the text."""
+"""Rewards of images and texts: asks the pool, combines the answers, adds the format reward."""
 
 import collections
 import dataclasses
@@ -18,12 +18,12 @@ from alphagrpo_jax.runtime.records import Record
 
 REFLECTION_WEIGHT = 0.5
 HOLISTIC = "holistic"  # the score that ratings make; the others come from answers
-SATURATED = 0.02  # P(yes) so near 0 or 1 tells samples of a group apart no longer
+SATURATED = 0.02  # P(yes) this near 0 or 1 no longer tells the samples of a group apart
 ELSEWHERE = "judged on another host"
 
 
 class VerifierPool(Protocol):
-    """What answers questions about images: a `pool.Pool`, or the policy itself."""
+    """Pool of verifiers that answer questions about images: `pool.Pool`, or the policy itself."""
 
     def submit(
         self,
@@ -41,18 +41,18 @@ class VerifierPool(Protocol):
 
 
 def score_weights(options: RewardOptions) -> np.ndarray:
-    """Weights of `options.scores`, float64[K], summing to 1."""
+    """Returns the weights of `options.scores`, float64[K], summing to 1."""
     weights = np.array([1.0, *options.extra_weights])
     return weights / weights.sum()
 
 
 def yes_no_questions(options: RewardOptions, record: Record) -> list[str]:
-    """What is to be answered by yes or no about an image of a prompt."""
+    """Returns the questions about a prompt's image that are answered by yes or no."""
     return record.asked if set(options.scores) - {HOLISTIC} else []
 
 
 def rating_questions(options: RewardOptions, record: Record) -> list[str]:
-    """What is to be rated: semantic consistency first, then perceptual quality."""
+    """Returns what is rated of a prompt's image: consistency first, then perceptual quality."""
     if HOLISTIC not in options.scores:
         return []
     templates = (*options.rate_semantic, *options.rate_quality)
@@ -68,32 +68,31 @@ class Rewards:
     quality: np.ndarray  # float64[N]
     format: np.ndarray  # float64[N], 0 or 1, or a mean over think steps
     valid: np.ndarray  # bool[N]
-    failures: dict[str, int]  # why samples are invalid, and how many
-    parts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # score: float64[N]
+    failures: dict[str, int]  # number of invalid samples by reason
+    by_score: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # float64[N]
     p_yes: tuple[tuple[float, ...], ...] = ()  # per sample as asked; empty where not valid
     ratings: tuple[tuple[float, ...], ...] = ()  # the same, 0 to 10
     reasons: tuple[str | None, ...] = ()  # per sample, why it is invalid
     tags: Mapping[str, float] = dataclasses.field(default_factory=dict)  # see `_tag_means`
 
     def metrics(self) -> dict[str, float]:
-        """Means over the valid samples (NaN if there are none), and the valid share.
+        """Computes means over the valid samples (NaN if there are none), and the valid share.
 
-        Where there were yes/no questions: their means by tag, and the share of saturated ones.
+        Where there are yes/no questions: their means by tag, and the share of saturated ones.
         """
-        names = ("semantic", "quality", "format")
-        parts = {f"reward/{name}": _mean(vars(self)[name], self.valid) for name in names}
-        share = {"reward/valid_fraction": float(np.mean(self.valid))}
-        if len(self.parts) > 1:
-            parts |= {
-                f"reward/score/{name}": _mean(values, self.valid)
-                for name, values in self.parts.items()
-            }
-        parts |= {f"reward/tag/{tag}": mean for tag, mean in self.tags.items()}
-        answers = np.array([p for own in self.p_yes for p in own])
+        metrics = {"reward/mean": _mean(self.reward, self.valid)}
+        for name in ("semantic", "quality", "format"):
+            metrics[f"reward/{name}"] = _mean(vars(self)[name], self.valid)
+        if len(self.by_score) > 1:
+            for name, values in self.by_score.items():
+                metrics[f"reward/score/{name}"] = _mean(values, self.valid)
+        metrics |= {f"reward/tag/{tag}": mean for tag, mean in self.tags.items()}
+        metrics["reward/valid_fraction"] = float(np.mean(self.valid))
+        answers = np.array([p for sample_p_yes in self.p_yes for p in sample_p_yes])
         if answers.size:
             saturated = (answers < SATURATED) | (answers > 1.0 - SATURATED)
-            share["question/saturated_fraction"] = float(saturated.mean())
-        return {"reward/mean": _mean(self.reward, self.valid)} | parts | share
+            metrics["question/saturated_fraction"] = float(saturated.mean())
+        return metrics
 
 
 def submit(
@@ -108,7 +107,7 @@ def submit(
     """Hands images to the pool, each with its record's questions.
 
     Args:
-      pool: what answers them.
+      pool: answers the questions.
       sample_ids: N.
       images: uint8[H, W, 3] each, N.
       records: N.
@@ -117,9 +116,9 @@ def submit(
         each scores its own share of the batch.
     """
     for row in distributed.own_rows(len(sample_ids), first=first):
-        asked = yes_no_questions(options, records[row])
+        questions = yes_no_questions(options, records[row])
         rated = rating_questions(options, records[row])
-        pool.submit(sample_ids[row], images[row], asked, rated)
+        pool.submit(sample_ids[row], images[row], questions, rated)
 
 
 def gather(
@@ -134,38 +133,39 @@ def gather(
     Args:
       pool: where the samples were submitted.
       sample_ids, records: as submitted.
-      thinks: what each think step wrote, for the format reward; none if the task has none.
+      thinks: texts of each think step, for the format reward; none if the task has none.
       options: how to combine.
     """
-    own = distributed.own_rows(len(sample_ids))
-    outcomes = pool.gather(sample_ids[row] for row in own)
-    most = max((len(yes_no_questions(options, record)) for record in records), default=0)
-    lengths = (len(Reward._fields), len(options.scores), most, _rating_count(options))
-    blocks = np.full((len(own), sum(lengths)), np.nan)  # one array, to go between processes
+    local_rows = distributed.own_rows(len(sample_ids))
+    results = pool.gather(sample_ids[row] for row in local_rows)
+    questions = max((len(yes_no_questions(options, record)) for record in records), default=0)
+    lengths = (len(Reward._fields), len(options.scores), questions, _rating_count(options))
+    # All numbers in one array, NaN where there is none: one exchange between processes is enough.
+    local_table = np.full((len(local_rows), sum(lengths)), np.nan)
     reasons: list[str | None] = [ELSEWHERE] * len(sample_ids)
-    for line, row in enumerate(own):
-        outcome = outcomes[sample_ids[row]]
-        reasons[row] = None if outcome.valid else str(outcome.failure)
-        reward, parts = _judge(records[row], outcome, options)
-        numbers = (reward, parts, outcome.p_yes or (), outcome.ratings)
+    for line, row in enumerate(local_rows):
+        result = results[sample_ids[row]]
+        reasons[row] = None if result.valid else str(result.failure)
+        reward, by_score = _combine(records[row], result, options)
+        numbers = (reward, by_score, result.p_yes or (), result.ratings)
         for start, values in zip(np.cumsum((0, *lengths)), numbers, strict=False):
-            blocks[line, start : start + len(values)] = values
-    failures = collections.Counter(reasons[row] for row in own if reasons[row] is not None)
-    merged = distributed.merge_rows(blocks, len(sample_ids))
-    table, parts, answers, ratings = np.split(merged, np.cumsum(lengths)[:-1], axis=1)
+            local_table[line, start : start + len(values)] = values
+    failures = collections.Counter(reasons[row] for row in local_rows if reasons[row] is not None)
+    merged = distributed.merge_rows(local_table, len(sample_ids))
+    table, by_score, answers, ratings = np.split(merged, np.cumsum(lengths)[:-1], axis=1)
     valid = table[:, 3] > 0
-    p_yes = _known(answers)
+    p_yes = _without_padding(answers)
     return Rewards(
         reward=table[:, 0],
         semantic=table[:, 1],
         quality=table[:, 2],
-        format=_forms(thinks, len(table)),
+        format=_format_rewards(thinks, len(table)),
         valid=valid,
         failures=dict(failures),
-        parts=dict(zip(options.scores, parts.T, strict=True)),
+        by_score=dict(zip(options.scores, by_score.T, strict=True)),
         p_yes=p_yes,
-        ratings=_known(ratings),
-        reasons=tuple(None if v else why for v, why in zip(valid, reasons, strict=True)),
+        ratings=_without_padding(ratings),
+        reasons=tuple(None if ok else why for ok, why in zip(valid, reasons, strict=True)),
         tags=_tag_means(records, p_yes, options),
     )
 
@@ -173,101 +173,103 @@ def gather(
 def answer_scores(
     records: Sequence[Record], answers: Sequence[str], thinks: Sequence[Sequence[str]]
 ) -> Rewards:
-    """Rewards of answers: 1 where an answer is right, else 0, by rule and without a verifier.
+    """Rewards answers by rule, without a verifier: 1 where an answer is right, else 0.
 
     Args:
       records: with the right answers.
-      answers: what was answered.
-      thinks: what each think step wrote, for the format reward; none if the task has none.
+      answers: texts of the answer step.
+      thinks: texts of each think step, for the format reward; none if the task has none.
     """
     pairs = zip(answers, records, strict=True)
-    nothing = np.full(len(records), np.nan)
+    unknown = np.full(len(records), np.nan)
     return Rewards(
         reward=np.array([answer_reward(text, record.answers) for text, record in pairs]),
-        semantic=nothing,
-        quality=nothing,
-        format=_forms(thinks, len(records)),
+        semantic=unknown,
+        quality=unknown,
+        format=_format_rewards(thinks, len(records)),
         valid=np.ones(len(records), bool),
         failures={},
     )
 
 
 def totals(
-    scores: Rewards,
+    rewards: Rewards,
     options: RewardOptions,
     *,
     reward: np.ndarray | None = None,
     reflection: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the advantages of text and of image steps are made of, float64[N] each.
+    """Computes what the advantages of text and of image steps compare, float64[N] each.
 
-    Reward plus the weighted format reward, for both, or with `isolate` for the text alone. With a
-    judged reflection the text's is `reward + 0.5 mean(format, reflection)` and the image's the
-    reward (AlphaGRPO's SRR recipe).
+    It is the reward plus the weighted format reward, for both, or with `isolate` for the text
+    alone. With a judged reflection the text's is `reward + 0.5 mean(format, reflection)` and the
+    image's the reward (AlphaGRPO's SRR recipe).
 
     Args:
-      scores: of a batch.
+      rewards: of a batch.
       options: weights.
-      reward: float64[N], rectified rewards instead of `scores.reward`.
+      reward: float64[N], rectified rewards instead of `rewards.reward`.
       reflection: float64[N], 0 or 1.
     """
-    reward = scores.reward if reward is None else reward
+    reward = rewards.reward if reward is None else reward
     if reflection is not None:
-        return reward + REFLECTION_WEIGHT * (scores.format + reflection) / 2, reward
-    text = reward + options.format_weight * scores.format
+        return reward + REFLECTION_WEIGHT * (rewards.format + reflection) / 2, reward
+    text = reward + options.format_weight * rewards.format
     return text, reward if options.isolate else text
 
 
-def without(scores: Rewards, failed: np.ndarray, reason: str) -> Rewards:
-    """The scores with further samples invalid, bool[N], for one reason."""
-    new = failed & scores.valid
-    if not new.any():
-        return scores
-    blank = {
-        name: np.where(new, np.nan, vars(scores)[name])
+def without(rewards: Rewards, failed: np.ndarray, reason: str) -> Rewards:
+    """Returns the rewards with further samples invalid, bool[N], for one reason."""
+    newly_failed = failed & rewards.valid
+    if not newly_failed.any():
+        return rewards
+    blanked = {
+        name: np.where(newly_failed, np.nan, vars(rewards)[name])
         for name in ("reward", "semantic", "quality")
     }
-    failures = dict(scores.failures) | {reason: int(new.sum())}
-    reasons = scores.reasons or (None,) * len(new)
+    reasons = rewards.reasons or (None,) * len(newly_failed)
     return dataclasses.replace(
-        scores,
-        **blank,
-        valid=scores.valid & ~new,
-        failures=failures,
-        reasons=tuple(reason if n else old for n, old in zip(new, reasons, strict=True)),
+        rewards,
+        **blanked,
+        valid=rewards.valid & ~newly_failed,
+        failures=dict(rewards.failures) | {reason: int(newly_failed.sum())},
+        reasons=tuple(
+            reason if is_new else old for is_new, old in zip(newly_failed, reasons, strict=True)
+        ),
     )
 
 
-def _forms(thinks: Sequence[Sequence[str]], count: int) -> np.ndarray:
-    """The format reward, mean over the think steps; 0 where there are none."""
-    steps = [[format_reward(text) for text in own] for own in thinks]
+def _format_rewards(thinks: Sequence[Sequence[str]], count: int) -> np.ndarray:
+    """Computes the format reward, mean over the think steps; 0 where there are none."""
+    steps = [[format_reward(text) for text in texts] for texts in thinks]
     return np.mean(steps, axis=0) if steps else np.zeros(count)
 
 
-def _judge(
-    record: Record, outcome: ledger.VerifierResult, options: RewardOptions
+def _combine(
+    record: Record, result: ledger.VerifierResult, options: RewardOptions
 ) -> tuple[Reward, list[float]]:
-    """A sample's reward, with the first score's means, and every score by itself."""
-    if not outcome.valid:
+    """Computes a sample's reward, with the first score's means, and each score's reward."""
+    if not result.valid:
         return INVALID, []
-    parts = [_score(name, record, outcome, options) for name in options.scores]
-    if not all(part.valid for part in parts):
+    rewards = [_reward_by(name, record, result, options) for name in options.scores]
+    if not all(reward.valid for reward in rewards):
         return INVALID, []
-    values = [part.reward for part in parts]
-    # One score alone stays as it is, to the last bit.
+    values = [reward.reward for reward in rewards]
+    # A single score is not multiplied by its weight 1, so that it stays the same to the last bit.
     total = values[0] if len(values) == 1 else float(score_weights(options) @ values)
-    return parts[0]._replace(reward=total), values
+    return rewards[0]._replace(reward=total), values
 
 
-def _score(
-    name: Score, record: Record, outcome: ledger.VerifierResult, options: RewardOptions
+def _reward_by(
+    name: Score, record: Record, result: ledger.VerifierResult, options: RewardOptions
 ) -> Reward:
+    """Computes a sample's reward by one score."""
     if name == HOLISTIC:
         cut = len(options.rate_semantic)
-        semantic, quality = outcome.ratings[:cut], outcome.ratings[cut:]
+        semantic, quality = result.ratings[:cut], result.ratings[cut:]
         least = (min(semantic) / 10.0, min(quality) / 10.0)
         return Reward(viescore(semantic, quality), *least, valid=True)
-    semantic, quality = record.split(outcome.p_yes)
+    semantic, quality = record.split(result.p_yes)
     return dvreward(
         semantic,
         quality,
@@ -278,26 +280,28 @@ def _score(
 
 
 def _rating_count(options: RewardOptions) -> int:
+    """Counts the ratings per sample."""
     return len(options.rate_semantic + options.rate_quality) if HOLISTIC in options.scores else 0
 
 
-def _known(rows: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """The numbers of each row, without the NaN behind them."""
+def _without_padding(rows: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """Returns the numbers of each row, without the NaN behind them."""
     return tuple(tuple(row[~np.isnan(row)].tolist()) for row in rows)
 
 
 def _tag_means(
     records: Sequence[Record], p_yes: Sequence[Sequence[float]], options: RewardOptions
 ) -> dict[str, float]:
-    """Mean answer of the valid samples' questions by tag; of 0 or 1 each if the score is binary."""
-    found: dict[str, list[float]] = {}
-    for record, own in zip(records, p_yes, strict=True):
-        for question, p in zip(record.asked_questions if own else (), own, strict=True):
+    """Averages the answers of the valid samples by tag; 0 or 1 each if the score is binary."""
+    by_tag: dict[str, list[float]] = {}
+    for record, answers in zip(records, p_yes, strict=True):
+        for question, p in zip(record.asked_questions if answers else (), answers, strict=True):
             value = float(p > 0.5) if options.score == "binary" else p
-            found.setdefault(question.tag or "untagged", []).append(value)
-    return {tag: math.fsum(values) / len(values) for tag, values in sorted(found.items())}
+            by_tag.setdefault(question.tag or "untagged", []).append(value)
+    return {tag: math.fsum(values) / len(values) for tag, values in sorted(by_tag.items())}
 
 
 def _mean(values: np.ndarray, valid: np.ndarray) -> float:
-    chosen = values[valid & ~np.isnan(values)]
-    return float(chosen.mean()) if chosen.size else float("nan")
+    """Averages the valid values that are known, NaN if there are none."""
+    numbers = values[valid & ~np.isnan(values)]
+    return float(numbers.mean()) if numbers.size else float("nan")

@@ -68,7 +68,7 @@ def score_images(
     found = scoring.gather(pool, range(len(images)), records, (), options)
     index = np.flatnonzero(found.valid)
     p_yes = [found.p_yes[row] for row in index]
-    scores = {name: values[index] for name, values in found.parts.items()}
+    scores = {name: values[index] for name, values in found.by_score.items()}
     scores[DEPENDENT] = np.array(
         [
             dvreward(*records[row].split(own), parents=records[row].asked_parents).reward

@@ -211,7 +211,7 @@ def test_several_scores_are_averaged_by_weight():
     assert len(pool.submitted[0][3]) == 2
     found = scoring.gather(pool, [0, 1], [record] * 2, (), options)
     parts = {"confidence": 0.6, "binary": 0.75, "holistic": 0.6}
-    assert {name: values[0] for name, values in found.parts.items()} == pytest.approx(parts)
+    assert {name: values[0] for name, values in found.by_score.items()} == pytest.approx(parts)
     assert found.reward[0] == pytest.approx((0.6 + 0.5 * 0.75 + 2.5 * 0.6) / 4.0)
     assert found.valid.tolist() == [True, False]
     assert (found.semantic[0], found.quality[0]) == (pytest.approx(0.6), pytest.approx(0.6))
