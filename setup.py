@@ -51,6 +51,7 @@ setuptools.setup(
         "uvicorn>=0.40,<1",
     ],
     extras_require={
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "tests": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
         "dev": ["pyright[nodejs]==1.1.414"],  # brings its own Node.js: nothing else to install
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

@@ -1,3 +1,83 @@
-"""AlphaGRPO in JAX: reinforcement learning of unified multimodal models that think, then draw."""
+"""AlphaGRPO in JAX: reinforcement learning of unified multimodal models that think, then draw.
+
+The names in `__all__` are the public interface, described in `docs/api.md`; everything else may
+change. A name is imported from its module on first use, so that `import alphagrpo_jax` takes
+milliseconds and loads neither JAX nor PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "TASKS",
+    "Advantages",
+    "Answer",
+    "Config",
+    "HFVerifier",
+    "ImageTerms",
+    "Policy",
+    "Rating",
+    "Record",
+    "Reward",
+    "Task",
+    "TextTerms",
+    "Verifier",
+    "dvreward",
+    "group_advantage",
+    "grpo_loss",
+    "image_grpo",
+    "inference",
+    "plan",
+    "read_config",
+    "read_jsonl",
+    "text_grpo",
+    "train",
+    "viescore",
+]
+
+_PUBLIC_MODULES = ("inference", "train")
+_NAMES = {
+    "advantage": ("Advantages", "group_advantage"),
+    "config": ("Config",),
+    "config_checks": ("read_config",),
+    "inference": ("Policy",),
+    "loss": ("ImageTerms", "TextTerms", "grpo_loss", "image_grpo", "text_grpo"),
+    "rewards.dvreward": ("Reward", "dvreward"),
+    "rewards.verifiers.base": ("Answer", "Rating", "Verifier"),
+    "rewards.verifiers.hf": ("HFVerifier",),
+    "rewards.viescore": ("viescore",),
+    "runtime.records": ("Record", "read_jsonl"),
+    "tasks": ("TASKS", "Task", "plan"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+if TYPE_CHECKING:  # the same names for type checkers and editors; a test compares the lists
+    from alphagrpo_jax import inference, train
+    from alphagrpo_jax.advantage import Advantages, group_advantage
+    from alphagrpo_jax.config import Config
+    from alphagrpo_jax.config_checks import read_config
+    from alphagrpo_jax.inference import Policy
+    from alphagrpo_jax.loss import ImageTerms, TextTerms, grpo_loss, image_grpo, text_grpo
+    from alphagrpo_jax.rewards.dvreward import Reward, dvreward
+    from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Verifier
+    from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
+    from alphagrpo_jax.rewards.viescore import viescore
+    from alphagrpo_jax.runtime.records import Record, read_jsonl
+    from alphagrpo_jax.tasks import TASKS, Task, plan
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use (PEP 562)."""
+    if name in _PUBLIC_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,30 +1,23 @@
-"""setup.py, constraints.txt, the launch scripts and the README agree with the repository."""
+"""setup.py, constraints.txt and the launch scripts agree with the repository."""
 
-import argparse
 import ast
-import importlib
 import importlib.metadata
-import json
-import operator
 import os
 import pathlib
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 import types
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
-from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax.runtime.records import parse_record
-from configs import grpo
+import alphagrpo_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "alphagrpo_jax"
-README = (ROOT / "README.md").read_text()
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
 
@@ -54,7 +47,9 @@ def canonical(name: str) -> str:
 def test_constraints_lie_in_the_ranges_of_setup(setup_arguments):
     versions = pinned()
     extras = setup_arguments["extras_require"]
-    wanted = setup_arguments["install_requires"] + extras["tests"] + extras["dev"]
+    wanted = [*setup_arguments["install_requires"]]
+    for extra in ("tests", "dev", "docs"):
+        wanted += extras[extra]
     for requirement in map(Requirement, wanted):
         version = versions[canonical(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}: {version} is pinned"
@@ -124,110 +119,24 @@ def test_setup_installs_anew_when_the_extras_change(tmp_path: pathlib.Path):
     assert installed == [".[tests]", ".[tests,cuda]", ".[tests]"]
 
 
-def test_readme_commands_exist():
-    commands = re.findall(r"python -m (alphagrpo_jax[\w.]*)", README)
-    assert commands
-    for name in set(commands):
-        path = ROOT / (name.replace(".", "/") + ".py")
-        assert path.exists(), f"README names python -m {name}"
-        assert '__name__ == "__main__"' in path.read_text(), f"{name} is no command"
-    for script in set(re.findall(r"\./(launch/\w+\.sh)", README)):
-        assert os.access(ROOT / script, os.X_OK), f"README names {script}"
-    for config in set(re.findall(r"configs/\w+\.py", README)):
-        assert (ROOT / config).exists(), f"README names {config}"
-
-
-def commands_in(text: str) -> list[tuple[str, list[str]]]:
-    """The modules and arguments of all `python -m alphagrpo_jax.NAME ...` in a Markdown text."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    found = []
-    for line in (*lines, *spans):
-        for command in re.split(r"(?=python -m )| -- | \| ", line):
-            match = re.match(r"python -m (alphagrpo_jax[\w.]*)(.*)", command, re.DOTALL)
-            if match:
-                words = shlex.split(re.sub(r"[\[\]]", " ", match[2]), comments=True)
-                found.append((match[1], words))
-    return found
-
-
-def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """The parser of a command, which is asked to parse and does no more than that."""
-
-    class AskedError(Exception):
-        pass
-
-    def stop(parser, *_, **__):
-        raise AskedError(parser)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        module = importlib.import_module(name)
-        with pytest.raises(AskedError) as asked:
-            module.main()
-    return asked.value.args[0]
-
-
-CARDS = sorted((PACKAGE / "shapes" / "assets").glob("*/README.md"))
-
-
-@pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS], ids=lambda path: path.parent.name)
-def test_commands_have_the_flags_that_they_are_shown_with(path: pathlib.Path, monkeypatch):
-    commands = commands_in(path.read_text())
-    assert commands
-    config = grpo.get_config()
-    for name, words in commands:
-        shown = " ".join((name, *words))
-        given = {word.split("=")[0] for word in words if word.startswith("--")}
-        if name == "alphagrpo_jax.train":
-            for flag in given - {"--config", "--workdir", "--config.FIELD"}:
-                field = operator.attrgetter(flag.removeprefix("--config."))
-                assert field(config) is not None, f"{shown}: no {flag}"
-            continue
-        parser = parser_of(name, monkeypatch)
-        known = {option for action in parser._actions for option in action.option_strings}
-        assert given <= known, f"{shown}: no flags {sorted(given - known)}"
-        required = [set(a.option_strings) for a in parser._actions if a.required]
-        missing = [sorted(options) for options in required if options and not options & given]
-        assert "--help" in given or not missing, f"{shown}: lacks {missing}"
-
-
-def test_readme_links_exist():
-    links = re.findall(r"\]\(([^)#\s]+)", README)
-    for link in links:
-        if not link.startswith(("http://", "https://")):
-            assert (ROOT / link).exists(), f"README links to {link}"
-
-
-def test_readme_functions_exist():
-    rows = re.findall(r"`(alphagrpo_jax(?:\.\w+)+)`", README)
-    assert rows
-    for dotted in set(rows):
-        if importlib.util.find_spec(dotted.rpartition(".")[0]) is None:
-            raise AssertionError(f"README names {dotted}: no such module")
-        module = importlib.import_module(dotted.rpartition(".")[0])
-        is_module = hasattr(module, "__path__") and importlib.util.find_spec(dotted) is not None
-        assert is_module or hasattr(module, dotted.rpartition(".")[2]), f"README names {dotted}"
-
-
-def test_readme_record_is_one():
-    line = re.search(r"```json\n(.+)\n```", README)[1]
-    record = parse_record(json.loads(line))
-    assert (len(record.asked_semantic), len(record.asked_quality)) == (1, 1)
-
-
-def test_readme_fields_exist():
-    table = README[README.index("| field | meaning |") :]
-    fields = re.findall(r"`([a-z]+(?:\.[a-z_]+)?)`", table[: table.index("\n\n")])
-    config = config_lib.from_config_dict(grpo.get_config())
-    for field in fields:
-        value = config
-        for name in field.split("."):
-            value = getattr(value, name)
-    assert "mesh.tensor" in fields
-
-
 def test_ci_runs_the_readme_test_command():
-    assert "./launch/test.sh" in README
+    assert "./launch/test.sh" in (ROOT / "README.md").read_text()
     assert "./launch/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_ci_builds_the_manual_strictly():
+    assert "mkdocs build --strict" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_hosted_ci_runs_the_same_script():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = workflow["jobs"]["ci"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    versions = [step["with"]["python-version"] for step in steps if "with" in step]
+    assert versions == ["3.11"]
+
+
+def test_changelog_has_this_version():
+    titles = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert titles[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{alphagrpo_jax.__version__}\] - \d{{4}}-\d\d-\d\d", titles[1])
