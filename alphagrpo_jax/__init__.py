@@ -23,7 +23,9 @@ __all__ = [
     "Reward",
     "Task",
     "TextTerms",
+    "UserError",
     "Verifier",
+    "change_options",
     "dvreward",
     "group_advantage",
     "grpo_loss",
@@ -41,13 +43,14 @@ _PUBLIC_MODULES = ("inference", "train")
 _NAMES = {
     "advantage": ("Advantages", "group_advantage"),
     "config": ("Config",),
-    "config_checks": ("read_config",),
+    "config_checks": ("change_options", "read_config"),
     "inference": ("Policy",),
     "loss": ("ImageTerms", "TextTerms", "grpo_loss", "image_grpo", "text_grpo"),
     "rewards.dvreward": ("Reward", "dvreward"),
     "rewards.verifiers.base": ("Answer", "Rating", "Verifier"),
     "rewards.verifiers.hf": ("HFVerifier",),
     "rewards.viescore": ("viescore",),
+    "runtime.errors": ("UserError",),
     "runtime.records": ("Record", "read_jsonl"),
     "tasks": ("TASKS", "Task", "plan"),
 }
@@ -57,13 +60,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from alphagrpo_jax import inference, train
     from alphagrpo_jax.advantage import Advantages, group_advantage
     from alphagrpo_jax.config import Config
-    from alphagrpo_jax.config_checks import read_config
+    from alphagrpo_jax.config_checks import change_options, read_config
     from alphagrpo_jax.inference import Policy
     from alphagrpo_jax.loss import ImageTerms, TextTerms, grpo_loss, image_grpo, text_grpo
     from alphagrpo_jax.rewards.dvreward import Reward, dvreward
     from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Verifier
     from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
     from alphagrpo_jax.rewards.viescore import viescore
+    from alphagrpo_jax.runtime.errors import UserError
     from alphagrpo_jax.runtime.records import Record, read_jsonl
     from alphagrpo_jax.tasks import TASKS, Task, plan
 

@@ -144,7 +144,8 @@ def _number(value: float) -> str:
 
 
 def _code(value: Any) -> str:
-    return f"`{value!r}`"
+    """A value as code; a text as a flag takes it, and in quotes where it is empty."""
+    return f"`{value}`" if isinstance(value, str) and value else f"`{value!r}`"
 
 
 def _joined(text: str) -> str:

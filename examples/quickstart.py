@@ -6,7 +6,6 @@ Takes about a minute on two CPU cores, most of it for compiling. The run goes to
 runs/quickstart); run it again and it finds the run finished.
 """
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -20,6 +19,7 @@ from alphagrpo_jax import (
     HFVerifier,
     ImageTerms,
     TextTerms,
+    change_options,
     dvreward,
     group_advantage,
     grpo_loss,
@@ -34,16 +34,23 @@ ASSETS = ROOT / "alphagrpo_jax" / "shapes" / "assets"
 
 
 def small_config() -> Config:
-    """The embedded default with tiny sizes: three updates of 2 prompts x 4 trajectories."""
+    """Reads the embedded default and makes it tiny: three updates of 2 prompts x 4 trajectories."""
     config = read_config(ROOT / "configs" / "grpo.py")
-    replace = dataclasses.replace
-    return replace(
+    return change_options(
         config,
-        train=replace(config.train, steps=3, prompts_per_step=2, group_size=4, micro_batch=8),
-        rollout=replace(config.rollout, micro_batch=8),
-        verifier=replace(config.verifier, workers=1),
-        eval=replace(config.eval, every=0, prompts=8, micro_batch=8),
-        log=replace(config.log, samples=4, tensorboard=False),
+        {
+            "train.steps": 3,
+            "train.prompts_per_step": 2,
+            "train.group_size": 4,
+            "train.micro_batch": 8,
+            "rollout.micro_batch": 8,
+            "verifier.workers": 1,
+            "eval.every": 0,
+            "eval.prompts": 8,
+            "eval.micro_batch": 8,
+            "log.samples": 4,
+            "log.tensorboard": False,
+        },
     )
 
 
@@ -83,9 +90,10 @@ def score_an_image(workdir: pathlib.Path) -> float:
 
 def loss_by_hand() -> tuple[float, float]:
     """Computes the loss of one group of two trajectories by `grpo_loss`, and once more in numpy."""
+    config = small_config()
     # One prompt, two trajectories with rewards 1 and 0: A = (r - mean) / (std + 1e-4).
     rewards, valid = np.array([[1.0, 0.0]]), np.array([[True, True]])
-    advantage = group_advantage(rewards, valid).advantage[0]
+    advantage = group_advantage(rewards, valid, options=config.advantage).advantage[0]
     np.testing.assert_allclose(advantage, np.array([0.5, -0.5]) / (0.5 + 1e-4), rtol=1e-6)
 
     # A think text of three tokens, then an image with two stochastic steps.
@@ -108,6 +116,7 @@ def loss_by_hand() -> tuple[float, float]:
         text_counts=[2],  # the text counts as much as the two steps of the image behind it
         text_tokens_total=jnp.array([6.0]),
         trajectories_total=jnp.float32(2.0),
+        options=config.loss,
     )
 
     def clipped(log_ratio: np.ndarray, advantage: np.ndarray, low: float, high: float):

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import pytest
 
 from alphagrpo_jax import tasks
+from alphagrpo_jax.runtime.metric_reductions import REDUCTIONS
 from alphagrpo_jax.runtime.records import parse_record
 from configs import grpo
 
@@ -218,11 +219,18 @@ def test_readme_is_a_page():
     assert len(README.read_text().splitlines()) <= MAX_README_LINES
 
 
+def test_metrics_of_an_update_are_described():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for name in REDUCTIONS:
+        assert re.search(rf"`{re.escape(name)}[A-Z]*`", text), f"docs/metrics.md lacks {name}"
+
+
 def test_table_of_fields_describes_every_field(hooks):
     rows = {row.key: row for section in hooks.sections() for row in section.rows}
     config = grpo.get_config()
     for key, row in rows.items():
         assert operator.attrgetter(key)(config) == row.default
+        assert row.description, f"{key} has no description"
 
     def keys(fields, prefix: str) -> Iterator[str]:
         for name, value in fields.items():
