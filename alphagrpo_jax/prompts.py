@@ -1,4 +1,4 @@
-"""Stage 1: records as a TFDS dataset, a task's inputs made of them, and the order they come in."""
+"""Stage 1: reads records as a TFDS dataset, tokenizes a task's inputs, and orders the prompts."""
 
 import contextlib
 import hashlib
@@ -43,7 +43,7 @@ class PromptRecords(tfds.core.GeneratorBasedBuilder):
     def __init__(
         self, *, source: str | os.PathLike, form: str = "questions", **options: Any
     ) -> None:
-        """A builder over `source`, whose records have the given form.
+        """Makes a builder over `source`, whose records have one form.
 
         Args:
           source: the file.
@@ -86,7 +86,7 @@ class PromptSet(NamedTuple):
     def inputs(
         self, rows: Sequence[int] | np.ndarray, images: ImageBlock | None = None
     ) -> tuple[TextBlock | ImageBlock, ...]:
-        """The task's inputs for these prompts, in order.
+        """Returns the task's inputs for these prompts, in order.
 
         Args:
           rows: which prompts.
@@ -103,8 +103,8 @@ class PromptSet(NamedTuple):
         return tuple(blocks)
 
     def images(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The records' own images at a size, uint8[P, height, width, 3]; see `given_image`."""
-        return np.stack([given_image(self.folder, self.records[row], size) for row in rows])
+        """Returns the records' images at a size, uint8[P, height, width, 3]; see `record_image`."""
+        return np.stack([record_image(self.folder, self.records[row], size) for row in rows])
 
 
 class TaskData(NamedTuple):
@@ -114,9 +114,10 @@ class TaskData(NamedTuple):
     heldout: PromptSet
 
 
-def given_image(folder: pathlib.Path, record: Record, size: tuple[int, int] | None) -> np.ndarray:
-    """A record's image, uint8[height, width, 3]: fitted into `size` (height, width) on white, or
-    of its own size.
+def record_image(folder: pathlib.Path, record: Record, size: tuple[int, int] | None) -> np.ndarray:
+    """Reads a record's image, uint8[height, width, 3].
+
+    It is fitted into `size` (height, width) on white; without a size it keeps its own.
 
     Raises:
       FileNotFoundError: the file is missing.
@@ -186,7 +187,7 @@ def load(
 
 
 def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> str:
-    """Tries to open every record's image; returns a digest of the file's own and of all images.
+    """Tries to open every record's image; returns a digest of the file and all images.
 
     Raises:
       ValueError: some are missing or unreadable; one message that lists them by line.
@@ -196,7 +197,7 @@ def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> 
         numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
     for number, record in zip(numbers, records, strict=True):
         try:
-            image = given_image(path.parent, record, None)
+            image = record_image(path.parent, record, None)
             total.update(f"{image.shape}".encode() + image.tobytes())
         except UserError as error:
             problems.append(f"  {path}:{number}: {error}")
@@ -212,12 +213,12 @@ def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> 
 
 
 def added_tokens(template: str, tokenizer: Tokenizer) -> int:
-    """How many tokens a template adds to the longest text that it is filled with, at most.
+    """Bounds the number of tokens that a template adds to the longest text that fills it.
 
     A text is one field of a record; tokens may be cut otherwise where field and template meet.
     """
-    bare = re.sub(r"\{\w+\}", "", template)
-    return len(tokenizer.encode(bare)) + 4 if bare else 0
+    constant = re.sub(r"\{\w+\}", "", template)
+    return len(tokenizer.encode(constant)) + 4 if constant else 0
 
 
 def _filled(template: str, record: Record) -> str:
@@ -233,7 +234,7 @@ def _filled(template: str, record: Record) -> str:
 def tokenize(
     prompts: Sequence[str], tokenizer: Tokenizer, *, bucket: int, added: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as int32[N, T] tokens and their bool[N, T] mask, T = bucket.
+    """Tokenizes prompts to int32[N, T] tokens and their bool[N, T] mask, T = bucket.
 
     `added` of the bucket's tokens are a template's, as the advice in an error has to know.
 
@@ -242,20 +243,20 @@ def tokenize(
     """
     rows = [tokenizer.wrap(prompt) for prompt in prompts]
     long = sorted((len(row), text) for row, text in zip(rows, prompts, strict=True))[::-1]
-    long = [each for each in long if each[0] > bucket]
+    long = [(length, text) for length, text in long if length > bucket]
     if long:
         lines = (f"  {count} tokens: {text[:100]!r}" for count, text in long[:MAX_REPORTED])
-        shown = "\n".join(lines)
+        examples = "\n".join(lines)
         raise InputError(
             f"{len(long)} of {len(rows)} prompts are longer than the prompt bucket of {bucket} "
-            f"tokens (delimiters included):\n{shown}\nset rollout.prompt_tokens to at least "
+            f"tokens (delimiters included):\n{examples}\nset rollout.prompt_tokens to at least "
             f"{long[0][0] - added}, or shorten them"
         )
     return tokenizer.batch(rows, bucket)
 
 
 def order(position: int, count: int, *, size: int, seed: int) -> np.ndarray:
-    """Which prompts come next: every epoch is a permutation of its own.
+    """Returns which prompts come next: every epoch is a permutation of its own.
 
     A pure function of its arguments, so that the position is all a checkpoint has to hold.
 
@@ -276,7 +277,7 @@ def order(position: int, count: int, *, size: int, seed: int) -> np.ndarray:
 
 
 def balanced(records: Sequence[Record], count: int) -> list[int]:
-    """Indices of an evaluation set: half implied, half plain, each balanced over its types.
+    """Chooses an evaluation set: half implied, half plain, each balanced over its types.
 
     Records without "kind" (not of the shapes world) are taken from the front.
 
@@ -293,14 +294,14 @@ def balanced(records: Sequence[Record], count: int) -> list[int]:
 
 
 def _interleave(lists: list[list[int]]) -> list[int]:
-    """One of each in turn, until all are empty."""
-    longest = max((len(each) for each in lists), default=0)
-    return [each[turn] for turn in range(longest) for each in lists if turn < len(each)]
+    """Takes one item of each list in turn, until all are empty."""
+    longest = max(map(len, lists), default=0)
+    return [items[turn] for turn in range(longest) for items in lists if turn < len(items)]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the dataset library's own progress bars and notices."""
+    """Silences the dataset library's own progress bars and notices."""
     logger = logging.getLogger("absl")
     level = logger.level
     tfds.disable_progress_bar()
@@ -313,7 +314,7 @@ def _quiet() -> Iterator[None]:
 
 
 def start_position(config: Config) -> DataPosition:
-    """The place before the first step."""
+    """Returns the position before the first step."""
     queue = None
     if any(tasks.TASKS[name].refines for name in config.tasks):
         capacity = config.srr.queue_prompts + config.train.prompts_per_step
@@ -322,13 +323,13 @@ def start_position(config: Config) -> DataPosition:
 
 
 def tasks_at(config: Config, step: int) -> list[tasks.Task]:
-    """The tasks of the batches of an update, drawn by weight."""
+    """Returns the task of each batch of an update; a mixed run samples them by weight."""
     if config.task != "mixed":
         return [tasks.TASKS[config.task]]
     weights = np.array(config.mixed.weights)
     rng = np.random.default_rng([config.seed, TASK_STREAM, step])
-    drawn = rng.choice(len(weights), config.mixed.batches, p=weights / weights.sum())
-    return [tasks.TASKS[config.mixed.tasks[index]] for index in drawn]
+    indices = rng.choice(len(weights), config.mixed.batches, p=weights / weights.sum())
+    return [tasks.TASKS[config.mixed.tasks[index]] for index in indices]
 
 
 def next_batches(
@@ -364,11 +365,11 @@ def next_batches(
 
 
 def image_block(loaded: Loaded, images: np.ndarray) -> ImageBlock:
-    """Given images uint8[P, Hpx, Wpx, 3] as both encoders see them; the VAE's size is theirs."""
+    """Resizes input images uint8[P, Hpx, Wpx, 3] for the ViT; the VAE takes them as they are."""
     height, width = images.shape[1:3]
     sizes = loaded.config.vit_transform
-    seen = images
+    vit_images = images
     if images_lib.fitted_size(width, height, sizes) != (width, height):
         resized = [images_lib.resize(Image.fromarray(image), sizes) for image in images]
-        seen = np.stack([np.asarray(image) for image in resized])
-    return ImageBlock(images, seen)
+        vit_images = np.stack([np.asarray(image) for image in resized])
+    return ImageBlock(images, vit_images)

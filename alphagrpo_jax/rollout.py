@@ -81,18 +81,18 @@ def sample(
 
 
 def decode_steps(tokenizer: Tokenizer, trajectories: Rollout) -> list[list[str]]:
-    """The texts of each text step."""
+    """Decodes the texts of each text step: [text steps][B]."""
     samples = distributed.to_host(trajectories.texts)
     return [decode_texts(tokenizer, sample.tokens, sample.mask) for sample in samples]
 
 
 def decode_texts(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Texts of int32[B, T] tokens without their two delimiters."""
-    return [tokenizer.decode(row[held][1:-1]) for row, held in zip(tokens, mask, strict=True)]
+    """Decodes int32[B, T] tokens under their bool[B, T] mask, without the two delimiters."""
+    return [tokenizer.decode(row[valid][1:-1]) for row, valid in zip(tokens, mask, strict=True)]
 
 
 def _text_metrics(samples: Sequence[TextSample]) -> dict[str, float]:
-    """Means over the texts of all text steps; samples are numpy."""
+    """Averages over the texts of all text steps; samples are numpy."""
     if not samples:
         return {}
     lengths = np.concatenate([sample.scored.sum(axis=1) for sample in samples])
@@ -101,9 +101,3 @@ def _text_metrics(samples: Sequence[TextSample]) -> dict[str, float]:
         "text/length": float(lengths.mean()),
         "text/truncated_fraction": float(truncated.mean()),
     }
-
-
-# ------------------------------------------------------------------------------- 3 reward
-
-
-# ---------------------------------------------------------------------------- 4 advantage

@@ -1,4 +1,4 @@
-"""When a run must not go on, or not start: each check ends in one message that says what to do."""
+"""Checks that refuse or stop a run with one actionable error message."""
 
 import collections
 
@@ -19,7 +19,7 @@ class TrainingError(UserError, RuntimeError):
 
 
 def check_end(config: Config, log: MetricsLog, done: int) -> None:
-    """Refuses an end that lies behind the steps done: its row would lack the last evaluation.
+    """Refuses `train.steps` below the steps done: its row would lack the last evaluation.
 
     Raises:
       ConfigError: `train.steps` is too small.
@@ -35,7 +35,7 @@ def check_end(config: Config, log: MetricsLog, done: int) -> None:
 
 
 def early_decay(config: Config) -> str:
-    """What to tell somebody whose learning rate ends before the run does; empty if it does not."""
+    """Returns a notice if the learning rate falls to 0 before the run ends, else an empty text."""
     decay = config.optimizer.decay_steps
     updates = config.train.steps * config.train.updates_per_batch
     if not 0 < decay < updates:
@@ -47,32 +47,32 @@ def early_decay(config: Config) -> str:
     )
 
 
-def check_validity(config: Config, scores: scoring.Rewards, where: str) -> None:
+def check_validity(config: Config, rewards: scoring.Rewards, where: str) -> None:
     """Stops a run whose verifiers fail too often.
 
     Raises:
       TrainingError: more samples are invalid than `reward.max_invalid_fraction` allows.
     """
-    invalid = 1.0 - float(np.mean(scores.valid))
+    invalid = 1.0 - float(np.mean(rewards.valid))
     if invalid > config.reward.max_invalid_fraction:
-        common = collections.Counter(scores.failures).most_common(REPORTED_FAILURES)
-        shown = "; ".join(f"{count} x {failure}" for failure, count in common)
+        common = collections.Counter(rewards.failures).most_common(REPORTED_FAILURES)
+        failures = "; ".join(f"{count} x {failure}" for failure, count in common)
         raise TrainingError(
             f"{where}: {invalid:.0%} of the samples have no reward, at most "
             f"{config.reward.max_invalid_fraction:.0%} are allowed (reward.max_invalid_fraction); "
-            f"the most frequent failures on this host: {shown}. Mend the verifier, then run the "
+            f"the most frequent failures on this host: {failures}. Mend the verifier, then run the "
             "same command again: it continues from the last checkpoint"
         )
 
 
 def check_sampled(trajectories: Rollout, step: int) -> None:
-    """Stops where all rewards are alike because what was drawn is not finite.
+    """Stops a run whose rewards are all alike because its samples are not finite.
 
     Raises:
       TrainingError: a log-prob of the sampler is NaN or infinite.
     """
     samples = distributed.to_host((trajectories.texts, trajectories.images))
-    if not all(np.isfinite(sample.log_prob).all() for part in samples for sample in part):
+    if not all(np.isfinite(sample.log_prob).all() for steps in samples for sample in steps):
         raise TrainingError(
             f"step {step}: the sampled log-probs are not finite, so the policy's weights are "
             "broken; the last checkpoint is untouched. Look for broken weights (model.path)"

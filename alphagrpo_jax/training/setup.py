@@ -1,4 +1,4 @@
-"""From a configuration to what the commands run: model, data, options, jitted steps."""
+"""Builds what a configuration names: mesh, model, data, optimizer, train state."""
 
 import functools
 import os
@@ -23,17 +23,20 @@ from alphagrpo_jax.types import TrainState
 
 
 def load_policy(config: Config, mesh: Mesh) -> Loaded:
-    """The pretrained model on the mesh.
+    """Loads the pretrained model onto the mesh.
 
     Raises:
       ConfigError: an image size that the latent grid does not divide.
     """
 
-    def place(path: str, leaf: np.ndarray) -> jax.Array:
+    def put_on_device(path: str, leaf: np.ndarray) -> jax.Array:
         return jax.device_put(leaf, sharding.param_sharding(path, leaf.shape, mesh))
 
     loaded = load_model(
-        config.model.path, jnp.dtype(config.model.dtype), remat=config.model.remat, place=place
+        config.model.path,
+        jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        place=put_on_device,
     )
     stride = loaded.config.latent_stride
     if config.model.height % stride or config.model.width % stride:
@@ -45,7 +48,7 @@ def load_policy(config: Config, mesh: Mesh) -> Loaded:
 
 
 def make_mesh(config: Config) -> Mesh:
-    """The mesh of a configuration.
+    """Makes the mesh of a configuration.
 
     Raises:
       ConfigError: it does not fit the devices, or does not cut a micro-batch evenly.
@@ -70,7 +73,7 @@ def make_mesh(config: Config) -> Mesh:
 
 
 def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[str, TaskData]:
-    """Both prompt sets of every task of a configuration; see `prompts.load`."""
+    """Loads both prompt sets of every task of a configuration; see `prompts.load`."""
     found = {}
     for name in config.tasks:
         task = tasks.TASKS[name]
@@ -89,7 +92,7 @@ def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[
 def initial_state(
     config: Config, base: dict, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The state before the first update, on the mesh."""
+    """Makes the state before the first update, on the mesh."""
     root = jax.random.key(config.seed)
     run_key, lora_key = jax.random.split(root)
 
@@ -105,10 +108,10 @@ def initial_state(
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer of a configuration."""
+    """Makes the optimizer of a configuration."""
     return optimizer_lib.make_optimizer(config.optimizer)
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """The optimizer's learning rate by the number of applied updates."""
+    """Makes the learning rate's schedule, by the number of applied updates."""
     return optimizer_lib.make_schedule(config.optimizer)

@@ -1,4 +1,4 @@
-"""Every device-side function of a run, jitted once with its shardings."""
+"""Jits every device-side function of a run, once, with its shardings."""
 
 import dataclasses
 import functools
@@ -46,12 +46,12 @@ class TaskFns(NamedTuple):
     """The jitted functions of one task; each compiles once."""
 
     train: SampleFns  # of a training micro-batch
-    eval: SampleFns  # its `generate` is that of training where evaluation draws alike
+    eval: SampleFns  # its `generate` is that of training where evaluation samples alike
     join: Callable  # micro-batches of rollouts -> one
     forward: Callable
     reference: Callable
     count: Callable
-    entropy: Callable  # of all parts of an update, from their old scores
+    entropy: Callable  # of all micro-batches of a batch, from their old log-probs
     backward: Callable
 
 
@@ -60,7 +60,7 @@ class CompiledFns(NamedTuple):
 
     weights: Callable  # base, trainable -> what rollouts read
     tasks: dict[str, TaskFns]
-    initial: SampleFns | None  # the images that task srr repairs, several per prompt
+    initial: SampleFns | None  # initial images of refining tasks, several per prompt
     eval_initial: SampleFns | None  # one per prompt
     accumulate: Callable
     add: Callable  # gradients of two batches
@@ -74,22 +74,30 @@ def compile_fns(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> CompiledFns:
-    """Every device-side function of a run, jitted once with its shardings."""
+    """Jits every device-side function of a run with its shardings; compiles at the first call.
+
+    Args:
+      config: the run's.
+      loaded: the pretrained model.
+      state: for its structure and shardings.
+      optimizer: applied to the gradient.
+      mesh: the devices.
+    """
     weights = _bind(
         sampling_weights, scale=lora_scale(config), merge_lora=config.rollout.merge_lora
     )
     params = jax.eval_shape(weights, loaded.base, state.trainable)
-    setting = _Setting(config, loaded, params, state.key, mesh)
-    named = {name: tasks.TASKS[name] for name in config.tasks}
+    shared = _Shared(config, loaded, params, state.key, mesh)
+    trained_tasks = {name: tasks.TASKS[name] for name in config.tasks}
     initial = eval_initial = None
-    if any(_needs_initial(config, task) for task in named.values()):
+    if any(_needs_initial(config, task) for task in trained_tasks.values()):
         plain = tasks.TASKS["t2i"]
-        initial, *_ = _sample_fns(setting, plain, initial_spec(config, loaded))
-        eval_initial, *_ = _sample_fns(setting, plain, eval_spec(config, loaded, plain))
+        initial, *_ = _sample_fns(shared, plain, initial_spec(config, loaded))
+        eval_initial, *_ = _sample_fns(shared, plain, eval_spec(config, loaded, plain))
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return CompiledFns(
         weights=jax.jit(weights) if config.rollout.merge_lora else weights,
-        tasks={name: _task_fns(setting, task, state) for name, task in named.items()},
+        tasks={name: _task_fns(shared, task, state) for name, task in trained_tasks.items()},
         initial=initial,
         eval_initial=eval_initial,
         accumulate=jax.jit(gradient_lib.accumulate, donate_argnums=0),
@@ -119,73 +127,79 @@ def _apply(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, loss.Metrics]:
-    """`update.apply`, with the learning rate among the metrics."""
+    """Applies `gradient.apply`, and adds the learning rate to the metrics."""
     rate = optimizer_lib.next_rate(state.opt_state, schedule=schedule)
-    moved, metrics = gradient_lib.apply(state, gradient, metrics, optimizer=optimizer)
-    return moved, metrics | {"update/learning_rate": rate}
+    new_state, metrics = gradient_lib.apply(state, gradient, metrics, optimizer=optimizer)
+    return new_state, metrics | {"update/learning_rate": rate}
 
 
 def _needs_initial(config: Config, task: tasks.Task) -> bool:
     return task.image == "drawn" and config.srr.source == "drawn"
 
 
-class _Setting(NamedTuple):
-    """What all functions of a run are jitted for."""
+class _Shared(NamedTuple):
+    """What all jitted functions of a run share."""
 
     config: Config
     loaded: Loaded
-    params: PolicyParams  # shapes of what rollouts read
+    params: PolicyParams  # shapes of the weights that rollouts read
     key: jax.Array
     mesh: Mesh
 
 
-def _sample_fns(
-    setting: _Setting, task: tasks.Task, spec: RolloutSpec
-) -> tuple[SampleFns, Any, Any]:
-    """The jitted halves of a rollout, rows over the mesh, and the shapes of what they give."""
-    filling = _bind(prefill, setting.loaded.model, spec=spec)
-    generating = _bind(generate, setting.loaded.model, spec=spec)
-    given = jax.eval_shape(filling, setting.params, _input_shapes(setting, task))
-    kinds = (jnp.int32, jnp.int32, jnp.float32)
-    scalars = (setting.key, *(jax.ShapeDtypeStruct((), kind) for kind in kinds))
-    drawn = jax.eval_shape(generating, setting.params, given, *scalars)
-    drawing = SampleFns(
+def _sample_fns(shared: _Shared, task: tasks.Task, spec: RolloutSpec) -> tuple[SampleFns, Any, Any]:
+    """Jits the halves of a rollout, rows over the mesh; returns the shapes of their results too."""
+    prefill_fn = _bind(prefill, shared.loaded.model, spec=spec)
+    generate_fn = _bind(generate, shared.loaded.model, spec=spec)
+    prefix = jax.eval_shape(prefill_fn, shared.params, _input_shapes(shared, task))
+    dtypes = (jnp.int32, jnp.int32, jnp.float32)
+    scalars = (shared.key, *(jax.ShapeDtypeStruct((), dtype) for dtype in dtypes))
+    rollout = jax.eval_shape(generate_fn, shared.params, prefix, *scalars)
+    fns = SampleFns(
         *(
-            jax.jit(half, out_shardings=_row_shardings(out, spec.plan, setting.mesh))
-            for half, out in ((filling, given), (generating, drawn))
+            jax.jit(fn, out_shardings=_row_shardings(result, spec.plan, shared.mesh))
+            for fn, result in ((prefill_fn, prefix), (generate_fn, rollout))
         )
     )
-    return drawing, given, drawn
+    return fns, prefix, rollout
 
 
-def _task_fns(setting: _Setting, task: tasks.Task, state: TrainState) -> TaskFns:
-    """The jitted functions of one task."""
-    config, loaded, mesh = setting.config, setting.loaded, setting.mesh
+def _task_fns(shared: _Shared, task: tasks.Task, state: TrainState) -> TaskFns:
+    """Jits the functions of one task."""
+    config, loaded, mesh = shared.config, shared.loaded, shared.mesh
     spec = rollout_spec(config, loaded, task)
-    for_eval = eval_spec(config, loaded, task)
-    for_update, model = update_spec(config, loaded, task), loaded.model
-    own, _, drawn = _sample_fns(setting, task, spec)
-    same = dataclasses.replace(spec, rows_per_prompt=1, stochastic=False) == for_eval
-    eval_drawing, *_ = _sample_fns(setting, task, for_eval)
-    kept = jax.tree.map(lambda x: x.sharding, state.trainable)
+    evaluation_spec = eval_spec(config, loaded, task)
+    gradient_spec, model = update_spec(config, loaded, task), loaded.model
+    train_fns, _, rollout = _sample_fns(shared, task, spec)
+    eval_fns, *_ = _sample_fns(shared, task, evaluation_spec)
+    # One compilation less where evaluation samples as training does: `generate` takes rows as they
+    # come, and no step is stochastic when the window starts at the end of the schedule.
+    if dataclasses.replace(spec, rows_per_prompt=1, stochastic=False) == evaluation_spec:
+        eval_fns = eval_fns._replace(generate=train_fns.generate)
+    state_shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
     return TaskFns(
-        train=own,
-        eval=eval_drawing._replace(generate=own.generate) if same else eval_drawing,
+        train=train_fns,
+        eval=eval_fns,
         join=jax.jit(
             _bind(join_rows, shared=spec.plan.shared),
-            out_shardings=_row_shardings(drawn[0], spec.plan, mesh),
+            out_shardings=_row_shardings(rollout[0], spec.plan, mesh),
         ),
-        forward=jax.jit(_bind(gradient_lib.forward, model=model, spec=for_update)),
-        reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, spec=for_update)),
-        count=jax.jit(_bind(gradient_lib.count_normalizers, spec=for_update)),
+        forward=jax.jit(_bind(gradient_lib.forward, model=model, spec=gradient_spec)),
+        reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, spec=gradient_spec)),
+        count=jax.jit(_bind(gradient_lib.count_normalizers, spec=gradient_spec)),
         entropy=jax.jit(gradient_lib.join_entropy),
-        backward=jax.jit(_bind(gradient_lib.backward, spec=for_update), out_shardings=(kept, None)),
+        backward=jax.jit(
+            _bind(gradient_lib.backward, spec=gradient_spec), out_shardings=(state_shardings, None)
+        ),
     )
 
 
-def _input_shapes(setting: _Setting, task: tasks.Task) -> tuple[TextBlock | ImageBlock, ...]:
-    """Shapes of the inputs of one training micro-batch; of other sizes, the shardings are alike."""
-    config, loaded = setting.config, setting.loaded
+def _input_shapes(shared: _Shared, task: tasks.Task) -> tuple[TextBlock | ImageBlock, ...]:
+    """Returns the shapes of the inputs of one training micro-batch.
+
+    Shardings do not depend on the number of rows, so that evaluation's may differ.
+    """
+    config, loaded = shared.config, shared.loaded
     count = config.rollout.micro_batch // config.train.group_size
     templates = iter(task.texts)
     height, width = config.model.height, config.model.width
@@ -205,15 +219,15 @@ def _input_shapes(setting: _Setting, task: tasks.Task) -> tuple[TextBlock | Imag
 def sampling_weights(
     base: dict, trainable: Any, *, scale: float | None, merge_lora: bool
 ) -> PolicyParams:
-    """The weights of rollouts under a train state."""
+    """Returns the weights of rollouts under a train state."""
     params = gradient_lib.policy_params(base, trainable, lora_scale=scale)
     return sampling_params(params, merge_lora=merge_lora)
 
 
 def _row_shardings(tree: Any, plan: tasks.Plan, mesh: Mesh) -> Any:
-    """Shardings of a rollout's arrays: rows over the mesh, what all rows share whole."""
-    whole = sharding.replicated(mesh)
+    """Returns the shardings of a rollout's arrays: rows over the mesh, shared arrays replicated."""
+    replicated = sharding.replicated(mesh)
     rows = map_rows(lambda axis, x: sharding.batch_sharding(mesh, axis), tree, shared=plan.shared)
     return jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else whole, rows
+        lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else replicated, rows
     )
