@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import jinja2
 
 from alphagrpo_jax.config import RewardOptions
+from alphagrpo_jax.rewards.curves import FRAME, SMOOTH, Panel
 from alphagrpo_jax.rewards.scoring import HOLISTIC, Rewards, rating_questions, score_weights
 from alphagrpo_jax.runtime.records import Record
+from alphagrpo_jax.runtime.results import Change
 
 TEMPLATE = "report.html.jinja"
 CSV_FIELDS = (
@@ -76,6 +78,8 @@ class Report:
     rows: tuple[Row, ...]
     images_without_record: tuple[str, ...] = ()
     records_without_image: tuple[str, ...] = ()
+    panels: tuple[Panel, ...] = ()  # learning curves, of a run's report alone
+    changes: tuple[Change, ...] = ()  # held-out results before and after, likewise
 
     @property
     def worst_first(self) -> list[Row]:
@@ -92,6 +96,11 @@ class Report:
     def failed(self) -> int:
         """How many images have no reward."""
         return sum(row.total is None for row in self.rows)
+
+    @property
+    def smoothed(self) -> bool:
+        """Returns whether a curve is shown as means over several steps."""
+        return any(line.raw for panel in self.panels for line in panel.lines)
 
     @property
     def tags(self) -> list[Tag]:
@@ -169,7 +178,7 @@ def describe(options: RewardOptions) -> str:
 
 def to_html(report: Report) -> str:
     """One self-contained page, worst images first."""
-    return _clean(_template().render(report=report))
+    return _clean(_template().render(report=report, frame=FRAME, smooth=SMOOTH))
 
 
 def to_csv(report: Report) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError, checked_image
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
@@ -60,6 +61,7 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
             f"verifier folder {str(folder)!r} has no config.json; expected a local Hugging Face "
             "model folder; set verifier.path to one, to ORG/NAME of the hub or to package:verifier"
         )
+    transformers_logging.disable_progress_bar()  # one of every worker would run through one line
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         model, found = AutoModelForImageTextToText.from_pretrained(

@@ -39,6 +39,7 @@ class HFChat:
                 kind="failed",
                 retryable=False,
             )
+        transformers.utils.logging.disable_progress_bar()  # the command shows its progress itself
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
