@@ -29,6 +29,7 @@ from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metrics import CompileCounter
 from alphagrpo_jax.training import setup, verifiers
 from alphagrpo_jax.training.context import Run, make_run
+from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import DataPosition, PromptBatch, RolloutBatch, TrainState
 
@@ -63,7 +64,7 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     jax.set_mesh(mesh)
     loaded = setup.load_policy(config, mesh)
     data = setup.load_data(config, loaded, folder / "data")
-    optimizer = setup.make_optimizer(config)
+    optimizer = make_optimizer(config.optimizer)
     state = setup.initial_state(config, loaded.base, optimizer, mesh)
     fns = compile_fns(config, loaded, state, optimizer, mesh)
     with verifiers.make_pool(config) as pool:

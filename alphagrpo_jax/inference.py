@@ -27,6 +27,7 @@ from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
+from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.run_folder import payload, run_config
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
@@ -66,7 +67,7 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Po
         config = change_options(config, {"model.path": model_path})
     mesh = _one_device()
     loaded = setup.load_policy(config, mesh)
-    state = setup.initial_state(config, loaded.base, setup.make_optimizer(config), mesh)
+    state = setup.initial_state(config, loaded.base, make_optimizer(config.optimizer), mesh)
     saves = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
     step = saves.latest()
     if step is None:

@@ -25,11 +25,13 @@ from alphagrpo_jax.runtime import checkpoint, cli, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.cli import DONE, STOPPED
 from alphagrpo_jax.runtime.errors import AccessError, UsageError, UserError, is_machine_error
+from alphagrpo_jax.runtime.metric_reductions import merge_batches
 from alphagrpo_jax.runtime.metrics import notify
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.training import run_folder, setup, verifiers
 from alphagrpo_jax.training.checks import check_end, early_decay
 from alphagrpo_jax.training.context import Run, make_run
+from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import (
     BatchAdvantages,
@@ -57,7 +59,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     loaded = setup.load_policy(config, mesh)
     data = setup.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
     heldout.check_heldout(config, data)
-    optimizer = setup.make_optimizer(config)
+    optimizer = make_optimizer(config.optimizer)
     state = setup.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
     fns = compile_fns(config, loaded, state, optimizer, mesh)
@@ -153,7 +155,8 @@ def step_row(
         )
     ]
     names = [rollout_batch.batch.task.name for rollout_batch in rollouts]
-    return metrics_lib.merge_metrics(config, names, batch_metrics) | metrics.update
+    merged = merge_batches(batch_metrics, names, by_task=config.task == "mixed")
+    return merged | metrics.update
 
 
 def evaluate(

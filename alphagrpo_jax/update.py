@@ -10,14 +10,12 @@ import numpy as np
 
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.metric_reductions import reduction_of
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.gradient import LossNormalizers
 from alphagrpo_jax.training.steps import TaskFns
 from alphagrpo_jax.types import BatchAdvantages, LogProbs, RolloutBatch, TrainState, UpdateBatch
-
-# Metrics of a batch's first optimizer step; of its others the last one's are kept.
-FIRST_ONLY = {"text/ratio_max_dev", "image/ratio_max_dev", "logp/rollout_update_max_abs_diff"}
 
 
 class UpdateMetrics(NamedTuple):
@@ -89,8 +87,12 @@ def step(
 
 
 def _record(batch_metrics: dict[str, float], values: dict[str, float]) -> None:
-    """Takes over an optimizer step's metrics; of `FIRST_ONLY` those of the first step stay."""
-    first = {key: batch_metrics[key] for key in FIRST_ONLY & batch_metrics.keys()}
+    """Takes over an optimizer step's metrics; some keep their first value, see the table."""
+    first = {
+        name: value
+        for name, value in batch_metrics.items()
+        if reduction_of(name).optimizer_steps == "first"
+    }
     batch_metrics |= values | first | {"update/skipped": 0}
 
 

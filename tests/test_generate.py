@@ -17,6 +17,7 @@ from alphagrpo_jax.prompts import start_position
 from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import setup
+from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.run_folder import CONFIG_FILE, payload
 
 
@@ -38,7 +39,7 @@ def write_run(root: pathlib.Path) -> pathlib.Path:
     config = config_lib.from_config_dict(tiny_world.config(root))
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     loaded = setup.load_policy(config, mesh)
-    state = setup.initial_state(config, loaded.base, setup.make_optimizer(config), mesh)
+    state = setup.initial_state(config, loaded.base, make_optimizer(config.optimizer), mesh)
     leaves, tree = jax.tree.flatten(state.trainable)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     noisy = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]

@@ -7,9 +7,10 @@ import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import rollout, tasks, types, update
-from alphagrpo_jax.runtime.metrics import merge_metrics
+from alphagrpo_jax.runtime.metric_reductions import merge_batches
 from alphagrpo_jax.training import context, setup
 from alphagrpo_jax.training import steps as steps_lib
+from alphagrpo_jax.training.optimizer import make_optimizer
 
 ADVANTAGES = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
 USED = np.array([[True] * 4, [True, True, False, True]])
@@ -26,7 +27,7 @@ class World:
         mesh = setup.make_mesh(self.config)
         loaded = setup.load_policy(self.config, mesh)
         data = setup.load_data(self.config, loaded, root / "cache")
-        optimizer = setup.make_optimizer(self.config)
+        optimizer = make_optimizer(self.config.optimizer)
         state = setup.initial_state(self.config, loaded.base, optimizer, mesh)
         moved = jax.tree.map(
             lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
@@ -93,7 +94,7 @@ def test_two_batches_of_a_task_are_one_of_twice_the_size(worlds, zero):
         other = dict(jax.tree_util.tree_flatten_with_path(expected)[0])[path]
         np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5 * np.abs(other).max())
     assert whole["loss/total"] == pytest.approx(once["loss/total"], rel=1e-5)
-    merged = merge_metrics(single.config, ["rt2i"] * 2, parts)
+    merged = merge_batches(parts, ["rt2i"] * 2, by_task=False)
     for name in ("loss/text", "loss/image", "text/entropy", "text/kl", "update/skipped"):
         assert merged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-7), name
 

@@ -4,7 +4,10 @@ Values of one metric come from micro-batches, steps of a kind (texts, images), b
 steps. A metric that is not listed is a mean.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 
 class Reduction(NamedTuple):
@@ -56,7 +59,7 @@ DEFAULT = MEAN
 
 
 def is_listed(name: str) -> bool:
-    """Whether the table has a metric, or the family that it belongs to."""
+    """Tells whether the table has a metric, or the family that it belongs to."""
     return name in REDUCTIONS or _family(name) in REDUCTIONS
 
 
@@ -65,6 +68,41 @@ def reduction_of(name: str) -> Reduction:
     return REDUCTIONS.get(name) or REDUCTIONS.get(_family(name), DEFAULT)
 
 
+def merge_batches(
+    batch_metrics: Sequence[Mapping[str, float]], task_names: Sequence[str], *, by_task: bool
+) -> dict[str, float]:
+    """Reduces the metrics of an update's batches to one row.
+
+    Args:
+      batch_metrics: of each batch; where a metric is missing or NaN the other batches count.
+      task_names: the task of each batch.
+      by_task: whether each task's batches are reduced by themselves as well, under its name.
+    """
+    merged = _merge(batch_metrics)
+    for name in dict.fromkeys(task_names if by_task else ()):
+        task_metrics = [
+            metrics
+            for metrics, task_name in zip(batch_metrics, task_names, strict=True)
+            if task_name == name
+        ]
+        merged |= {f"{name}/{key}": value for key, value in _merge(task_metrics).items()}
+    return merged
+
+
+def _merge(batch_metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Reduces each metric over the batches that have it."""
+    if len(batch_metrics) == 1:
+        return dict(batch_metrics[0])
+    merged = {}
+    for name in sorted({name for metrics in batch_metrics for name in metrics}):
+        values = [metrics[name] for metrics in batch_metrics if name in metrics]
+        numbers = np.array(values, np.float64)
+        numbers = numbers[~np.isnan(numbers)]
+        reduce = np.max if reduction_of(name).batches == "max" else np.mean
+        merged[name] = float(reduce(numbers)) if numbers.size else float("nan")
+    return merged
+
+
 def _family(name: str) -> str:
-    """reward/tag/Count -> reward/tag/."""
+    """Returns the prefix that a family is listed by: reward/tag/Count -> reward/tag/."""
     return name.rpartition("/")[0] + "/"

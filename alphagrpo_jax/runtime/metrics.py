@@ -15,11 +15,10 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from alphagrpo_jax.config import Config, LogOptions
+from alphagrpo_jax.config import LogOptions
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.files import replace_text
-from alphagrpo_jax.runtime.metric_reductions import reduction_of
 
 METRICS = "metrics.jsonl"
 PENDING = "eval/pending"  # in a row whose evaluation failed and is still to be done
@@ -256,30 +255,6 @@ def _plain(value: Any) -> float | int | str | None:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def merge_metrics(config: Config, names: Sequence[str], each: Sequence[dict]) -> dict[str, float]:
-    """The metrics of an update's batches: means over all of them (largest where the name has
-    "max"), and in mixed runs the same of each task under its name.
-    """
-    merged = _merged(each)
-    if config.task == "mixed":
-        for name in dict.fromkeys(names):
-            own = [part for other, part in zip(names, each, strict=True) if other == name]
-            merged |= {f"{name}/{key}": value for key, value in _merged(own).items()}
-    return merged
-
-
-def _merged(each: Sequence[dict]) -> dict[str, float]:
-    if len(each) == 1:
-        return dict(each[0])
-    merged = {}
-    for key in sorted({key for part in each for key in part}):
-        values = np.array([part[key] for part in each if key in part], np.float64)
-        known = values[~np.isnan(values)]
-        pick = np.max if reduction_of(key).batches == "max" else np.mean
-        merged[key] = float(pick(known)) if known.size else float("nan")
-    return merged
 
 
 def notify(message: str) -> None:

@@ -18,7 +18,6 @@ from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.training import gradient as gradient_lib
-from alphagrpo_jax.training import optimizer as optimizer_lib
 from alphagrpo_jax.types import TrainState
 
 
@@ -105,13 +104,3 @@ def initial_state(
     trainable, opt_state = placed(base, lora_key)
     key = jax.device_put(run_key, sharding.replicated(mesh))
     return TrainState(trainable=trainable, opt_state=opt_state, key=key)
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Makes the optimizer of a configuration."""
-    return optimizer_lib.make_optimizer(config.optimizer)
-
-
-def make_schedule(config: Config) -> optax.Schedule:
-    """Makes the learning rate's schedule, by the number of applied updates."""
-    return optimizer_lib.make_schedule(config.optimizer)

@@ -31,7 +31,6 @@ from alphagrpo_jax.training.options import (
     rollout_spec,
     update_spec,
 )
-from alphagrpo_jax.training.setup import make_schedule
 from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState, join_rows, map_rows
 
 
@@ -103,7 +102,9 @@ def compile_fns(
         accumulate=jax.jit(gradient_lib.accumulate, donate_argnums=0),
         add=jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second), donate_argnums=0),
         apply=jax.jit(
-            functools.partial(_apply, optimizer=optimizer, schedule=make_schedule(config)),
+            functools.partial(
+                _apply, optimizer=optimizer, schedule=optimizer_lib.make_schedule(config.optimizer)
+            ),
             out_shardings=(state_shardings, None),
             donate_argnums=0,
         ),

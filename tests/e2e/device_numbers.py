@@ -17,6 +17,7 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import MeshOptions
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.training import setup
+from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import TextBlock, UpdateBatch
 
@@ -25,7 +26,7 @@ def numbers(config, mesh, root, stored=None):
     """The stored rollout (drawn here if None), and everything that is compared, as numpy."""
     with jax.set_mesh(mesh):
         loaded = setup.load_policy(config, mesh)
-        optimizer = setup.make_optimizer(config)
+        optimizer = make_optimizer(config.optimizer)
         state = setup.initial_state(config, loaded.base, optimizer, mesh)
         whole = compile_fns(config, loaded, state, optimizer, mesh)
         steps = whole.tasks["rt2i"]

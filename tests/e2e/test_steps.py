@@ -17,13 +17,14 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rewards.dvreward import dvreward
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult as Answered
-from alphagrpo_jax.runtime import metrics
+from alphagrpo_jax.runtime.metric_reductions import is_listed
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.training import context, setup
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import steps as steps_lib
+from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.types import InitialImageQueue, TextSample
 
 SECOND_LOOK = tasks.Task(
@@ -78,7 +79,7 @@ def one_step(world, name):
     with jax.set_mesh(mesh):
         loaded = setup.load_policy(config, mesh)
         data = setup.load_data(config, loaded, world / "cache")
-        optimizer = setup.make_optimizer(config)
+        optimizer = make_optimizer(config.optimizer)
         state = setup.initial_state(config, loaded.base, optimizer, mesh)
         moved = jax.tree.map(
             lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
@@ -127,6 +128,12 @@ def cotangents(config, loaded, task_update):
         )[0]
     )(batch.old[0])
     return jax.tree.map(np.asarray, (derivatives, micro_batch.rollout.texts))
+
+
+def test_every_metric_of_an_update_is_in_the_table_of_reductions(step):
+    names = step["learned"].keys() | step["metrics"].keys()
+    update_names = {"update/grad_norm", "update/learning_rate", "update/old_is_self"}
+    assert [name for name in names - update_names if not is_listed(name)] == []
 
 
 def test_the_first_ratios_are_one(step):
@@ -377,15 +384,3 @@ def test_tasks_are_drawn_by_weight_and_by_the_step_alone():
     assert drawn.count("rt2i") / len(drawn) == pytest.approx(0.75, abs=0.03)
     again = [task.name for task in prompts.tasks_at(parsed, 7)]
     assert again == drawn[12:14]
-
-
-def test_metrics_of_a_mixed_update():
-    config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
-    parts = [{"a": 1.0, "b_max": 1.0}, {"a": 3.0, "b_max": 5.0}, {"a": 8.0, "c": 2.0}]
-    names = ["rt2i", "srr", "rt2i"]
-    mixed = metrics.merge_metrics(dataclasses.replace(config, task="mixed"), names, parts)
-    assert mixed == {
-        "a": 4.0, "b_max": 5.0, "c": 2.0, "rt2i/a": 4.5, "rt2i/b_max": 1.0, "rt2i/c": 2.0,
-        "srr/a": 3.0, "srr/b_max": 5.0,
-    }  # fmt: skip
-    assert metrics.merge_metrics(config, ["rt2i"], parts[:1]) == parts[0]

@@ -1,5 +1,7 @@
 """The table of reductions: complete, and without surprises for whoever reads a metric's name."""
 
+import math
+
 import pytest
 
 from alphagrpo_jax.runtime.metric_reductions import (
@@ -8,6 +10,7 @@ from alphagrpo_jax.runtime.metric_reductions import (
     MEAN,
     REDUCTIONS,
     is_listed,
+    merge_batches,
     reduction_of,
 )
 
@@ -25,3 +28,21 @@ def test_families_and_the_default():
     assert not is_listed("reward/bonus")
     assert reduction_of("reward/bonus") is DEFAULT
     assert not is_listed("tag/Count")
+
+
+def test_metrics_of_a_mixed_update():
+    largest = "text/ratio_max_dev"
+    batches = [{"a": 1.0, largest: 1.0}, {"a": 3.0, largest: 5.0}, {"a": 8.0, "c": 2.0}]
+    names = ["rt2i", "srr", "rt2i"]
+    assert merge_batches(batches, names, by_task=True) == {
+        "a": 4.0, largest: 5.0, "c": 2.0, "rt2i/a": 4.5, f"rt2i/{largest}": 1.0, "rt2i/c": 2.0,
+        "srr/a": 3.0, f"srr/{largest}": 5.0,
+    }  # fmt: skip
+    assert merge_batches(batches[:1], ["rt2i"], by_task=False) == batches[0]
+
+
+def test_unknown_values_do_not_count():
+    batches = [{"a": float("nan"), "b": float("nan")}, {"a": 2.0, "b": float("nan")}]
+    merged = merge_batches(batches, ["rt2i"] * 2, by_task=False)
+    assert merged["a"] == 2.0
+    assert math.isnan(merged["b"])
