@@ -36,7 +36,7 @@ from alphagrpo_jax.types import DataPosition, PromptBatch, RolloutBatch, TrainSt
 TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
 
 
-class Seconds(NamedTuple):
+class StageSeconds(NamedTuple):
     """How long the stages of one training step took."""
 
     rollout: float
@@ -44,7 +44,7 @@ class Seconds(NamedTuple):
     update: float
 
 
-STAGES = Seconds._fields
+STAGES = StageSeconds._fields
 
 
 def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _rollout_alone(run: Run, state: TrainState, step: int) -> None:
     _sample(run, state, step, on_images=lambda *_: None)
 
 
-def _train_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Seconds]:
+def _train_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, StageSeconds]:
     """Takes one training step as `train.main` does."""
     marks = [time.monotonic()]
     sampled = _sample(run, state, step, functools.partial(reward.submit_images, run))
@@ -138,7 +138,7 @@ def _train_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Sec
     state, _ = update.step(run, state, [sampled], [old], [advantages], step)
     jax.block_until_ready(state.trainable)
     marks.append(time.monotonic())
-    return state, Seconds(*np.diff(marks).tolist())
+    return state, StageSeconds(*np.diff(marks).tolist())
 
 
 def _answering(run: Run, steps: int) -> tuple[float, list[float]]:

@@ -29,36 +29,36 @@ from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.shapes import grammar
 
 
-def by_grammar(prompt: str) -> running.Made:
+def decompose_by_grammar(prompt: str) -> running.NewRecord:
     """Makes the record of a prompt of the shapes world, exact and without a language model."""
     try:
-        return running.Made(grammar.record(prompt), {"by": "shapes"})
+        return running.NewRecord(grammar.record(prompt), {"by": "shapes"})
     except grammar.GrammarError as error:
         raise DecompositionError("grammar", str(error), kind="refused") from error
 
 
 @contextlib.contextmanager
-def maker(options: argparse.Namespace, pace: Pace) -> Iterator[running.Maker]:
-    """What decomposes a prompt, as the flags say, as long as the context lasts.
+def open_decomposer(options: argparse.Namespace, pace: Pace) -> Iterator[running.Decomposer]:
+    """Opens the decomposer that the flags name, and closes it with the context.
 
     Raises:
       UsageError: flags that do not fit each other.
       LanguageModelError: a local model cannot be loaded.
     """
     if options.llm == "shapes":
-        yield by_grammar
+        yield decompose_by_grammar
         return
     names = [field.name for field in dataclasses.fields(models.LanguageModelOptions)]
-    how = models.LanguageModelOptions(**{name: vars(options)[name] for name in names})
-    kind, _, place = options.llm.partition(":")
-    name = options.model if kind == "openai" else pathlib.Path(place).name
-    with models.opened(options.llm, how) as model:
+    model_options = models.LanguageModelOptions(**{name: vars(options)[name] for name in names})
+    kind, _, location = options.llm.partition(":")
+    name = options.model if kind == "openai" else pathlib.Path(location).name
+    with models.open_model(options.llm, model_options) as model:
         patient = PatientModel(model, pace)
-        yield running.by_model(patient, name=f"{kind}:{name}", tries=options.attempts)
+        yield running.model_decomposer(patient, name=f"{kind}:{name}", tries=options.attempts)
 
 
 def decompose(options: argparse.Namespace) -> int:
-    """Makes the records that are missing, reports, and returns the exit code.
+    """Makes the records that are missing, writes a report, and returns the exit code.
 
     Raises:
       JournalError: input or output cannot be used.
@@ -74,27 +74,27 @@ def decompose(options: argparse.Namespace) -> int:
     prompts = read_prompts(options.input)
     with Journal(options.output, prompts) as journal:
         pace = Pace(options.requests_per_minute, stopped=stopped)
-        with maker(options, pace) as make:
-            tally = running.run(
-                journal, make, threads=options.concurrency, stopped=stopped, halt=halt
+        with open_decomposer(options, pace) as decompose_prompt:
+            summary = running.decompose_all(
+                journal, decompose_prompt, threads=options.concurrency, stopped=stopped, halt=halt
             )
-        left = running.report(prompts, journal, tally)
-        if not left["not_tried"]:
+        report = running.report(prompts, journal, summary)
+        if not report["not_tried"]:
             journal.sort()
-        running.write_report(pathlib.Path(f"{options.output}.report.json"), left)
-    print(running.summary(left))
-    if tally.silent:
+        running.write_report(pathlib.Path(f"{options.output}.report.json"), report)
+    print(running.summary(report))
+    if summary.model_away:
         raise LanguageModelError(
             f"the language model was away for {running.MAX_SILENT} prompts in a row: "
-            f"{tally.failed[-1][1]}\nMend this and run the same command again.",
+            f"{summary.failed[-1][1]}\nMend this and run the same command again.",
             kind="silent",
             retryable=True,
         )
-    if left["not_tried"]:
+    if report["not_tried"]:
         return cli.STOPPED
-    if left["failed"] > options.allow_failures:
+    if report["failed"] > options.allow_failures:
         raise InputError(
-            f"{left['failed']} prompts failed, at most {options.allow_failures} allowed "
+            f"{report['failed']} prompts failed, at most {options.allow_failures} allowed "
             "(--allow-failures); the same command tries them again"
         )
     return cli.DONE
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags; wrong usage ends the process with code 2."""
+    """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(
         prog="python -m alphagrpo_jax.decompose",
         description=__doc__,

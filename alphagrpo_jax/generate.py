@@ -42,7 +42,7 @@ SHOWN_SIDE = 96  # pixels; smaller images are enlarged for the eye
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images that are written
 
 
-def picture(images: np.ndarray) -> Image.Image:
+def to_picture(images: np.ndarray) -> Image.Image:
     """A grid of uint8[N, H, W, 3], small images enlarged by a whole factor; one image alone."""
     scale = math.ceil(SHOWN_SIDE / images.shape[1])
     large = images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -51,7 +51,7 @@ def picture(images: np.ndarray) -> Image.Image:
     return Image.fromarray(images_lib.grid(large, math.ceil(math.sqrt(len(large)))))
 
 
-def changed(config: Config, options: argparse.Namespace) -> Config:
+def apply_flags(config: Config, options: argparse.Namespace) -> Config:
     """A configuration with the sampling, the model and the verifier that the flags name.
 
     Raises:
@@ -86,7 +86,7 @@ def read_config(options: argparse.Namespace) -> Config:
         config = run_folder.run_config(options.checkpoint)
     else:
         config = config_checks.read_config(options.config)
-    return changed(config, options)
+    return apply_flags(config, options)
 
 
 def open_policy(options: argparse.Namespace, config: Config) -> inference.Policy:
@@ -97,7 +97,7 @@ def open_policy(options: argparse.Namespace, config: Config) -> inference.Policy
     return policy._replace(config=config)
 
 
-def questions_for(options: argparse.Namespace) -> Record:
+def find_questions(options: argparse.Namespace) -> Record:
     """The record whose questions rate the rounds: of `--record`, or by the shapes grammar.
 
     Raises:
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     # What is cheap to refuse comes before the model is loaded.
     image = None if options.image is None else images_lib.open_rgb(options.image)
     judged = options.refine and options.keep != "last"
-    record = questions_for(options) if judged else None
+    record = find_questions(options) if judged else None
     config = read_config(options)
     if judged:
         verifiers_lib.verifier_factories(config)
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
         drawn = inference.generate_images(
             policy, options.prompt, think=options.think, count=options.n, seed=options.seed
         )
-    picture(drawn.images).save(out)
+    to_picture(drawn.images).save(out)
     for number, text in enumerate(drawn.texts, start=1):
         print(f"{number}: {text}")
     print(out)
@@ -171,17 +171,17 @@ def _refine(
         image=image,
         seed=options.seed,
     )
-    verifier = _judge(policy.config) if record else None
+    verifier = _verifier_name(policy.config) if record else None
     log = {"prompt": options.prompt, "keep": options.keep, "verifier": verifier, "rounds": []}
     kept, beside = None, out.with_name(f"{out.stem}_rounds.json")
     try:
         with contextlib.closing(rounds):
             for number, each in enumerate(rounds):
                 path = out.with_stem(f"{out.stem}_{number}")
-                picture(each.image[None]).save(path)
+                to_picture(each.image[None]).save(path)
                 if each.kept:
                     kept = number
-                    picture(each.image[None]).save(out)
+                    to_picture(each.image[None]).save(out)
                 entry = {"image": path.name, "text": each.text, "reward": each.reward}
                 log["rounds"].append(entry)
                 log["kept"] = kept
@@ -200,7 +200,7 @@ def _refine(
     print(f"kept round {kept} ({options.keep}, {used}): {out}; reflections: {beside}")
 
 
-def _judge(config: Config) -> str:
+def _verifier_name(config: Config) -> str:
     """Which verifier rates the rounds."""
     remote = f"{config.verifier.model} at {', '.join(config.verifier.endpoints)}"
     if config.verifier.kind == "openai":
@@ -213,7 +213,7 @@ def _judge(config: Config) -> str:
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags; wrong usage ends the process with code 2."""
+    """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(
         prog="python -m alphagrpo_jax.generate",
         description=__doc__,
@@ -228,7 +228,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--think", action="store_true", help="write a think text before each image")
     add("--n", type=int, default=1, help="how many images")
     add("--refine", type=int, default=0, help="how often the image is looked at and repaired")
-    add("--keep", choices=inference.KEEPS, default="last", help="which round's image")
+    add("--keep", choices=inference.KEEP_MODES, default="last", help="which round's image")
     add("--record", help="a file of records with questions about the prompt, for --keep")
     add("--verifier", help="a folder or package:NAME, for --keep, instead of the configuration's")
     add("--seed", type=int, default=0)

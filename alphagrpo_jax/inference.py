@@ -31,8 +31,8 @@ from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.run_folder import payload, run_config
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
-KEEPS = ("last", "best", "gated")
-BATCH = 100  # rows of `run_task` at a time
+KEEP_MODES = ("last", "best", "gated")
+BATCH_ROWS = 100  # rows of `run_task` at a time
 
 _rollout = jax.jit(sample_trajectories, static_argnames=("model", "spec"))
 
@@ -119,7 +119,9 @@ def generate_images(
       count: N.
       seed: the same seed draws the same images, and the first of many as the only one.
     """
-    return _run(policy, "rt2i" if think else "t2i", prompt, None, count=count, seed=seed)
+    return _sample_one_prompt(
+        policy, "rt2i" if think else "t2i", prompt, None, count=count, seed=seed
+    )
 
 
 def edit_image(
@@ -129,14 +131,14 @@ def edit_image(
 
     The result has the size that the VAE's transform gives the image.
     """
-    return _run(policy, "ti2i", wish, image, count=count, seed=seed)
+    return _sample_one_prompt(policy, "ti2i", wish, image, count=count, seed=seed)
 
 
 def answer_question(
     policy: Policy, image: Image.Image, question: str, *, seed: int
 ) -> tuple[str, str]:
     """The think text and the answer to a question about an image; see `generate_images`."""
-    texts = _texts(policy, "ti2t", question, image, seed=seed)
+    texts = _sample_texts(policy, "ti2t", question, image, seed=seed)
     return texts[0][0], texts[1][0]
 
 
@@ -172,19 +174,21 @@ def refine(
         then the round that it was asked about comes first, without a reward.
       PoolError: the same, where there is no verifier left.
     """
-    if keep not in KEEPS:
-        raise ValueError(f"got keep={keep!r}, expected one of {KEEPS}")
+    if keep not in KEEP_MODES:
+        raise ValueError(f"got keep={keep!r}, expected one of {KEEP_MODES}")
     if keep != "last" and record is None:
         raise ValueError(f"keep={keep!r} needs a verifier and a record with questions for it")
-    judge = None if keep == "last" else _Judge(policy, record)
+    judge = None if keep == "last" else _RewardModel(policy, record)
     try:
         current = best = None
         for number in range(rounds + 1):
             if current is None:
-                new = _first(policy, prompt, image, think=think, seed=seed)
+                new = _first_round(policy, prompt, image, think=think, seed=seed)
             else:
                 shown = Image.fromarray(current.image)
-                drawn = _run(policy, "srr", prompt, shown, count=1, seed=seed + number)
+                drawn = _sample_one_prompt(
+                    policy, "srr", prompt, shown, count=1, seed=seed + number
+                )
                 new = Round(drawn.images[0], drawn.texts[0])
             if judge:
                 try:
@@ -201,11 +205,11 @@ def refine(
             judge.close()
 
 
-def _first(
+def _first_round(
     policy: Policy, prompt: str, image: Image.Image | None, *, think: bool, seed: int
 ) -> Round:
     if image is not None:
-        pixels, _ = _sizes(policy.loaded, image)
+        pixels, _ = _encoder_images(policy.loaded, image)
         return Round(pixels, "(given)")
     drawn = generate_images(policy, prompt, think=think, count=1, seed=seed)
     return Round(drawn.images[0], drawn.texts[0] if think else "")
@@ -219,7 +223,7 @@ def run_task(
     *,
     seed: int,
     temperature: float,
-    batch: int = BATCH,
+    batch: int = BATCH_ROWS,
 ) -> TaskOutput:
     """Runs a task once for each of N inputs, in batches; for measurements.
 
@@ -243,7 +247,7 @@ def run_task(
         block = TextBlock(tokens[at], mask[at])
         shown = None if images is None else image_block(loaded, images[at])
         inputs = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
-        trajectories, made = _call(
+        trajectories, made = _sample(
             policy, spec, inputs, seed=seed, first=first, temperature=temperature
         )
         count = min(size, len(rows) - first)
@@ -254,7 +258,7 @@ def run_task(
     return TaskOutput(np.concatenate(drawn) if drawn else None, texts)
 
 
-class _Judge:
+class _RewardModel:
     """The configured verifier, asked about one image at a time."""
 
     def __init__(self, policy: Policy, record: Record) -> None:
@@ -281,28 +285,28 @@ class _Judge:
         self.pool.close()
 
 
-def _run(
+def _sample_one_prompt(
     policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
 ) -> GeneratedImages:
-    spec, inputs = _prepared(policy, name, text, image, count=count)
-    trajectories, images = _call(
+    spec, inputs = _prompt_inputs(policy, name, text, image, count=count)
+    trajectories, images = _sample(
         policy, spec, inputs, seed=seed, temperature=policy.config.eval.temperature
     )
     texts = decode_steps(policy.loaded.tokenizer, trajectories)
     return GeneratedImages(np.asarray(images), texts[0] if texts else [])
 
 
-def _texts(
+def _sample_texts(
     policy: Policy, name: str, text: str, image: Image.Image, *, seed: int
 ) -> list[list[str]]:
-    spec, inputs = _prepared(policy, name, text, image, count=1)
-    trajectories, _ = _call(
+    spec, inputs = _prompt_inputs(policy, name, text, image, count=1)
+    trajectories, _ = _sample(
         policy, spec, inputs, seed=seed, temperature=policy.config.eval.temperature
     )
     return decode_steps(policy.loaded.tokenizer, trajectories)
 
 
-def _prepared(
+def _prompt_inputs(
     policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int
 ) -> tuple[RolloutSpec, tuple[TextBlock | ImageBlock, ...]]:
     """What to compile, and the inputs of one prompt."""
@@ -314,18 +318,18 @@ def _prepared(
     block = TextBlock(jnp.asarray(tokens), jnp.asarray(mask))
     if image is None:
         return spec, (block,)
-    pixels, seen = _sizes(loaded, image)
+    pixels, seen = _encoder_images(loaded, image)
     grid = loaded.config.latent_grid(*pixels.shape[:2])
     shown = ImageBlock(jnp.asarray(pixels[None]), jnp.asarray(seen[None]))
     blocks = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
     return dataclasses.replace(spec, grid=grid), blocks
 
 
-def _sizes(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+def _encoder_images(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     return images_lib.both_sizes(image, loaded.config.vae_transform, loaded.config.vit_transform)
 
 
-def _call(
+def _sample(
     policy: Policy,
     spec: RolloutSpec,
     inputs: tuple[TextBlock | ImageBlock, ...],

@@ -43,7 +43,7 @@ QUEUE_SECONDS = 1e6  # many images wait for long; no rollout waits for them
 SHOWN_SIDE = 512  # pixels; larger images are made smaller in the report, never for the verifier
 
 
-class Matched(NamedTuple):
+class ImageMatches(NamedTuple):
     """Which image belongs to which record."""
 
     pairs: list[tuple[pathlib.Path, int]]  # image, number of its record
@@ -51,7 +51,7 @@ class Matched(NamedTuple):
     records: list[int]  # numbers of those without an image
 
 
-def match(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> Matched:
+def match_images(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> ImageMatches:
     """Pairs images with records by file name; see this file's docstring.
 
     A name that is an id as it stands goes before one with a number behind it, and ids go before
@@ -82,14 +82,14 @@ def match(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> Matched:
     found = [(path, place(path.stem)) for path in paths]
     pairs = [(path, number) for path, number in found if number is not None]
     used = {number for _, number in pairs}
-    return Matched(
+    return ImageMatches(
         pairs,
         [path.name for path, number in found if number is None],
         [number for number in range(len(records)) if number not in used],
     )
 
 
-def read_folder(folder: str) -> list[pathlib.Path]:
+def list_images(folder: str) -> list[pathlib.Path]:
     """The image files of a folder, by name.
 
     Raises:
@@ -104,7 +104,7 @@ def read_folder(folder: str) -> list[pathlib.Path]:
     return paths
 
 
-def configured(options: argparse.Namespace) -> Config:
+def verifier_config(options: argparse.Namespace) -> Config:
     """The configuration of pool and reward that the flags describe.
 
     Raises:
@@ -143,15 +143,15 @@ def score(options: argparse.Namespace) -> report.Report:
       ConfigError: flags that do not go together.
       PoolError: the verifier cannot be started.
     """
-    paths, records = read_folder(options.images), read_jsonl(options.records)
-    matched = match(paths, records)
+    paths, records = list_images(options.images), read_jsonl(options.records)
+    matched = match_images(paths, records)
     if not matched.pairs:
         raise InputError(
             f"none of the {len(paths)} images in {options.images} belongs to one of the "
             f"{len(records)} records in {options.records}, e.g. {matched.images[:3]}; expected "
             "ID.png or NUMBER.png (from 0), or ID_0.png, NUMBER_0.png and so on"
         )
-    config = configured(options)
+    config = verifier_config(options)
     how = options_lib.scoring_options(config, tasks.TASKS["t2i"])
     rows, readable, urls = [], [], []
     with verifiers_lib.make_pool(config) as pool:
@@ -165,7 +165,7 @@ def score(options: argparse.Namespace) -> report.Report:
             pixels = np.asarray(image)
             scoring.submit(pool, [path.name], [pixels], [records[number]], how, first=0)
             readable.append((path.name, records[number]))
-            urls.append(_shown(image))
+            urls.append(_report_image(image))
         names, own = [name for name, _ in readable], [record for _, record in readable]
         scores = scoring.gather(pool, names, own, (), how)
     rows += report.rows(names, urls, own, scores, how)
@@ -174,7 +174,9 @@ def score(options: argparse.Namespace) -> report.Report:
         how=report.describe(how),
         rows=tuple(rows),
         images_without_record=tuple(matched.images),
-        records_without_image=tuple(_name(number, records[number]) for number in matched.records),
+        records_without_image=tuple(
+            _record_name(number, records[number]) for number in matched.records
+        ),
     )
 
 
@@ -235,7 +237,7 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _name(number: int, record: Record) -> str:
+def _record_name(number: int, record: Record) -> str:
     return f"{number if record.id is None else record.id}: {record.prompt}"
 
 
@@ -245,7 +247,7 @@ def _unreadable(path: pathlib.Path, record: Record, failure: str) -> report.Row:
     )
 
 
-def _shown(image: Image.Image) -> str:
+def _report_image(image: Image.Image) -> str:
     """A data: URL of the image as it stands in the report."""
     small = image.copy()
     small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
@@ -253,7 +255,7 @@ def _shown(image: Image.Image) -> str:
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags; wrong usage ends the process with code 2."""
+    """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(
         prog="python -m alphagrpo_jax.score",
         description=__doc__,

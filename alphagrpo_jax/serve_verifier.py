@@ -196,7 +196,7 @@ def _error_reply(error: RequestError) -> Response:
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags; wrong usage ends the process with code 2."""
+    """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(
         prog="python -m alphagrpo_jax.serve_verifier",
         description=__doc__,

@@ -158,7 +158,7 @@ def test_an_image_is_edited_and_asked_about(run_folder, picture, tmp_path, capsy
     assert capsys.readouterr().out.startswith("thinks: ")
 
 
-@pytest.mark.parametrize("keep", inference.KEEPS)
+@pytest.mark.parametrize("keep", inference.KEEP_MODES)
 def test_an_image_is_refined(keep, run_folder, picture, tmp_path, capsys):
     out, records = tmp_path / "x.png", tmp_path / "records.jsonl"
     records.write_text(json.dumps(tiny_world.record("a red circle")) + "\n")
@@ -306,7 +306,7 @@ def test_contradicting_flags_end_with_code_2(flags, message, capsys):
 @pytest.mark.parametrize("ending", generate.FORMATS)
 def test_every_format_that_is_allowed_can_be_written(ending, tmp_path):
     path = tmp_path / f"x{ending}"
-    generate.picture(np.full((2, 8, 8, 3), 90, np.uint8)).save(path)
+    generate.to_picture(np.full((2, 8, 8, 3), 90, np.uint8)).save(path)
     assert Image.open(path).size == (2 * 96 + 6, 96 + 4)
 
 

@@ -131,7 +131,7 @@ def test_images_of_any_size_are_edited(policy, size):
     config = dataclasses.replace(policy.loaded.config, vae_transform=sizes)
     own = policy._replace(loaded=dataclasses.replace(policy.loaded, config=config))
     image = Image.fromarray(np.full((size[1], size[0], 3), 90, np.uint8))
-    pixels, seen = inference._sizes(own.loaded, image)
+    pixels, seen = inference._encoder_images(own.loaded, image)
     assert pixels.shape[0] % 16 == pixels.shape[1] % 16 == 0
     assert max(pixels.shape) <= 32
     assert seen.shape[0] % 8 == seen.shape[1] % 8 == 0

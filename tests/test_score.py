@@ -26,7 +26,7 @@ def records(*ids):
 
 
 def matched(names, ids):
-    found = score.match([pathlib.Path(name) for name in names], records(*ids))
+    found = score.match_images([pathlib.Path(name) for name in names], records(*ids))
     return {path.name: number for path, number in found.pairs}, found.images, found.records
 
 
@@ -182,7 +182,7 @@ def test_wrong_usage(folder, wrong, capsys):
 
 def test_answers_are_remembered_if_asked_for(folder):
     def size(*more):
-        return score.configured(
+        return score.verifier_config(
             score.parse_flags([*flags(folder, "a.csv"), *more])
         ).verifier.cache_size
 

@@ -1,5 +1,6 @@
-"""From prompts to question records: asking a language model, keeping its answers, checking files.
+"""Turns prompts into question records by a language model, stores them, and checks such files.
 
-`pipeline` decomposes one prompt, `texts` has what the model is told, `schemas` what it may reply;
-`journal` is the output file that says what is done, `check` validates any file of records.
+`pipeline` decomposes one prompt; `texts` has the instructions to the model and `schemas` the forms
+of its replies; `running` decomposes many prompts at once; `journal` is the output file, which says
+which prompts are done; `check` validates any file of records.
 """

@@ -1,4 +1,4 @@
-"""Validates a file of records line by line: every finding has its place."""
+"""Validates a file of records line by line; every finding names its line."""
 
 import os
 import pathlib
@@ -27,22 +27,22 @@ class Finding(NamedTuple):
 
 
 def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
-    """Findings of a file, in the order of its lines, and its number of readable records.
+    """Returns the findings of a file in the order of its lines, and its number of readable records.
 
     A record with an answer and no questions is checked as one of the answering task, without them.
 
-    Errors: what `questions.parse_record` refuses (form, empty lists, dependencies on no question,
+    Errors: what `records.parse_record` refuses (form, empty lists, dependencies on no question,
     no valid question), unknown tags, dependency circles, prompts, ids or questions that occur
     twice, questions whose good answer is no or that hold control tokens. Warnings: fields left out,
-    questions marked invalid, dependencies on those, doubtful wording, places in the input that
-    occur twice, blank lines.
+    questions marked invalid, dependencies on those, doubtful wording, an original_index that occurs
+    twice, blank lines.
     """
     path = pathlib.Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         return [Finding(str(path), 1, "error", f"cannot be read: {error.strerror}")], 0
-    seen: dict[tuple[str, str], int] = {}
+    first_lines: dict[tuple[str, str], int] = {}
     findings, count = [], 0
     lines = content.split(b"\n")
     if not lines[-1]:
@@ -52,44 +52,46 @@ def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
         findings.append(Finding(str(path), len(lines), "warning", message))
     for number, line in enumerate(lines, start=1):
         try:
-            record, found = _read(line)
+            record, problems = _read_line(line)
         except RecordError as error:
             findings.append(Finding(str(path), number, "error", str(error)))
             continue
         if record is not None:
             count += 1
-            found = [*found, *_repeated(record, number, seen), *_record_findings(record)]
-        findings += [Finding(str(path), number, severity, text) for severity, text in found]
+            problems += _repetition_problems(record, number, first_lines)
+            problems += _record_problems(record)
+        findings += [Finding(str(path), number, severity, text) for severity, text in problems]
     if not count and not findings:
         findings.append(Finding(str(path), 1, "error", "no records, expected at least one"))
     return sorted(findings, key=lambda finding: finding.line), count
 
 
-_Found = tuple[str, str]  # severity, message
+_Problem = tuple[str, str]  # severity, message
 
 
-def _read(line: bytes) -> tuple[Record | None, list[_Found]]:
-    """The record on a line, and the fields it leaves out.
+def _read_line(line: bytes) -> tuple[Record | None, list[_Problem]]:
+    """Returns the record on a line (None for a blank line), and warnings of fields it leaves out.
 
     Raises:
-      RecordError: it is none.
+      RecordError: the line holds no record.
     """
     if not line.strip():
         return None, [("warning", "blank line")]
     fields = parse_line(line, object_pairs_hook=_unique)
     answers = isinstance(fields, dict) and "answer" in fields and not _HAS_QUESTIONS & set(fields)
     record = parse_record(fields, form="answer" if answers else "questions")
-    missing: list[_Found] = []
+    problems: list[_Problem] = []
     for kind in ("semantic", "quality"):
         for index, item in enumerate(fields.get(f"{kind}_questions", [])):
-            left_out = [name for name in REQUIRED if name not in item]
-            if left_out:
+            missing = [name for name in REQUIRED if name not in item]
+            if missing:
                 where = f"{kind}_questions[{index}]"
-                missing.append(("warning", f"{where}: no field {', '.join(left_out)}"))
-    return record, missing
+                problems.append(("warning", f"{where}: no field {', '.join(missing)}"))
+    return record, problems
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Builds a JSON object whose names differ, which `json` does not demand."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
@@ -98,48 +100,56 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return fields
 
 
-def _repeated(record: Record, number: int, seen: dict[tuple[str, str], int]) -> Iterator[_Found]:
-    """What an earlier line has too; notes what is new in `seen`."""
+def _repetition_problems(
+    record: Record, number: int, first_lines: dict[tuple[str, str], int]
+) -> Iterator[_Problem]:
+    """Yields what an earlier line has too.
+
+    Args:
+      record: on the line.
+      number: of the line.
+      first_lines: (field, value) -> the line that has it first; new values are added.
+    """
     # One wish may be made for many images: with an image it is the pair that must be new.
-    prompt = f"{phrasing.same(record.prompt)}\n{record.image or ''}"
+    prompt = f"{phrasing.normalize_text(record.prompt)}\n{record.image or ''}"
     marks = [("error", "prompt", prompt, record.prompt)]
     if record.id is not None:
         marks.append(("error", "id", record.id, record.id))
     if record.original_index is not None:
-        place = str(record.original_index)
-        marks.append(("warning", "original_index", place, place))
-    for severity, name, value, shown in marks:
-        first = seen.setdefault((name, value), number)
+        index = str(record.original_index)
+        marks.append(("warning", "original_index", index, index))
+    for severity, name, value, display in marks:
+        first = first_lines.setdefault((name, value), number)
         if first != number:
-            yield severity, f"{name} {shown!r} is that of line {first} too"
+            yield severity, f"{name} {display!r} is that of line {first} too"
 
 
-def _record_findings(record: Record) -> Iterator[_Found]:
+def _record_problems(record: Record) -> Iterator[_Problem]:
     texts: dict[str, str] = {}
     for kind, questions in (("semantic", record.semantic), ("quality", record.quality)):
         for index, question in enumerate(questions):
             where = f"{kind}_questions[{index}]"
-            first = texts.setdefault(phrasing.same(question.text), where)
+            first = texts.setdefault(phrasing.normalize_text(question.text), where)
             if first != where:
                 yield "error", f"{where}: question {question.text!r} is asked by {first} too"
-            for severity, text in _question_findings(record, kind, question):
+            for severity, text in _question_problems(record, kind, question):
                 yield severity, f"{where}: {text}"
     cycle = find_cycle({i: question.dependency for i, question in enumerate(record.semantic)})
     if cycle:
         yield "error", f"dependencies form a circle through the semantic questions {cycle}"
 
 
-def _question_findings(record: Record, kind: str, question: Question) -> Iterator[_Found]:
+def _question_problems(record: Record, kind: str, question: Question) -> Iterator[_Problem]:
     tags: Sequence[str] = phrasing.TAGS[kind]
     if question.tag not in tags:
         yield "error", f"got tag {question.tag!r}, expected one of {', '.join(tags)}"
-    if found := control_tokens(question.text):
-        yield "error", f"question {question.text!r} holds the control tokens {found}"
-    wrong = phrasing.negative(question.text, record.prompt)
-    if wrong:
-        yield "error", f"question {question.text!r} {wrong}"
+    if tokens := control_tokens(question.text):
+        yield "error", f"question {question.text!r} holds the control tokens {tokens}"
+    fault = phrasing.negation_fault(question.text, record.prompt)
+    if fault:
+        yield "error", f"question {question.text!r} {fault}"
     else:
-        doubt = phrasing.doubtful(question.text, record.prompt)
+        doubt = phrasing.wording_doubt(question.text, record.prompt)
         if doubt:
             yield "warning", f"question {question.text!r} {doubt}"
     if not question.is_valid:

@@ -1,8 +1,8 @@
-"""The input prompts, and the output file that alone says which of them are done.
+"""Reads the input prompts, and writes the output file, which alone says which of them are done.
 
-A line of the output is one record, written whole and synced before it counts. It carries the
-prompt's place in the input and a digest of the whole input, so that a process that was killed at
-any moment is continued by reading the file: what has a line is done, a last line cut short is
+A line of the output is one record, written as a whole and synced before it counts. It carries the
+prompt's index in the input and a digest of the input, so that a process that was killed at any
+moment continues by reading the file: a prompt that has a line is done, a last line cut short is
 dropped, and the file of another input is refused. Lines stand in the order in which prompts were
 finished until `Journal.sort` puts them in the order of the input, by replacing the file at once.
 """
@@ -30,11 +30,11 @@ class JournalError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it stands in the input."""
+    """A prompt and its position in the input."""
 
     text: str
     index: int  # of its line, from 0: the record's original_index
-    id: str | None = None  # the input's own
+    id: str | None = None  # that the input gives it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Prompts:
     path: pathlib.Path
     prompts: tuple[Prompt, ...]
     duplicates: tuple[int, ...]  # line numbers, from 1, of prompts that occur before
-    digest: str  # of texts, places and ids, 16 hex digits
+    digest: str  # of texts, indexes and ids, 16 hex digits
 
 
 def read_prompts(path: str | os.PathLike) -> Prompts:
     """Reads prompts: of a file *.jsonl objects with "prompt" and maybe "id", else one a line.
 
-    Blank lines are skipped; a prompt that occurs again, as `phrasing.same` compares (which
-    `check_file` does too), is listed in `duplicates` only.
+    Blank lines are skipped. A prompt that occurs again, compared by `normalize_text` as in
+    `check_file`, is listed in `duplicates` only.
 
     Raises:
       JournalError: no such file, not UTF-8, no prompt, or a bad line.
@@ -61,7 +61,7 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise JournalError(f"cannot read the prompts {path}: {error.strerror}") from error
-    found: dict[str, Prompt] = {}
+    first_prompts: dict[str, Prompt] = {}  # by normalized text
     ids: dict[str, int] = {}
     duplicates = []
     for index, line in enumerate(lines):
@@ -80,11 +80,11 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
         if prompt.id is not None and ids.setdefault(prompt.id, index) != index:
             first = ids[prompt.id] + 1
             raise JournalError(f"{path}:{index + 1}: id {prompt.id!r} is that of line {first} too")
-        if found.setdefault(phrasing.same(prompt.text), prompt) is not prompt:
+        if first_prompts.setdefault(phrasing.normalize_text(prompt.text), prompt) is not prompt:
             duplicates.append(index + 1)
-    if not found:
+    if not first_prompts:
         raise JournalError(f"{path}: got no prompts, expected at least one line with a prompt")
-    prompts = tuple(found.values())
+    prompts = tuple(first_prompts.values())
     listed = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
     digest = hashlib.sha256(listed.encode()).hexdigest()[:16]
     return Prompts(path, prompts, tuple(duplicates), digest)
@@ -104,17 +104,22 @@ def _from_json(line: str, index: int, where: str) -> Prompt:
             f'{where}: got "prompt" {text!r}, expected an object whose "prompt" is a text that is '
             "not empty"
         )
-    own = fields.get("id")
-    if own is not None and type(own) not in (str, int):
-        raise JournalError(f"{where}: got id {own!r}, expected a text or an integer")
-    return Prompt(text.strip(), index, None if own is None else str(own))
+    prompt_id = fields.get("id")
+    if prompt_id is not None and type(prompt_id) not in (str, int):
+        raise JournalError(f"{where}: got id {prompt_id!r}, expected a text or an integer")
+    return Prompt(text.strip(), index, None if prompt_id is None else str(prompt_id))
 
 
 class Journal:
-    """The output file, held by one process at a time; a context manager."""
+    """The output file, locked by one process at a time; a context manager.
+
+    Attributes:
+      path: of the file.
+      done: records written so far, by `original_index`.
+    """
 
     def __init__(self, path: str | os.PathLike, prompts: Prompts) -> None:
-        """Opens or begins the file, and reads what is done.
+        """Opens or begins the file, locks it, and reads the records in it.
 
         Args:
           path: of the output; its folder is made if need be.
@@ -124,7 +129,7 @@ class Journal:
             this command or was begun with another input, or a line in it is damaged.
         """
         self.path, self._prompts = pathlib.Path(path), prompts
-        self.done: dict[int, Record] = {}  # original_index -> record
+        self.done: dict[int, Record] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = _locked(self.path)
@@ -144,7 +149,7 @@ class Journal:
 
     @property
     def open_prompts(self) -> list[Prompt]:
-        """The prompts that have no record yet, in the order of the input."""
+        """Prompts without a record, in the order of the input."""
         return [prompt for prompt in self._prompts.prompts if prompt.index not in self.done]
 
     def append(self, prompt: Prompt, fields: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
@@ -156,7 +161,8 @@ class Journal:
           origin: how it was made; kept in the record.
         Raises:
           JournalError: the disk is full or away; the file holds whole records only.
-          ValueError: the prompt has a record, or the fields are no record.
+          ValueError: the prompt has a record.
+          AssertionError: the fields are no record.
         """
         if prompt.index in self.done:
             raise ValueError(f"prompt {prompt.index} has a record already")
@@ -193,36 +199,36 @@ class Journal:
         write_whole(self.path, b"".join(_line(record) for record in self.done.values()))
 
     def _recover(self) -> None:
-        """Reads the records; drops a last line that was cut short."""
+        """Reads the records and drops a last line that was cut short."""
         os.lseek(self._file, 0, os.SEEK_SET)
         with os.fdopen(os.dup(self._file), "rb") as file:
             lines = file.read().split(b"\n")
-        rest = lines.pop()  # what follows the last line end: nothing, or a line cut short
+        tail = lines.pop()  # behind the last line end: nothing, or a line cut short
         by_index = {prompt.index: prompt for prompt in self._prompts.prompts}
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            record = self._own(line, number, by_index)
+            record = self._parse_line(line, number, by_index)
             if record.original_index in self.done:
                 raise JournalError(
                     f"{self.path}:{number}: a second record of original_index "
                     f"{record.original_index}; delete one of the two"
                 )
             self.done[record.original_index] = record
-        if rest:
-            if not self.done and not _begins_like_a_record(rest):
+        if tail:
+            if not self.done and not _begins_like_a_record(tail):
                 raise JournalError(
                     f"{self.path}: is not empty and was not written by this command; give another "
                     "--output"
                 )
-            os.ftruncate(self._file, os.lseek(self._file, 0, os.SEEK_END) - len(rest))
+            os.ftruncate(self._file, os.lseek(self._file, 0, os.SEEK_END) - len(tail))
             os.fsync(self._file)
 
-    def _own(self, line: bytes, number: int, by_index: Mapping[int, Prompt]) -> Record:
-        """The record on a line of this output.
+    def _parse_line(self, line: bytes, number: int, by_index: Mapping[int, Prompt]) -> Record:
+        """Parses a line of this output.
 
         Raises:
-          JournalError: it is none, or belongs to another input.
+          JournalError: it holds no record, or one of another input.
         """
         where = f"{self.path}:{number}"
         try:
@@ -266,7 +272,7 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 def _locked(path: pathlib.Path) -> int:
-    """The file, open for appending and locked until it is closed or the process ends.
+    """Opens a file for appending, locked until it is closed or the process ends.
 
     Raises:
       JournalError: another process holds it.
@@ -297,7 +303,7 @@ def _write_all(file: int, data: bytes) -> None:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON escapes may hold halves of characters."""
+    """Tells if a text can be written as UTF-8: JSON escapes may hold halves of characters."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -305,13 +311,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _begins_like_a_record(rest: bytes) -> bool:
-    """Whether a line cut short may be one of ours, and not somebody's file without a line end."""
+def _begins_like_a_record(line: bytes) -> bool:
+    """Tells if a line cut short may be a record, and not somebody's file without a line end."""
     start = b'{"prompt": '
-    if not (rest.startswith(start) or start.startswith(rest)):
+    if not (line.startswith(start) or start.startswith(line)):
         return False
     try:
-        fields = json.loads(rest)
+        fields = json.loads(line)
     except ValueError:
         return True
     return isinstance(fields, dict) and PROVENANCE in fields

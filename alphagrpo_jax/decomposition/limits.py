@@ -1,4 +1,4 @@
-"""Asking a language model at a limited rate, with patience for failures, and stops in between."""
+"""Asks a language model at a limited rate, again after failures, and stops when told to."""
 
 import threading
 import time
@@ -16,11 +16,11 @@ NAP_SECONDS = 0.25  # longest sleep before looking for a stop again
 
 
 class StopRequestedError(Exception):
-    """The command is to stop; the prompt under way is given up and not booked as failed."""
+    """The command is to stop; the prompt in flight is given up and does not count as failed."""
 
 
 class Pace:
-    """Lets requests begin at even distances, so many per minute, whatever the thread."""
+    """Spaces requests of all threads evenly, so many per minute."""
 
     def __init__(
         self,
@@ -30,10 +30,13 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Args:
-        per_minute: requests; 0 is no limit.
-        stopped: asked while waiting.
-        clock, sleep: of seconds.
+        """Sets the rate.
+
+        Args:
+          per_minute: requests; 0 is no limit.
+          stopped: asked while waiting; True ends the wait.
+          clock: seconds, monotonic.
+          sleep: called with seconds.
         """
         self._distance = 60.0 / per_minute if per_minute else 0.0
         self._stopped, self._clock, self._sleep = stopped, clock, sleep
@@ -41,7 +44,7 @@ class Pace:
         self._next = clock()
 
     def wait(self) -> None:
-        """Returns when one more request may begin.
+        """Waits until one more request may begin.
 
         Raises:
           StopRequestedError: a stop was asked for meanwhile.
@@ -59,21 +62,23 @@ class Pace:
         """
         end = self._clock() + seconds
         while not self._stopped():
-            left = end - self._clock()
-            if left <= 0:
+            remaining = end - self._clock()
+            if remaining <= 0:
                 return
-            self._sleep(min(left, NAP_SECONDS))
+            self._sleep(min(remaining, NAP_SECONDS))
         raise StopRequestedError
 
 
 class PatientModel:
-    """A language model asked at a pace, and again after failures that may pass."""
+    """Asks a language model at a pace, and again after failures that may pass."""
 
     def __init__(self, model: LanguageModel, pace: Pace, *, tries: int = 5) -> None:
-        """Args:
-        model: asked from many threads at once.
-        pace: every single request waits for it, repeated ones too.
-        tries: of one call, at most.
+        """Wraps a model.
+
+        Args:
+          model: asked from many threads at once.
+          pace: every single request waits for it, repeated ones too.
+          tries: of one call, at most.
         """
         self._model, self._pace = model, pace
         self._retrying = tenacity.Retrying(

@@ -1,4 +1,4 @@
-"""The language models that a decomposition can be made by, behind `limits.LanguageModel`."""
+"""Opens the language model that decomposes prompts: behind endpoints, or local."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ _KINDS: dict[str, Kind] = {"wrong request": "refused", "reply": "failed"}
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelOptions:
-    """How a language model is reached and run."""
+    """Options of a language model behind endpoints or of a local one."""
 
     model: str = ""  # the name that the servers know it by
     api_key_env: str = ""  # environment variable that holds the key; "" sends none
@@ -40,7 +40,7 @@ class ServedModel:
         """Opens no connection yet.
 
         Raises:
-          ValueError: wrong endpoints, no model, or the key is not set.
+          UsageError: wrong endpoints, no model, or the key is not set.
         """
         # One attempt only: `limits.PatientModel` repeats, and every request keeps the pace.
         self._client = client.ChatClient(
@@ -55,7 +55,7 @@ class ServedModel:
     def complete(
         self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
     ) -> str:
-        """See `limits.LanguageModel`; greedy."""
+        """Continues a chat greedily, see `chat.base.LanguageModel`."""
         schema = schemas.json_schema(form) if form is not None and self._json_schema else None
         try:
             reply = self._client.complete(messages, max_tokens=self._max_tokens, schema=schema)
@@ -76,29 +76,29 @@ class ServedModel:
 
 
 @contextlib.contextmanager
-def opened(llm: str, options: LanguageModelOptions) -> Iterator[LanguageModel]:
-    """The model that a description names, as long as the context lasts.
+def open_model(llm: str, options: LanguageModelOptions) -> Iterator[LanguageModel]:
+    """Opens the language model that a description names, and closes it with the context.
 
     Args:
       llm: "openai:URL[,URL...]" or "hf:FOLDER".
       options: see there.
     Raises:
-      ValueError: another description, or options that do not fit it.
+      UsageError: another description, or options that do not fit it.
       LanguageModelError: a local model cannot be loaded.
     """
-    kind, _, place = llm.partition(":")
-    if kind == "openai" and place:
-        served = ServedModel(place.split(","), options)
+    kind, _, location = llm.partition(":")
+    if kind == "openai" and location:
+        served = ServedModel(location.split(","), options)
         try:
             yield served
         finally:
             served.close()
-    elif kind == "hf" and place:
+    elif kind == "hf" and location:
         # Imported here, so that no other kind has to wait for torch.
         from alphagrpo_jax.rewards.verifiers.chat.local import HFChat
 
         yield HFChat(
-            place, device=options.device, dtype=options.dtype, max_tokens=options.max_tokens
+            location, device=options.device, dtype=options.dtype, max_tokens=options.max_tokens
         )
     else:
         raise UsageError(f"got --llm {llm!r}, expected openai:URL[,URL...], hf:FOLDER or shapes")

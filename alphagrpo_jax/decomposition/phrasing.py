@@ -1,4 +1,4 @@
-"""Rules for single questions: yes must be the good answer; the tags that there are.
+"""Rules for the wording of a question, whose good answer must be yes; the tags of questions.
 
 "Positive only" means that yes is the good answer: "Is the image free of cars?" is fine where a
 prompt wants no cars; "Are there any mistakes?" is not, nor is "Is there no car?", whose yes and no
@@ -56,8 +56,8 @@ _FAULTY = re.compile(
 )
 
 
-def negative(question: str, prompt: str) -> str | None:
-    """Why no would be the good answer of a question, or None if yes is.
+def negation_fault(question: str, prompt: str) -> str | None:
+    """Returns why no would be the good answer of a question, or None if yes is.
 
     Args:
       question: its text.
@@ -66,30 +66,30 @@ def negative(question: str, prompt: str) -> str | None:
     question = question.strip()
     if _CONTRACTED.match(question) or _NEGATED.match(question):
         return "is negated; ask so that yes is the good answer, e.g. 'Is the image free of ...?'"
-    found = _ASKS_FOR_FAULTS.match(question)
-    if found and not _mentions(prompt, found[1]):
-        return f"asks for {found[1]!r}, so that no is the good answer; ask 'Is ... free of ...?'"
+    match = _ASKS_FOR_FAULTS.match(question)
+    if match and not _mentions(prompt, match[1]):
+        return f"asks for {match[1]!r}, so that no is the good answer; ask 'Is ... free of ...?'"
     return None
 
 
-def doubtful(question: str, prompt: str) -> str | None:
-    """What looks wrong with a question's wording but need not be, or None."""
+def wording_doubt(question: str, prompt: str) -> str | None:
+    """Returns what looks wrong with a question's wording but need not be, or None."""
     question = question.strip()
     if not question.endswith("?"):
         return "does not end with a question mark"
-    found = _FAULTY.match(question)
-    if found and not _mentions(prompt, found[1]):
-        return f"seems to ask for a fault ({found[1]!r}); yes must be the good answer"
+    match = _FAULTY.match(question)
+    if match and not _mentions(prompt, match[1]):
+        return f"seems to ask for a fault ({match[1]!r}); yes must be the good answer"
     if re.search(rf"\bnot\b|n{_APOSTROPHE}t\b", question, re.IGNORECASE):
         return "has a negation inside; yes must be the good answer"
     return None
 
 
-def same(text: str) -> str:
-    """The text as compared with others: folded case, single blanks, no mark at its end."""
+def normalize_text(text: str) -> str:
+    """Folds a text's case and blanks and cuts the mark at its end, to compare it with others."""
     return " ".join(text.casefold().split()).rstrip(" .?!")
 
 
 def _mentions(prompt: str, fault: str) -> bool:
-    """Whether the prompt has the word, in any number: the first letters decide."""
+    """Tells if the prompt has the word, in any number: the first letters decide."""
     return fault.casefold()[: max(4, len(fault) - 3)] in prompt.casefold()

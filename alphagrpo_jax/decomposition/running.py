@@ -1,4 +1,4 @@
-"""Decomposes all prompts that have no record yet, several at a time, and reports on the whole."""
+"""Decomposes all prompts that have no record yet, several at a time, and reports the outcome."""
 
 import collections
 import concurrent.futures
@@ -23,128 +23,140 @@ MAX_SILENT = 5  # prompts in a row without a model to ask after which the run en
 MAX_LISTED = 10  # failed prompts in the short text; the report has all
 
 
-class Made(NamedTuple):
-    """The record of a prompt, without what the journal adds, and how it was made."""
+class NewRecord(NamedTuple):
+    """The record of a prompt, before the journal adds the prompt's identity."""
 
-    fields: Mapping[str, Any]
-    origin: Mapping[str, Any]
+    fields: Mapping[str, Any]  # of the record
+    origin: Mapping[str, Any]  # by whom it was made, in how many tries
 
 
 # Takes a prompt's text. Raises DecompositionError or StopRequestedError.
-Maker = Callable[[str], Made]
+Decomposer = Callable[[str], NewRecord]
 
 
 @dataclasses.dataclass
-class Tally:
-    """What a run did besides writing records."""
+class RunSummary:
+    """Failures of one run over the prompts; the records are in the journal."""
 
     failed: list[tuple[Prompt, DecompositionError]] = dataclasses.field(default_factory=list)
-    silent: bool = False  # ended since the language model is away
+    model_away: bool = False  # the run ended because the language model cannot be reached
 
 
-def by_model(model: LanguageModel, *, name: str, tries: int) -> Maker:
-    """A maker that asks a language model, see `pipeline.decompose`; `name` goes into records."""
+def model_decomposer(model: LanguageModel, *, name: str, tries: int) -> Decomposer:
+    """Returns a decomposer that asks a language model, see `pipeline.decompose`.
 
-    def make(prompt: str) -> Made:
-        found = pipeline.decompose(prompt, model, tries=tries)
+    Args:
+      model: asked from many threads at once.
+      name: of the model, for the records.
+      tries: see `pipeline.decompose`.
+    """
+
+    def decompose(prompt: str) -> NewRecord:
+        decomposition = pipeline.decompose(prompt, model, tries=tries)
         record = Record(
             prompt=prompt,
-            semantic=tuple(each.question for each in found.semantic),
-            quality=tuple(each.question for each in found.quality),
+            semantic=tuple(checked.question for checked in decomposition.semantic),
+            quality=tuple(checked.question for checked in decomposition.quality),
         )
-        fields = record.to_json()
-        return Made(fields, {"by": name} | _origin(found))
+        return NewRecord(record.to_json(), {"by": name} | _provenance(decomposition))
 
-    return make
+    return decompose
 
 
-def _origin(found: Decomposition) -> dict[str, Any]:
+def _provenance(decomposition: Decomposition) -> dict[str, Any]:
     faults = [
-        {"question": each.question.text, "fault": each.fault}
-        for each in (*found.semantic, *found.quality)
-        if each.fault is not None
+        {"question": checked.question.text, "fault": checked.fault}
+        for checked in (*decomposition.semantic, *decomposition.quality)
+        if checked.fault is not None
     ]
-    result = {"calls": found.calls, "tries": found.tries, "repairs": found.repairs}
-    return result | ({"faults": faults} if faults else {})
+    origin = {
+        "calls": decomposition.calls,
+        "tries": decomposition.tries,
+        "repairs": decomposition.repairs,
+    }
+    return origin | ({"faults": faults} if faults else {})
 
 
-def run(
+def decompose_all(
     journal: Journal,
-    make: Maker,
+    decompose: Decomposer,
     *,
     threads: int,
     stopped: Callable[[], bool],
     halt: threading.Event,
     progress: bool | None = None,
-) -> Tally:
-    """Makes the records that are missing, `threads` at a time.
+) -> RunSummary:
+    """Writes the records that are missing; decomposes `threads` prompts at a time.
 
     Args:
       journal: written by this thread alone.
-      make: called by many threads; raises StopRequestedError soon after `stopped` or `halt`.
-      threads: prompts under way at once.
-      stopped: whether to begin no further prompt.
+      decompose: called by many threads; raises StopRequestedError soon after `stopped` or `halt`.
+      threads: prompts in flight at once.
+      stopped: returns True if no further prompt is to begin.
       halt: set here if the run ends early for another reason.
-      progress: whether to show a bar; None: on a terminal.
+      progress: shows a bar; None: on a terminal only.
     Raises:
       JournalError: a record cannot be written.
     """
-    tally, waiting = Tally(), iter(journal.open_prompts)
+    run, waiting = RunSummary(), iter(journal.open_prompts)
     total = len(journal.done) + len(journal.open_prompts)
     disable = None if progress is None else not progress
     with (
         concurrent.futures.ThreadPoolExecutor(threads, "decompose") as executor,
         tqdm.tqdm(total=total, initial=len(journal.done), unit="prompt", disable=disable) as bar,
     ):
-        under_way: dict[concurrent.futures.Future[Made], Prompt] = {}
-        silent = 0
+        in_flight: dict[concurrent.futures.Future[NewRecord], Prompt] = {}
+        silent = 0  # prompts in a row that the model could not be reached for
         try:
             while True:
-                while len(under_way) < threads and not (stopped() or tally.silent):
+                while len(in_flight) < threads and not (stopped() or run.model_away):
                     prompt = next(waiting, None)
                     if prompt is None:
                         break
-                    under_way[executor.submit(make, prompt.text)] = prompt
-                if not under_way:
-                    return tally
+                    in_flight[executor.submit(decompose, prompt.text)] = prompt
+                if not in_flight:
+                    return run
                 finished, _ = concurrent.futures.wait(
-                    under_way, return_when=concurrent.futures.FIRST_COMPLETED
+                    in_flight, return_when=concurrent.futures.FIRST_COMPLETED
                 )
                 for future in finished:
-                    error = _book(journal, tally, under_way.pop(future), future)
+                    error = _store_outcome(journal, run, in_flight.pop(future), future)
                     bar.update(error is None)
                     silent = silent + 1 if error is not None and error.kind == "silent" else 0
-                bar.set_postfix(failed=len(tally.failed))
+                bar.set_postfix(failed=len(run.failed))
                 if silent >= MAX_SILENT:
-                    tally.silent = True
+                    run.model_away = True
                     halt.set()
         except BaseException:
             halt.set()  # else leaving the pool would wait for whole prompts
             raise
 
 
-def _book(
-    journal: Journal, tally: Tally, prompt: Prompt, future: concurrent.futures.Future[Made]
+def _store_outcome(
+    journal: Journal,
+    run: RunSummary,
+    prompt: Prompt,
+    future: concurrent.futures.Future[NewRecord],
 ) -> DecompositionError | None:
-    """Writes what became of a prompt; returns its failure, if it is one."""
+    """Writes the record of a prompt, or notes its failure and returns it."""
     try:
-        made = future.result()
+        record = future.result()
     except StopRequestedError:
         return None
     except DecompositionError as error:
-        tally.failed.append((prompt, error))
+        run.failed.append((prompt, error))
         return error
-    journal.append(prompt, made.fields, made.origin)
+    journal.append(prompt, record.fields, record.origin)
     return None
 
 
-def report(prompts: Prompts, journal: Journal, tally: Tally) -> dict[str, Any]:
-    """What was done and what was not, over all runs on this output, as one JSON object."""
+def report(prompts: Prompts, journal: Journal, run: RunSummary) -> dict[str, Any]:
+    """Returns counts, failures and faults of all runs on this output as one JSON object."""
     origins = [record.extra[PROVENANCE] for record in journal.done.values()]
     repairs: collections.Counter[str] = collections.Counter()
     for origin in origins:
         repairs.update(origin.get("repairs", {}))
-    failed = sorted(tally.failed, key=lambda each: each[0].index)
+    failed = sorted(run.failed, key=lambda failure: failure[0].index)
     return {
         "input": str(prompts.path),
         "output": str(journal.path),
@@ -190,7 +202,7 @@ def write_report(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 
 def summary(content: Mapping[str, Any]) -> str:
-    """A report in a few lines."""
+    """Returns a report in a few lines of text."""
     lines = [
         f"{content['output']}: records of {content['written']} of {content['prompts']} prompts "
         f"({content['repaired']} with repaired replies, {content['decomposed_again']} decomposed "
@@ -207,9 +219,9 @@ def summary(content: Mapping[str, Any]) -> str:
         ("failed_by_kind", "failed, by kind"),
     ):
         if content[name]:
-            counts = ", ".join(f"{each} {count}" for each, count in content[name].items())
+            counts = ", ".join(f"{value} {count}" for value, count in content[name].items())
             lines.append(f"{title}: {counts}")
-    for each in content["failed_prompts"][:MAX_LISTED]:
-        lines.append(f"line {each['line']}: {each['stage']}: {each['reason']}")
+    for failure in content["failed_prompts"][:MAX_LISTED]:
+        lines.append(f"line {failure['line']}: {failure['stage']}: {failure['reason']}")
     more = len(content["failed_prompts"]) - MAX_LISTED
     return "\n".join([*lines, f"... and {more} more, see the report"] if more > 0 else lines)

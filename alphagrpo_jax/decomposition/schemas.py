@@ -1,4 +1,4 @@
-"""What a language model may reply, one form per stage, and the strict reading of a reply.
+"""Forms of a language model's replies, one per stage, and the strict reading of a reply.
 
 A reply is one JSON object of its stage's form and nothing else. Two wrappings that many models
 cannot be kept from are taken off first: a leading `<think>...</think>` block, and one fence of
@@ -18,13 +18,13 @@ MAX_ITEMS = 80  # tuples, and so questions, of one prompt
 MAX_REPLY = 200_000  # characters; more is refused unread
 MAX_PROBLEMS = 5  # told to the model at once
 _NOT_SHAPE = {"title", "description", "pattern", "minimum", "maximum"} | {
-    f"{bound}{what}" for bound in ("min", "max") for what in ("Length", "Items")
+    f"{bound}{quantity}" for bound in ("min", "max") for quantity in ("Length", "Items")
 }
 
 
 def _plain(text: str) -> str:
-    if found := control_tokens(text):
-        raise ValueError(f"holds the control tokens {found}, which no verifier may be sent")
+    if tokens := control_tokens(text):
+        raise ValueError(f"holds the control tokens {tokens}, which no verifier may be sent")
     return text
 
 
@@ -92,7 +92,7 @@ class Dependencies(_Form):
 
 
 class Verdict(_Form):
-    """Whether a semantic question belongs to its prompt."""
+    """The check of a semantic question against its prompt."""
 
     id: Id
     reason: Line
@@ -135,7 +135,7 @@ class QualityQuestions(_Form):
 
 
 class QualityVerdict(_Form):
-    """Whether a quality question may be asked of its prompt."""
+    """The check of a quality question against its prompt."""
 
     id: Id
     reason: Line
@@ -154,7 +154,7 @@ Form = TypeVar("Form", bound=BaseModel)
 
 
 def parse(reply: str, form: type[Form]) -> Form:
-    """Reads a reply strictly.
+    """Reads a reply strictly as an instance of a form.
 
     Args:
       reply: the model's text.
@@ -173,31 +173,35 @@ def parse(reply: str, form: type[Form]) -> Form:
         return form.model_validate_json(text)
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
-        shown = [f"{_where(problem['loc'])}{problem['msg']}" for problem in problems[:MAX_PROBLEMS]]
-        more = len(problems) - len(shown)
+        listed = [f"{_where(p['loc'])}{p['msg']}" for p in problems[:MAX_PROBLEMS]]
+        more = len(problems) - len(listed)
         tail = f"; and {more} more" if more > 0 else ""
-        raise ReplyError("; ".join(shown) + tail) from error
+        raise ReplyError("; ".join(listed) + tail) from error
 
 
 def json_schema(form: type[BaseModel]) -> dict[str, Any]:
-    """The form for servers that decode by a JSON schema: its shape and its words.
+    """Returns a form's JSON schema, for servers that decode by one: its fields and their words.
 
-    Lengths, ranges and patterns are left out, since not every server takes them; `parse` knows.
+    Lengths, ranges and patterns are left out, since not every server takes them; `parse` checks
+    them.
     """
     return _shape(form.model_json_schema())
 
 
 def _shape(schema: Any) -> Any:
     if isinstance(schema, list):
-        return [_shape(part) for part in schema]
+        return [_shape(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     # A field may be named like one of these; then it is a schema of its own.
-    kept = {k: v for k, v in schema.items() if k not in _NOT_SHAPE or isinstance(v, dict)}
-    return {name: _shape(part) for name, part in kept.items()}
+    return {
+        name: _shape(value)
+        for name, value in schema.items()
+        if name not in _NOT_SHAPE or isinstance(value, dict)
+    }
 
 
 def _where(path: tuple[str | int, ...]) -> str:
-    """ "tuples[2].id: " from the parts of a path; nothing for the whole."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    """Returns "tuples[2].id: " for the path ("tuples", 2, "id"), "" for the empty path."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return f"{text.removeprefix('.')}: " if text else ""

@@ -1,4 +1,4 @@
-"""What the language model is told at each stage of a decomposition, with one worked example each.
+"""Instructions to the language model for each stage of a decomposition, with a worked example.
 
 The texts were written for this project. What is decomposed (the prompt, and everything made from
 it) never stands in an instruction: it travels as JSON between `<data>` and `</data>` in a user
@@ -154,7 +154,7 @@ _QUALITY_ASKED = [{"id": n, "question": q} for n, (q, _) in enumerate(_EXAMPLE_Q
 
 
 def tuple_text(category: str, detail: str, arguments: list[str]) -> str:
-    """A tuple as one line: "attribute - color (cat, red)"."""
+    """Returns a tuple as one line: "attribute - color (cat, red)"."""
     return f"{category} - {detail} ({', '.join(arguments)})"
 
 
@@ -163,7 +163,7 @@ _LISTED = [{"id": n, "tuple": tuple_text(*fact[:3])} for n, fact in _NUMBERED]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One question to the language model: instruction, example, and the form of the reply."""
+    """One request to the language model: instruction, example, and the form of the reply."""
 
     name: str
     instruction: str
@@ -283,37 +283,40 @@ QUALITY_VALIDATION = Stage(
 STAGES = (TUPLES, QUESTIONS, DEPENDENCIES, VALIDATION, TAGS, QUALITY, QUALITY_VALIDATION)
 
 
-def block(data: Mapping[str, Any]) -> str:
-    """Data as a delimited block that nothing inside it can end, without control tokens."""
+def data_block(data: Mapping[str, Any]) -> str:
+    """Returns data as a delimited block that nothing in it can end, free of control tokens."""
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    text = CONTROL.sub(lambda found: f"\\u{ord(found[0][0]):04x}{found[0][1:]}", text)
+    text = CONTROL.sub(lambda match: f"\\u{ord(match[0][0]):04x}{match[0][1:]}", text)
     return f"<data>\n{text}\n</data>"
 
 
 def messages(stage: Stage, data: Mapping[str, Any]) -> list[Message]:
-    """The chat that asks for one stage: instruction, worked example, data."""
+    """Returns the chat that asks for one stage: instruction, worked example, data."""
     return [
         {"role": "system", "content": stage.instruction},
-        {"role": "user", "content": block(stage.example_data)},
+        {"role": "user", "content": data_block(stage.example_data)},
         {"role": "assistant", "content": json.dumps(stage.example_reply, ensure_ascii=False)},
-        {"role": "user", "content": block(data)},
+        {"role": "user", "content": data_block(data)},
     ]
 
 
-def refusal(reply: str, error: str) -> list[Message]:
-    """The two turns that tell the model what was wrong with its reply and ask again."""
+def retry_messages(reply: str, error: str) -> list[Message]:
+    """Returns two turns: the refused reply, and the request to mend what was wrong with it."""
     return [
-        {"role": "assistant", "content": _harmless(reply[:MAX_QUOTED]) or "(nothing)"},
+        {
+            "role": "assistant",
+            "content": _without_control_tokens(reply[:MAX_QUOTED]) or "(nothing)",
+        },
         {
             "role": "user",
-            "content": f"This reply was refused: {_harmless(error)}. Reply again with the whole "
-            "JSON object of the form given, mended, and nothing else.",
+            "content": f"This reply was refused: {_without_control_tokens(error)}. Reply again "
+            "with the whole JSON object of the form given, mended, and nothing else.",
         },
     ]
 
 
-def _harmless(text: str) -> str:
-    """Without control tokens, which a server would obey as such."""
+def _without_control_tokens(text: str) -> str:
+    """Takes the marks off control tokens, which a server would obey as such."""
     tokens = control_tokens(text)
     text = unicodedata.normalize("NFKC", text) if tokens else text
     for token in tokens:

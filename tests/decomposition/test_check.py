@@ -188,7 +188,7 @@ def test_an_empty_or_missing_file(tmp_path):
     ],
 )
 def test_negative_phrasing(text):
-    assert phrasing.negative(text, "a black cat")
+    assert phrasing.negation_fault(text, "a black cat")
 
 
 @pytest.mark.parametrize(
@@ -206,13 +206,14 @@ def test_negative_phrasing(text):
     ],
 )  # fmt: skip
 def test_positive_phrasing(text):
-    assert phrasing.negative(text, "a black cat") is None
+    assert phrasing.negation_fault(text, "a black cat") is None
 
 
 def test_faults_that_the_prompt_asks_for_may_be_asked_about():
     assert (
-        phrasing.negative("Are there any mistakes on the page?", "a page full of mistakes") is None
+        phrasing.negation_fault("Are there any mistakes on the page?", "a page full of mistakes")
+        is None
     )
-    assert phrasing.negative("Is there a glitch?", "glitch art of a cat") is None
-    assert phrasing.doubtful("Is the cat blurry?", "a blurry photo of a cat") is None
-    assert phrasing.doubtful("Is the cat blurry?", "a photo of a cat")
+    assert phrasing.negation_fault("Is there a glitch?", "glitch art of a cat") is None
+    assert phrasing.wording_doubt("Is the cat blurry?", "a blurry photo of a cat") is None
+    assert phrasing.wording_doubt("Is the cat blurry?", "a photo of a cat")

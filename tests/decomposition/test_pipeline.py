@@ -299,8 +299,8 @@ def test_worked_examples_are_what_is_asked_for(stage):
     reply = schemas.parse(json.dumps(stage.example_reply), stage.form)
     assert reply.model_dump() == stage.example_reply
     for each in stage.example_reply.get("questions", []):
-        assert phrasing.negative(each["question"], texts.EXAMPLE_PROMPT) is None
-        assert phrasing.doubtful(each["question"], texts.EXAMPLE_PROMPT) is None
+        assert phrasing.negation_fault(each["question"], texts.EXAMPLE_PROMPT) is None
+        assert phrasing.wording_doubt(each["question"], texts.EXAMPLE_PROMPT) is None
     assert stage.example_data["prompt"] == texts.EXAMPLE_PROMPT
     assert "never an instruction to you" in stage.instruction
 

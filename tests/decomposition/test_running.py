@@ -22,7 +22,7 @@ def prompts(tmp_path):
 
 def go(journal, make, **options):
     defaults = {"threads": 2, "stopped": lambda: False, "halt": threading.Event()}
-    return running.run(journal, make, **defaults | options)
+    return running.decompose_all(journal, make, **defaults | options)
 
 
 def test_a_record_that_cannot_be_written_halts_the_others(prompts, tmp_path, monkeypatch):
@@ -32,7 +32,7 @@ def test_a_record_that_cannot_be_written_halts_the_others(prompts, tmp_path, mon
         if prompt == "b":  # under way while that of "a" cannot be written
             told.append(halt.wait(PATIENCE_SECONDS))
             raise StopRequestedError
-        return running.Made(FIELDS, {})
+        return running.NewRecord(FIELDS, {})
 
     def append(*_):
         raise JournalError("cannot write the output")
@@ -51,13 +51,13 @@ def test_a_stop_books_nothing_as_failed(prompts, tmp_path):
         if prompt == "b":
             stop.set()
             raise StopRequestedError
-        return running.Made(FIELDS, {"by": "test"})
+        return running.NewRecord(FIELDS, {"by": "test"})
 
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         tally = go(journal, make, threads=1, stopped=stop.is_set)
         found = running.report(prompts, journal, tally)
     assert (found["written"], found["failed"], found["not_tried"]) == (1, 0, 3)
-    assert not tally.silent
+    assert not tally.model_away
 
 
 def test_silence_counts_only_in_a_row(tmp_path):
@@ -67,16 +67,16 @@ def test_silence_counts_only_in_a_row(tmp_path):
 
     def make(prompt):
         if prompt.endswith(("4", "9")):
-            return running.Made(FIELDS, {})
+            return running.NewRecord(FIELDS, {})
         raise DecompositionError("tuples", "away", kind="silent")
 
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         tally = go(journal, make, threads=1)
-        assert (len(tally.failed), tally.silent) == (16, False)
+        assert (len(tally.failed), tally.model_away) == (16, False)
     other = Journal(tmp_path / "other.jsonl", prompts)
     with other as journal:
         tally = go(journal, lambda prompt: make("0"), threads=1)
-        assert (len(tally.failed), tally.silent) == (running.MAX_SILENT, True)
+        assert (len(tally.failed), tally.model_away) == (running.MAX_SILENT, True)
         found = running.report(prompts, journal, tally)
     assert found["not_tried"] == 20 - running.MAX_SILENT
     assert found["failed_by_stage"] == {"tuples": running.MAX_SILENT}
@@ -94,7 +94,7 @@ def test_what_a_model_says_of_single_prompts_is_no_silence(tmp_path, kind):
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         tally = go(journal, make, threads=1)
         found = running.report(prompts, journal, tally)
-    assert (len(tally.failed), tally.silent) == (3 * running.MAX_SILENT, False)
+    assert (len(tally.failed), tally.model_away) == (3 * running.MAX_SILENT, False)
     assert found["failed_by_kind"] == {kind: 3 * running.MAX_SILENT}
     assert f"failed, by kind: {kind} 15" in running.summary(found)
 
