@@ -21,11 +21,11 @@ def of_batch(rewards: BatchRewards, options: AdvantageOptions) -> BatchAdvantage
     refines = rewards.text_initial is not None and rewards.improved
     batch_options = options if refines else dataclasses.replace(options, baseline="group")
 
-    def advantages(total: np.ndarray, initial: np.ndarray | None) -> Advantages:
+    def compute(total: np.ndarray, initial: np.ndarray | None) -> Advantages:
         return group_advantage(total, rewards.valid, batch_options, initial=initial)
 
-    text = advantages(rewards.text, rewards.text_initial)
-    image = advantages(rewards.image, rewards.image_initial)
+    text = compute(rewards.text, rewards.text_initial)
+    image = compute(rewards.image, rewards.image_initial)
     return BatchAdvantages(text, image.advantage, left_out=not rewards.improved)
 
 
@@ -37,12 +37,12 @@ def group_advantage(
     initial: np.ndarray | None = None,
     eps: float = 1e-4,
 ) -> Advantages:
-    """Advantage of each trajectory over its prompt's baseline: `A = (r - b) / (scale + eps)`.
+    """Computes each trajectory's advantage over a baseline: `A = (r - b) / (scale + eps)`.
 
     AlphaGRPO (arXiv 2605.12495), section 3; GRPO (arXiv 2402.03300). Baselines `b`: "group", the
     mean of the group's valid rewards; "initial", the reward of the image that the group refines;
     "anchor", the larger of the two. Scales: population standard deviation of the raw rewards of all
-    valid samples ("global_raw"), of group-centred rewards ("global_centered"), or per group
+    valid samples ("global_raw"), of group-centered rewards ("global_centered"), or per group
     ("group"); with baseline "anchor" the root mean square of `r - b` over all used samples or the
     group; "none" divides by 1 (ReMax, no eps).
 
@@ -67,11 +67,11 @@ def group_advantage(
     mean = _masked_mean(rewards, valid, axis=1)  # [P, 1]
     equal = _all_equal(reward, valid)  # [P]
     offset = _baseline(mean, baseline, initial)
-    centred = np.where(used, rewards - offset, 0.0)
+    centered = np.where(used, rewards - offset, 0.0)
     if baseline == "group":
-        centred[equal] = 0.0  # rounding of the mean must not pass for a difference
-    scale = _scale(rewards, centred, mean, valid, used, std, baseline)
-    advantage = centred / (scale + eps) if std != "none" else centred
+        centered[equal] = 0.0  # rounding of the mean must not pass for a difference
+    scale = _scale(rewards, centered, mean, valid, used, std, baseline)
+    advantage = centered / (scale + eps) if std != "none" else centered
     groups = used.any(axis=1)
     metrics = {
         "group/zero_std_fraction": float(equal[groups].mean()) if groups.any() else 0.0,
@@ -82,49 +82,49 @@ def group_advantage(
 
 
 def _baseline(mean: np.ndarray, baseline: str, initial: np.ndarray | None) -> np.ndarray:
-    """What each group's rewards are compared with, float64[P, 1]."""
+    """Returns what each group's rewards are compared with, float64[P, 1]."""
     if baseline == "group":
         return mean
-    given = np.asarray(initial, np.float64)[:, None]
-    return given if baseline == "initial" else np.maximum(mean, given)
+    initial_reward = np.asarray(initial, np.float64)[:, None]
+    return initial_reward if baseline == "initial" else np.maximum(mean, initial_reward)
 
 
 def _scale(
     rewards: np.ndarray,
-    centred: np.ndarray,
+    centered: np.ndarray,
     mean: np.ndarray,
     valid: np.ndarray,
     used: np.ndarray,
     std: str,
     baseline: str,
 ) -> np.ndarray:
-    """Divisor without eps, float64 broadcastable to [P, G]."""
+    """Computes the divisor without eps, float64 broadcastable to [P, G]."""
     if std == "none":
         return np.ones((1, 1))
     axis = 1 if std == "group" else None
     if baseline == "anchor":
-        return np.sqrt(_masked_mean(np.square(centred), used, axis=axis))
+        return np.sqrt(_masked_mean(np.square(centered), used, axis=axis))
     if std == "global_raw":
-        centre = _masked_mean(rewards, valid, axis=None)
-        return np.sqrt(_masked_mean(np.square(rewards - centre), valid, axis=None))
+        center = _masked_mean(rewards, valid, axis=None)
+        return np.sqrt(_masked_mean(np.square(rewards - center), valid, axis=None))
     return np.sqrt(_masked_mean(np.square(rewards - mean), valid, axis=axis))
 
 
 def _masked_mean(values: np.ndarray, mask: np.ndarray, *, axis: int | None) -> np.ndarray:
-    """Mean over the masked entries (0 where there are none), dimensions kept."""
+    """Averages over the masked entries (0 where there are none), dimensions kept."""
     count = np.maximum(mask.sum(axis=axis, keepdims=True), 1)
     return np.where(mask, values, 0.0).sum(axis=axis, keepdims=True) / count
 
 
 def _all_equal(reward: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Whether all valid rewards of each group are the same number, bool[P]."""
+    """Tells whether all valid rewards of each group are the same number, bool[P]."""
     high = np.where(valid, reward, -np.inf).max(axis=1)
     low = np.where(valid, reward, np.inf).min(axis=1)
     return high <= low
 
 
 def _checked(reward: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs as float64 and bool, after checking shapes and that valid rewards are finite."""
+    """Returns the inputs as float64 and bool, after checking shapes and finite valid rewards."""
     reward = np.asarray(reward, np.float64)
     valid = np.asarray(valid, bool)
     if reward.ndim != 2 or reward.shape != valid.shape:
@@ -143,6 +143,7 @@ def _checked(reward: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _check_initial(initial: np.ndarray | None, baseline: str, prompts: int) -> None:
+    """Refuses initial rewards that are missing, of another number, or not finite."""
     if initial is None or np.shape(initial) != (prompts,) or not np.isfinite(initial).all():
         raise ValueError(
             f"baseline={baseline!r} needs the finite rewards of {prompts} initial images, "

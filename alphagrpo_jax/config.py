@@ -54,6 +54,7 @@ def check_key_name(name: str) -> str:
 
 
 def _check_pattern(pattern: str) -> str:
+    """Refuses what is no regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -62,6 +63,7 @@ def _check_pattern(pattern: str) -> str:
 
 
 def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """Refuses an interval that is empty."""
     low, high = interval
     if not low < high:
         raise ValueError(f"got {interval}, expected two noise levels (lo, hi), lo < hi")
@@ -183,7 +185,7 @@ class RewardOptions:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """The names of all scores that the reward is made of."""
+        """Names of all scores that the reward is made of."""
         return (self.score, *self.extra_scores)
 
 
@@ -205,7 +207,7 @@ class DataOptions:
     """JSONL file of held-out questions about images."""
 
     def pair(self, kind: str) -> tuple[str, str]:
-        """Training and held-out file of a kind of data, see `tasks.Task.data`."""
+        """Returns the training and the held-out file of a kind of data, see `tasks.Task.data`."""
         pairs = {
             "prompts": (self.train, self.heldout),
             "edits": (self.edit_train, self.edit_heldout),
@@ -235,12 +237,12 @@ class Guidance:
 
     @property
     def uses_text(self) -> bool:
-        """Whether the text-dropped branch is evaluated at all."""
+        """True where the text-dropped branch is evaluated at all."""
         return self.text_scale > 1.0
 
     @property
     def uses_image(self) -> bool:
-        """Whether the image-dropped branch is evaluated at all."""
+        """True where the image-dropped branch is evaluated at all."""
         return self.uses_text and self.image_scale > 1.0
 
 
@@ -500,7 +502,7 @@ class Config:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks that are trained."""
+        """Names of the tasks that are trained."""
         return self.mixed.tasks if self.task == "mixed" else (self.task,)
 
     @property

@@ -1,5 +1,6 @@
-"""Self-reflective refinement on the host: which initial image a group repairs, what its rewards are
-then, and the queue in which initial images wait. numpy in, numpy out.
+"""Self-reflective refinement on the host, numpy in and numpy out.
+
+Chooses the initial image that a group repairs, rectifies its rewards, and counts the outcomes.
 """
 
 from typing import NamedTuple, get_args
@@ -12,7 +13,7 @@ from alphagrpo_jax.config import InitialChoice, Rectification
 def choose_initial(
     reward: np.ndarray, valid: np.ndarray, *, choice: InitialChoice, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of each prompt's K images is to be repaired (AlphaGRPO, arXiv 2605.12495, SRR stage 1).
+    """Chooses the image to repair of each prompt's K (AlphaGRPO, arXiv 2605.12495, SRR stage 1).
 
     "worst": the one of the lowest reward, the first of equals. "softmax": drawn with probabilities
     `softmax(1 - reward)` over the valid ones.
@@ -61,7 +62,7 @@ def rectify(
     *,
     mode: Rectification,
 ) -> Rectified:
-    """False positive rectification: a refinement that did not improve is not reinforced.
+    """Rectifies false positives: a refinement that did not improve is not reinforced.
 
     Where `r <= r_initial`, the reward becomes the lowest initial reward of its prompt ("released",
     as AlphaGRPO's code does), or the group's own minimum over valid samples ("paper", arXiv
@@ -94,7 +95,7 @@ def rectify(
 
 
 def outcomes(initial: np.ndarray, refined: np.ndarray) -> dict[str, float]:
-    """Shares of refinements that improve, keep and spoil an image, by some score of it.
+    """Computes the shares of refinements that improve, keep and spoil an image, by some score.
 
     Args:
       initial, refined: float[N], e.g. the share of facts that hold.

@@ -53,9 +53,9 @@ def combine(
     v_text = v_text.astype(jnp.float32)
     u = v_text + guidance.text_scale * (v - v_text)
     if guidance.renorm == "text_channel":
-        return _add_image(_renormalise(u, v, (2,), guidance.renorm_min), v_image, guidance)
+        return _add_image(_renormalize(u, v, (2,), guidance.renorm_min), v_image, guidance)
     axes = (1, 2) if guidance.renorm == "global" else (2,)
-    return _renormalise(_add_image(u, v_image, guidance), v, axes, guidance.renorm_min)
+    return _renormalize(_add_image(u, v_image, guidance), v, axes, guidance.renorm_min)
 
 
 def _add_image(u: jax.Array, v_image: jax.Array | None, guidance: Guidance) -> jax.Array:
@@ -67,7 +67,7 @@ def _add_image(u: jax.Array, v_image: jax.Array | None, guidance: Guidance) -> j
     return v_image + guidance.image_scale * (u - v_image)
 
 
-def _renormalise(u: jax.Array, v: jax.Array, axes: tuple[int, ...], minimum: float) -> jax.Array:
+def _renormalize(u: jax.Array, v: jax.Array, axes: tuple[int, ...], minimum: float) -> jax.Array:
     """Computes `u clip(|v| / (|u| + 1e-8), minimum, 1)`, norms over `axes`."""
     ratio = _norm(v, axes) / (_norm(u, axes) + 1e-8)
     ratio = jnp.where(ratio < minimum, minimum, ratio)

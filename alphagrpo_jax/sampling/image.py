@@ -164,6 +164,7 @@ def _velocity(
     *,
     guided: bool | None,
 ) -> jax.Array:
+    """Computes the guided velocity of all rows at one noise level, float32[B, M, C]."""
     rows = jnp.broadcast_to(sigma, x.shape[:1])
     return policy.guided_velocity(
         model, params, contexts, x, rows, grid, options.guidance, active=guided

@@ -50,7 +50,7 @@ class UpdateSpec:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the trajectories' task."""
+        """Plan of the trajectories' task."""
         return self.rollout.plan
 
 
