@@ -37,7 +37,7 @@ TASKS = ("rt2i", "t2i", "ti2i")  # whose steps are all alike
 
 
 class StageSeconds(NamedTuple):
-    """How long the stages of one training step took."""
+    """Seconds that the stages of one training step took."""
 
     rollout: float
     reward_wait: float
@@ -48,7 +48,7 @@ STAGES = StageSeconds._fields
 
 
 def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, float]:
-    """All figures of a configuration, by name; see `table` for their units.
+    """Measures all figures of a configuration, by name; see `table` for their units.
 
     Args:
       config: of the run.
@@ -177,7 +177,7 @@ def _timed(action: Callable[[], object]) -> float:
 
 
 def table(figures: dict[str, float], config: Config) -> str:
-    """The figures for people."""
+    """Formats the figures as a table."""
     get = figures.__getitem__
     rows = [
         ("rollout alone (think and draw)", f"{get('images_per_second'):.1f} images/s"),

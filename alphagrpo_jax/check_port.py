@@ -44,7 +44,7 @@ CASES: dict[str, Callable[[Port, str], Outputs]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CaseResult:
-    """How the outputs of one case compare."""
+    """Comparison of the outputs of one case."""
 
     case: str
     errors: dict[str, float]  # largest absolute error, by array
@@ -53,7 +53,7 @@ class CaseResult:
 
     @property
     def passed(self) -> int:
-        """Number of arrays within tolerance."""
+        """The number of arrays within tolerance."""
         return len(self.errors) - len(self.failed)
 
 
@@ -97,8 +97,9 @@ def _check_case(port: Port, case: str, names: list[str]) -> CaseResult:
         try:
             got = function(port, case)
         except Exception as error:  # the other cases still count
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
+            traceback.print_exc()
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
             message = f"{type(error).__name__}: {error} ({where})"
     verdicts = {name: compare(got.get(name), port.array(name)) for name in names}
     errors = {name: error for name, (_, error) in verdicts.items()}

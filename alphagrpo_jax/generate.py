@@ -38,13 +38,13 @@ from alphagrpo_jax.shapes import grammar
 from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training import verifiers as verifiers_lib
 
-SHOWN_SIDE = 96  # pixels; smaller images are enlarged for the eye
+MIN_SIDE = 96  # pixels; smaller images are enlarged for the eye
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images that are written
 
 
 def to_picture(images: np.ndarray) -> Image.Image:
-    """A grid of uint8[N, H, W, 3], small images enlarged by a whole factor; one image alone."""
-    scale = math.ceil(SHOWN_SIDE / images.shape[1])
+    """Tiles uint8[N, H, W, 3] as a grid, small images enlarged by a whole factor."""
+    scale = math.ceil(MIN_SIDE / images.shape[1])
     large = images.repeat(scale, axis=1).repeat(scale, axis=2)
     if len(large) == 1:
         return Image.fromarray(large[0])
@@ -52,7 +52,7 @@ def to_picture(images: np.ndarray) -> Image.Image:
 
 
 def apply_flags(config: Config, options: argparse.Namespace) -> Config:
-    """A configuration with the sampling, the model and the verifier that the flags name.
+    """Changes a configuration's sampling, model and verifier to those that the flags name.
 
     Raises:
       ConfigError: image guidance where the text guidance is off.
@@ -81,7 +81,7 @@ def apply_flags(config: Config, options: argparse.Namespace) -> Config:
 
 
 def read_config(options: argparse.Namespace) -> Config:
-    """The configuration that the flags name, as they change it."""
+    """Reads the configuration that the flags name, and changes it as they say."""
     if options.checkpoint:
         config = run_folder.run_config(options.checkpoint)
     else:
@@ -90,7 +90,7 @@ def read_config(options: argparse.Namespace) -> Config:
 
 
 def open_policy(options: argparse.Namespace, config: Config) -> inference.Policy:
-    """The policy that the flags name; what it draws with is in `config`."""
+    """Loads the policy that the flags name; it samples as `config` says."""
     if not options.checkpoint:
         return inference.from_config(config)
     policy = inference.from_run(options.checkpoint, model_path=options.model)
@@ -98,19 +98,19 @@ def open_policy(options: argparse.Namespace, config: Config) -> inference.Policy
 
 
 def find_questions(options: argparse.Namespace) -> Record:
-    """The record whose questions rate the rounds: of `--record`, or by the shapes grammar.
+    """Returns the record whose questions rate the rounds: of `--record`, or by the shapes grammar.
 
     Raises:
       InputError: there are no questions about this prompt.
     """
     if options.record:
-        found = [each for each in read_jsonl(options.record) if each.prompt == options.prompt]
-        if not found:
+        records = [r for r in read_jsonl(options.record) if r.prompt == options.prompt]
+        if not records:
             raise InputError(
                 f"{options.record} has no record of the prompt {options.prompt!r}, whose questions "
                 f"--keep {options.keep} needs; add one (decompose writes them)"
             )
-        return found[0]
+        return records[0]
     try:
         return parse_record(grammar.record(options.prompt))
     except grammar.GrammarError as error:
@@ -121,13 +121,13 @@ def find_questions(options: argparse.Namespace) -> Record:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Does what the flags ask for; writes the images and prints the texts."""
-    # What is cheap to refuse comes before the model is loaded.
+    """Generates, edits, answers or refines, as the flags say; writes images and prints texts."""
+    # Loading the model takes long: bad input is refused before it.
     image = None if options.image is None else images_lib.open_rgb(options.image)
-    judged = options.refine and options.keep != "last"
-    record = find_questions(options) if judged else None
+    rates = options.refine and options.keep != "last"
+    record = find_questions(options) if rates else None
     config = read_config(options)
-    if judged:
+    if rates:
         verifiers_lib.verifier_factories(config)
     if options.out is not None:
         pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
@@ -141,15 +141,15 @@ def run(options: argparse.Namespace) -> None:
         _refine(policy, options, image, record, out)
         return
     if options.edit is not None:
-        drawn = inference.edit_image(
+        generated = inference.edit_image(
             policy, image, options.edit, count=options.n, seed=options.seed
         )
     else:
-        drawn = inference.generate_images(
+        generated = inference.generate_images(
             policy, options.prompt, think=options.think, count=options.n, seed=options.seed
         )
-    to_picture(drawn.images).save(out)
-    for number, text in enumerate(drawn.texts, start=1):
+    to_picture(generated.images).save(out)
+    for number, text in enumerate(generated.texts, start=1):
         print(f"{number}: {text}")
     print(out)
 
@@ -173,35 +173,35 @@ def _refine(
     )
     verifier = _verifier_name(policy.config) if record else None
     log = {"prompt": options.prompt, "keep": options.keep, "verifier": verifier, "rounds": []}
-    kept, beside = None, out.with_name(f"{out.stem}_rounds.json")
+    kept_number, log_path = None, out.with_name(f"{out.stem}_rounds.json")
     try:
         with contextlib.closing(rounds):
-            for number, each in enumerate(rounds):
+            for number, image_round in enumerate(rounds):
                 path = out.with_stem(f"{out.stem}_{number}")
-                to_picture(each.image[None]).save(path)
-                if each.kept:
-                    kept = number
-                    to_picture(each.image[None]).save(out)
-                entry = {"image": path.name, "text": each.text, "reward": each.reward}
-                log["rounds"].append(entry)
-                log["kept"] = kept
-                replace_text(beside, json.dumps(log, indent=2, ensure_ascii=False) + "\n")
-                score = "" if each.reward is None else f" (verifier: {each.reward:.3f})"
-                print(f"round {number}{score}: {each.text}\n  {path}")
+                to_picture(image_round.image[None]).save(path)
+                if image_round.is_kept:
+                    kept_number = number
+                    to_picture(image_round.image[None]).save(out)
+                text, reward = image_round.text, image_round.reward
+                log["rounds"].append({"image": path.name, "text": text, "reward": reward})
+                log["kept"] = kept_number
+                replace_text(log_path, json.dumps(log, indent=2, ensure_ascii=False) + "\n")
+                score = "" if reward is None else f" (verifier: {reward:.3f})"
+                print(f"round {number}{score}: {text}\n  {path}")
     except UserError as error:
         if not log["rounds"]:
             raise
-        result = "none is kept" if kept is None else f"{out} is round {kept}"
+        result = "none is kept" if kept_number is None else f"{out} is round {kept_number}"
         raise InputError(
             f"after round {len(log['rounds']) - 1}: {error}; all rounds so far are written beside "
-            f"{out}, with {beside.name}; {result}"
+            f"{out}, with {log_path.name}; {result}"
         ) from error
-    used = f"by the verifier {verifier}" if record else "without a verifier"
-    print(f"kept round {kept} ({options.keep}, {used}): {out}; reflections: {beside}")
+    rated = f"by the verifier {verifier}" if record else "without a verifier"
+    print(f"kept round {kept_number} ({options.keep}, {rated}): {out}; reflections: {log_path}")
 
 
 def _verifier_name(config: Config) -> str:
-    """Which verifier rates the rounds."""
+    """Returns the name of the verifier that rates the rounds."""
     remote = f"{config.verifier.model} at {', '.join(config.verifier.endpoints)}"
     if config.verifier.kind == "openai":
         return remote
@@ -256,37 +256,40 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    asked = [name for name in ("prompt", "edit", "ask") if vars(options)[name] is not None]
-    if len(asked) != 1:
-        parser.error(f"give one of --prompt, --edit and --ask, got {asked or 'none'}")
-    if asked[0] in ("edit", "ask") and options.image is None:
-        parser.error(f"--{asked[0]} needs --image")
-    if asked[0] == "prompt" and options.image is not None and not options.refine:
+    actions = [name for name in ("prompt", "edit", "ask") if vars(options)[name] is not None]
+    if len(actions) != 1:
+        parser.error(f"give one of --prompt, --edit and --ask, got {actions or 'none'}")
+    (action,) = actions
+    if action in ("edit", "ask") and options.image is None:
+        parser.error(f"--{action} needs --image")
+    if action == "prompt" and options.image is not None and not options.refine:
         parser.error("--image with --prompt needs --refine; to change an image use --edit")
-    if asked[0] != "ask" and options.out is None:
+    if action != "ask" and options.out is None:
         parser.error("--out is needed")
-    if options.refine and asked[0] != "prompt":
+    if options.refine and action != "prompt":
         parser.error("--refine needs --prompt")
     if options.refine and options.n > 1:
         parser.error("--refine repairs one image; leave --n out")
     if options.keep != "last" and not options.refine:
         parser.error(f"--keep {options.keep} needs --refine")
-    drawing = ("out", "num_points", "text_guidance", "image_guidance")
-    drawing = any(vars(options)[name] is not None for name in drawing) or options.n > 1
-    given = options.refine and options.image is not None
-    without = {
-        "--think with --edit or --ask, which always think": options.think and asked != ["prompt"],
-        "--think with --refine and --image: the first image is given": options.think and given,
-        "--n, --out, --num-points or guidance with --ask": drawing and asked == ["ask"],
+    image_flags = ("out", "num_points", "text_guidance", "image_guidance")
+    has_image_flags = any(vars(options)[name] is not None for name in image_flags) or options.n > 1
+    has_first_image = options.refine and options.image is not None
+    without_effect = {
+        "--think with --edit or --ask, which always think": options.think and action != "prompt",
+        "--think with --refine and --image: the first image is given": (
+            options.think and has_first_image
+        ),
+        "--n, --out, --num-points or guidance with --ask": has_image_flags and action == "ask",
         "--image-guidance without --edit or --refine": (
-            options.image_guidance is not None and asked == ["prompt"] and not options.refine
+            options.image_guidance is not None and action == "prompt" and not options.refine
         ),
         "--record or --verifier without --keep best or gated": (
             (options.record or options.verifier) and options.keep == "last"
         ),
     }
-    for flags, given in without.items():
-        if given:
+    for flags, is_used in without_effect.items():
+        if is_used:
             parser.error(f"without effect: {flags}; leave it out")
     if options.out is not None and pathlib.Path(options.out).suffix.lower() not in FORMATS:
         parser.error(f"--out {options.out}: expected a name that ends with one of {FORMATS}")

@@ -1,4 +1,7 @@
-"""What a policy can be used for: drawing, editing, answering, and refining its own images."""
+"""Loads a policy: the config's pretrained model or a run's latest checkpoint; and samples from it.
+
+Generates images of a prompt, edits images, answers questions about them, and refines its own.
+"""
 
 import dataclasses
 import pathlib
@@ -16,11 +19,10 @@ from alphagrpo_jax.config_checks import change_options
 from alphagrpo_jax.models.bagel_weights import Loaded
 from alphagrpo_jax.prompts import image_block, start_position
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import checkpoint, distributed, sharding
 from alphagrpo_jax.runtime import images as images_lib
-from alphagrpo_jax.runtime.errors import InputError, MissingFileError
+from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.sampling.trajectory import RolloutSpec, sample_trajectories
 from alphagrpo_jax.training import gradient as gradient_lib
@@ -32,13 +34,13 @@ from alphagrpo_jax.training.run_folder import payload, run_config
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
 KEEP_MODES = ("last", "best", "gated")
-BATCH_ROWS = 100  # rows of `run_task` at a time
+BATCH_ROWS = 100  # of `run_task`
 
-_rollout = jax.jit(sample_trajectories, static_argnames=("model", "spec"))
+_sample_trajectories = jax.jit(sample_trajectories, static_argnames=("model", "spec"))
 
 
 class Policy(NamedTuple):
-    """A policy, and what it came from."""
+    """A model with its parameters, and the configuration that it samples with."""
 
     config: Config
     loaded: Loaded
@@ -47,19 +49,19 @@ class Policy(NamedTuple):
 
 
 def from_config(config: Config) -> Policy:
-    """The pretrained policy of a configuration, on one device."""
+    """Loads the pretrained policy of a configuration, on one device."""
     loaded = setup.load_policy(config, _one_device())
     return Policy(config, loaded, policy.PolicyParams(loaded.base), 0)
 
 
 def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Policy:
-    """The policy of a run's newest checkpoint, on one device.
+    """Loads the policy of a run's newest checkpoint, on one device.
 
     Args:
-      folder: the run's.
-      model_path: where the pretrained model lies now; None: where the run found it.
+      folder: of the run.
+      model_path: of the pretrained model, if it has moved since the run; None: as in the run.
     Raises:
-      FileNotFoundError: the folder is not a run's, or has no checkpoint yet.
+      MissingFileError: the folder is not a run's, or has no checkpoint yet.
       CheckpointError: the checkpoint cannot be read.
     """
     config = run_config(folder)
@@ -85,7 +87,7 @@ def _one_device() -> jax.sharding.Mesh:
 
 
 class TaskOutput(NamedTuple):
-    """What a task's steps made of N inputs."""
+    """Images and texts that a task's steps generate for N inputs."""
 
     images: np.ndarray | None  # uint8[N, H, W, 3], of the last image step if there is one
     texts: list[list[str]]  # of each text step
@@ -99,45 +101,43 @@ class GeneratedImages(NamedTuple):
 
 
 class Round(NamedTuple):
-    """An image of a refinement, and the text before it."""
+    """One image of a refinement, and the text before it."""
 
     image: np.ndarray  # uint8[H, W, 3]
     text: str  # reflection; of round 0 the think text, if any
-    reward: float | None = None  # DVReward; None where no verifier was asked, or none answered
-    kept: bool = False  # whether it is the one to keep, of the rounds so far
+    reward: float | None = None  # DVReward; None without a verifier or without its answer
+    is_kept: bool = False  # the best of the rounds so far, by the mode of keeping
 
 
 def generate_images(
     policy: Policy, prompt: str, *, think: bool, count: int, seed: int
 ) -> GeneratedImages:
-    """Draws `count` images of a prompt.
+    """Generates `count` images of a prompt.
 
     Args:
-      policy: who draws; sampling is that of its configuration's `eval` section.
+      policy: samples as its configuration's `eval` section says.
       prompt: of any length that the model takes.
-      think: whether a think text comes before each image.
+      think: samples a think text before each image.
       count: N.
-      seed: the same seed draws the same images, and the first of many as the only one.
+      seed: the same seed gives the same images, and the first of many is the only one of one.
     """
-    return _sample_one_prompt(
-        policy, "rt2i" if think else "t2i", prompt, None, count=count, seed=seed
-    )
+    return _sample_prompt(policy, "rt2i" if think else "t2i", prompt, None, count=count, seed=seed)
 
 
 def edit_image(
     policy: Policy, image: Image.Image, wish: str, *, count: int, seed: int
 ) -> GeneratedImages:
-    """Changes an image `count` times, each after a think text; see `generate_images`.
+    """Edits an image `count` times, each after a think text; see `generate_images`.
 
     The result has the size that the VAE's transform gives the image.
     """
-    return _sample_one_prompt(policy, "ti2i", wish, image, count=count, seed=seed)
+    return _sample_prompt(policy, "ti2i", wish, image, count=count, seed=seed)
 
 
 def answer_question(
     policy: Policy, image: Image.Image, question: str, *, seed: int
 ) -> tuple[str, str]:
-    """The think text and the answer to a question about an image; see `generate_images`."""
+    """Returns the think text and the answer to a question about an image."""
     texts = _sample_texts(policy, "ti2t", question, image, seed=seed)
     return texts[0][0], texts[1][0]
 
@@ -153,56 +153,58 @@ def refine(
     image: Image.Image | None,
     seed: int,
 ) -> Iterator[Round]:
-    """Draws an image, then `rounds` times looks at it, says what is wrong and draws it anew.
+    """Generates an image, then `rounds` times reflects on it and generates it anew.
 
-    Gives every round as soon as it is done, the first image being round 0. The last one that is
+    Yields every round as soon as it is done; round 0 is the first image. The last round that is
     marked as kept is the result.
 
     Args:
-      policy: who draws.
-      prompt: what was asked for.
-      rounds: how often.
-      keep: "last": every round goes on from the one before, the last one is kept; "best": the
-        same, but the one that the verifier rates highest is kept (the first of equals); "gated":
-        a round goes on from the best so far, and replaces it only if it is rated higher.
-      think: whether a think text comes before the first image.
+      policy: generates the images and reflects on them.
+      prompt: of the image.
+      rounds: of reflection.
+      keep: "last": every round refines the one before, the last one is kept; "best": the same, but
+        the one that the verifier rates highest is kept (the first of equals); "gated": a round
+        refines the best so far, and replaces it only if it is rated higher.
+      think: samples a think text before the first image.
       record: questions about the prompt; needed unless `keep` is "last".
-      image: the first image; None: it is drawn.
+      image: the first image; None: it is generated.
       seed: of the noise.
     Raises:
-      ValueError: unknown `keep`, no record where one is needed, or the verifier gave no answer;
-        then the round that it was asked about comes first, without a reward.
-      PoolError: the same, where there is no verifier left.
+      ValueError: unknown `keep`, or no record where one is needed.
+      InputError: the verifier gave no answer; the round in question is yielded first, without a
+        reward.
+      PoolError: the same, where no verifier is left.
     """
     if keep not in KEEP_MODES:
         raise ValueError(f"got keep={keep!r}, expected one of {KEEP_MODES}")
     if keep != "last" and record is None:
         raise ValueError(f"keep={keep!r} needs a verifier and a record with questions for it")
-    judge = None if keep == "last" else _RewardModel(policy, record)
+    rater = None if keep == "last" else _ImageRater(policy, record)
     try:
         current = best = None
         for number in range(rounds + 1):
             if current is None:
                 new = _first_round(policy, prompt, image, think=think, seed=seed)
             else:
-                shown = Image.fromarray(current.image)
-                drawn = _sample_one_prompt(
-                    policy, "srr", prompt, shown, count=1, seed=seed + number
+                previous = Image.fromarray(current.image)
+                refined = _sample_prompt(
+                    policy, "srr", prompt, previous, count=1, seed=seed + number
                 )
-                new = Round(drawn.images[0], drawn.texts[0])
-            if judge:
+                new = Round(refined.images[0], refined.texts[0])
+            if rater:
                 try:
-                    new = new._replace(reward=judge(new.image))
-                except (ValueError, PoolError):
-                    yield new
+                    new = new._replace(reward=rater(new.image))
+                except UserError:
+                    yield new  # its image is finished and costs nothing more
                     raise
-            new = new._replace(kept=judge is None or best is None or new.reward > best.reward)
-            best = new if new.kept else best
+            is_best = rater is None or best is None or new.reward > best.reward
+            new = new._replace(is_kept=is_best)
+            best = new if is_best else best
             current = best if keep == "gated" else new
             yield new
     finally:
-        if judge:
-            judge.close()
+        if rater:
+            rater.close()
 
 
 def _first_round(
@@ -211,14 +213,14 @@ def _first_round(
     if image is not None:
         pixels, _ = _encoder_images(policy.loaded, image)
         return Round(pixels, "(given)")
-    drawn = generate_images(policy, prompt, think=think, count=1, seed=seed)
-    return Round(drawn.images[0], drawn.texts[0] if think else "")
+    generated = generate_images(policy, prompt, think=think, count=1, seed=seed)
+    return Round(generated.images[0], generated.texts[0] if think else "")
 
 
 def run_task(
     policy: Policy,
     task: tasks.Task,
-    asked: Sequence[str],
+    text_inputs: Sequence[str],
     images: np.ndarray | None = None,
     *,
     seed: int,
@@ -228,42 +230,43 @@ def run_task(
     """Runs a task once for each of N inputs, in batches; for measurements.
 
     Args:
-      policy: who does it; sampling of images is that of its configuration's `eval` section.
-      task: one text input, and one image input or none.
-      asked: what fills the task's text template, N.
+      policy: samples images as its configuration's `eval` section says.
+      task: has one text input, and one image input or none.
+      text_inputs: N texts for the task's text template.
       images: uint8[N, H, W, 3], of the configuration's size.
-      seed: a row's result depends on it, the row's number and its input alone.
+      seed: a row's output depends on it, the row's number and its input alone.
       temperature: of texts; 0 is greedy.
-      batch: rows at a time; a smaller last batch is filled up.
+      batch: rows per call; a smaller last batch is filled up, so that one program serves all.
     """
     config, loaded = policy.config, policy.loaded
     spec = options_lib.eval_spec(config, loaded, task)
-    rows = [loaded.tokenizer.wrap(task.texts[0].format(prompt=text)) for text in asked]
+    rows = [loaded.tokenizer.wrap(task.texts[0].format(prompt=text)) for text in text_inputs]
     tokens, mask = loaded.tokenizer.batch(rows, max(map(len, rows)))
-    drawn, texts = [], [[] for _ in spec.plan.text_steps]
+    image_batches, texts = [], [[] for _ in spec.plan.text_steps]
     size = min(batch, len(rows))
     for first in range(0, len(rows), size):
-        at = np.arange(first, first + size) % len(rows)
-        block = TextBlock(tokens[at], mask[at])
-        shown = None if images is None else image_block(loaded, images[at])
-        inputs = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
-        trajectories, made = _sample(
+        batch_rows = np.arange(first, first + size) % len(rows)
+        text = TextBlock(tokens[batch_rows], mask[batch_rows])
+        image = None if images is None else image_block(loaded, images[batch_rows])
+        inputs = tuple(text if kind == tasks.TEXT else image for kind in task.inputs)
+        trajectories, generated = _sample(
             policy, spec, inputs, seed=seed, first=first, temperature=temperature
         )
         count = min(size, len(rows) - first)
-        if made is not None:
-            drawn.append(distributed.to_host(made)[:count])
-        for mine, new in zip(texts, decode_steps(loaded.tokenizer, trajectories), strict=True):
-            mine += new[:count]
-    return TaskOutput(np.concatenate(drawn) if drawn else None, texts)
+        if generated is not None:
+            image_batches.append(distributed.to_host(generated)[:count])
+        new_texts = decode_steps(loaded.tokenizer, trajectories)
+        for step_texts, new_step_texts in zip(texts, new_texts, strict=True):
+            step_texts += new_step_texts[:count]
+    return TaskOutput(np.concatenate(image_batches) if image_batches else None, texts)
 
 
-class _RewardModel:
-    """The configured verifier, asked about one image at a time."""
+class _ImageRater:
+    """Rates one image at a time by the configured verifier."""
 
     def __init__(self, policy: Policy, record: Record) -> None:
         config = change_options(policy.config, {"verifier.workers": 1})
-        self.record, self.asked = record, 0
+        self.record, self.images_rated = record, 0
         self.options = options_lib.scoring_options(config, tasks.TASKS["t2i"])
         self.pool = verifiers_lib.make_pool(config)
         try:
@@ -273,19 +276,19 @@ class _RewardModel:
             raise
 
     def __call__(self, image: np.ndarray) -> float:
-        self.asked += 1
-        ids, records = [("round", self.asked)], [self.record]
+        self.images_rated += 1
+        ids, records = [("round", self.images_rated)], [self.record]
         scoring.submit(self.pool, ids, image[None], records, self.options, first=0)
-        scores = scoring.gather(self.pool, ids, records, (), self.options)
-        if not scores.valid[0]:
-            raise InputError(f"the verifier gave no answer: {', '.join(scores.failures)}")
-        return float(scores.reward[0])
+        rewards = scoring.gather(self.pool, ids, records, (), self.options)
+        if not rewards.valid[0]:
+            raise InputError(f"the verifier gave no answer: {', '.join(rewards.failures)}")
+        return float(rewards.reward[0])
 
     def close(self) -> None:
         self.pool.close()
 
 
-def _sample_one_prompt(
+def _sample_prompt(
     policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
 ) -> GeneratedImages:
     spec, inputs = _prompt_inputs(policy, name, text, image, count=count)
@@ -309,23 +312,24 @@ def _sample_texts(
 def _prompt_inputs(
     policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int
 ) -> tuple[RolloutSpec, tuple[TextBlock | ImageBlock, ...]]:
-    """What to compile, and the inputs of one prompt."""
+    """Returns the spec of a rollout of `count` rows, and the inputs of one prompt."""
     loaded, task = policy.loaded, tasks.TASKS[name]
     spec = options_lib.eval_spec(policy.config, loaded, task)
     spec = dataclasses.replace(spec, rows_per_prompt=count)
     row = loaded.tokenizer.wrap(task.texts[0].format(prompt=text))
     tokens, mask = loaded.tokenizer.batch([row], len(row))
-    block = TextBlock(jnp.asarray(tokens), jnp.asarray(mask))
+    text_block = TextBlock(jnp.asarray(tokens), jnp.asarray(mask))
     if image is None:
-        return spec, (block,)
-    pixels, seen = _encoder_images(loaded, image)
-    grid = loaded.config.latent_grid(*pixels.shape[:2])
-    shown = ImageBlock(jnp.asarray(pixels[None]), jnp.asarray(seen[None]))
-    blocks = tuple(block if kind == tasks.TEXT else shown for kind in task.inputs)
-    return dataclasses.replace(spec, grid=grid), blocks
+        return spec, (text_block,)
+    vae_pixels, vit_pixels = _encoder_images(loaded, image)
+    grid = loaded.config.latent_grid(*vae_pixels.shape[:2])
+    input_image = ImageBlock(jnp.asarray(vae_pixels[None]), jnp.asarray(vit_pixels[None]))
+    inputs = tuple(text_block if kind == tasks.TEXT else input_image for kind in task.inputs)
+    return dataclasses.replace(spec, grid=grid), inputs
 
 
 def _encoder_images(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Returns an image as the VAE and the ViT take it, each uint8[H, W, 3] of its own size."""
     return images_lib.both_sizes(image, loaded.config.vae_transform, loaded.config.vit_transform)
 
 
@@ -338,7 +342,7 @@ def _sample(
     temperature: float,
     first: int = 0,
 ) -> tuple[Rollout, jax.Array | None]:
-    return _rollout(
+    return _sample_trajectories(
         policy.loaded.model,
         policy.params,
         inputs,

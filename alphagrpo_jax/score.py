@@ -40,11 +40,11 @@ from alphagrpo_jax.training import verifiers as verifiers_lib
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 QUEUE_SECONDS = 1e6  # many images wait for long; no rollout waits for them
-SHOWN_SIDE = 512  # pixels; larger images are made smaller in the report, never for the verifier
+REPORT_SIDE = 512  # pixels; larger images are made smaller in the report, never for the verifier
 
 
 class ImageMatches(NamedTuple):
-    """Which image belongs to which record."""
+    """Pairs of images and records, and those of both that belong to none."""
 
     pairs: list[tuple[pathlib.Path, int]]  # image, number of its record
     images: list[str]  # names of those without a record
@@ -68,7 +68,7 @@ def match_images(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> Im
                 "ids must differ, since images are matched by them"
             )
 
-    def place(stem: str) -> int | None:
+    def record_number(stem: str) -> int | None:
         base, _, tail = stem.rpartition("_")
         names = [stem, base] if base and _is_number(tail) else [stem]
         for name in names:
@@ -79,44 +79,44 @@ def match_images(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> Im
                 return int(name)
         return None
 
-    found = [(path, place(path.stem)) for path in paths]
-    pairs = [(path, number) for path, number in found if number is not None]
+    numbered = [(path, record_number(path.stem)) for path in paths]
+    pairs = [(path, number) for path, number in numbered if number is not None]
     used = {number for _, number in pairs}
     return ImageMatches(
         pairs,
-        [path.name for path, number in found if number is None],
+        [path.name for path, number in numbered if number is None],
         [number for number in range(len(records)) if number not in used],
     )
 
 
 def list_images(folder: str) -> list[pathlib.Path]:
-    """The image files of a folder, by name.
+    """Lists the image files of a folder, sorted by name.
 
     Raises:
       InputError: no such folder, or no images in it.
     """
-    place = pathlib.Path(folder)
-    if not place.is_dir():
+    path = pathlib.Path(folder)
+    if not path.is_dir():
         raise InputError(f"--images {folder}: expected a folder of images, there is none")
-    paths = sorted(path for path in place.iterdir() if path.suffix.lower() in ENDINGS)
+    paths = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
     if not paths:
         raise InputError(f"--images {folder}: got no image in it, expected files {ENDINGS}")
     return paths
 
 
 def verifier_config(options: argparse.Namespace) -> Config:
-    """The configuration of pool and reward that the flags describe.
+    """Builds the configuration of pool and reward that the flags describe.
 
     Raises:
       ConfigError: values that do not go together.
     """
     fields = dataclasses.asdict(config_checks.read_config())
-    kind, _, place = options.verifier.partition(":")
+    kind, _, location = options.verifier.partition(":")
     remote = kind == "openai"
     fields["verifier"] |= {
         "kind": kind if kind in ("openai", "callable") else "hf",
-        "path": place if kind == "callable" else "" if remote else options.verifier,
-        "endpoints": tuple(place.split(",")) if remote else (),
+        "path": location if kind == "callable" else "" if remote else options.verifier,
+        "endpoints": tuple(location.split(",")) if remote else (),
         "model": options.model,
         "api_key_env": options.api_key_env,
         "workers": options.workers,
@@ -152,7 +152,7 @@ def score(options: argparse.Namespace) -> report.Report:
             "ID.png or NUMBER.png (from 0), or ID_0.png, NUMBER_0.png and so on"
         )
     config = verifier_config(options)
-    how = options_lib.scoring_options(config, tasks.TASKS["t2i"])
+    reward_options = options_lib.scoring_options(config, tasks.TASKS["t2i"])
     rows, readable, urls = [], [], []
     with verifiers_lib.make_pool(config) as pool:
         pool.wait_ready()
@@ -163,15 +163,16 @@ def score(options: argparse.Namespace) -> report.Report:
                 rows.append(_unreadable(path, records[number], str(error)))
                 continue
             pixels = np.asarray(image)
-            scoring.submit(pool, [path.name], [pixels], [records[number]], how, first=0)
+            scoring.submit(pool, [path.name], [pixels], [records[number]], reward_options, first=0)
             readable.append((path.name, records[number]))
             urls.append(_report_image(image))
-        names, own = [name for name, _ in readable], [record for _, record in readable]
-        scores = scoring.gather(pool, names, own, (), how)
-    rows += report.rows(names, urls, own, scores, how)
+        names = [name for name, _ in readable]
+        asked_records = [record for _, record in readable]
+        rewards = scoring.gather(pool, names, asked_records, (), reward_options)
+    rows += report.rows(names, urls, asked_records, rewards, reward_options)
     return report.Report(
         title=f"{options.images}, judged by {options.verifier}",
-        how=report.describe(how),
+        how=report.describe(reward_options),
         rows=tuple(rows),
         images_without_record=tuple(matched.images),
         records_without_image=tuple(
@@ -180,21 +181,21 @@ def score(options: argparse.Namespace) -> report.Report:
     )
 
 
-def summary(found: report.Report) -> str:
-    """A few lines for the terminal."""
-    mean = "none" if found.mean is None else f"{found.mean:.3f}"
-    lines = [f"{len(found.rows)} images, mean reward {mean}, {found.failed} without a score"]
+def summary(scored: report.Report) -> str:
+    """Summarizes a report in a few lines for the terminal."""
+    mean = "none" if scored.mean is None else f"{scored.mean:.3f}"
+    lines = [f"{len(scored.rows)} images, mean reward {mean}, {scored.failed} without a score"]
     lines += [
         f"  {tag.kind:9}{tag.tag or 'untagged':14}{tag.count:6} questions, mean {tag.mean:.3f}"
-        for tag in found.tags
+        for tag in scored.tags
     ]
-    for what, names in (
-        ("images without a record", found.images_without_record),
-        ("records without an image", found.records_without_image),
+    for title, names in (
+        ("images without a record", scored.images_without_record),
+        ("records without an image", scored.records_without_image),
     ):
         if names:
             more = ", ..." if len(names) > 5 else ""
-            lines.append(f"{len(names)} {what}: {', '.join(names[:5])}{more}")
+            lines.append(f"{len(names)} {title}: {', '.join(names[:5])}{more}")
     return "\n".join(lines)
 
 
@@ -206,19 +207,19 @@ def run(options: argparse.Namespace) -> None:
     """
     out = pathlib.Path(options.out)
     _check_writable(out)
-    found = score(options)
-    replace_text(out, report.FORMATS[out.suffix.lower()](found))
-    print(f"{summary(found)}\n{out}")
-    if found.failed > options.allow_failures:
-        failure = next(row.failure for row in found.rows if row.failure is not None)
+    scored = score(options)
+    replace_text(out, report.FORMATS[out.suffix.lower()](scored))
+    print(f"{summary(scored)}\n{out}")
+    if scored.failed > options.allow_failures:
+        failure = next(row.failure for row in scored.rows if row.failure is not None)
         raise InputError(
-            f"{found.failed} of {len(found.rows)} images have no score, at most "
+            f"{scored.failed} of {len(scored.rows)} images have no score, at most "
             f"{options.allow_failures} allowed (--allow-failures), e.g.: {failure}"
         )
 
 
 def _check_writable(out: pathlib.Path) -> None:
-    """Finds out before the first question, not after the last answer.
+    """Checks that the report can be written, before the first question is asked.
 
     Raises:
       InputError: nothing can be written there.
@@ -248,9 +249,9 @@ def _unreadable(path: pathlib.Path, record: Record, failure: str) -> report.Row:
 
 
 def _report_image(image: Image.Image) -> str:
-    """A data: URL of the image as it stands in the report."""
+    """Encodes an image for the report as a data: URL, made smaller if it is large."""
     small = image.copy()
-    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    small.thumbnail((REPORT_SIDE, REPORT_SIDE))
     return images_lib.data_url(np.asarray(small))
 
 

@@ -42,24 +42,24 @@ GRACE_SECONDS = 10  # for requests under way when the server is told to end
 
 
 class Metrics:
-    """What /metrics shows."""
+    """Counters and gauges that /metrics shows."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.requests = Counter("verifier_requests", "chat requests received", **own)
-        self.failures = Counter("verifier_failures", "chat requests failed", ["kind"], **own)
-        self.seconds = Histogram("verifier_request_seconds", "from request to reply", **own)
+        registry = {"registry": self.registry}
+        self.requests = Counter("verifier_requests", "chat requests received", **registry)
+        self.failures = Counter("verifier_failures", "chat requests failed", ["kind"], **registry)
+        self.seconds = Histogram("verifier_request_seconds", "from request to reply", **registry)
         gauges = {
             "verifier_queue_length": ("questions that wait", lambda: len(batcher)),
             "verifier_questions": ("questions that the model answered", lambda: batcher.questions),
             "verifier_model_seconds": ("time the model took", lambda: batcher.busy_seconds),
         }
         for name, (meaning, read) in gauges.items():
-            Gauge(name, meaning, **own).set_function(read)
+            Gauge(name, meaning, **registry).set_function(read)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns them in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
 
 
@@ -69,25 +69,27 @@ class Service:
     def __init__(
         self, verifier: HFVerifier, batcher: Batcher, *, name: str, key: str, max_logprobs: int
     ) -> None:
-        """For the arguments see `make_app`."""
+        """Takes the arguments of `make_app`."""
         self._verifier, self._batcher, self._name, self._key = verifier, batcher, name, key
         self._max_logprobs = max_logprobs
         self._metrics = Metrics(batcher)
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
+        """Answers POST /v1/chat/completions."""
         started = time.monotonic()
         self._metrics.requests.inc()
         request_id = serving.request_id_of(request.headers.get("x-request-id"))
         try:
             self._check_key(request)
-            asked, question = await asyncio.to_thread(
+            chat_request, question = await asyncio.to_thread(
                 serving.read_request, await _body_of(request), max_logprobs=self._max_logprobs
             )
-            self._check_model(asked.model)
+            self._check_model(chat_request.model)
             ids, logprobs = await self._batcher.ask(question)
             reply: Response = JSONResponse(
-                serving.completion(self._verifier, asked, question, ids, logprobs, request_id)
+                serving.completion(
+                    self._verifier, chat_request, question, ids, logprobs, request_id
+                )
             )
         except RequestError as error:
             self._metrics.failures.labels(error.kind).inc()
@@ -105,7 +107,7 @@ class Service:
         return reply
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models."""
+        """Answers GET /v1/models."""
         try:
             self._check_key(request)
         except RequestError as error:
@@ -114,7 +116,7 @@ class Service:
         return JSONResponse({"object": "list", "data": [row]})
 
     async def health(self, _: Request) -> Response:
-        """GET /health: 200, or 503 while the model is stuck."""
+        """Answers GET /health: 200, or 503 while the model is stuck."""
         stuck = self._batcher.stuck
         content = {
             "status": "stuck" if stuck else "ok",
@@ -124,7 +126,7 @@ class Service:
         return JSONResponse(content, status_code=503 if stuck else 200)
 
     async def metrics(self, _: Request) -> Response:
-        """GET /metrics."""
+        """Answers GET /metrics."""
         return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     def _check_key(self, request: Request) -> None:
@@ -149,10 +151,10 @@ def make_app(
     seconds: float,
     max_logprobs: int,
 ) -> Starlette:
-    """The web application.
+    """Builds the web application.
 
     Args:
-      verifier: who answers.
+      verifier: answers the questions.
       name: of the model, as clients call it.
       key: that clients must send as a bearer token; "" for none.
       max_batch, max_queue, seconds: see `serving.Batcher`.
@@ -180,8 +182,8 @@ def make_app(
 
 async def _body_of(request: Request) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
+    async for chunk in request.stream():
+        body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise RequestError(
                 f"a body of more than {MAX_BODY_BYTES} bytes", status=413, kind="too_large"
@@ -231,7 +233,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, not yet listening: until then clients are refused.
+    """Binds a socket to the address; clients are refused until it listens.
 
     Raises:
       AccessError: the address is in use or not this machine's; the message says which.

@@ -15,6 +15,7 @@ from alphagrpo_jax import export, generate, inference
 from alphagrpo_jax.models.bagel_weights import load_model, save_model
 from alphagrpo_jax.prompts import start_position
 from alphagrpo_jax.runtime import checkpoint, sharding
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training.optimizer import make_optimizer
@@ -199,14 +200,14 @@ def test_rounds_before_a_verifier_that_fails_are_kept(run_folder, tmp_path, caps
         def __call__(self, image):
             Fails.asked += 1
             if Fails.asked == 3:
-                raise ValueError("the verifier gave no answer: timeout")
+                raise InputError("the verifier gave no answer: timeout")
             return 0.5
 
         def close(self):
             pass
 
-    monkeypatch.setattr(inference, "_Judge", Fails)
-    monkeypatch.setattr(generate, "questions_for", lambda options: "its questions")
+    monkeypatch.setattr(inference, "_ImageRater", Fails)
+    monkeypatch.setattr(generate, "find_questions", lambda options: "its questions")
     out = tmp_path / "x.png"
     flags = ["--checkpoint", str(run_folder), "--prompt", "a red circle", "--out", str(out)]
     assert generate.main([*flags, "--refine", "3", "--keep", "best"]) == 1

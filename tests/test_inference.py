@@ -12,6 +12,7 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import inference, tasks
 from alphagrpo_jax.inference import refine, run_task
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.records import parse_record
 
 
@@ -44,7 +45,7 @@ class Verdicts:
 
     def __call__(self, image):
         if self.rewards[0] is None:
-            raise ValueError("no answer")
+            raise InputError("no answer")
         return self.rewards.pop(0)
 
     def close(self):
@@ -61,10 +62,10 @@ def rounds(monkeypatch):
 
     def run(keep, *rewards):
         judge = Verdicts(*rewards)
-        monkeypatch.setattr(inference, "_run", step)
-        monkeypatch.setattr(inference, "_Judge", lambda policy, record: judge)
+        monkeypatch.setattr(inference, "_sample_prompt", step)
+        monkeypatch.setattr(inference, "_ImageRater", lambda policy, record: judge)
         first = inference.Round(np.full((2, 2, 3), 100, np.uint8), "")
-        monkeypatch.setattr(inference, "_first", lambda *_, **__: first)
+        monkeypatch.setattr(inference, "_first_round", lambda *_, **__: first)
         record = None if keep == "last" else parse_record(tiny_world.record("x"))
         found = refine(
             None, "x", rounds=3, keep=keep, think=False, record=record, image=None, seed=5
@@ -81,7 +82,7 @@ def values(found):
 def test_last_goes_on_and_asks_no_one(rounds):
     found, judge = rounds("last")
     found = list(found)
-    assert all(each.kept for each in found)  # so far
+    assert all(each.is_kept for each in found)  # so far
     assert values(found) == [100, 110, 120, 130]
     assert [each.reward for each in found] == [None] * 4
     assert [each.text for each in found[1:]] == ["seed 6", "seed 7", "seed 8"]
@@ -91,7 +92,7 @@ def test_last_goes_on_and_asks_no_one(rounds):
 def test_best_goes_on_and_keeps_the_first_of_the_best(rounds):
     found, judge = rounds("best", 0.3, 0.8, 0.8, 0.1)
     found = list(found)
-    assert [each.kept for each in found] == [True, True, False, False]
+    assert [each.is_kept for each in found] == [True, True, False, False]
     assert values(found) == [100, 110, 120, 130]
     assert judge.closed
 
@@ -99,7 +100,7 @@ def test_best_goes_on_and_keeps_the_first_of_the_best(rounds):
 def test_gated_goes_back_to_the_best_so_far(rounds):
     found, _ = rounds("gated", 0.3, 0.2, 0.5, 0.5)
     found = list(found)
-    assert [each.kept for each in found] == [True, False, True, False]
+    assert [each.is_kept for each in found] == [True, False, True, False]
     # The first round was worse: the second starts from the first image again, as did the first.
     assert values(found) == [100, 110, 110, 120]
 
@@ -112,7 +113,7 @@ def test_rounds_come_one_by_one_and_a_judge_that_fails_costs_none(rounds):
     unrated = next(found)
     assert values([unrated]) == [120]
     assert unrated.reward is None
-    assert not unrated.kept
+    assert not unrated.is_kept
     with pytest.raises(ValueError, match="no answer"):
         next(found)
     assert judge.closed

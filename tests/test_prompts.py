@@ -24,7 +24,7 @@ def test_a_file_becomes_a_dataset_and_tokens(tmp_path, tokenizer):
     (text,) = found.texts
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record.to_json()["prompt"] for record in found.records] == [r["prompt"] for r in lines]
-    assert found.records[3].asked == parse_record(lines[3]).asked
+    assert found.records[3].question_texts == parse_record(lines[3]).question_texts
     assert text.tokens.shape == text.mask.shape == (5, 24)
     assert text.tokens[0][text.mask[0]].tolist() == tokenizer.wrap(lines[0]["prompt"])
     assert list((tmp_path / "cache").rglob("*.array_record*"))

@@ -92,7 +92,7 @@ class PatientModel:
     def complete(
         self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
     ) -> str:
-        """See `LanguageModel`.
+        """Continues a chat, see `LanguageModel`.
 
         Raises:
           LanguageModelError: of the last try.

@@ -48,7 +48,7 @@ def score_weights(options: RewardOptions) -> np.ndarray:
 
 def yes_no_questions(options: RewardOptions, record: Record) -> list[str]:
     """Returns the questions about a prompt's image that are answered by yes or no."""
-    return record.asked if set(options.scores) - {HOLISTIC} else []
+    return record.question_texts if set(options.scores) - {HOLISTIC} else []
 
 
 def rating_questions(options: RewardOptions, record: Record) -> list[str]:

@@ -1,1 +1,1 @@
-"""Host-side services: devices, files, tokenizer, images, logs."""
+"""Serves the host side: devices, files, errors, commands, tokenizer, images, logs."""

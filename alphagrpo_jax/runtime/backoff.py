@@ -1,4 +1,4 @@
-"""Exponential back-off with jitter, shared by everything that tries something again."""
+"""Computes exponential back-off with jitter, shared by everything that tries something again."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Saving and restoring what a run cannot compute again: state, keys, place in the data."""
+"""Saves and restores what a run cannot compute again: state, keys, position in the data."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(path, options=options)
 
     def latest(self) -> int | None:
-        """The newest step that was saved."""
+        """Returns the newest step that was saved, None before the first."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
@@ -71,12 +71,12 @@ class Checkpoints:
             ) from error
 
     def progress(self, step: int) -> dict[str, Any]:
-        """The JSON object of a checkpoint."""
+        """Reads the JSON object of a checkpoint."""
         args = ocp.args.Composite(progress=ocp.args.JsonRestore())
         return dict(self._restore(step, args)["progress"])
 
     def state(self, step: int, like: Any) -> Any:
-        """The arrays of a checkpoint, in the structure, shapes and shardings of `like`."""
+        """Reads the arrays of a checkpoint, in the structure, shapes and shardings of `like`."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._restore(step, args)["state"]
@@ -96,7 +96,7 @@ class Checkpoints:
 
 
 def digest(state: Any, progress: Mapping[str, Any]) -> str:
-    """sha256 over the bytes of a checkpoint's payload, arrays sorted by path."""
+    """Computes the sha256 over the bytes of a checkpoint's payload, arrays sorted by path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(to_host(state))
     total = hashlib.sha256()
     for path, leaf in sorted((path_name(path), leaf) for path, leaf in flat):

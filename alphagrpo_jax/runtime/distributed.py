@@ -1,4 +1,4 @@
-"""One process or many: start-up, who writes, and arrays that lie on several hosts."""
+"""Joins processes, and merges arrays that lie on several hosts."""
 
 import os
 from typing import Any
@@ -17,7 +17,7 @@ def initialize() -> None:
     JAX to find them (TPU pods, Slurm). Without these variables there is one process.
 
     Raises:
-      ValueError: `COORDINATOR_ADDRESS` without the other two.
+      InputError: `COORDINATOR_ADDRESS` without the other two.
     """
     address = os.environ.get("COORDINATOR_ADDRESS")
     if address is None:
@@ -37,19 +37,19 @@ def initialize() -> None:
 
 
 def is_primary() -> bool:
-    """Whether this process writes logs."""
+    """Tells if this process is the one that writes logs."""
     return jax.process_index() == 0
 
 
 def to_host(tree: Any) -> Any:
-    """A pytree of device arrays as numpy arrays, whole on every host."""
+    """Copies a pytree of device arrays to numpy arrays, complete on every host."""
 
-    def one(x: Any) -> np.ndarray:
+    def leaf_to_host(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
         return np.asarray(x)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(leaf_to_host, tree)
 
 
 def own_rows(count: int, *, first: int = 0) -> np.ndarray:
@@ -80,21 +80,21 @@ def merge_rows(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def total(values: np.ndarray) -> np.ndarray:
-    """The sum of float64[N] over the processes, on every process."""
+    """Sums float64[N] over the processes, on every process."""
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
 
 
 def primary_says(flag: bool) -> bool:  # noqa: FBT001
-    """The flag of the process that writes logs, on every process."""
+    """Returns the flag of the process that writes logs, on every process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.broadcast_one_to_all(np.array([flag]))[0])
 
 
 def any_process(flag: bool) -> bool:  # noqa: FBT001
-    """Whether the flag is set on any process, so that all take the same branch."""
+    """Tells if the flag is set on any process, so that all take the same branch."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))

@@ -1,4 +1,4 @@
-"""Images on the host: BAGEL's resize rule, and the conversions between uint8 and [-1, 1]."""
+"""Reads and resizes images by BAGEL's rule; converts between uint8 and [-1, 1]."""
 
 import base64
 import binascii
@@ -29,7 +29,7 @@ class ImageSizes:
 
 
 def fitted_size(width: int, height: int, sizes: ImageSizes) -> tuple[int, int]:
-    """Width and height after a transform.
+    """Computes width and height after a transform.
 
     The longer side is brought down to `max_size`, then the shorter one up to `min_size`; both are
     rounded (half to even) to multiples of `stride`; then the pixel count and the longer side are
@@ -57,7 +57,7 @@ def _scaled(width: int, height: int, scale: float, stride: int) -> tuple[int, in
 
 
 def resize(image: Image.Image, sizes: ImageSizes) -> Image.Image:
-    """The image at a transform's size (bicubic)."""
+    """Resizes an image to a transform's size (bicubic)."""
     return image.resize(fitted_size(*image.size, sizes), Image.Resampling.BICUBIC)
 
 
@@ -72,7 +72,7 @@ def open_rgb(path: str | Path) -> Image.Image:
 
 
 def from_data_url(url: str) -> Image.Image:
-    """The image in a `data:image/...;base64,...` URL, as `open_rgb` reads a file.
+    """Reads the image in a `data:image/...;base64,...` URL, as `open_rgb` reads a file.
 
     Raises:
       ImageError: not such a URL, or not an image.
@@ -90,7 +90,7 @@ def from_data_url(url: str) -> Image.Image:
 
 
 def data_url(image: np.ndarray) -> str:
-    """uint8[H, W, 3] as a PNG in a data: URL, `from_data_url`'s inverse."""
+    """Encodes uint8[H, W, 3] as a PNG in a data: URL, `from_data_url`'s inverse."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -118,9 +118,9 @@ def _read(source: str | Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The whole image within `width` x `height` pixels (bicubic), white where it does not reach.
+    """Fits an image into `width` x `height` pixels (bicubic), white where it does not reach.
 
-    However thin it is, it keeps a line of pixels.
+    A very thin image keeps a line of pixels.
     """
     if image.size == (width, height):
         return image
@@ -129,13 +129,13 @@ def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     else:
         size = (max(1, round(image.width / image.height * height)), height)
     white = Image.new("RGB", (width, height), (255, 255, 255))
-    place = (round((width - size[0]) / 2), round((height - size[1]) / 2))
-    white.paste(image.resize(size, Image.Resampling.BICUBIC), place)
+    corner = (round((width - size[0]) / 2), round((height - size[1]) / 2))
+    white.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
     return white
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB image; transparency is laid on white.
+    """Converts an image to RGB; transparency is laid on white.
 
     Raises:
       ImageError: floating-point values, whose range is not known.
@@ -156,7 +156,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_float(image: np.ndarray | Image.Image) -> np.ndarray:
-    """uint8[..., H, W, 3] -> float32[..., H, W, 3] in [-1, 1]."""
+    """Converts uint8[..., H, W, 3] to float32[..., H, W, 3] in [-1, 1]."""
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8:
         raise ValueError(f"got an image of {pixels.dtype}, expected uint8")
@@ -164,7 +164,7 @@ def to_float(image: np.ndarray | Image.Image) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """float[..., H, W, 3] in [-1, 1] -> uint8, clipped and truncated (not rounded)."""
+    """Converts float[..., H, W, 3] in [-1, 1] to uint8, clipped and truncated (not rounded)."""
     unit = np.clip(np.asarray(images, np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
     return (unit * np.float32(255)).astype(np.uint8)
 
@@ -172,7 +172,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 def both_sizes(
     image: Image.Image, vae_sizes: ImageSizes, vit_sizes: ImageSizes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A user's image at the sizes of the two encoders.
+    """Resizes a user's image to the sizes of the two encoders.
 
     The VAE's size comes first and the ViT's transform starts from that resized image.
 
@@ -186,7 +186,7 @@ def both_sizes(
     resized = resize(image, vae_sizes)
     # Resized twice for the VAE: the size rule is not idempotent for extreme aspect ratios.
     pair = (resize(resized, vae_sizes), resize(resized, vit_sizes))
-    return tuple(np.asarray(each) for each in pair)
+    return np.asarray(pair[0]), np.asarray(pair[1])
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
@@ -204,7 +204,7 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)
     canvas = np.full(shape, 255, np.uint8)
     for index, image in enumerate(images):
-        top = gap + (index // columns) * (height + gap)
-        left = gap + (index % columns) * (width + gap)
-        canvas[top : top + height, left : left + width] = image
+        row = gap + (index // columns) * (height + gap)
+        column = gap + (index % columns) * (width + gap)
+        canvas[row : row + height, column : column + width] = image
     return canvas

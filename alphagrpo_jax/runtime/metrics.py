@@ -84,7 +84,7 @@ class MetricsLog:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The complete rows of a metrics.jsonl; none if there is no file."""
+    """Reads the complete rows of a metrics.jsonl; none if there is no file."""
     path = pathlib.Path(path)
     if not path.exists():
         return []
@@ -241,9 +241,9 @@ class CompileCounter:
 
 
 def _row(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row, the step first."""
-    rest = {key: _plain(value) for key, value in sorted(values.items()) if key != "step"}
-    return {"step": step} | rest
+    """Builds a row, the step first."""
+    metrics = {key: _plain(value) for key, value in sorted(values.items()) if key != "step"}
+    return {"step": step} | metrics
 
 
 def _plain(value: Any) -> float | int | str | None:
@@ -258,5 +258,5 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def notify(message: str) -> None:
-    """A notice for whoever watches the run."""
+    """Prints a notice for whoever watches the run."""
     print(message, file=sys.stderr, flush=True)

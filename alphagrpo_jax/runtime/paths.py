@@ -1,4 +1,4 @@
-"""Where shipped assets and models lie: `package:NAME` names an asset, other names are paths.
+"""Finds shipped assets and models: `package:NAME` names an asset, other names are paths.
 
 A verifier may also be a model of the Hugging Face hub.
 """
@@ -15,7 +15,7 @@ NEVER_LOADED = ("*.gguf", "*.onnx", "*.pth", "original/*")  # other forms of the
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder or file that a configuration field names.
+    """Returns the folder or file that a configuration field names.
 
     Args:
       path: `package:NAME` for a shipped asset, else a path relative to the current folder.
@@ -48,7 +48,7 @@ def existing_file(path: str | Path, hint: str) -> Path:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder of a Hugging Face model; one of the hub is fetched unless it is there already.
+    """Returns the folder of a Hugging Face model; one of the hub is fetched if it is not there yet.
 
     Call it once, before processes start that load the model: they are given the folder.
 

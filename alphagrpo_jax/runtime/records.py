@@ -1,4 +1,4 @@
-"""Question records: one prompt with its atomic yes/no questions, in JSON Lines."""
+"""Reads question records: a prompt with its atomic yes/no questions, in JSON Lines."""
 
 import dataclasses
 import json
@@ -40,19 +40,19 @@ class Record:
 
     @property
     def image(self) -> str | None:
-        """Where its image is, if it has one: a file beside the records, or a data: URL."""
+        """The location of its image, if it has one: a file beside the records, or a data: URL."""
         return self.extra.get("image")
 
     @property
     def answers(self) -> tuple[str, ...]:
         """The right answers, if it asks for one."""
-        found = self.extra.get("answer", ())
-        return (found,) if isinstance(found, str) else tuple(found)
+        answer = self.extra.get("answer", ())
+        return (answer,) if isinstance(answer, str) else tuple(answer)
 
     @property
     def asked_questions(self) -> list[Question]:
         """The questions that a verifier gets: semantic first, then quality."""
-        return [each for each in (*self.semantic, *self.quality) if each.is_valid]
+        return [q for q in (*self.semantic, *self.quality) if q.is_valid]
 
     @property
     def asked_semantic(self) -> list[str]:
@@ -65,26 +65,30 @@ class Record:
         return [question.text for question in self.quality if question.is_valid]
 
     @property
-    def asked(self) -> list[str]:
+    def question_texts(self) -> list[str]:
         """Texts of all questions that a verifier gets: semantic first, then quality."""
         return self.asked_semantic + self.asked_quality
 
     @property
     def asked_parents(self) -> list[tuple[int, ...]]:
-        """Per question of `asked`, the places in `asked` of those that it depends on.
+        """By question of `question_texts`, the indexes of the questions there that it depends on.
 
-        What is never asked can neither hold nor fail: such dependencies are left out.
+        A question that is never asked can neither hold nor fail: such dependencies are left out.
         """
         numbers = [index for index, question in enumerate(self.semantic) if question.is_valid]
-        place = {index: at for at, index in enumerate(numbers)}
+        index_among_valid = {index: number for number, index in enumerate(numbers)}
         return [
-            tuple(place[index] for index in question.dependency if index in place)
+            tuple(
+                index_among_valid[index]
+                for index in question.dependency
+                if index in index_among_valid
+            )
             for question in (*self.semantic, *self.quality)
             if question.is_valid
         ]
 
     def split(self, answers: Sequence[float | None]) -> tuple[list, list]:
-        """Cuts the answers to `asked` into those of the semantic and of the quality questions.
+        """Cuts the answers to `question_texts` into semantic and quality ones.
 
         Raises:
           ValueError: another number of answers than of questions asked.
@@ -93,19 +97,19 @@ class Record:
         if len(answers) != cut + len(self.asked_quality):
             raise ValueError(
                 f"got {len(answers)} answers for prompt {self.prompt!r}, "
-                f"expected {len(self.asked)}, one per valid question"
+                f"expected {len(self.question_texts)}, one per valid question"
             )
         return list(answers[:cut]), list(answers[cut:])
 
     def to_json(self) -> dict[str, Any]:
-        """The record as one JSON object, `parse_record`'s inverse."""
+        """Returns the record as one JSON object, `parse_record`'s inverse."""
         fields: dict[str, Any] = {"prompt": self.prompt}
         if self.id is not None:
             fields["id"] = self.id
         if self.original_index is not None:
             fields["original_index"] = self.original_index
         for kind, questions in (("semantic", self.semantic), ("quality", self.quality)):
-            fields[f"{kind}_questions"] = [_question_json(kind, each) for each in questions]
+            fields[f"{kind}_questions"] = [_question_json(kind, question) for question in questions]
         return fields | dict(self.extra)
 
 
@@ -133,17 +137,17 @@ def read_jsonl(path: str | os.PathLike, *, form: str = "questions") -> list[Reco
             except RecordError as error:
                 problems.append(f"{path}:{number}: {error}")
     if problems:
-        shown = "\n".join(problems[:MAX_REPORTED])
+        listed = "\n".join(problems[:MAX_REPORTED])
         more = len(problems) - MAX_REPORTED
         tail = f"\n... and {more} more" if more > 0 else ""
-        raise RecordError(f"{len(problems)} bad line(s) in question records:\n{shown}{tail}")
+        raise RecordError(f"{len(problems)} bad line(s) in question records:\n{listed}{tail}")
     if not records:
         raise RecordError(f"{path}: got no records, expected at least one JSON object a line")
     return records
 
 
 def parse_record(fields: Any, *, form: str = "questions") -> Record:
-    """A record from its decoded JSON object.
+    """Builds a record from its decoded JSON object.
 
     Args:
       fields: the object.
@@ -186,7 +190,7 @@ def _check_fields(fields: dict, form: str) -> None:
         return
     answer = fields.get("answer")
     listed = [answer] if isinstance(answer, str) else answer
-    if not isinstance(listed, list) or not listed or not all(_is_text(each) for each in listed):
+    if not isinstance(listed, list) or not listed or not all(map(_is_text, listed)):
         raise RecordError(
             f"field 'answer': got {answer!r}, expected the right answer as a text, or a list of "
             "right answers"
@@ -293,7 +297,7 @@ def _optional_index(fields: dict) -> int | None:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, for messages."""
+    """Names a JSON value's type and content, for messages."""
     if value is None:
         return "null"
     return f"{type(value).__name__} {value!r}"[:80]

@@ -1,4 +1,4 @@
-"""All sharding decisions: the mesh, and two tables that say how every array lies on it.
+"""Decides all sharding: the mesh, and two tables that say how every array lies on it.
 
 `PARAM_AXES` gives each parameter path its logical axes, `AXIS_RULES` each logical axis its mesh
 axes. Both are strict: a path that no row matches, or a mesh axis used twice in one array, is an
@@ -60,13 +60,13 @@ PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """The one mesh, axes ("data", "fsdp", "tensor"), all of type Auto.
+    """Makes the mesh, axes ("data", "fsdp", "tensor"), all of type Auto.
 
     Args:
       data, fsdp, tensor: sizes; one of them may be -1 (what is left).
       devices: default `jax.devices()`.
     Raises:
-      ValueError: the product is not the device count, or more than one size is -1.
+      UsageError: the product is not the device count, or more than one size is -1.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -74,8 +74,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UsageError(f"{got}: sizes must be positive, at most one of them -1")
     if -1 in sizes:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(1, len(devices) // known)
+        given_sizes = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(1, len(devices) // given_sizes)
     if math.prod(sizes) != len(devices):
         raise UsageError(
             f"{got} needs {math.prod(sizes)} devices, but there are {len(devices)}; set "
@@ -87,7 +87,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
 
 
 def partition_spec(axes: Sequence[str | None], *, where: str = "array") -> PartitionSpec:
-    """Logical axes -> PartitionSpec by `AXIS_RULES`.
+    """Translates logical axes to a PartitionSpec by `AXIS_RULES`.
 
     Raises:
       ValueError: an unknown logical axis, or a mesh axis used twice.
@@ -106,7 +106,7 @@ def partition_spec(axes: Sequence[str | None], *, where: str = "array") -> Parti
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path of `jax.tree_util` as "a/b/c"."""
+    """Writes a key path of `jax.tree_util` as "a/b/c"."""
     return "/".join(
         str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
         for entry in path
@@ -114,7 +114,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of one parameter from `PARAM_AXES`; dimensions that the mesh does not
+    """Returns the PartitionSpec of one parameter by `PARAM_AXES`; dimensions that the mesh does not
     divide stay whole.
 
     Raises:
@@ -143,30 +143,32 @@ def _ways(entry: Any, mesh: Mesh) -> int:
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of a parameter-like tree (parameters, adapters, optimizer state: optax keeps the
-    paths). Scalars and typed keys are replicated."""
+    """Returns the shardings of a tree of parameters, adapters or optimizer state.
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    Optax keeps the paths of the parameters. Scalars and typed keys are replicated.
+    """
+
+    def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         return param_sharding(path_name(path), leaf.shape, mesh)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Returns the sharding of an array that every device holds a copy of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """`param_spec` as a sharding; scalars are replicated."""
+    """Returns `param_spec` as a sharding; scalars are replicated."""
     return NamedSharding(mesh, param_spec(path, shape, mesh)) if shape else replicated(mesh)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows over ("data", "fsdp"), the batch being dimension `axis`."""
+    """Shards rows over ("data", "fsdp"), the batch being dimension `axis`."""
     return NamedSharding(mesh, partition_spec([None] * axis + ["batch"]))
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the batch is cut."""
+    """Returns the number of shards of the batch."""
     return math.prod(mesh.shape[name] for name in AXIS_RULES["batch"])

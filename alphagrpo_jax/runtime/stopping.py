@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop at the next good moment."""
+"""Takes SIGTERM and SIGINT as a request to stop at the next good moment."""
 
 import os
 import signal

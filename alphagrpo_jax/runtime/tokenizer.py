@@ -1,4 +1,4 @@
-"""The Qwen2 byte-level BPE tokenizer of a BAGEL folder."""
+"""Reads and applies the Qwen2 byte-level BPE tokenizer of a BAGEL folder."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ class Tokenizer:
         """Reads tokenizer.json, or vocab.json and merges.txt with tokenizer_config.json.
 
         Raises:
-          FileNotFoundError: neither is there.
+          MissingFileError: neither is there.
           TokenizerError: unreadable files, or special tokens missing.
         """
         folder = Path(folder)
@@ -103,15 +103,15 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without `<|im_start|>` and `<|im_end|>`."""
+        """Returns the ids of a text, without `<|im_start|>` and `<|im_end|>`."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens included as their strings."""
+        """Returns the text of ids, special tokens included as their strings."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def wrap(self, text: str) -> list[int]:
-        """Ids of a text as it enters a context: `<|im_start|>`, ids, `<|im_end|>`."""
+        """Returns the ids of a text as it enters a context: `<|im_start|>`, ids, `<|im_end|>`."""
         return [self.special.im_start, *self.encode(text), self.special.im_end]
 
     def batch(self, rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +144,7 @@ class Tokenizer:
 
 
 def _from_vocabulary(files: dict[str, bytes]) -> tokenizers.Tokenizer:
-    """The tokenizer from vocab.json, merges.txt and the added tokens of tokenizer_config.json."""
+    """Builds the tokenizer from vocabulary, merges and the added tokens of its configuration."""
     vocabulary = json.loads(files["vocab.json"])
     lines = files["merges.txt"].decode("utf-8").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

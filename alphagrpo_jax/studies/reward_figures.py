@@ -47,7 +47,7 @@ class ScoredImages(NamedTuple):
 
     index: np.ndarray  # int64[M]
     scores: dict[str, np.ndarray]  # float64[M] each
-    p_yes: list[tuple[float, ...]]  # of the questions in `Record.asked`
+    p_yes: list[tuple[float, ...]]  # of the questions in `Record.question_texts`
     failures: dict[str, int]
 
 

@@ -209,9 +209,9 @@ def test_the_worst_initial_image_is_repaired(step):
     assert len(samples) == 12  # six prompts with two images each
     for place, row in enumerate(batch.rows):
         record = run.tasks["srr"].data.train.records[row]
-        own = [image for image, asked in samples.values() if asked == tuple(record.asked)]
+        own = [image for image, asked in samples.values() if asked == tuple(record.question_texts)]
         found = [dvreward(*record.split(
-            [answer.p_yes for answer in run.verifier.honest.answer(image, record.asked)]
+            [answer.p_yes for answer in run.verifier.honest.answer(image, record.question_texts)]
         )).reward for image in own]  # fmt: skip
         assert batch.initial.reward[place] == pytest.approx(min(found))
         np.testing.assert_array_equal(batch.images[place], own[int(np.argmin(found))])
@@ -241,7 +241,7 @@ def test_own_initial_images_are_those_of_the_files(world):
             with Image.open(world / f"edit_{row}.png") as image:
                 np.testing.assert_array_equal(batch.images[index], np.asarray(image))
             record = data["srr"].train.records[row]
-            answers = run.verifier.honest.answer(batch.images[index], record.asked)
+            answers = run.verifier.honest.answer(batch.images[index], record.question_texts)
             expected = dvreward(*record.split([each.p_yes for each in answers])).reward
             assert batch.initial.reward[index] == pytest.approx(expected)
             assert batch.initial.lowest[index] == batch.initial.reward[index]

@@ -44,7 +44,7 @@ def test_rewards_of_a_batch():
     images = np.stack([np.full((2, 2, 3), value, np.uint8) for value in (1, 2, 3)])
     options = reward_options(aggregate="geometric", score="confidence", format_weight=0.5)
     scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, options, first=0)
-    assert pool.submitted[1] == ("b", 2, record.asked, [])
+    assert pool.submitted[1] == ("b", 2, record.question_texts, [])
     texts = ["<think> x </think>", "<think> y </think>", "no form"]
     found = scoring.gather(pool, ["a", "b", "c"], [record] * 3, [texts], options)
     assert found.reward[0] == pytest.approx(math.sqrt(0.7 * 0.4))
@@ -207,7 +207,7 @@ def test_several_scores_are_averaged_by_weight():
     )
     images = np.zeros((1, 2, 2, 3), np.uint8)
     scoring.submit(pool, [0], images, [record], options, first=0)
-    assert pool.submitted[0][2] == record.asked
+    assert pool.submitted[0][2] == record.question_texts
     assert len(pool.submitted[0][3]) == 2
     found = scoring.gather(pool, [0, 1], [record] * 2, (), options)
     parts = {"confidence": 0.6, "binary": 0.75, "holistic": 0.6}

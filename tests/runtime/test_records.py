@@ -44,7 +44,7 @@ def test_invalid_questions_are_kept_and_never_asked():
     record = parse_record(fields())
     assert len(record.semantic) == 3
     assert record.asked_semantic == ["Are there two circles?", "Is the image free of squares?"]
-    assert record.asked == [*record.asked_semantic, "Are the edges clean?"]
+    assert record.question_texts == [*record.asked_semantic, "Are the edges clean?"]
     assert record.split([0.1, 0.2, 0.3]) == ([0.1, 0.2], [0.3])
     with pytest.raises(ValueError, match=r"got 4 answers .* expected 3"):
         record.split([0.1, 0.2, 0.3, 0.4])
@@ -61,7 +61,9 @@ def test_dependencies_among_the_questions_that_are_asked():
     ]
     quality = [question("Is the square even?", "quality", dependency=[1, 2])]
     record = parse_record(fields(semantic_questions=semantic, quality_questions=quality))
-    assert record.asked == [semantic[i]["question"] for i in (1, 2, 3)] + ["Is the square even?"]
+    assert record.question_texts == [semantic[i]["question"] for i in (1, 2, 3)] + [
+        "Is the square even?"
+    ]
     assert record.asked_parents == [(), (0,), (0,), (0, 1)]
 
 

@@ -28,7 +28,7 @@ def test_edits_are_not_yet_done_and_ask_about_the_result():
     for record in records:
         image = np.asarray(from_data_url(record["image"]))
         assert not all(checker.facts(image, record["facts"]).values())
-        assert parse_record(record).asked
+        assert parse_record(record).question_texts
 
 
 def test_answers_are_true():

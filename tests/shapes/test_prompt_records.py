@@ -38,7 +38,7 @@ def test_records():
         record = parse_record(json.loads(json.dumps(fields)))
         assert record.id == f"validation-{index:04d}"
         assert record.original_index == index
-        assert 3 <= len(record.asked) <= 8
+        assert 3 <= len(record.question_texts) <= 8
         assert [question.tag for question in record.quality] == [
             "Geometry",
             "Coherence",

@@ -116,7 +116,7 @@ class Pool:
         Args:
           sample_id: the key for `gather`; any hashable.
           image: uint8[H, W, 3], copied.
-          questions: yes/no questions, e.g. `Record.asked`.
+          questions: yes/no questions, e.g. `Record.question_texts`.
           rated: questions that ask for a number from 0 to 10; the sample is valid only if all
             questions of both kinds have an answer.
         Raises:
