@@ -27,9 +27,9 @@ from alphagrpo_jax.models.bagel_weights import (  # noqa: F401
 )
 from alphagrpo_jax.models.kv_cache import Context, DecodeCache, GuidanceContexts, Segment
 from alphagrpo_jax.models.mot import Tokens
+from alphagrpo_jax.ops.log_probs import TextLogProbs, token_log_probs
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.patchify import patchify, unpatchify
-from alphagrpo_jax.ops.scores import TextScores, score_text
 
 
 @struct.dataclass
@@ -83,7 +83,7 @@ def text_log_probs(
     mask: jax.Array,
     *,
     temperature: float,
-) -> TextScores:
+) -> TextLogProbs:
     """Log-probability and entropy of every token after the first.
 
     `log softmax(logits_t / temperature)[token_{t+1}]` of the full softmax, in float32
@@ -97,7 +97,7 @@ def text_log_probs(
     """
     _, hidden = extend_text(model, params, ctx, tokens, mask)
     logits = text_logits(model, params, hidden[:, :-1])
-    return score_text(logits, tokens, mask, temperature=temperature)
+    return token_log_probs(logits, tokens, mask, temperature=temperature)
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:
@@ -231,7 +231,7 @@ def velocity(
     return call(model, params, "read_velocity", hidden.gen)
 
 
-def velocity_draws(
+def packed_velocity(
     model: Bagel,
     params: PolicyParams,
     ctx: Context,

@@ -182,7 +182,7 @@ def test_several_noisy_versions_share_one_context(params: PolicyParams):
     ctx = context(params)
     x = jnp.stack([latents(2), latents(2)[::-1] * 0.5, latents(2) + 1.0], axis=1)
     sigma = jnp.array([[0.9, 0.5, 0.1], [0.2, 0.4, 0.6]])
-    got = policy.velocity_draws(MODEL, params, ctx, x, sigma, GRID)
+    got = policy.packed_velocity(MODEL, params, ctx, x, sigma, GRID)
     for draw in range(3):
         alone = velocity(MODEL, params, ctx, x[:, draw], sigma[:, draw], GRID)
         np.testing.assert_allclose(got[:, draw], alone, atol=2e-5)

@@ -1,6 +1,10 @@
 """Grouped-query attention over several key/value blocks with explicit masks."""
 
+# pyright: reportUnknownMemberType=false
+# (one overload of jnp.einsum in JAX's stubs is untyped, so every call counts as partially unknown)
+
 from collections.abc import Sequence
+from typing import cast
 
 import chex
 import jax
@@ -16,7 +20,7 @@ def attend(
     values: Sequence[jax.Array],
     masks: Sequence[jax.Array],
 ) -> jax.Array:
-    """Softmax attention of every query over the union of several key blocks.
+    """Computes softmax attention of every query over the union of several key blocks.
 
     `out_t = sum_s softmax_s(q_t . k_s / sqrt(H)) v_s`, softmax in float32 over all blocks together.
     Blocks stay separate arrays, so that a cache is never copied to append to it. Query head `n`
@@ -34,15 +38,19 @@ def attend(
     chex.assert_rank(list(masks), 3)
     batch, length, heads, width = query.shape
     kv_heads = keys[0].shape[2]
+    # Query heads are grouped by the key head they read: keys are never repeated in memory.
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores = []
+    scores: list[jax.Array] = []
     for key, mask in zip(keys, masks, strict=True):
+        # float32 island: bfloat16 scores would lose the differences that softmax lives on.
         score = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
         scores.append(jnp.where(mask[:, None, None], score * width**-0.5, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    parts = jnp.split(weights, np.cumsum([key.shape[1] for key in keys])[:-1], axis=-1)
-    out = sum(
-        jnp.einsum("bkgts,bskh->btkgh", part, value)
-        for part, value in zip(parts, values, strict=True)
+    block_ends = np.cumsum([key.shape[1] for key in keys])
+    block_weights = jnp.split(weights, block_ends[:-1], axis=-1)
+    attended = sum(
+        jnp.einsum("bkgts,bskh->btkgh", block_weight, value)
+        for block_weight, value in zip(block_weights, values, strict=True)
     )
-    return out.reshape(batch, length, heads * width)
+    # The cast is for the type checker only: `sum` of no blocks would be the integer 0.
+    return cast(jax.Array, attended).reshape(batch, length, heads * width)

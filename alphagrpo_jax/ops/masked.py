@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def causal_mask(valid: jax.Array) -> jax.Array:
-    """Query t may see key s if `s <= t` and key s is no padding.
+    """Lets query t see key s if `s <= t` and key s is no padding.
 
     Args:
       valid: bool[B, T].

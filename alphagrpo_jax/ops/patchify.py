@@ -26,7 +26,7 @@ def patchify(x: jax.Array, patch: int) -> jax.Array:
 
 
 def unpatchify(tokens: jax.Array, patch: int, grid: tuple[int, int]) -> jax.Array:
-    """Inverse of `patchify`.
+    """Puts tokens back together, the inverse of `patchify`.
 
     Args:
       tokens: [B, M, patch * patch * C].

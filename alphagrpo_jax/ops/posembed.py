@@ -12,7 +12,7 @@ MAX_PERIOD = 10000.0
 
 
 def grid_ids(grid: tuple[int, int], side: int) -> np.ndarray:
-    """Table row `row * side + col` of every token of an image.
+    """Returns the table row `row * side + col` of every token of an image.
 
     Args:
       grid: token rows and columns.
@@ -32,7 +32,7 @@ def grid_ids(grid: tuple[int, int], side: int) -> np.ndarray:
 
 
 def interpolated_grid_ids(grid: tuple[int, int], side: int) -> np.ndarray:
-    """As `grid_ids`, with the image stretched over the whole table (`interpolate_pos`).
+    """Returns table rows with the image stretched over the full table (`interpolate_pos`).
 
     Args:
       grid: token rows and columns.
@@ -52,7 +52,7 @@ def interpolated_grid_ids(grid: tuple[int, int], side: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def sincos_table(width: int, side: int) -> np.ndarray:
-    """Fixed two-dimensional sin-cos table.
+    """Computes the fixed two-dimensional sin-cos table.
 
     The first half of the features encodes the column, the second half the row; each half is
     [sin, cos] of `coordinate * 10000^(-i / (width / 4))`.
@@ -74,7 +74,7 @@ def sincos_table(width: int, side: int) -> np.ndarray:
 
 
 def timestep_features(t: jax.Array) -> jax.Array:
-    """`[cos, sin]` of `t * 10000^(-i / 128)`; `t` enters as it is, in [0, 1].
+    """Computes `[cos, sin]` of `t * 10000^(-i / 128)`; `t` is not rescaled, it lies in [0, 1].
 
     Args:
       t: float[B].

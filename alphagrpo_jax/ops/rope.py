@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every angle `position * theta^(-2 i / H)`.
+    """Computes cosine and sine of every angle `position * theta^(-2 i / H)`.
 
     Args:
       positions: int32[B, T].
@@ -16,6 +16,7 @@ def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, j
       Two float32[B, T, H / 2].
     """
     chex.assert_rank(positions, 2)
+    # float32 island: a bfloat16 position is exact only up to 256.
     exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     angles = positions.astype(jnp.float32)[..., None] * (1.0 / theta**exponent)[None, None]
     return jnp.cos(angles), jnp.sin(angles)

@@ -46,7 +46,7 @@ def text_scores(port: Port, logits: jax.Array, ids: np.ndarray, temperature: flo
     """Log-probs and entropies float32[T - 1] from logits float32[T, V]."""
     tokens = jnp.asarray(ids)[None]
     mask = jnp.ones(tokens.shape, bool)
-    scores = policy.score_text(logits[None, :-1], tokens, mask, temperature=temperature)
+    scores = policy.token_log_probs(logits[None, :-1], tokens, mask, temperature=temperature)
     return [scores.log_prob[0], scores.entropy[0]]
 
 

@@ -45,7 +45,7 @@ def test_log_probs_and_context_equal_teacher_forcing(tiny, setting, extend):
     sample, after = write(params, ctx, keys(), temperature=jnp.float32(0.7))
     whole, hidden = extend(params, ctx, sample.tokens, sample.mask)
     logits = policy.text_logits(tiny.model, params, hidden[:, :-1])
-    forced = policy.score_text(logits, sample.tokens, sample.mask, temperature=0.7)
+    forced = policy.token_log_probs(logits, sample.tokens, sample.mask, temperature=0.7)
     expected = np.where(sample.scored, forced.log_prob, 0.0)
     np.testing.assert_allclose(sample.log_prob, expected, atol=2e-5)
     np.testing.assert_array_equal(after.rope, whole.rope)

@@ -61,7 +61,7 @@ def text_nll(
     before = ctx.rope
     ctx, hidden = policy.extend_text(model, params, ctx, texts["tokens"], texts["mask"])
     logits = policy.text_logits(model, params, hidden[:, :-1])
-    scores = policy.score_text(logits, texts["tokens"], texts["scored"], temperature=1.0)
+    scores = policy.token_log_probs(logits, texts["tokens"], texts["scored"], temperature=1.0)
     likelihood = -jnp.sum(scores.log_prob) / jnp.sum(scores.mask)
     *past, own = ctx.segments
     rope = before + jnp.sum(texts["visible"], axis=1, dtype=jnp.int32)
@@ -89,7 +89,7 @@ def flow_error(
     sigma = shift * t / (1 + (shift - 1) * t)
     level = sigma[:, :, None, None]
     x = (1 - level) * x0 + level * noise
-    velocity = policy.velocity_draws(model, params, kv_cache.merge(ctx), x, sigma, GRID)
+    velocity = policy.packed_velocity(model, params, kv_cache.merge(ctx), x, sigma, GRID)
     return jnp.mean(jnp.square(velocity - (noise - x0)))
 
 
