@@ -16,7 +16,7 @@ from PIL import Image
 from alphagrpo_jax import policy, tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import change_options
-from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.prompts import image_block, start_position
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rollout import decode_steps
@@ -43,7 +43,7 @@ class Policy(NamedTuple):
     """A model with its parameters, and the configuration that it samples with."""
 
     config: Config
-    loaded: Loaded
+    loaded: LoadedModel
     params: policy.PolicyParams
     step: int  # updates done; 0 without a checkpoint
 
@@ -328,7 +328,7 @@ def _prompt_inputs(
     return dataclasses.replace(spec, grid=grid), inputs
 
 
-def _encoder_images(loaded: Loaded, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+def _encoder_images(loaded: LoadedModel, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
     """Returns an image as the VAE and the ViT take it, each uint8[H, W, 3] of its own size."""
     return images_lib.both_sizes(image, loaded.config.vae_transform, loaded.config.vit_transform)
 

@@ -20,7 +20,7 @@ from alphagrpo_jax.flow.guidance import Guidance, active_mask, combine
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel, base_shapes, init_base  # noqa: F401
 from alphagrpo_jax.models.bagel_weights import (  # noqa: F401
-    Loaded,
+    LoadedModel,
     load_model,
     new_model,
     save_model,

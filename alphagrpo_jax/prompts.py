@@ -16,7 +16,7 @@ from PIL import Image
 
 from alphagrpo_jax import tasks
 from alphagrpo_jax.config import Config
-from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
 from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
@@ -364,7 +364,7 @@ def next_batches(
     return batches
 
 
-def image_block(loaded: Loaded, images: np.ndarray) -> ImageBlock:
+def image_block(loaded: LoadedModel, images: np.ndarray) -> ImageBlock:
     """Resizes input images uint8[P, Hpx, Wpx, 3] for the ViT; the VAE takes them as they are."""
     height, width = images.shape[1:3]
     sizes = loaded.config.vit_transform

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.bagel_config import BagelConfig
-from alphagrpo_jax.models.bagel_weights import CONFIG_FILES, Loaded, save_model
+from alphagrpo_jax.models.bagel_weights import CONFIG_FILES, LoadedModel, save_model
 from alphagrpo_jax.runtime import images
 from alphagrpo_jax.runtime.tokenizer import PAD, SPECIAL, Tokenizer
 from configs import grpo
@@ -63,7 +63,7 @@ def tokenizer(words: Sequence[str] = ()) -> Tokenizer:
     return Tokenizer(backend, {"tokenizer.json": backend.to_str().encode()}, "tests")
 
 
-def model(seed: int = 0, words: Sequence[str] = ()) -> Loaded:
+def model(seed: int = 0, words: Sequence[str] = ()) -> LoadedModel:
     """A tiny model whose weights are numpy's, since drawing them by JAX compiles for long."""
     own = tokenizer(words)
     contents = (LLM | {"vocab_size": len(own)}, VIT, VAE, BAGEL)
@@ -83,7 +83,7 @@ def model(seed: int = 0, words: Sequence[str] = ()) -> Loaded:
     files = {
         name: json.dumps(each).encode() for name, each in zip(CONFIG_FILES, contents, strict=True)
     }
-    return Loaded(module, base, own, config, files, {})
+    return LoadedModel(module, base, own, config, files, {})
 
 
 def write_model(folder: pathlib.Path, words: Sequence[str] = ()) -> pathlib.Path:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.kv_cache import Segment
 from alphagrpo_jax.models.layers import MLP, Embedding, Linear
-from alphagrpo_jax.models.mot import Decoder, Tokens
+from alphagrpo_jax.models.mot import MoTDecoder, Tokens
 from alphagrpo_jax.models.siglip import VisionTransformer
 from alphagrpo_jax.models.vae import VAE
 from alphagrpo_jax.ops.posembed import (
@@ -38,7 +38,7 @@ class Bagel(nn.Module):
         cfg, dtype = self.config, self.dtype
         width = cfg.llm.hidden_size
         self.embed_tokens = Embedding(cfg.llm.vocab_size, width, EMBED_STDDEV, dtype)
-        self.language_model = Decoder(cfg.llm, dtype, self.remat, self.unroll)
+        self.language_model = MoTDecoder(cfg.llm, dtype, self.remat, self.unroll)
         self.lm_head = Linear(
             cfg.llm.vocab_size, use_bias=False, dtype=dtype, out_dtype=jnp.float32
         )
@@ -90,7 +90,7 @@ class Bagel(nn.Module):
         keep_cache: bool = True,
         final_norm: bool = True,
     ) -> tuple[Tokens, tuple[jax.Array, jax.Array] | None]:
-        """See `mot.Decoder`."""
+        """See `mot.MoTDecoder`."""
         return self.language_model(
             tokens, positions, past, masks, keep_cache=keep_cache, final_norm=final_norm
         )
@@ -115,7 +115,7 @@ class Bagel(nn.Module):
         """Latent float[B, h, w, z] -> image float32[B, H, W, 3], not clipped."""
         return self.vae.decode(latents).astype(jnp.float32)
 
-    def initialise(self, images: jax.Array) -> jax.Array:
+    def initialize(self, images: jax.Array) -> jax.Array:
         """Touches every parameter once."""
         self.vae(images)
         tokens = jnp.zeros((1, 1), jnp.int32)
@@ -150,7 +150,7 @@ def init_base(model: Bagel, key: jax.Array) -> dict:
     """
     side = model.config.latent_stride
     images = jnp.zeros((1, side, side, model.config.vae.in_channels))
-    return jax.jit(functools.partial(model.init, method="initialise"))(key, images)["params"]
+    return jax.jit(functools.partial(model.init, method="initialize"))(key, images)["params"]
 
 
 @functools.cache

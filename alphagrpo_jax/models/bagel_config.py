@@ -24,7 +24,7 @@ VAE_TRANSFORM = ImageSizes(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageSizes(max_size=980, min_size=224, stride=14)
 
 
-class ConfigError(UserError, ValueError):
+class ModelConfigError(UserError, ValueError):
     """A configuration file with a missing field or a value that contradicts another."""
 
 
@@ -70,7 +70,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         _divides(VIT_FILE, "num_attention_heads", self.num_attention_heads, self.hidden_size)
         if self.num_hidden_layers < 2:
-            raise ConfigError(
+            raise ModelConfigError(
                 f"{VIT_FILE}: num_hidden_layers is {self.num_hidden_layers}, expected at least 2 "
                 "(the last layer is dropped)"
             )
@@ -104,18 +104,18 @@ class BagelConfig:
             (BAGEL_FILE, "connector_act", self.connector_act),
         ):
             if value not in ACTIVATIONS:
-                raise ConfigError(
+                raise ModelConfigError(
                     f"{file}: {name} is {value!r}, expected one of {sorted(ACTIVATIONS)}"
                 )
         side = self.vit.image_size // self.vit.patch_size
         if side != self.vit_max_num_patch_per_side:
-            raise ConfigError(
+            raise ModelConfigError(
                 f"{VIT_FILE} gives image_size // patch_size = {side} but {BAGEL_FILE} gives "
                 f"vit_max_num_patch_per_side = {self.vit_max_num_patch_per_side}; both index the "
                 "same position table, make them equal"
             )
         if self.llm.hidden_size % 4:
-            raise ConfigError(
+            raise ModelConfigError(
                 f"{LLM_FILE}: hidden_size is {self.llm.hidden_size}, expected a multiple of 4 "
                 "(sin-cos position tables)"
             )
@@ -162,7 +162,7 @@ class BagelConfig:
           bagel: contents of bagel_config.json; None for the official application's values.
           tokens: ids of the special tokens, from the tokenizer.
         Raises:
-          ConfigError: a missing field or contradicting values.
+          ModelConfigError: a missing field or contradicting values.
         """
         rules = _given(BAGEL_FILE, OFFICIAL_APPLICATION if bagel is None else bagel)
         transforms = {
@@ -206,7 +206,7 @@ class BagelConfig:
 
         Raises:
           FileNotFoundError: no llm_config.json or vit_config.json.
-          ConfigError: see `from_dicts`.
+          ModelConfigError: see `from_dicts`.
         """
         folder = Path(folder)
         return cls.from_dicts(
@@ -223,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ConfigError: the file is not JSON.
+      ModelConfigError: the file is not JSON.
     """
     if not path.exists():
         present = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
@@ -235,13 +235,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from error
+        raise ModelConfigError(
+            f"{path} is not valid JSON ({error}); fetch the file again"
+        ) from error
 
 
 def _given(where: str, fields: Any) -> dict[str, Any]:
     """The fields of a JSON object that have a value; null counts as missing."""
     if not isinstance(fields, Mapping):
-        raise ConfigError(f"{where}: got {fields!r:.80}, expected a JSON object with named fields")
+        raise ModelConfigError(
+            f"{where}: got {fields!r:.80}, expected a JSON object with named fields"
+        )
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -266,7 +270,7 @@ def _checked(cls: type, where: str, fields: Mapping[str, Any]) -> dict[str, Any]
         fits = all(type(x) is wanted and (wanted is not int or x >= least) for x in each)
         if not fits or (several and each is not value):
             meant = "a positive whole number" if wanted is int else f"a {wanted.__name__}"
-            raise ConfigError(
+            raise ModelConfigError(
                 f"{where}: {name} is {value!r}, expected {'a list of such: ' * several}{meant}"
             )
         checked[name] = tuple(each) if several else value
@@ -285,7 +289,7 @@ def _build(cls: type, file: str, fields: Mapping[str, Any]) -> Any:
     ]
     missing = [name for name in required if fields.get(name) is None]
     if missing:
-        raise ConfigError(
+        raise ModelConfigError(
             f"{file} lacks {missing}; expected at least {required}, got {sorted(fields)}"
         )
     return cls(**_checked(cls, file, _known(cls, fields)))
@@ -293,4 +297,4 @@ def _build(cls: type, file: str, fields: Mapping[str, Any]) -> Any:
 
 def _divides(file: str, name: str, divisor: int, whole: int) -> None:
     if divisor < 1 or whole % divisor:
-        raise ConfigError(f"{file}: {name} is {divisor}, expected a divisor of {whole}")
+        raise ModelConfigError(f"{file}: {name} is {divisor}, expected a divisor of {whole}")

@@ -40,7 +40,7 @@ class WeightsError(UserError, ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A BAGEL folder in memory."""
 
     model: Bagel
@@ -58,7 +58,7 @@ def load_model(
     remat: str = "none",
     unroll: int = 1,
     place: Place | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Reads a folder in the official layout.
 
     Args:
@@ -70,7 +70,7 @@ def load_model(
         that a large model is never whole on the host. None: the default device.
     Raises:
       FileNotFoundError: a missing file.
-      TokenizerError, ConfigError, WeightsError: files that do not fit.
+      TokenizerError, ModelConfigError, WeightsError: files that do not fit.
     """
     folder = resolve(folder)
     tokenizer = Tokenizer.from_folder(folder)
@@ -80,7 +80,7 @@ def load_model(
     base, dtypes = read_weights(folder, model, place)
     files = {name: folder / name for name in CONFIG_FILES}
     json_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
-    return Loaded(model, base, tokenizer, config, json_files, dtypes)
+    return LoadedModel(model, base, tokenizer, config, json_files, dtypes)
 
 
 def new_model(
@@ -93,7 +93,7 @@ def new_model(
     bagel: Mapping[str, Any],
     remat: str = "none",
     unroll: int = 1,
-) -> Loaded:
+) -> LoadedModel:
     """A model with random float32 weights, ready for pretraining and `save_model`.
 
     Args:
@@ -107,11 +107,11 @@ def new_model(
     model = Bagel(config, remat=remat, unroll=unroll)
     contents = zip(CONFIG_FILES, (llm, vit, vae, bagel), strict=True)
     files = {name: json.dumps(dict(fields), indent=2).encode() for name, fields in contents}
-    return Loaded(model, init_base(model, key), tokenizer, config, files, {})
+    return LoadedModel(model, init_base(model, key), tokenizer, config, files, {})
 
 
 def save_model(
-    folder: str | Path, loaded: Loaded, *, base: dict | None = None, dtype: str | None = None
+    folder: str | Path, loaded: LoadedModel, *, base: dict | None = None, dtype: str | None = None
 ) -> None:
     """Writes a folder in the official layout: JSON files, tokenizer, both weight files.
 

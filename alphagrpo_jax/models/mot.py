@@ -126,7 +126,7 @@ class MoTBlock(nn.Module):
         )
 
 
-class Decoder(nn.Module):
+class MoTDecoder(nn.Module):
     """All layers (stacked, scanned) and the final norms."""
 
     config: LLMConfig

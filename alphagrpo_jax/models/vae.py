@@ -160,7 +160,7 @@ class Level(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     """Image -> mean and log-variance of the latent, concatenated over channels."""
 
     config: VAEConfig
@@ -181,7 +181,7 @@ class Encoder(nn.Module):
         return _conv(2 * cfg.z_channels, 3, "conv_out", self.dtype)(x)
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latent (unscaled) -> image."""
 
     config: VAEConfig
@@ -208,8 +208,8 @@ class VAE(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = VAEEncoder(self.config, self.dtype)
+        self.decoder = VAEDecoder(self.config, self.dtype)
 
     def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log-variance of the latent before scaling.

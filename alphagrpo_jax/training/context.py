@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from alphagrpo_jax.config import Config, RewardOptions
-from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.rewards.scoring import VerifierPool
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     """What does not change during a run."""
 
     config: Config
-    loaded: Loaded
+    loaded: LoadedModel
     fns: CompiledFns
     tasks: Mapping[str, TaskContext]
     initial: InitialImagesContext
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 def make_run(
     config: Config,
-    loaded: Loaded,
+    loaded: LoadedModel,
     data: Mapping[str, TaskData],
     fns: CompiledFns,
     verifier: VerifierPool,

@@ -8,7 +8,7 @@ import dataclasses
 
 from alphagrpo_jax import tasks
 from alphagrpo_jax.config import Config, RewardOptions
-from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.sampling.trajectory import RolloutSpec
 from alphagrpo_jax.training.gradient import UpdateSpec
 
@@ -20,7 +20,7 @@ def scoring_options(config: Config, task: tasks.Task) -> RewardOptions:
     return dataclasses.replace(config.reward, format_weight=0.0)
 
 
-def rollout_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
+def rollout_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> RolloutSpec:
     """Returns what training rollouts of a task are compiled for."""
     options = config.rollout
     if task.refines:  # its text is a reflection
@@ -36,7 +36,7 @@ def rollout_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpe
     )
 
 
-def eval_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
+def eval_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> RolloutSpec:
     """Returns what evaluation rollouts are compiled for: one per prompt, no stochastic steps.
 
     The text guidance of images that are no edits is `eval.text_guidance`.
@@ -52,7 +52,7 @@ def eval_spec(config: Config, loaded: Loaded, task: tasks.Task) -> RolloutSpec:
     return dataclasses.replace(spec, rows_per_prompt=1, stochastic=False, options=options)
 
 
-def initial_spec(config: Config, loaded: Loaded) -> RolloutSpec:
+def initial_spec(config: Config, loaded: LoadedModel) -> RolloutSpec:
     """Returns what initial images are compiled for: text-to-image, several images per prompt."""
     spec = rollout_spec(config, loaded, tasks.TASKS["t2i"])
     options = dataclasses.replace(
@@ -63,7 +63,7 @@ def initial_spec(config: Config, loaded: Loaded) -> RolloutSpec:
     )
 
 
-def update_spec(config: Config, loaded: Loaded, task: tasks.Task) -> UpdateSpec:
+def update_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> UpdateSpec:
     """Returns what updates on a task's trajectories are compiled for."""
     return UpdateSpec(
         rollout=rollout_spec(config, loaded, task),

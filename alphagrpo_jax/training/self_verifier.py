@@ -17,7 +17,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
-from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
@@ -33,7 +33,7 @@ QUESTIONS = 48  # about these images, answered at once
 class PolicyVerifier:
     """The policy as a `BatchVerifier`; `workers.in_process.InProcessPool` makes a pool of it."""
 
-    def __init__(self, loaded: Loaded, *, question_tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, *, question_tokens: int) -> None:
         """Finds the tokens that spell yes and no.
 
         Args:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.models.bagel_weights import Loaded, load_model
+from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.errors import UsageError
@@ -21,7 +21,7 @@ from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.types import TrainState
 
 
-def load_policy(config: Config, mesh: Mesh) -> Loaded:
+def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
     """Loads the pretrained model onto the mesh.
 
     Raises:
@@ -71,7 +71,7 @@ def make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def load_data(config: Config, loaded: Loaded, cache: str | os.PathLike) -> dict[str, TaskData]:
+def load_data(config: Config, loaded: LoadedModel, cache: str | os.PathLike) -> dict[str, TaskData]:
     """Loads both prompt sets of every task of a configuration; see `prompts.load`."""
     found = {}
     for name in config.tasks:

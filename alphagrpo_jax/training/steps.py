@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from alphagrpo_jax import loss, prompts, tasks
 from alphagrpo_jax.config import Config
-from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.sampling.trajectory import (
@@ -68,7 +68,7 @@ class CompiledFns(NamedTuple):
 
 def compile_fns(
     config: Config,
-    loaded: Loaded,
+    loaded: LoadedModel,
     state: TrainState,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
@@ -142,7 +142,7 @@ class _Shared(NamedTuple):
     """What all jitted functions of a run share."""
 
     config: Config
-    loaded: Loaded
+    loaded: LoadedModel
     params: PolicyParams  # shapes of the weights that rollouts read
     key: jax.Array
     mesh: Mesh

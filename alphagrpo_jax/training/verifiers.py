@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from alphagrpo_jax.config import Config, ConfigError
-from alphagrpo_jax.models.bagel_weights import Loaded
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.scoring import VerifierPool
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import checked_urls
@@ -110,7 +110,7 @@ def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
 
 @contextlib.contextmanager
 def open_verifiers(
-    config: Config, loaded: Loaded
+    config: Config, loaded: LoadedModel
 ) -> Iterator[tuple[VerifierPool, VerifierPool | None]]:
     """Opens the verifier of the training, and the one that only evaluations ask, if any.
 

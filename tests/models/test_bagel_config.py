@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from alphagrpo_jax.models.bagel_config import BagelConfig, ConfigError, ImageSizes
+from alphagrpo_jax.models.bagel_config import BagelConfig, ImageSizes, ModelConfigError
 from alphagrpo_jax.models.vae import VAEConfig
 from alphagrpo_jax.runtime.tokenizer import SpecialTokens
 
@@ -111,12 +111,12 @@ def test_contradictions(folder: pathlib.Path, file: str, fields: dict, message: 
 
 def test_unreadable_files(folder: pathlib.Path):
     (folder / "bagel_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"bagel_config\.json is not valid JSON"):
+    with pytest.raises(ModelConfigError, match=r"bagel_config\.json is not valid JSON"):
         BagelConfig.from_folder(folder, TOKENS)
     for name in JSON:
         shutil.copy(FOLDER / "bagel_config.json", folder)
         (folder / name).write_text("[1]")
-        with pytest.raises(ConfigError, match=rf"{name}: got \[1\], expected a JSON object"):
+        with pytest.raises(ModelConfigError, match=rf"{name}: got \[1\], expected a JSON object"):
             BagelConfig.from_folder(folder, TOKENS)
         shutil.copy(FOLDER / name, folder)
     (folder / "llm_config.json").unlink()
@@ -136,5 +136,5 @@ def test_a_null_number_of_key_value_heads_is_that_of_the_query_heads(folder):
 )
 def test_an_unknown_activation_is_named(folder, file, name):
     edit(folder / file, **{name: "mish"})
-    with pytest.raises(ConfigError, match=f"{file}: {name} is 'mish', expected one of"):
+    with pytest.raises(ModelConfigError, match=f"{file}: {name} is 'mish', expected one of"):
         BagelConfig.from_folder(folder, TOKENS)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from alphagrpo_jax.models.bagel import base_shapes
 from alphagrpo_jax.models.bagel_weights import (
-    Loaded,
+    LoadedModel,
     WeightsError,
     load_model,
     new_model,
@@ -27,7 +27,7 @@ FILES = (EMA, AE)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return load_model(FOLDER)
 
 
@@ -48,7 +48,7 @@ def assert_same_tensors(left: pathlib.Path, right: pathlib.Path) -> None:
             assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def test_round_trip_is_byte_for_byte(loaded: Loaded, tmp_path: pathlib.Path):
+def test_round_trip_is_byte_for_byte(loaded: LoadedModel, tmp_path: pathlib.Path):
     save_model(tmp_path, loaded)
     assert_same_tensors(FOLDER, tmp_path)
     kept = {path.name for path in FOLDER.iterdir() if not path.name.startswith("expected")}
@@ -57,7 +57,7 @@ def test_round_trip_is_byte_for_byte(loaded: Loaded, tmp_path: pathlib.Path):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
-def test_round_trip_in_bfloat16(loaded: Loaded, tmp_path: pathlib.Path):
+def test_round_trip_in_bfloat16(loaded: LoadedModel, tmp_path: pathlib.Path):
     save_model(tmp_path / "half", loaded, dtype="bfloat16")
     half = load_model(tmp_path / "half")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.base)} == {jnp.dtype("float32")}
@@ -69,7 +69,7 @@ def test_round_trip_in_bfloat16(loaded: Loaded, tmp_path: pathlib.Path):
     assert load_file(tmp_path / "again" / AE)["decoder.conv_in.bias"].dtype == jnp.bfloat16
 
 
-def test_known_tensors_land_where_they_belong(loaded: Loaded):
+def test_known_tensors_land_where_they_belong(loaded: LoadedModel):
     ema, ae = load_file(FOLDER / EMA), load_file(FOLDER / AE)
     layers = loaded.base["language_model"]["layers"]
     name = "language_model.model.layers.2.self_attn.k_proj_moe_gen.weight"
@@ -80,7 +80,7 @@ def test_known_tensors_land_where_they_belong(loaded: Loaded):
     np.testing.assert_array_equal(conv[2, 0, 5, 7], expected[7, 5, 2, 0])
 
 
-def test_every_parameter_has_one_name(loaded: Loaded):
+def test_every_parameter_has_one_name(loaded: LoadedModel):
     table = entries(base_shapes(loaded.model))
     names = [entry.name for entry in table]
     assert len(set(names)) == len(names)
@@ -154,7 +154,7 @@ def test_a_model_may_have_more_embeddings_than_tokens_but_not_fewer(
     )
 
 
-def test_leaves_can_be_placed_one_by_one(loaded: Loaded):
+def test_leaves_can_be_placed_one_by_one(loaded: LoadedModel):
     seen = []
 
     def place(path: str, leaf: np.ndarray) -> jax.Array:
@@ -167,7 +167,7 @@ def test_leaves_can_be_placed_one_by_one(loaded: Loaded):
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.base, again.base))
 
 
-def test_a_new_model_can_be_saved_and_loaded(loaded: Loaded, tmp_path: pathlib.Path):
+def test_a_new_model_can_be_saved_and_loaded(loaded: LoadedModel, tmp_path: pathlib.Path):
     contents = loaded.config.to_dicts()
     fresh = new_model(
         jax.random.key(0),
