@@ -123,13 +123,13 @@ class Tokenizer:
         Returns:
           int32[B, T] and bool[B, T], False at padding.
         Raises:
-          ValueError: a row is longer than `length`.
+          TokenizerError: a row is longer than `length`.
         """
         tokens = np.full((len(rows), length), self.pad, np.int32)
         mask = np.zeros((len(rows), length), bool)
         for index, row in enumerate(rows):
             if len(row) > length:
-                raise ValueError(
+                raise TokenizerError(
                     f"text {index} has {len(row)} tokens, at most {length} fit: "
                     f"{self.decode(row)[:80]!r}...; shorten it or raise the length"
                 )

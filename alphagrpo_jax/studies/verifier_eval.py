@@ -156,9 +156,9 @@ def time_pool(folder: Path, workers: int, samples: Sequence[Sample]) -> tuple[fl
 
 
 def _given(p_yes: float | None) -> float:
-    """Raises ValueError for an answer that failed: the times would not be comparable."""
+    """Raises InputError for an answer that failed: the times would not be comparable."""
     if p_yes is None:
-        raise ValueError("a question got no answer; measure accuracy first")
+        raise InputError("a question got no answer; measure accuracy first")
     return p_yes
 
 

@@ -25,7 +25,7 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
     """Loads the pretrained model onto the mesh.
 
     Raises:
-      ConfigError: an image size that the latent grid does not divide.
+      ConfigError: an image size that the latent grid does not divide, or that is too large.
     """
 
     def put_on_device(path: str, leaf: np.ndarray) -> jax.Array:
@@ -42,6 +42,14 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
         raise ConfigError(
             f"model.height={config.model.height} and model.width={config.model.width} must be "
             f"multiples of {stride} pixels, the side of a latent token"
+        )
+    most = loaded.config.max_latent_size
+    rows, columns = loaded.config.latent_grid(config.model.height, config.model.width)
+    if max(rows, columns) > most and not loaded.config.interpolate_pos:
+        raise ConfigError(
+            f"model.height={config.model.height} and model.width={config.model.width} are {rows} x "
+            f"{columns} latent tokens, but the model's position table has {most} x {most}; make "
+            f"them at most {most * stride} pixels"
         )
     return loaded
 

@@ -5,6 +5,8 @@ import pytest
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import ConfigError
+from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
 
@@ -74,3 +76,14 @@ def test_without_endpoints_all_workers_are_local():
 def test_wrong_endpoints_are_refused(urls, message):
     with pytest.raises(ConfigError, match=message):
         verifiers_lib.verifier_factories(config_of(kind="openai", endpoints=urls, model="judge"))
+
+
+@pytest.mark.parametrize(
+    ("height", "message"), [(64, "at most 48 pixels"), (40, "must be multiples of 16 pixels")]
+)
+def test_image_sizes_that_the_model_cannot_draw_are_refused(height, message):
+    config = grpo.get_config()
+    config.model.height = height
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    with pytest.raises(ConfigError, match=message):
+        setup.load_policy(config_lib.from_config_dict(config), mesh)
