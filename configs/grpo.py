@@ -2,7 +2,7 @@
 
     python -m alphagrpo_jax.train --config=configs/grpo.py
 
-Hardware: two CPU cores; time, memory and results stand in the README with their commands.
+Hardware: two CPU cores; time, memory and results stand in docs/results.md with their commands.
 
 Where it departs from the paper's numbers (those are in `configs/bagel_7b_rt2i.py`), and why: a
 small model is sampled without guidance and from the whole vocabulary; a group shares its initial

@@ -2,7 +2,7 @@
 
     python -m alphagrpo_jax.train --config=configs/mixed.py
 
-Hardware: two CPU cores; time, memory and results stand in the README with their commands.
+Hardware: two CPU cores; time, memory and results stand in docs/results.md with their commands.
 Every update holds two batches, each of one task drawn by weight.
 """
 

@@ -2,7 +2,7 @@
 
     python -m alphagrpo_jax.train --config=configs/srr.py
 
-Hardware: two CPU cores; time, memory and results stand in the README with their commands.
+Hardware: two CPU cores; time, memory and results stand in docs/results.md with their commands.
 Stage 1 draws four images per prompt without thinking; the one that the verifier likes least is
 repaired. A refinement that is no better than its initial image is not reinforced
 (`srr.rectification`).

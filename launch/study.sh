@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the README's figures, one after another, then the studies and the pictures: three seeds of the default, one run
+# The runs behind docs/results.md, one after another, then the studies and the pictures: three seeds of the default, one run
 # of each ablation, and two seeds of refinement with and without rectified rewards. Finished runs are skipped; interrupted, the
 # same command continues. Arguments go to every run.
 set -euo pipefail

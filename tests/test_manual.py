@@ -215,6 +215,15 @@ def test_tables_of_tasks_are_complete(page: pathlib.Path):
     assert sorted(names) == sorted([*tasks.TASKS, "mixed"])
 
 
+def test_architecture_names_every_part():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in sorted((ROOT / "alphagrpo_jax").iterdir()):
+        if path.suffix == ".py" and path.stem != "__init__":
+            assert f"`{path.stem}`" in text or f"`{path.name}`" in text, path.name
+        elif any(path.glob("*.py")):
+            assert f"`{path.name}/`" in text, path.name
+
+
 def test_readme_is_a_page():
     assert len(README.read_text().splitlines()) <= MAX_README_LINES
 

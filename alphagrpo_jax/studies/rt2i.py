@@ -1,4 +1,4 @@
-"""The study behind the README's figures: what training changed, by the yardstick it never saw.
+"""The study behind docs/results.md: what training changed, by the yardstick it never saw.
 
     python -m alphagrpo_jax.studies.rt2i --out docs/study --run runs/seed0 --run runs/seed1 ...
     python -m alphagrpo_jax.studies.rt2i --out docs/study --run runs/no_text --name no_text_loss

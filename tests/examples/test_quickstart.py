@@ -1,0 +1,18 @@
+"""The example of the manual runs, and its loss by hand is the library's."""
+
+import json
+import math
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def test_quickstart_trains_scores_and_computes_a_loss(run_python, tmp_path: pathlib.Path):
+    done = run_python(str(ROOT / "examples" / "quickstart.py"), str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[1]["text/ratio_max_dev"] == rows[1]["image/ratio_max_dev"] == 0.0
+    last = done.stdout.splitlines()[-1].split()
+    assert math.isclose(float(last[1].rstrip(",")), float(last[4]), abs_tol=1e-6)
+    assert "P(yes) = " in done.stdout
