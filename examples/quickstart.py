@@ -2,7 +2,7 @@
 
     python examples/quickstart.py [FOLDER]
 
-Takes about a minute on two CPU cores, most of it for compiling. The run goes to FOLDER (default
+Takes one to two minutes on two CPU cores, most of it for compiling. The run goes to FOLDER (default
 runs/quickstart); run it again and it finds the run finished.
 """
 
