@@ -11,7 +11,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Replaces each matrix of float32[K, m, n] by about the nearest (semi-)orthogonal one."""
+    """Replaces each matrix of float32[K, m, n] by approximately its nearest orthogonal matrix."""
     a, b, c = QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update; matrices of one shape are orthogonalized together."""
+        """Updates the weights; matrices of one shape are orthogonalized together."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for value in group["params"]:
@@ -56,10 +56,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(modules: list[nn.Module], lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for matrices inside the layers, AdamW for embeddings, heads, norms and biases."""
-    matrices, rest = [], []
+    """Builds Muon for matrices inside the layers, AdamW for embeddings, heads, norms and biases."""
+    matrices, vectors = [], []
     for module in modules:
         for name, value in module.named_parameters():
             inner = value.ndim == 2 and ("layers." in name or "projector" in name)
-            (matrices if inner else rest).append(value)
-    return [Muon(matrices, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.0)]
+            (matrices if inner else vectors).append(value)
+    adamw = torch.optim.AdamW(vectors, lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [Muon(matrices, lr), adamw]

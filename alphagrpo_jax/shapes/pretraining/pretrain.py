@@ -5,18 +5,19 @@
       --latent-noise 0.15
     python -m alphagrpo_jax.shapes.pretraining.pretrain --vae runs/vae2 --out runs/umm
 
-This sequence makes the model: the autoencoder, its decoder once more on noised latents, then the
-rest, which took 85 minutes on two cores shared with other work. The first two have not been run in
-this form: the shipped autoencoder is of an earlier revision, see the model's card.
+The three commands train the autoencoder, train its decoder again on noised latents, and train the
+decoder and the vision encoder of the UMM, which took 85 minutes on two cores shared with other
+work. The first two have not been run in this form: an earlier revision made the shipped
+autoencoder, see the model's card.
 
 One model learns to draw (with and without a think text), to caption and answer, to edit, and to
-say what is wrong with an image and repair it. The objective is BAGEL's: cross-entropy on texts
-plus the flow-matching error on noised latents, in the contexts that inference uses: cached, where
-BAGEL's own training packs a row into one sequence (`policy.joint_forward`, which `check_port` holds
-against the official code); both give the same losses (tests/shapes/test_pretrain_loss.py).
+name and repair the flaws of an image. The objective is BAGEL's: cross-entropy on texts plus the
+flow-matching error on noised latents. It uses cached contexts, as inference does, where BAGEL's
+own training packs a row into one sequence (`policy.joint_forward`, which `check_port` compares with
+the official code); both give equal losses (tests/shapes/pretraining/test_pretrain_loss.py).
 
 Writes the official folder layout. Data, noise and learning rate depend on the seed and the step
-alone: interrupted (exit code 75), the same command continues, bit for bit.
+alone: after an interruption (exit code 75) the same command continues, bit for bit.
 """
 
 import argparse
@@ -106,17 +107,29 @@ RUN_FILES = (checkpoint.FOLDER, LOG, "README.md")  # in a model's folder, but no
 
 @struct.dataclass
 class PretrainState:
-    """What a checkpoint holds."""
+    """The train state that a checkpoint stores."""
 
     params: dict
-    average: dict
+    average: dict  # exponential moving average of the parameters
     opt_state: optax.OptState
     step: jax.Array  # int32[]
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("model", "recipe"))
 def train_step(state: PretrainState, frozen, batch, prompts, scale, key, *, model, recipe: Recipe):
-    """One update; `scale` in (0, 1] is the learning-rate schedule's factor."""
+    """Computes one update.
+
+    Args:
+      state: donated.
+      frozen: the autoencoder's parameters.
+      batch: from `batches.make_batch`.
+      prompts: tokens and mask of the system prompts.
+      scale: float32[], the learning-rate schedule's factor in (0, 1].
+      key: typed key; the step is folded in.
+      model, recipe: static.
+    Returns:
+      The new state and the metrics.
+    """
     grads, metrics = jax.grad(pretraining_loss, has_aux=True)(
         state.params, frozen, model, batch, prompts, jax.random.fold_in(key, state.step), recipe
     )
@@ -130,7 +143,7 @@ def train_step(state: PretrainState, frozen, batch, prompts, scale, key, *, mode
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for the decoder's matrices (stacked over layers), AdamW for everything else."""
+    """Builds Muon for the decoder's matrices (stacked over layers), AdamW for everything else."""
 
     def matrices(params: dict) -> dict:
         def spec(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -152,14 +165,17 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, then flat, then linear to 2 % over the last 60 % of the steps."""
+    """Computes the factor of the learning rate.
+
+    Warm-up over 100 steps, then flat, then linear to 2 % over the last 60 % of the steps.
+    """
     return min(1.0, (step + 1) / 100) * max(0.02, min(1.0, (1 - step / steps) / 0.6))
 
 
 def write_start_model(
     out: pathlib.Path, vae_folder: pathlib.Path, seed: int, start: pathlib.Path | None
 ) -> None:
-    """Writes the model that training begins with: that of `start`, else random weights."""
+    """Writes the model that training starts from: a copy of `start`, or random weights."""
     if start is not None:
         existing_file(start / bagel_weights.EMA, "--start names the folder of a model")
         shutil.copytree(start, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*RUN_FILES))
@@ -175,7 +191,7 @@ def write_start_model(
 
 
 def prefetch_batches(make: Callable[[int], dict], steps: range) -> Iterator[dict]:
-    """Batches of these steps, made by a helper process a few steps ahead."""
+    """Yields the batches of these steps, which a helper process makes a few steps ahead."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as helper:
         # The helper inherits the mask: signals to stop are for this process alone.
@@ -200,16 +216,17 @@ def train(
     sizes: BatchSizes | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Trains from where the run in `out` stands; returns the exit code.
+    """Trains from the latest checkpoint of the run in `out`; returns the exit code.
 
     Args:
       out: folder of the run and of the model.
-      vae_folder: its autoencoder becomes the model's.
+      vae_folder: folder of the autoencoder, which is copied into the model.
       steps: updates in all; the learning rate's schedule spans them.
       seed: of weights, data and noise.
-      start: folder of a model to go on from.
-      recipe, sizes: of objective and optimiser, and of a batch; None: the defaults.
-      stopped: asked after every update; when true, the run saves and ends.
+      start: folder of a model to start from.
+      recipe: of objective and optimizer; None: the defaults.
+      sizes: of a batch; None: the defaults.
+      stopped: called after every update; when it returns True, the run saves and ends.
     Raises:
       InputError: the run in `out` has other options.
     """
@@ -229,11 +246,12 @@ def train(
     loaded = bagel_weights.load_model(out)
     params = dict(loaded.base)
     frozen = params.pop("vae")
-    average = jax.tree.map(jnp.copy, params)
-    state = PretrainState(params, average, optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
+    state = _initial_state(params, recipe)
     state = saves.state(step, state) if step else state
-    state = jax.device_put(state, jax.devices()[0])  # new or restored: one and the same program
-    prompts = _prompts(loaded.tokenizer, (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT))
+    # A restored state must be placed like a new one, or the update is compiled a second time.
+    state = jax.device_put(state, jax.devices()[0])
+    system_prompts = (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT)
+    prompts = _encode_prompts(loaded.tokenizer, system_prompts)
     update = functools.partial(train_step, model=loaded.model, recipe=recipe)
     key, last_save = jax.random.key(seed + 1), spent
 
@@ -243,19 +261,19 @@ def train(
         bagel_weights.save_model(out, loaded, base={**state.average, "vae": frozen})
 
     log = out / LOG
-    _keep_rows(log, step)
+    _truncate_log(log, step)
     make = functools.partial(make_batch, loaded.tokenizer, sizes, seed)
     with (
         contextlib.closing(prefetch_batches(make, range(step, steps))) as batches,
         tqdm.tqdm(total=steps, initial=step, unit="step") as bar,
     ):
-        begun = time.monotonic() - spent
+        start_time = time.monotonic() - spent
         for batch in batches:
             scale = jnp.float32(schedule(step, steps))
             state, metrics = update(state, frozen, batch, prompts, scale, key)
             row = {name: round(float(value), 5) for name, value in metrics.items()}
             step += 1
-            spent = time.monotonic() - begun
+            spent = time.monotonic() - start_time
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()}, refresh=False)
             if step % LOG_EVERY == 0:
@@ -271,8 +289,14 @@ def train(
     return cli.DONE if step == steps else cli.STOPPED
 
 
-def _keep_rows(log: pathlib.Path, step: int) -> None:
-    # Drops the rows of later steps, which were done but lost with their checkpoint.
+def _initial_state(params: dict, recipe: Recipe) -> PretrainState:
+    average = jax.tree.map(jnp.copy, params)
+    opt_state = optimizer(recipe).init(params)
+    return PretrainState(params, average, opt_state, jnp.zeros((), jnp.int32))
+
+
+def _truncate_log(log: pathlib.Path, step: int) -> None:
+    """Drops the rows of later steps, whose updates were lost with their checkpoint."""
     rows = [row for row in read_rows(log) if row["step"] <= step]
     replace_text(log, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -284,7 +308,8 @@ def _digest(vae_folder: pathlib.Path) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _prompts(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_prompts(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes system prompts: tokens int32[N, T] and mask bool[N, T]."""
     special = tokenizer.special
     rows = [[special.im_start, *tokenizer.encode(text), special.im_end] for text in texts]
     mask = np.arange(max(map(len, rows)))[None] < np.array([[len(row)] for row in rows])

@@ -1,5 +1,7 @@
-"""The pretraining objective of the small UMM: cross-entropy on texts, flow matching on images, and
-a loss that ties what the vision encoder sees to words. One batch of `batches.make_batch` at a time.
+"""The pretraining objective of the small UMM, for a batch of `batches.make_batch`.
+
+It sums the cross-entropy of texts, the flow-matching error of images, and a loss that ties the
+vision encoder's features to words.
 """
 
 import dataclasses
@@ -21,23 +23,23 @@ GRID = (3, 3)  # latent tokens of an image
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Numbers of the objective and the optimiser."""
+    """Weights of the objective and settings of the optimizer."""
 
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     text_weight: float = 0.25  # of the cross-entropy, beside the flow-matching error
-    look_weight: float = 0.25  # of the loss that ties what the encoder sees to words
+    look_weight: float = 0.25  # of `look_loss`
     draws: int = 4  # noise levels per drawn image of the thinking kind
     few_draws: int = 2  # of the other kinds
 
 
 def pixels(images: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1]."""
+    """Maps uint8 to float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def _system(systems: Context, which: jax.Array) -> Context:
-    """Each row's system prompt: row `which - 1` of `systems`, or nothing where `which` is 0."""
+def _system_contexts(systems: Context, which: jax.Array) -> Context:
+    """Selects each row's system prompt: row `which - 1` of `systems`, nothing if `which` is 0."""
     ctx = kv_cache.take(systems, jnp.maximum(which - 1, 0))
     (segment,) = ctx.segments
     present = which > 0
@@ -52,20 +54,23 @@ def _rows(ctx: Context, begin: int, end: int) -> Context:
 def text_nll(
     model: Bagel, params: PolicyParams, ctx: Context, texts: dict
 ) -> tuple[Context, jax.Array]:
-    """Reads a group's texts in their contexts.
+    """Appends texts to their contexts and scores them.
 
+    Args:
+      ctx: contexts of B rows.
+      texts: arrays as `batches.make_batch` returns them, B rows.
     Returns:
-      The context that a drawing sees (visible tokens only), and the mean negative
+      The context that a drawing attends to (visible tokens only), and the mean negative
       log-likelihood of the scored tokens, nats.
     """
     before = ctx.rope
     ctx, hidden = policy.extend_text(model, params, ctx, texts["tokens"], texts["mask"])
     logits = policy.text_logits(model, params, hidden[:, :-1])
-    scores = policy.token_log_probs(logits, texts["tokens"], texts["scored"], temperature=1.0)
-    likelihood = -jnp.sum(scores.log_prob) / jnp.sum(scores.mask)
-    *past, own = ctx.segments
+    log_probs = policy.token_log_probs(logits, texts["tokens"], texts["scored"], temperature=1.0)
+    nll = -jnp.sum(log_probs.log_prob) / jnp.sum(log_probs.mask)
+    *past, text_segment = ctx.segments
     rope = before + jnp.sum(texts["visible"], axis=1, dtype=jnp.int32)
-    return Context((*past, own.replace(valid=texts["visible"])), rope), likelihood
+    return Context((*past, text_segment.replace(valid=texts["visible"])), rope), nll
 
 
 def flow_error(
@@ -76,10 +81,18 @@ def flow_error(
     key: jax.Array,
     draws: int,
 ) -> jax.Array:
-    """Mean squared velocity error over `draws` noise levels per row.
+    """Computes the mean squared velocity error over `draws` noise levels per row.
 
     The levels are a shifted logit-normal: `s t / (1 + (s - 1) t)` of `t = sigmoid(N(0, 1))`, with
     the model's `timestep_shift` s, as in BAGEL's training forward.
+
+    Args:
+      ctx: contexts of B rows.
+      latents: float32[B, N, D], the clean latents.
+      key: of noise and levels.
+      draws: noise levels per row.
+    Returns:
+      float32[].
     """
     x0 = jnp.repeat(latents[:, None], draws, axis=1)
     noise_key, level_key = jax.random.split(key)
@@ -96,32 +109,35 @@ def flow_error(
 def image_contexts(
     model: Bagel, params: PolicyParams, systems: Context, batch: dict, latents: jax.Array
 ) -> Context:
-    """[system][image] of the rows with an image; those that only understand skip its VAE block."""
+    """Builds the contexts [system][image] of all rows with an input image.
+
+    Rows that produce no image (captions and answers) skip its VAE block, as inference does.
+    """
     which = jnp.concatenate([batch["reflect"]["system"], batch["short"]["system"]])
-    ctx = _system(systems, which)
-    draws = jnp.arange(which.shape[0]) < batch["target"].shape[0]
+    ctx = _system_contexts(systems, which)
+    has_target = jnp.arange(which.shape[0]) < batch["target"].shape[0]
     start = ctx.rope
     ctx = policy.extend_vae(model, params, ctx, latents, GRID)
     *past, block = ctx.segments
-    block = block.replace(valid=block.valid & draws[:, None])
-    ctx = Context((*past, block), jnp.where(draws, ctx.rope, start))
+    block = block.replace(valid=block.valid & has_target[:, None])
+    ctx = Context((*past, block), jnp.where(has_target, ctx.rope, start))
     patches = patchify(pixels(batch["source"]), model.config.vit.patch_size)
     ctx = policy.extend_vit(model, params, ctx, patches, model.config.vit_grid(SIDE, SIDE))
     return kv_cache.merge(ctx)
 
 
 def look_loss(model: Bagel, params: PolicyParams, batch: dict) -> jax.Array:
-    """Negative log-likelihood, nats, of the words for what each patch shows.
+    """Computes the negative log-likelihood, nats, of the words for each patch's content.
 
-    A patch's vector, as the decoder reads it, is to point at the embeddings of its two words:
-    `-mean log softmax(15 cos(patch, embeddings))[word]`. With answers and captions alone the
-    encoder stays blind for most of a pretraining of this length.
+    A patch's vector, as the decoder reads it, should point at the embeddings of its two words:
+    `-mean log softmax(15 cos(patch, embeddings))[word]`.
     """
+    # Answers and captions alone leave the encoder blind for most of a pretraining of this length.
     patches = patchify(pixels(batch["source"]), model.config.vit.patch_size)
-    seen = policy.embed_patches(model, params, patches, model.config.vit_grid(SIDE, SIDE))
-    every = jnp.arange(model.config.llm.vocab_size)
-    table = jax.lax.stop_gradient(policy.embed_text(model, params, every))
-    cosines = jnp.einsum("bmd,vd->bmv", _unit(seen), _unit(table))
+    features = policy.embed_patches(model, params, patches, model.config.vit_grid(SIDE, SIDE))
+    vocabulary = jnp.arange(model.config.llm.vocab_size)
+    table = jax.lax.stop_gradient(policy.embed_text(model, params, vocabulary))
+    cosines = jnp.einsum("bmd,vd->bmv", _unit(features), _unit(table))
     log_probs = jax.nn.log_softmax(15.0 * cosines)
     return -jnp.mean(jnp.take_along_axis(log_probs, batch["words"], axis=-1))
 
@@ -139,29 +155,43 @@ def pretraining_loss(
     key: jax.Array,
     recipe: Recipe,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The pretraining objective of one batch, and its parts."""
+    """Computes the pretraining objective of one batch.
+
+    Args:
+      trained: parameters without the autoencoder.
+      frozen: the autoencoder's parameters.
+      model: the model.
+      batch: from `batches.make_batch`.
+      prompts: tokens int32[2, T] and mask bool[2, T] of the two system prompts.
+      key: of the noise.
+      recipe: weights of the terms.
+    Returns:
+      The loss, and its terms by name.
+    """
     params = PolicyParams({**trained, "vae": frozen})
     keys = jax.random.split(key, 3)
     systems, _ = policy.extend_text(model, params, kv_cache.empty(2), *prompts)
     images = jnp.concatenate([batch["draw_image"], batch["target"], batch["source"]])
     latents = jax.lax.stop_gradient(policy.encode_image(model, params, pixels(images)))
-    drawn, targets = batch["draw_image"].shape[0], batch["target"].shape[0]
-    wanted, sources = latents[drawn : drawn + targets], latents[drawn + targets :]
+    num_draw, num_target = batch["draw_image"].shape[0], batch["target"].shape[0]
+    targets, sources = latents[num_draw : num_draw + num_target], latents[num_draw + num_target :]
 
-    ctx = _system(systems, batch["draw"]["system"])
+    ctx = _system_contexts(systems, batch["draw"]["system"])
     ctx, draw_text = text_nll(model, params, ctx, batch["draw"])
-    draw_flow = flow_error(model, params, ctx, latents[:drawn], keys[0], recipe.draws)
+    draw_flow = flow_error(model, params, ctx, latents[:num_draw], keys[0], recipe.draws)
 
-    ctx = _system(systems, batch["plan"]["system"])
+    ctx = _system_contexts(systems, batch["plan"]["system"])
     _, plan_text = text_nll(model, params, ctx, batch["plan"])
 
-    seen = image_contexts(model, params, systems, batch, sources)
-    repairs, rows = batch["reflect"]["tokens"].shape[0], batch["source"].shape[0]
-    ctx, reflect_text = text_nll(model, params, _rows(seen, 0, repairs), batch["reflect"])
-    reflect_flow = flow_error(model, params, ctx, wanted[:repairs], keys[1], recipe.few_draws)
-    ctx, short_text = text_nll(model, params, _rows(seen, repairs, rows), batch["short"])
-    ctx = _rows(ctx, 0, targets - repairs)
-    edit_flow = flow_error(model, params, ctx, wanted[repairs:], keys[2], recipe.few_draws)
+    image_ctx = image_contexts(model, params, systems, batch, sources)
+    num_reflect, num_rows = batch["reflect"]["tokens"].shape[0], batch["source"].shape[0]
+    ctx = _rows(image_ctx, 0, num_reflect)
+    ctx, reflect_text = text_nll(model, params, ctx, batch["reflect"])
+    reflect_flow = flow_error(model, params, ctx, targets[:num_reflect], keys[1], recipe.few_draws)
+    ctx = _rows(image_ctx, num_reflect, num_rows)
+    ctx, short_text = text_nll(model, params, ctx, batch["short"])
+    ctx = _rows(ctx, 0, num_target - num_reflect)
+    edit_flow = flow_error(model, params, ctx, targets[num_reflect:], keys[2], recipe.few_draws)
 
     look = look_loss(model, params, batch)
 

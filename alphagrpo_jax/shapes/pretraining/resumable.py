@@ -1,4 +1,4 @@
-"""What the training scripts share so that they can be stopped and continued."""
+"""Shared by the training scripts: exit codes and the check that a resumed run is the same run."""
 
 import pathlib
 from collections.abc import Mapping
@@ -7,20 +7,20 @@ from typing import Any
 from alphagrpo_jax.runtime.errors import InputError
 
 
-def check_options(saved: Mapping[str, Any], own: Mapping[str, Any], out: pathlib.Path) -> None:
-    """Refuses to continue a run with other options.
+def check_options(saved: Mapping[str, Any], current: Mapping[str, Any], out: pathlib.Path) -> None:
+    """Checks that a run is continued with the options that it was started with.
 
     Args:
-      saved: by the run in `out`.
-      own: of this start.
+      saved: options of the run in `out`.
+      current: options of this start.
       out: the run's folder.
     Raises:
-      InputError: all options that differ.
+      InputError: options differ; the message lists them all.
     """
     different = [
-        f"{name}: the run has {saved.get(name)!r}, this start {own.get(name)!r}"
-        for name in sorted(saved.keys() | own.keys())
-        if saved.get(name) != own.get(name)
+        f"{name}: the run has {saved.get(name)!r}, this start {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
     ]
     if different:
         raise InputError(

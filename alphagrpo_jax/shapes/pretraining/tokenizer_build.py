@@ -2,7 +2,7 @@
 
 Every word of the world and of the fixed protocol texts becomes one token; other text falls back to
 smaller pieces, down to bytes. The result depends on the texts' words and their sampled
-frequencies, hence on a fixed seed only.
+frequencies, and thus on the seed alone.
 """
 
 import json
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = (PAD, *SPECIAL.values())
 
 
 def training_texts(seed: int = SEED, samples: int = SAMPLES) -> Iterator[str]:
-    """The texts that the tokenizer is trained on: protocol, riddles, and samples of each kind."""
+    """Yields the texts to train the tokenizer on: protocol, riddles, samples of each kind."""
     yield from (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT, tasks.REFLECTION_REQUEST)
     for riddle in riddles.RIDDLES:
         yield from (f" {riddle.phrase} {riddle.clue}", riddle.resolution(riddle.meaning))
@@ -39,11 +39,8 @@ def training_texts(seed: int = SEED, samples: int = SAMPLES) -> Iterator[str]:
         drawing, repair = examples.draw_example(rng), examples.reflect_example(rng)
         yield from (drawing.prompt, drawing.think, repair.prompt, repair.think)
         yield requests.sample_implied(rng).text
-        caption, answer, edit = (
-            examples.caption_example(rng),
-            examples.answer_example(rng),
-            examples.edit_example(rng),
-        )
+        caption, answer = examples.caption_example(rng), examples.answer_example(rng)
+        edit = examples.edit_example(rng)
         yield from (caption.instruction, caption.text, answer.question, answer.answer)
         yield from (edit.instruction, edit.think)
 
@@ -73,7 +70,7 @@ def train_tokenizer(seed: int = SEED) -> tokenizers.Tokenizer:
 
 
 def _config(backend: tokenizers.Tokenizer) -> dict:
-    """tokenizer_config.json, as Qwen2's."""
+    """Builds tokenizer_config.json, as Qwen2's."""
     added = {
         str(backend.token_to_id(token)): {
             "content": token,

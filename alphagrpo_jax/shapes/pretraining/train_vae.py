@@ -4,13 +4,12 @@
     python -m alphagrpo_jax.shapes.pretraining.train_vae --out runs/vae2 --start runs/vae \\
       --latent-noise 0.15
 
-First encoder and decoder, then the decoder alone on noised latents; each call is estimated, not
-measured, to take at most 35 minutes on two idle cores.
+The first command trains encoder and decoder, the second the decoder alone on noised latents. Each
+takes an estimated (not measured) 35 minutes at most on two idle cores.
 
-Writes `ae.safetensors` and `vae_config.json` in BAGEL's layout; the JAX autoencoder of
-`models/vae.py` reads them. The module tree below carries the checkpoint's names. Data, noise and
-learning rate depend on the seed and the step alone: interrupted (exit code 75), the same command
-continues, bit for bit with as many threads.
+Writes `ae.safetensors` and `vae_config.json` in BAGEL's layout, which the JAX autoencoder of
+`models/vae.py` reads. Data, noise and learning rate depend on the seed and the step alone: after an
+interruption (exit code 75) the same command continues, bit for bit with as many threads.
 """
 
 import argparse
@@ -50,11 +49,16 @@ CHECKPOINT_SECONDS = 60.0
 MEASURED_BATCHES = 16  # of 32 scenes, for the latent's mean and deviation
 
 
+# The attributes of the modules below are the names in BAGEL's checkpoint: keep them.
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPSILON)
 
 
 class ResidualBlock(nn.Module):
+    """Two normalized 3x3 convolutions beside a shortcut."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = _norm(inputs), _norm(outputs)
@@ -70,6 +74,8 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
+    """Single-head self-attention over all pixels."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
@@ -83,6 +89,8 @@ class AttentionBlock(nn.Module):
 
 
 class Resample(nn.Module):
+    """Doubles (`up`) or halves the resolution."""
+
     def __init__(self, channels: int, *, up: bool) -> None:
         super().__init__()
         self.up = up
@@ -122,7 +130,7 @@ def _run_level(level: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
 
 
 class Coder(nn.Module):
-    """The encoder (`up=False`) or the decoder (`up=True`), with the checkpoint's names."""
+    """The encoder (`up=False`) or the decoder (`up=True`)."""
 
     def __init__(self, cfg: VAEConfig, *, up: bool) -> None:
         super().__init__()
@@ -174,18 +182,22 @@ class AutoEncoder(nn.Module):
 def sample_batch(
     rng: np.random.Generator, size: int, crowded: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scenes as float32[B, 3, H, W] in [-1, 1], and per-pixel weights [B, 1, H, W].
+    """Samples scenes, float32[B, 3, H, W] in [-1, 1], and per-pixel weights [B, 1, H, W].
 
-    A share `crowded` of them has four to nine shapes, which teaches edges faster.
+    Args:
+      rng: source of randomness.
+      size: number of scenes B.
+      crowded: share of scenes with four to nine objects, which teach edges faster.
     """
-    drawn = [
+    batch = [
         scenes.random_scene(rng, int(rng.integers(4, 10)) if rng.random() < crowded else None)
         for _ in range(size)
     ]
-    images = np.stack([scenes.render(s, supersample=3) for s in drawn])
+    images = np.stack([scenes.render(scene, supersample=3) for scene in batch])
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    plain = torch.tensor([scenes.BACKGROUNDS[s.background] for s in drawn]) / 127.5 - 1
-    foreground = (x - plain[:, :, None, None]).abs().amax(1, keepdim=True) > 0.05
+    colors = [scenes.BACKGROUNDS[scene.background] for scene in batch]
+    background = torch.tensor(colors) / 127.5 - 1
+    foreground = (x - background[:, :, None, None]).abs().amax(1, keepdim=True) > 0.05
     return x.contiguous(memory_format=torch.channels_last), 1.0 + 3.0 * foreground
 
 
@@ -195,11 +207,19 @@ def vae_loss(
     weight: torch.Tensor,
     kl_weight: float,
     latent_noise: float | None,
-):
-    """Weighted L1 + L2 reconstruction plus `kl_weight` times the mean KL to N(0, 1).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes weighted L1 + L2 reconstruction plus `kl_weight` times the mean KL to N(0, 1).
 
-    With `latent_noise` the encoder stays as it is, and the decoder learns to undo noise of random
-    deviation up to `latent_noise` in the latent: what the model draws is never quite exact.
+    Args:
+      model: the autoencoder.
+      x: float32[B, 3, H, W] in [-1, 1].
+      weight: float32[B, 1, H, W], per pixel.
+      kl_weight: factor of the KL term.
+      latent_noise: None trains encoder and decoder. Otherwise the encoder is frozen and the decoder
+        learns to undo latent noise of random deviation up to `latent_noise`, because the latents
+        that the UMM generates are never exact.
+    Returns:
+      The loss; and its reconstruction and KL terms, detached.
     """
     with torch.set_grad_enabled(latent_noise is None):
         mean, log_variance = model.encoder(x).chunk(2, dim=1)
@@ -232,14 +252,14 @@ def export(model: AutoEncoder, out: pathlib.Path) -> None:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Warm-up over 100 steps times a parabola from 1 to 2 % at the last step."""
+    """Computes the factor of the learning rate: warm-up over 100 steps, parabola down to 2 %."""
     return min(1.0, (step + 1) / 100) * max(0.02, 1 - (step / steps) ** 2)
 
 
 def optimizer_step(
     model: AutoEncoder, optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float
 ) -> None:
-    """One optimizer step, with clipped gradients."""
+    """Takes one optimizer step with clipped gradients."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -250,14 +270,14 @@ def optimizer_step(
 
 @torch.no_grad()
 def update_average(average: AutoEncoder, model: AutoEncoder, step: int) -> None:
-    """Moves the running average of the weights; its memory grows over the first steps."""
+    """Updates the running average of the weights; its decay grows over the first steps."""
     decay = min(EMA_DECAY, step / (step + 9))
-    for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
+    for averaged, new in zip(average.parameters(), model.parameters(), strict=True):
+        averaged.lerp_(new, 1 - decay)
 
 
 def seed_noise(seed: int, step: int) -> None:
-    """Makes PyTorch's random numbers of a step a function of (seed, step)."""
+    """Seeds PyTorch so that the random numbers of a step depend on (seed, step) alone."""
     words = np.random.SeedSequence((seed, step, 1)).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]))
 
@@ -275,18 +295,18 @@ def train(
     crowded: float,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Trains from where the run in `out` stands, checkpointing every minute; returns the exit code.
+    """Trains from the latest checkpoint of the run in `out`; returns the exit code.
 
     Args:
-      out: folder of the run and of its result.
+      out: folder of the run and of its result; a checkpoint is written every minute.
       steps: updates in all; the learning rate's schedule spans them.
       batch: scenes per update.
       lr: peak learning rate.
       kl_weight, latent_noise: see `vae_loss`.
       seed: of weights, data and noise.
-      start: folder whose weights to begin with.
+      start: folder of the weights to start from.
       crowded: see `sample_batch`.
-      stopped: asked after every update; when true, the run saves and ends.
+      stopped: called after every update; when it returns True, the run saves and ends.
     Raises:
       InputError: the run in `out` has other options.
     """
@@ -298,13 +318,13 @@ def train(
     average = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)
     trained = (model if latent_noise is None else model.decoder).parameters()
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
+    stateful = {"model": model, "average": average, "optimizer": optimizer}
     step, spent, file = 0, 0.0, out / "state.pt"
     if file.exists():
         saved = torch.load(file, weights_only=True)
         resumable.check_options(saved.get("options", {}), options, out)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        for name, holder in stateful.items():
+            holder.load_state_dict(saved[name])
         step, spent = saved["step"], saved["spent"]
     else:
         if start is not None:
@@ -313,12 +333,12 @@ def train(
         average.load_state_dict(model.state_dict())
 
     def save() -> None:
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: holder.state_dict() for name, holder in stateful.items()}
         with replacing(file) as new:
             torch.save(state | {"step": step, "spent": spent, "options": options}, new)
         export(average, out)
 
-    begun, last_save = time.monotonic() - spent, spent
+    start_time, last_save = time.monotonic() - spent, spent
     with tqdm.tqdm(total=steps, initial=step, unit="step") as bar:
         while step < steps:
             x, weight = sample_batch(np.random.default_rng((seed, step)), batch, crowded)
@@ -327,7 +347,7 @@ def train(
             optimizer_step(model, optimizer, loss, lr * schedule(step, steps))
             step += 1
             update_average(average, model, step)
-            spent = time.monotonic() - begun
+            spent = time.monotonic() - start_time
             bar.set_postfix(reconstruction=f"{reconstruction:.4f}", kl=f"{kl:.2f}", refresh=False)
             bar.update()
             if stopped():

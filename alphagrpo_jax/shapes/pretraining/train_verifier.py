@@ -1,10 +1,14 @@
-"""Trains the small verifier: `python -m alphagrpo_jax.shapes.pretraining.train_verifier --out DIR`.
+"""Trains the small verifier of the shapes world on a CPU.
 
-Two stages, both supervised by what was rendered: the vision tower learns dense labels of patches,
-then the whole model answers questions packed behind a shared image prefix, while auxiliary losses
-tie words to the picture: patch features point to word embeddings, a noun's state in a middle layer
-knows the cells it names, and the last token's state one layer later knows those of both nouns.
-A run resumes from DIR/checkpoint.pt by the same command (exit code 75: stopped after a save).
+    python -m alphagrpo_jax.shapes.pretraining.train_verifier --out DIR --threads 1
+
+Took 73 minutes for the shipped model, on a machine busy with other trainings.
+
+Two stages, both supervised by the rendered scenes: the vision tower learns dense labels of patches,
+then all of the model answers questions packed behind a shared image prefix, while auxiliary losses
+tie words to the image: patch features point to word embeddings, a noun's state in a middle layer
+predicts the cells it names, and the last token's state one layer later predicts those of both
+nouns. The same command resumes a run from DIR/checkpoint.pt (exit code 75: stopped after a save).
 """
 
 import argparse
@@ -35,24 +39,23 @@ from alphagrpo_jax.shapes.specs import COLORS
 STAGES = ("vision", "joint")
 IMAGES = {"vision": 32, "joint": 12}  # per step
 QUESTIONS = 16  # per image
-RATE_EVERY = 8  # of so many joint steps, one asks for ratings
+RATE_EVERY = 8  # joint steps per step that asks for ratings
 PEAK_LR = {"vision": 4e-3, "joint": 3e-3}
 WARMUP = 50  # steps
 VALIDATION_IMAGES, CALIBRATION_IMAGES = 64, 500
-VALIDATION_SEED = 10_000  # added to the run's own
+VALIDATION_SEED = 10_000  # added to the run's seed
 
 
-def known_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean binary cross-entropy where `wanted` is not NaN; 0 where nothing is known."""
-    known = ~wanted.isnan()
-    total = F.binary_cross_entropy_with_logits(logits[known], wanted[known], reduction="sum")
-    return total / known.sum().clamp(min=1)
+def labeled_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Computes the mean binary cross-entropy where `targets` is not NaN; 0 if all are NaN."""
+    labeled = ~targets.isnan()
+    total = F.binary_cross_entropy_with_logits(logits[labeled], targets[labeled], reduction="sum")
+    return total / labeled.sum().clamp(min=1)
 
 
 def patch_loss(outputs: Tensor, batch: VerifierBatch) -> Tensor:
-    """Shape, colour, background and place of every patch, its faults, and how far it was changed.
+    """Computes the loss of each patch's shape, color, background, cell, faults and change.
 
-    Where a fault's place is unknown, only its presence in the image is learned.
     Args:
       outputs: float32[N, 36, sum(PATCH_OUTPUTS)].
       batch: the labels.
@@ -61,17 +64,18 @@ def patch_loss(outputs: Tensor, batch: VerifierBatch) -> Tensor:
     row, column = verifier_data.patch_cells()
     labels = (batch.shape, batch.color, batch.background[:, None], row[None], column[None])
     loss = outputs.new_zeros(())
-    for logits, wanted in zip(classes, labels, strict=True):
-        wanted = wanted.expand(outputs.shape[:2])
-        loss = loss + F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-    loss = loss + known_loss(faults, batch.faults)
+    for logits, targets in zip(classes, labels, strict=True):
+        targets = targets.expand(outputs.shape[:2])
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss = loss + labeled_bce(faults, batch.faults)
+    # Where the location of a fault is unknown, only its presence in the image is learned.
     anywhere = torch.logsumexp(faults, 1) - math.log(faults.shape[1])
-    loss = loss + known_loss(anywhere, 1 - batch.quality)
+    loss = loss + labeled_bce(anywhere, 1 - batch.quality)
     return loss + F.smooth_l1_loss(change.squeeze(-1), batch.change)
 
 
 class ClassTokens:
-    """Token ids of the words that patches are aligned with."""
+    """Token ids of the shape and color words that patches are aligned with."""
 
     def __init__(self, encoder: BatchEncoder):
         ids = encoder.tokenizer.convert_tokens_to_ids
@@ -85,7 +89,7 @@ def align_loss(
     patches: Tensor,
     batch: VerifierBatch,
 ) -> Tensor:
-    """Patch features must point towards the embeddings of their shape's and colour's words."""
+    """Computes the loss that aligns patch features with their shape's and color's embeddings."""
     table = F.normalize(model.get_input_embeddings().weight, dim=-1)
     features = F.normalize(patches, dim=-1).flatten(0, 1)
     nothing = F.normalize(probes.nothing, dim=-1)
@@ -106,7 +110,7 @@ def losses(
     batch: VerifierBatch,
     stage: str,
 ) -> dict[str, Tensor]:
-    """All losses of a stage by name; their sum is minimized."""
+    """Computes all losses of a stage by name; training minimizes their sum."""
     patches = packed.patch_features(model, batch.pixels)
     result = {
         "patch": patch_loss(probes.patch(patches), batch),
@@ -117,9 +121,9 @@ def losses(
     start = packed.embed_prefix(model, prefix, patches)
     states = packed.question_states(model, start, batch.tokens, batch.ends)
     cells = probes.cells(states.grounded[batch.nouns])
-    result["cells"] = 3 * known_loss(cells, batch.cells)
+    result["cells"] = 3 * labeled_bce(cells, batch.cells)
     subjects = probes.subjects(packed.last_states(states.gathered, batch.ends))
-    result["subjects"] = 3 * known_loss(subjects.view(batch.subjects.shape), batch.subjects)
+    result["subjects"] = 3 * labeled_bce(subjects.view(batch.subjects.shape), batch.subjects)
     logits = model.lm_head(packed.last_states(states.final, batch.ends))
     result["answer"] = 2 * F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
     result["patch"] = 0.5 * result["patch"]
@@ -140,26 +144,26 @@ def validate(
     types, truths, margins = [], [], []
     for _ in range(images):
         example = verifier_data.sample_labeled_image(rng)
-        found = verifier_data.questions_about(example, rng, QUESTIONS)
-        batch = encoder.batch([example], [found])
+        triples = verifier_data.questions_about(example, rng, QUESTIONS)
+        batch = encoder.batch([example], [triples])
         start = packed.embed_prefix(model, prefix, packed.patch_features(model, batch.pixels))
         states = packed.question_states(model, start, batch.tokens, batch.ends)
         logits = model.lm_head(packed.last_states(states.final, batch.ends))[0]
         margins.append(logits[:, yes] - logits[:, no])
-        types += [type_ for *_, type_ in found]
-        truths += [answer == "yes" for _, answer, _ in found]
+        types += [type_ for *_, type_ in triples]
+        truths += [answer == "yes" for _, answer, _ in triples]
     return types, torch.tensor(truths), torch.cat(margins)
 
 
 def accuracies(types: list[str], truths: Tensor, margins: Tensor) -> dict[str, float]:
-    """Share of right answers by question type, from `validate`."""
-    right = (margins > 0) == truths
-    which = np.array(types)
-    return {t: right[which == t].float().mean().item() for t in questions.TYPES if t in types}
+    """Computes the share of correct answers by question type, from the output of `validate`."""
+    correct = (margins > 0) == truths
+    type_of = np.array(types)
+    return {t: correct[type_of == t].float().mean().item() for t in questions.TYPES if t in types}
 
 
 def temperature(truths: Tensor, margins: Tensor) -> float:
-    """The divisor of logits, of a grid over 0.5 to 4, that makes the truths most likely."""
+    """Finds the divisor of logits, of a grid over 0.5 to 4, that makes the truths most likely."""
     grid = torch.logspace(-1, 2, 301, base=2.0)
     losses = torch.stack(
         [F.binary_cross_entropy_with_logits(margins / t, truths.float()) for t in grid]
@@ -168,12 +172,12 @@ def temperature(truths: Tensor, margins: Tensor) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then constant, then linear decay to zero over the second half."""
+    """Computes linear warm-up, then constant, then linear decay to zero over the second half."""
     return peak * min(1, (step + 1) / WARMUP, 2 * (steps - step) / steps)
 
 
 class Trainer:
-    """Model, read-outs, optimizers and position of a run; saved and restored as one file."""
+    """Model, probes, optimizers and position of a run; saved and restored as one file."""
 
     def __init__(
         self,
@@ -184,7 +188,7 @@ class Trainer:
         start: Path | None = None,
     ):
         torch.manual_seed(seed)
-        self.out, self.seed, self.steps, self.begins_at = out, seed, steps, start
+        self.out, self.seed, self.steps, self.start = out, seed, steps, start
         self.options = {"seed": seed, "joint_lr": joint_lr, "start": str(start)}
         self.peak = PEAK_LR | {"joint": joint_lr}
         self.model, self.processor = verifier_model.build_verifier(verifier_data.vocabulary())
@@ -200,7 +204,7 @@ class Trainer:
         self.optimizers = make_optimizers([self.model, self.probes], PEAK_LR[self.stage])
 
     def state(self) -> dict:
-        """Everything that a resumed run needs."""
+        """Returns everything that a resumed run needs."""
         return {
             "model": self.model.state_dict(),
             "probes": self.probes.state_dict(),
@@ -217,11 +221,11 @@ class Trainer:
             torch.save(self.state(), file)
 
     def restore(self) -> bool:
-        """Continues from the folder's checkpoint, if there is one.
+        """Restores the folder's checkpoint; returns False if there is none.
 
         Raises:
-          InputError: the checkpoint is of a run with other options; steps of a stage that has not
-            begun may differ.
+          InputError: the checkpoint is of a run with other options; the steps of a stage that has
+            not begun may differ.
         """
         path = self.out / "checkpoint.pt"
         if not path.exists():
@@ -229,43 +233,45 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         stage, _ = state["position"]
         begun = STAGES[: STAGES.index(stage) + 1]
-        theirs = state.get("options", {}) | {f"{s}_steps": state["steps"][s] for s in begun}
-        ours = self.options | {f"{s}_steps": self.steps[s] for s in begun}
-        resumable.check_options(theirs, ours, self.out)
+        saved = state.get("options", {}) | {f"{s}_steps": state["steps"][s] for s in begun}
+        current = self.options | {f"{s}_steps": self.steps[s] for s in begun}
+        resumable.check_options(saved, current, self.out)
         self.model.load_state_dict(state["model"])
         self.probes.load_state_dict(state["probes"])
         self.stage, self.step = state["position"]
         self.seconds = state.get("seconds", 0.0)  # absent from older checkpoints
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
         return True
 
     @property
-    def rating(self) -> bool:
-        """Whether this step asks for ratings instead of yes or no."""
+    def asks_for_ratings(self) -> bool:
+        """Returns True if this step asks for ratings instead of yes or no."""
         return self.stage == "joint" and self.step % RATE_EVERY == RATE_EVERY - 1
 
-    def draw(self) -> VerifierBatch:
-        """The batch of the current position; the same whenever it is drawn."""
+    def sample_batch(self) -> VerifierBatch:
+        """Samples the batch of the current position; it depends on seed and position alone."""
         rng = np.random.default_rng([self.seed, STAGES.index(self.stage), self.step])
-        batch = [verifier_data.sample_labeled_image(rng) for _ in range(IMAGES[self.stage])]
+        examples = [verifier_data.sample_labeled_image(rng) for _ in range(IMAGES[self.stage])]
         if self.stage == "vision":
-            return self.encoder.batch(batch, [[] for _ in batch])
-        if self.rating:
-            asked = [verifier_data.ratings_about(example, rng) for example in batch]
+            return self.encoder.batch(examples, [[] for _ in examples])
+        if self.asks_for_ratings:
+            triples = [verifier_data.ratings_about(example, rng) for example in examples]
         else:
-            asked = [verifier_data.questions_about(e, rng, QUESTIONS) for e in batch]
-        return self.encoder.batch(batch, asked)
+            triples = [
+                verifier_data.questions_about(example, rng, QUESTIONS) for example in examples
+            ]
+        return self.encoder.batch(examples, triples)
 
     def begin(self) -> None:
-        """Goes on from the end of the run in `start`, if there is one, with the joint stage alone.
+        """Loads the final weights of the run in `start`, if set, and skips to the joint stage.
 
         Raises:
           MissingFileError: the folder has no checkpoint.
         """
-        if self.begins_at is None:
+        if self.start is None:
             return
-        path = existing_file(self.begins_at / "checkpoint.pt", "--start names an earlier --out")
+        path = existing_file(self.start / "checkpoint.pt", "--start names an earlier --out")
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.probes.load_state_dict(state["probes"])
@@ -273,15 +279,20 @@ class Trainer:
         self.optimizers = make_optimizers([self.model, self.probes], self.peak["joint"])
 
     def validate(self, images: int) -> tuple[list[str], Tensor, Tensor]:
-        """See `validate`; always the same images."""
+        """Runs `validate` on images that are equal in all calls."""
         seed = self.seed + VALIDATION_SEED
         return validate(self.model, self.encoder, self.prefixes["ask"], seed, images)
 
     def update(self) -> dict[str, float]:
-        """One optimizer step; returns the losses by name."""
-        prefix = self.prefixes["rate" if self.rating else "ask"]
-        parts = losses(self.model, self.probes, self.words, prefix, self.draw(), self.stage)
-        total = sum(parts.values())
+        """Takes one optimizer step; returns the losses by name.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
+        prefix = self.prefixes["rate" if self.asks_for_ratings else "ask"]
+        batch = self.sample_batch()
+        terms = losses(self.model, self.probes, self.words, prefix, batch, self.stage)
+        total = sum(terms.values())
         if not torch.isfinite(total):
             raise FloatingPointError(f"loss is {total} at step {self.step} of {self.stage}")
         total.backward()
@@ -294,7 +305,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {name: part.item() for name, part in parts.items()}
+        return {name: term.item() for name, term in terms.items()}
 
 
 def train(
@@ -309,9 +320,9 @@ def train(
     Args:
       trainer: the run.
       save_every, report_every: steps.
-      stopped: asked after every step; when true, the run saves and ends.
+      stopped: called after every step; when it returns True, the run saves and ends.
     """
-    begun = time.monotonic() - trainer.seconds
+    start_time = time.monotonic() - trainer.seconds
     for stage in STAGES[STAGES.index(trainer.stage) :]:
         if stage != trainer.stage:
             trainer.stage, trainer.step = stage, 0
@@ -320,10 +331,10 @@ def train(
             )
         bar = tqdm(total=trainer.steps[stage], initial=trainer.step, desc=stage, mininterval=5.0)
         while trainer.step < trainer.steps[stage]:
-            parts = trainer.update()
-            trainer.seconds = time.monotonic() - begun
+            terms = trainer.update()
+            trainer.seconds = time.monotonic() - start_time
             bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()}, refresh=False)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in terms.items()}, refresh=False)
             if trainer.step % save_every == 0:
                 trainer.save()
             if stage == "joint" and trainer.step % report_every == 0:

@@ -33,7 +33,7 @@ ANSWERS = ("yes", "no", *(str(rating) for rating in range(11)))
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 PUNCTUATION = ".,:;?!'\"()-/%"
 
-# Each message is its role's token and its parts; the processor repeats an image's placeholder per
+# A message is its role's token and its content; the processor repeats an image's placeholder per
 # patch. A reply begins right after the assistant's token and ends with `END`.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """WordPiece over whole lower-case words; unknown words fall apart into characters.
+    """Builds WordPiece over lower-case words; unknown words are split into characters.
 
     Args:
       words: the vocabulary beside special tokens, answers, characters and punctuation.
@@ -70,7 +70,7 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Resizes to 48x48, maps uint8 to [-1, 1], and repeats `<image>` once per patch."""
+    """Builds a processor: 48x48 pixels, uint8 mapped to [-1, 1], one `<image>` per patch."""
     images = SiglipImageProcessorPil(
         size={"height": RESOLUTION, "width": RESOLUTION},
         image_mean=[0.5] * 3,
@@ -87,7 +87,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
-    """About 1.5 M parameters; features are taken before the vision tower's last norm."""
+    """Builds a config of about 1.5 M parameters; features precede the vision tower's last norm."""
     return LlavaConfig(
         vision_config={
             "model_type": "siglip_vision_model",
@@ -124,31 +124,29 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 @torch.no_grad()
 def initialize(model: LlavaForConditionalGeneration) -> None:
-    """Scaled random weights, with what makes grounding learnable from the first step.
-
-    Queries and keys of the text model start near the identity, so that a word attends to patches
-    whose features resemble its embedding; patch positions start as row plus column vectors.
-    """
+    """Initializes the weights so that grounding is learnable from the first step."""
     for name, value in model.named_parameters():
         if value.ndim >= 2 and "embed" not in name and "lm_head" not in name:
             torch.nn.init.normal_(value, std=value[0].numel() ** -0.5)
         if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
             value.mul_(0.3)
+        # Near the identity, a word attends to patches whose features resemble its embedding.
         if "language_model" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
             value.mul_(0.2).add_(torch.eye(WIDTH))
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)
     embeddings = model.model.vision_tower.embeddings
-    # Detail within a patch is amplified against its mean colour, which would drown faint noise.
+    # Detail within a patch is amplified against its mean color, which would drown faint noise.
     patch = torch.randn_like(embeddings.patch_embedding.weight)
     mean = patch.mean((2, 3), keepdim=True)
     embeddings.patch_embedding.weight.copy_(0.25 * (patch - mean) + 0.08 * mean)
+    # A patch's position is the sum of a row vector and a column vector.
     rows, columns = torch.randn(2, PATCHES, WIDTH) * 0.5
     embeddings.position_embedding.weight.copy_((rows[:, None] + columns[None]).reshape(-1, WIDTH))
 
 
 def build_verifier(words: Iterable[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """An untrained verifier over a vocabulary of `words`; draws from torch's global generator."""
+    """Builds an untrained verifier for a vocabulary; uses torch's global random generator."""
     processor = build_processor(build_tokenizer(words))
     config = build_config(processor.tokenizer)
     config._attn_implementation = "eager"

@@ -1,8 +1,8 @@
 """Training forward of the small verifier: many questions behind one shared image prefix.
 
-It computes what `LlavaForConditionalGeneration` computes for each (prefix, question) pair on its
-own (a test compares them), but every image and every prefix is run once. Letters: N images, Q
-questions per image, T question tokens, S prefix tokens, H heads, D width.
+Equals `LlavaForConditionalGeneration` on every single (prefix, question) pair (a test compares
+them), but runs every image and every prefix once. Letters: N images, Q questions per image, T
+question tokens, S prefix tokens, H heads, D width.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from alphagrpo_jax.shapes.pretraining.verifier_data import CELLS, SUBJECTS
 
-GROUNDED_LAYERS = 3  # text layers after which a noun's state must know which cells it names
+GROUNDED_LAYERS = 3  # text layers after which a noun's state must predict the cells it names
 GATHERED_LAYERS = 4  # ... and a question's last state the cells of its first two nouns
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionStates:
-    """States of the real tokens of N questions sets, float32[N Q T, D] each, zero at padding."""
+    """Hidden states of the questions' tokens, float32[N Q T, D] each, zero at padding."""
 
     grounded: Tensor  # after `GROUNDED_LAYERS` layers
     gathered: Tensor  # after `GATHERED_LAYERS` layers
@@ -28,18 +28,18 @@ class QuestionStates:
 
 
 class Probes(nn.Module):
-    """Linear read-outs for the dense training losses; they are not part of the shipped model."""
+    """Linear probes for the dense training losses; they are not part of the shipped model."""
 
     def __init__(self, width: int, patch_outputs: int):
         super().__init__()
         self.patch = nn.Linear(width, patch_outputs)  # of projected patch features
         self.cells = nn.Linear(width, CELLS)  # of the states of nouns in questions
-        self.nothing = nn.Parameter(torch.randn(2, width) * 0.1)  # "no shape", "no colour"
+        self.nothing = nn.Parameter(torch.randn(2, width) * 0.1)  # "no shape", "no color"
         self.subjects = nn.Linear(width, SUBJECTS * CELLS)  # of questions' last states
 
 
 def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """float32[N, 3, h, w] in [-1, 1] -> projected features float32[N, patches, D]."""
+    """Encodes float32[N, 3, h, w] in [-1, 1] as projected features float32[N, patches, D]."""
     output = model.model.get_image_features(pixels, vision_feature_layer=-1)
     return torch.stack(list(output.pooler_output))
 
@@ -52,28 +52,29 @@ def embed_prefix(model: LlavaForConditionalGeneration, tokens: Tensor, patches: 
 
 
 def _project(layer: nn.Module, states: Tensor) -> Tensor:
-    """Queries, keys and values side by side, before rotation: float32[..., 3 D]."""
+    """Projects to queries, keys and values side by side, before rotation: float32[..., 3 D]."""
     attention, normed = layer.self_attn, layer.input_layernorm(states)
-    return torch.cat(
-        [part(normed) for part in (attention.q_proj, attention.k_proj, attention.v_proj)], -1
-    )
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return torch.cat([projection(normed) for projection in projections], -1)
 
 
 def _heads(layer: nn.Module, projected: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple:
-    """float32[N, L, 3 D] -> rotated query and key, value: float32[N, H, L, D/H]."""
+    """Splits float32[N, L, 3 D] into rotated query and key, and value: float32[N, H, L, D/H]."""
     size = layer.self_attn.head_dim
-    parts = projected.unflatten(2, (3, -1, size)).permute(2, 0, 3, 1, 4)
-    return *apply_rotary_pos_emb(parts[0], parts[1], *rotary), parts[2]
+    query, key, value = projected.unflatten(2, (3, -1, size)).permute(2, 0, 3, 1, 4)
+    return *apply_rotary_pos_emb(query, key, *rotary), value
 
 
 def _finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    """Output projection and feed-forward of one layer, both float32[..., D]."""
+    """Applies output projection and feed-forward of one layer, both float32[..., D]."""
     states = states + layer.self_attn.o_proj(attended)
     return states + layer.mlp(layer.post_attention_layernorm(states))
 
 
-def _ask(query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
-    """Causal attention of each question to the prefix and to itself.
+def _question_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Computes causal attention of each question to the prefix and to itself.
 
     Args:
       query, key, value: float32[N, H, Q, T, D/H].
@@ -95,8 +96,8 @@ def question_states(
 ) -> QuestionStates:
     """Runs the text model over questions that share their image's prefix.
 
-    Everything but attention is done for real tokens only (M of them), padding left out.
     Args:
+      model: the verifier.
       prefix: float32[N, S, D] from `embed_prefix`.
       questions: int64[N, Q, T], right-padded.
       ends: int64[N, Q] index of each question's last token.
@@ -104,6 +105,7 @@ def question_states(
     text = model.model.language_model
     images, count, length = questions.shape
     start = prefix.shape[1]
+    # All but attention runs on the M real tokens alone, without padding.
     real = (torch.arange(length) <= ends[..., None]).flatten().nonzero().squeeze(1)  # [M]
 
     def spread(packed: Tensor) -> Tensor:
@@ -112,29 +114,33 @@ def question_states(
     positions = (start + torch.arange(length)).repeat(count)[None]
     rotary_prefix = text.rotary_emb(prefix, torch.arange(start)[None])
     rotary = text.rotary_emb(prefix, positions)
-    asked = model.get_input_embeddings()(questions.flatten()[real])  # [M, D]
+    states = model.get_input_embeddings()(questions.flatten()[real])  # [M, D]
     after = []
     for index, layer in enumerate(text.layers):
         query, key, value = _heads(layer, _project(layer, prefix), rotary_prefix)
         shared = (key, value)
-        if index + 1 < len(text.layers):  # nobody reads the prefix after the last layer
+        if index + 1 < len(text.layers):  # the prefix is not read after the last layer
             attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             prefix = _finish(layer, prefix, attended.transpose(1, 2).flatten(2))
-        projected = spread(_project(layer, asked)).view(images, count * length, -1)
-        heads = _heads(layer, projected, rotary)
-        attended = _ask(*(part.unflatten(2, (count, length)) for part in heads), shared)
+        projected = spread(_project(layer, states)).view(images, count * length, -1)
+        heads = [head.unflatten(2, (count, length)) for head in _heads(layer, projected, rotary)]
+        attended = _question_attention(*heads, shared)
         attended = attended.permute(0, 2, 3, 1, 4).reshape(questions.numel(), -1)
-        asked = _finish(layer, asked, attended[real])
-        after.append(asked)
+        states = _finish(layer, states, attended[real])
+        after.append(states)
     return QuestionStates(
         grounded=spread(after[GROUNDED_LAYERS - 1]),
         gathered=spread(after[GATHERED_LAYERS - 1]),
-        final=spread(text.norm(asked)),
+        final=spread(text.norm(states)),
     )
 
 
 def last_states(states: Tensor, ends: Tensor) -> Tensor:
-    """float32[N Q T, D] at each question's last token, `ends` int64[N, Q]: float32[N, Q, D]."""
+    """Selects states float32[N Q T, D] at each question's last token, `ends` int64[N, Q].
+
+    Returns:
+      float32[N, Q, D].
+    """
     length = len(states) // ends.numel()
     first = torch.arange(ends.numel()).view(ends.shape) * length
     return states[first + ends]

@@ -303,5 +303,5 @@ def test_what_is_not_known_is_not_learned():
     logits = torch.tensor([0.0, 2.0, -1.0])
     wanted = torch.tensor([1.0, float("nan"), 0.0])
     expected = (np.log(2.0) + np.log1p(np.exp(-1.0))) / 2
-    assert script.known_loss(logits, wanted).item() == pytest.approx(expected, rel=1e-6)
-    assert script.known_loss(logits, torch.full((3,), float("nan"))).item() == 0.0
+    assert script.labeled_bce(logits, wanted).item() == pytest.approx(expected, rel=1e-6)
+    assert script.labeled_bce(logits, torch.full((3,), float("nan"))).item() == 0.0
