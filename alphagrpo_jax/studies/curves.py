@@ -1,10 +1,10 @@
-"""Pictures of runs: learning curves, and drawings before and after training.
+"""Plots runs: learning curves, and generated images before and after training.
 
     python -m alphagrpo_jax.studies.curves --run runs/seed0 --run runs/seed1 --out docs/curves.png
     python -m alphagrpo_jax.studies.curves --samples runs/seed0 --out2 docs/samples.png
 
-Runs are seeds of one configuration. Thick lines are means over them, over the steps that all have
-reached; thin lines are single runs, bands reach from the worst to the best.
+Runs are seeds of one configuration. Thick lines are means over the runs, at the steps that all runs
+have reached; thin lines are single runs, bands reach from the worst run to the best. Takes seconds.
 """
 
 import argparse
@@ -19,8 +19,10 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-mpl.use("Agg")
+mpl.use("Agg")  # before pyplot is imported: no window, no display
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError
@@ -29,10 +31,10 @@ from alphagrpo_jax.runtime.metrics import METRICS, read_rows
 WINDOW = 9  # steps that the reward is averaged over
 BEFORE = "step_000000"
 GAP = 2  # pixels between the images of a sample grid, before enlargement
-COLUMNS = 4  # of prompts in the picture of samples
+COLUMNS = 4  # of prompts in the figure of samples
 WRAP = 36  # characters of a caption's line
 BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#4a5568"
-# What the exact checker says; None where it was not asked.
+# Mark and color by the exact checker's verdict; None: not judged.
 MARKS = {True: (" ✓", "#2f855a"), False: (" ✗", "#c53030"), None: ("", GRAY)}
 
 
@@ -44,27 +46,27 @@ class Curve(NamedTuple):
 
 
 def curve(runs: Sequence[Sequence[dict]], name: str) -> Curve:
-    """The values of a metric at the steps where every run has it.
+    """Collects the values of a metric at the steps where every run has it.
 
     Args:
       runs: rows of metrics, per run.
       name: of the metric.
     Raises:
-      ValueError: there is no such step.
+      InputError: there is no such step.
     """
-    found = [{r["step"]: r[name] for r in rows if r.get(name) is not None} for rows in runs]
-    steps = sorted(set.intersection(*map(set, found)))
+    by_step = [{r["step"]: r[name] for r in rows if r.get(name) is not None} for rows in runs]
+    steps = sorted(set.intersection(*map(set, by_step)))
     if not steps:
         raise InputError(
             f"there is no step at which all {len(runs)} runs have {name}; give runs of one "
             "configuration that have been evaluated"
         )
-    values = [[own[step] for step in steps] for own in found]
+    values = [[run_values[step] for step in steps] for run_values in by_step]
     return Curve(np.array(steps), np.array(values, np.float64))
 
 
 def smooth(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Centred means over `window` values of float[R, S], over fewer at the ends."""
+    """Computes centered means over `window` values of float[R, S], over fewer at the ends."""
     weights = np.ones(window)
     counts = np.convolve(np.ones(values.shape[1]), weights)
     sums = np.stack([np.convolve(row, weights) for row in values])
@@ -73,10 +75,10 @@ def smooth(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
 
 
 def read_run(folder: pathlib.Path) -> list[dict]:
-    """The rows of a run.
+    """Reads the metrics rows of a run.
 
     Raises:
-      FileNotFoundError: it has none.
+      MissingFileError: the run has none.
     """
     rows = read_rows(folder / METRICS)
     if not rows:
@@ -85,32 +87,13 @@ def read_run(folder: pathlib.Path) -> list[dict]:
 
 
 def draw_curves(runs: Sequence[Sequence[dict]], out: pathlib.Path) -> None:
-    """Draws reward, exact scores and exact scores by type of plain prompt, side by side."""
+    """Plots reward, exact scores, and exact scores by type of plain prompt, side by side."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    reward = curve(runs, "reward/mean")
-    _seeds(
-        left,
-        Curve(reward.steps, smooth(reward.values)),
-        GRAY,
-        f"training, mean of {WINDOW} updates",
-    )
-    held_out = curve(runs, "eval/reward/mean")
-    left.plot(held_out.steps, held_out.values.mean(0), "o", color="black", label="held out")
-    left.plot(held_out.steps, held_out.values.T, ".", color="black", alpha=0.4)
-    left.set_title("reward")
-
+    _plot_reward(left, runs)
     for name, color in (("plain", BLUE), ("implied", ORANGE)):
-        _seeds(middle, curve(runs, f"eval/exact_all/{name}"), color, name, marker="o")
+        _plot_seeds(middle, curve(runs, f"eval/exact_all/{name}"), color, name, marker="o")
     middle.set_title("held-out prompts drawn right")
-
-    prefix = "eval/exact_all/plain/"
-    names = sorted({key for rows in runs for row in rows for key in row if key.startswith(prefix)})
-    for index, name in enumerate(names):
-        own, color = curve(runs, name), f"C{index}"
-        label = name.removeprefix(prefix)
-        right.plot(own.steps, own.values.mean(0), marker="o", color=color, label=label)
-    right.set_title("plain ones by type")
-
+    _plot_types(right, runs)
     for axes in (left, middle, right):
         axes.set_xlabel("update")
         axes.grid(alpha=0.3)
@@ -121,27 +104,47 @@ def draw_curves(runs: Sequence[Sequence[dict]], out: pathlib.Path) -> None:
     _write(figure, out)
 
 
-def _seeds(axes: plt.Axes, own: Curve, color: str, label: str, marker: str = "") -> None:
-    if len(own.values) > 1:
-        axes.plot(own.steps, own.values.T, color=color, alpha=0.35, linewidth=0.7)
-        axes.fill_between(
-            own.steps, own.values.min(0), own.values.max(0), color=color, alpha=0.15, linewidth=0
-        )
-    axes.plot(own.steps, own.values.mean(0), marker=marker, color=color, linewidth=2, label=label)
+def _plot_reward(axes: Axes, runs: Sequence[Sequence[dict]]) -> None:
+    training = curve(runs, "reward/mean")
+    smoothed = Curve(training.steps, smooth(training.values))
+    _plot_seeds(axes, smoothed, GRAY, f"training, mean of {WINDOW} updates")
+    held_out = curve(runs, "eval/reward/mean")
+    axes.plot(held_out.steps, held_out.values.mean(0), "o", color="black", label="held out")
+    axes.plot(held_out.steps, held_out.values.T, ".", color="black", alpha=0.4)
+    axes.set_title("reward")
+
+
+def _plot_types(axes: Axes, runs: Sequence[Sequence[dict]]) -> None:
+    prefix = "eval/exact_all/plain/"
+    names = sorted({key for rows in runs for row in rows for key in row if key.startswith(prefix)})
+    for index, name in enumerate(names):
+        steps, values = curve(runs, name)
+        label = name.removeprefix(prefix)
+        axes.plot(steps, values.mean(0), marker="o", color=f"C{index}", label=label)
+    axes.set_title("plain ones by type")
+
+
+def _plot_seeds(axes: Axes, runs: Curve, color: str, label: str, marker: str = "") -> None:
+    steps, values = runs
+    if len(values) > 1:
+        axes.plot(steps, values.T, color=color, alpha=0.35, linewidth=0.7)
+        low, high = values.min(0), values.max(0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(steps, values.mean(0), marker=marker, color=color, linewidth=2, label=label)
 
 
 def read_samples(run: pathlib.Path, name: str) -> tuple[np.ndarray, list[dict]]:
-    """One sample grid of a run, cut up.
+    """Reads a sample grid of a run and cuts it into its images.
 
     Returns:
       uint8[N, H, W, 3] and the caption of each image.
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: the picture is not the grid that its captions and the run's size of images make.
+      MissingFileError: a file is missing.
+      InputError: the size of the grid does not fit its captions and the run's size of images.
     """
-    config, picture = run / "config.json", run / "samples" / f"{name}.png"
-    text = picture.with_suffix(".json")
-    for path in (config, picture, text):
+    config, grid = run / "config.json", run / "samples" / f"{name}.png"
+    text = grid.with_suffix(".json")
+    for path in (config, grid, text):
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist; give the folder of a run with samples")
     captions = json.loads(text.read_text())
@@ -149,23 +152,24 @@ def read_samples(run: pathlib.Path, name: str) -> tuple[np.ndarray, list[dict]]:
     height, width = model["height"], model["width"]
     columns = int(np.ceil(np.sqrt(len(captions))))
     rows, scale = -(-len(captions) // columns), max(1, 96 // height)
-    found = np.asarray(Image.open(picture).convert("RGB"))
+    pixels = np.asarray(Image.open(grid).convert("RGB"))
     expected = [scale * (n * (side + GAP) + GAP) for n, side in ((rows, height), (columns, width))]
-    if list(found.shape[:2]) != expected:
+    if list(pixels.shape[:2]) != expected:
         raise InputError(
-            f"{picture} has {list(found.shape[:2])} pixels, expected {expected} for "
+            f"{grid} has {list(pixels.shape[:2])} pixels, expected {expected} for "
             f"{len(captions)} images of {height}x{width}"
         )
-    tiles = found[::scale, ::scale][GAP:, GAP:].reshape(rows, height + GAP, columns, width + GAP, 3)
+    pixels = pixels[::scale, ::scale][GAP:, GAP:]
+    tiles = pixels.reshape(rows, height + GAP, columns, width + GAP, 3)
     tiles = tiles.swapaxes(1, 2)[:, :, :height, :width]
     return tiles.reshape(-1, height, width, 3)[: len(captions)], captions
 
 
 def last_samples(run: pathlib.Path) -> str:
-    """Name of a run's last sample grid.
+    """Finds the name of a run's last sample grid.
 
     Raises:
-      FileNotFoundError: there is none but the first.
+      MissingFileError: there is none after the first.
     """
     names = sorted(path.stem for path in (run / "samples").glob("step_*.png"))
     if names[-1:] in ([], [BEFORE]):
@@ -177,18 +181,18 @@ def last_samples(run: pathlib.Path) -> str:
 
 
 def draw_samples(run: pathlib.Path, count: int, out: pathlib.Path) -> None:
-    """Draws a run's first held-out prompts, each with its image before and after training.
+    """Plots a run's first held-out prompts, each with its image before and after training.
 
     Args:
-      run: its folder.
-      count: of prompts.
-      out: the picture's file.
+      run: the run's folder.
+      count: number of prompts.
+      out: the file to write.
     Raises:
-      FileNotFoundError, ValueError: see `read_samples`; or the two grids have other prompts.
+      MissingFileError, InputError: see `read_samples`; or the two grids have different prompts.
     """
     last = last_samples(run)
     (before, old), (after, new) = (read_samples(run, name) for name in (BEFORE, last))
-    if [each["prompt"] for each in old] != [each["prompt"] for each in new]:
+    if [caption["prompt"] for caption in old] != [caption["prompt"] for caption in new]:
         raise InputError(f"{BEFORE} and {last} of {run} show different prompts")
     titles = [textwrap.wrap(caption["prompt"], WRAP) for caption in new[:count]]
     lines = max(map(len, titles))
@@ -204,7 +208,7 @@ def draw_samples(run: pathlib.Path, count: int, out: pathlib.Path) -> None:
     _write(figure, out)
 
 
-def _show(axes: plt.Axes, image: np.ndarray, label: str, *, exact: bool | None) -> None:
+def _show(axes: Axes, image: np.ndarray, label: str, *, exact: bool | None) -> None:
     mark, color = MARKS[exact]
     axes.imshow(image, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
@@ -212,7 +216,7 @@ def _show(axes: plt.Axes, image: np.ndarray, label: str, *, exact: bool | None) 
     axes.spines[:].set(color=color, linewidth=2)
 
 
-def _write(figure: plt.Figure, out: pathlib.Path) -> None:
+def _write(figure: Figure, out: pathlib.Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120, metadata={"Software": None})
     plt.close(figure)

@@ -1,14 +1,14 @@
-"""Measures the small UMM: what its autoencoder keeps, how often it draws what is asked, its skills.
+"""Measures the small UMM: reconstructions, generated images by type of prompt, or skills.
 
     python -m alphagrpo_jax.studies.measure --model package:umm --out runs/measure.json
     python -m alphagrpo_jax.studies.measure --drawings runs/drawings.npz
     python -m alphagrpo_jax.studies.measure --skills
 
-Everything is judged by the exact checker: reconstructions of random scenes (every shape in its
-cell, and the background), and images drawn for held-out prompts with think texts sampled at
-temperature 1, by kind and type of prompt. `--drawings` keeps these images with their records, for
-`verifier_eval` and, with several drawings of every prompt (`--repeats`), for `reward_figures`.
-`--skills` measures captions, answers, edits and repairs, see `measure_skills`.
+The exact checker judges everything: reconstructions of random scenes (every object in its cell, and
+the background), and images generated for held-out prompts with think texts sampled at temperature
+1, by kind and type of prompt. `--drawings` also writes these images with their records, for
+`verifier_eval` and, with several images per prompt (`--repeats`), for `reward_figures`. `--skills`
+measures captions, answers, edits and repairs instead, see `measure_skills`.
 """
 
 import argparse
@@ -27,54 +27,54 @@ import tqdm
 from alphagrpo_jax import config_checks, inference, policy, tasks
 from alphagrpo_jax.inference import Policy
 from alphagrpo_jax.runtime import cli, distributed
-from alphagrpo_jax.runtime.files import replace_text, replacing
+from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.sampling.trajectory import pixels, sample_trajectories
 from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
-from alphagrpo_jax.studies import measure_skills
+from alphagrpo_jax.studies import drawings, measure_skills
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import TextBlock
 
 SEED = 31
-CHUNK = 50  # reconstructions at a time
-BATCH = 100  # drawings at a time
+CHUNK = 50  # reconstructions per batch
+BATCH = 100  # generated images per batch
 
 
 def reconstruction(policy_: Policy, count: int) -> float:
-    """Share of `count` random scenes that are the same after encoding and decoding."""
+    """Measures the share of `count` random scenes that survive encoding and decoding."""
     model, params = policy_.loaded.model, policy_.params
     grid = model.config.latent_grid(scenes.RESOLUTION, scenes.RESOLUTION)
 
     @jax.jit
-    def through(images: jax.Array) -> jax.Array:
+    def reconstruct(images: jax.Array) -> jax.Array:
         latents = policy.encode_image(model, params, images.astype(jnp.float32) / 127.5 - 1.0)
         return pixels(model, params, latents, grid)
 
     rng = np.random.default_rng(SEED)
-    drawn = [scenes.random_scene(rng) for _ in range(count)]
-    same = []
+    random_scenes = [scenes.random_scene(rng) for _ in range(count)]
+    survived = []
     for first in range(0, count, CHUNK):
-        part = drawn[first : first + CHUNK]
-        images = np.asarray(through(examples.render_batch(part)))
-        same += [
-            checker.shows_scene(image, scene) for image, scene in zip(images, part, strict=True)
+        batch = random_scenes[first : first + CHUNK]
+        images = np.asarray(reconstruct(examples.render_batch(batch)))
+        survived += [
+            checker.shows_scene(image, scene) for image, scene in zip(images, batch, strict=True)
         ]
-    return float(np.mean(same))
+    return float(np.mean(survived))
 
 
 def sample_images(
     policy_: Policy, records: Sequence[Mapping], *, temperature: float, seed: int
 ) -> Iterator[np.ndarray]:
-    """Draws one image per record, uint8[48, 48, 3] each, as the policy's `eval` section says.
+    """Generates one image per record, uint8[48, 48, 3], with the policy's `eval` settings.
 
     Args:
-      policy_: who draws.
+      policy_: the policy.
       records: prompts.
       temperature: of the think text; 0 is greedy.
-      seed: of the keys; the same seed means the same noise for every policy.
+      seed: of the keys; equal seeds give equal noise for all policies.
     """
     config, loaded = policy_.config, policy_.loaded
     spec = options_lib.eval_spec(config, loaded, tasks.TASKS["rt2i"])
-    draw = jax.jit(functools.partial(_draw, model=loaded.model, spec=spec))
+    sample = jax.jit(functools.partial(_sample, model=loaded.model, spec=spec))
     key, size = jax.random.key(seed), min(BATCH, len(records))
     for first in tqdm.trange(0, len(records), size, desc="drawing", unit_scale=size):
         rows = [
@@ -82,11 +82,11 @@ def sample_images(
             for i in range(first, first + size)
         ]
         block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
-        images = draw(policy_.params, block, key, jnp.int32(first), jnp.float32(temperature))
+        images = sample(policy_.params, block, key, jnp.int32(first), jnp.float32(temperature))
         yield from distributed.to_host(images)[: len(records) - first]
 
 
-def _draw(params, block, key, first, temperature, *, model, spec) -> jax.Array:
+def _sample(params, block, key, first, temperature, *, model, spec) -> jax.Array:
     _, images = sample_trajectories(
         model, params, (block,), key, first, jnp.int32(0), temperature, spec=spec
     )
@@ -96,39 +96,34 @@ def _draw(params, block, key, first, temperature, *, model, spec) -> jax.Array:
 def judge_policy(
     policy_: Policy, records: Sequence[Mapping], *, temperature: float, seed: int
 ) -> np.ndarray:
-    """Whether all facts hold in each record's image, bool[N]; see `sample_images`."""
-    drawn = sample_images(policy_, records, temperature=temperature, seed=seed)
-    pairs = zip(drawn, records, strict=True)
+    """Judges by the exact checker if all facts hold in each record's image: bool[N].
+
+    See `sample_images` for the arguments.
+    """
+    images = sample_images(policy_, records, temperature=temperature, seed=seed)
+    pairs = zip(images, records, strict=True)
     return np.array([checker.exact_all(image, record["facts"]) for image, record in pairs], bool)
 
 
 def heldout_records(per_type: int, implied: int) -> list[dict]:
-    """Held-out prompts: `per_type` of every plain type, and implied ones."""
+    """Generates held-out prompts: `per_type` of every plain type, and implied ones."""
     make = functools.partial(prompts.records, "heldout", seed=SEED, repeats=True)
     plain = make(per_type * len(requests.PLAIN_TYPES), kinds=("plain",))
     return plain + make(implied, kinds=("implied",))
 
 
 def exact_shares(images: Sequence[np.ndarray], records: Sequence[Mapping]) -> dict[str, float]:
-    """Share of images in which all facts hold, by kind and type of prompt."""
-    found = collections.defaultdict(list)
+    """Computes the share of images in which all facts hold, by kind and type of prompt."""
+    verdicts = collections.defaultdict(list)
     for image, record in zip(images, records, strict=True):
         exact = checker.exact_all(image, record["facts"])
         for name in (record["kind"], f"{record['kind']}/{record['type']}"):
-            found[name].append(exact)
-    return {name: float(np.mean(held)) for name, held in sorted(found.items())}
-
-
-def write_drawings(path: pathlib.Path, images: np.ndarray, records: Sequence[Mapping]) -> None:
-    """Keeps images uint8[N, 48, 48, 3] and their records, as JSON texts, in an .npz file."""
-    with replacing(path) as file:
-        np.savez_compressed(
-            file, images=images, records=np.array([json.dumps(each) for each in records])
-        )
+            verdicts[name].append(exact)
+    return {name: float(np.mean(exact)) for name, exact in sorted(verdicts.items())}
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """The figures that the flags ask for."""
+    """Measures what the flags ask for."""
     changes = {"model.path": args.model}
     if args.text_guidance is not None:
         changes["eval.text_guidance"] = args.text_guidance
@@ -136,13 +131,13 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     policy_ = inference.from_config(config)
     if args.skills:
         return measure_skills.measure(policy_, args.examples)
-    found = heldout_records(args.per_type, args.implied)
-    records = [record for record in found for _ in range(args.repeats)]
+    different = heldout_records(args.per_type, args.implied)
+    records = [record for record in different for _ in range(args.repeats)]
     images = np.stack(list(sample_images(policy_, records, temperature=1.0, seed=SEED)))
     if args.drawings is not None:
-        write_drawings(args.drawings, images, records)
-    same = reconstruction(policy_, args.scenes)
-    return {"reconstruction": same, **exact_shares(images, records)}
+        drawings.write(args.drawings, images, records)
+    reconstructed = reconstruction(policy_, args.scenes)
+    return {"reconstruction": reconstructed, **exact_shares(images, records)}
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,15 +1,15 @@
-"""Measures rewards against the exact checker: which of them tells the better image from the worse?
+"""Measures rewards against the exact checker: ranking of image pairs, agreement, calibration.
 
     python -m alphagrpo_jax.studies.measure --drawings runs/drawings.npz --repeats 4
     python -m alphagrpo_jax.studies.reward_figures --drawings runs/drawings.npz --out FILE
 
-All scores come from one verifier and the same drawings: DVReward by confidences, by binary answers
-and with dependencies, and the holistic score from ratings.
+All scores come from one verifier and the same generated images: DVReward by confidences, by binary
+answers and with dependencies, and the holistic score from ratings.
 
-`ranking`: of all pairs of drawings of one prompt that differ in the exact share of facts, the share
-that a score puts in the right order; equal scores count half, so that guessing gives 1/2. The
-interval is a bootstrap over prompts. `agreement`: per tag of the semantic questions, on drawings
-that the checker can read in full, the share of answers on the right side of 1/2, and the expected
+`ranking`: among the pairs of images of one prompt that differ in the exact share of facts, the
+share that a score orders correctly; equal scores count half, so that guessing gives 1/2. The
+interval is a bootstrap over prompts. `agreement`: per tag of the semantic questions, on images that
+the checker can parse in full, the share of answers on the correct side of 1/2, and the expected
 calibration error (ECE) of P(yes). Quality questions have no exact answer and are left out there.
 """
 
@@ -32,18 +32,19 @@ from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.records import Record, parse_record
 from alphagrpo_jax.shapes import checker, questions, scenes
-from alphagrpo_jax.studies.verifier_eval import calibration_error, queries_by_text, read_drawings
+from alphagrpo_jax.studies import drawings
+from alphagrpo_jax.studies.verifier_eval import calibration_error, queries_by_text
 from alphagrpo_jax.training import verifiers as verifiers_lib
 
-TRAINED_SCORE = "confidence"  # the others are compared with it
+TRAINED_SCORE = "confidence"  # all scores are compared with it
 DEPENDENT = "dependent"
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
-QUEUE_SECONDS = 1e6  # many drawings wait for long
+QUEUE_SECONDS = 1e6  # time limit of an image in the pool: all are submitted at once
 
 
 class ScoredImages(NamedTuple):
-    """The drawings that the verifier has judged, M of N."""
+    """Scores of the M of N images that the verifier has answered in full."""
 
     index: np.ndarray  # int64[M]
     scores: dict[str, np.ndarray]  # float64[M] each
@@ -54,8 +55,8 @@ class ScoredImages(NamedTuple):
 def score_images(
     pool: scoring.VerifierPool, images: np.ndarray, records: Sequence[Record]
 ) -> ScoredImages:
-    """All scores of drawings uint8[N, 48, 48, 3]."""
-    # Their weights do not matter, only the parts are used.
+    """Computes all scores of images uint8[N, 48, 48, 3]."""
+    # The weights do not matter: only the single scores are used, not their sum.
     options = dataclasses.replace(
         config_checks.read_config().reward,
         score=TRAINED_SCORE,
@@ -63,28 +64,28 @@ def score_images(
         extra_weights=(1.0, 1.0),
     )
     for number in tqdm.trange(len(images), desc="judging"):
-        part = slice(number, number + 1)
-        scoring.submit(pool, [number], images[part], records[part], options, first=0)
-    found = scoring.gather(pool, range(len(images)), records, (), options)
-    index = np.flatnonzero(found.valid)
-    p_yes = [found.p_yes[row] for row in index]
-    scores = {name: values[index] for name, values in found.by_score.items()}
+        row = slice(number, number + 1)
+        scoring.submit(pool, [number], images[row], records[row], options, first=0)
+    rewards = scoring.gather(pool, range(len(images)), records, (), options)
+    index = np.flatnonzero(rewards.valid)
+    p_yes = [rewards.p_yes[row] for row in index]
+    scores = {name: values[index] for name, values in rewards.by_score.items()}
     scores[DEPENDENT] = np.array(
         [
-            dvreward(*records[row].split(own), parents=records[row].asked_parents).reward
-            for row, own in zip(index, p_yes, strict=True)
+            dvreward(*records[row].split(answers), parents=records[row].asked_parents).reward
+            for row, answers in zip(index, p_yes, strict=True)
         ]
     )
-    return ScoredImages(index, scores, p_yes, found.failures)
+    return ScoredImages(index, scores, p_yes, rewards.failures)
 
 
 def pair_counts(
     prompts: Sequence[str], exact: np.ndarray, score: np.ndarray
 ) -> dict[str, tuple[float, int]]:
-    """For each prompt how many of its pairs are ranked rightly, of how many.
+    """Counts, for each prompt, the pairs of images that are ranked correctly, and all pairs.
 
     Args:
-      prompts: M.
+      prompts: M, of the images.
       exact: float64[M], share of facts that hold.
       score: float64[M].
     """
@@ -95,10 +96,10 @@ def pair_counts(
     for prompt, members in rows.items():
         first, second = np.array(members)[np.stack(np.triu_indices(len(members), 1))]
         better = np.sign(exact[first] - exact[second])
-        said = np.sign(score[first] - score[second])
-        right = np.where(said == 0, 0.5, said == better)[better != 0]
-        if right.size:
-            counts[prompt] = (float(right.sum()), right.size)
+        ranked = np.sign(score[first] - score[second])
+        correct = np.where(ranked == 0, 0.5, ranked == better)[better != 0]
+        if correct.size:
+            counts[prompt] = (float(correct.sum()), correct.size)
     return counts
 
 
@@ -108,67 +109,75 @@ def share(
     *,
     minus: Mapping[str, tuple[float, int]] | None = None,
 ) -> dict[str, float | list[float]]:
-    """Share of pairs ranked rightly, with a bootstrap interval over prompts.
+    """Computes the share of pairs ranked correctly, with a bootstrap interval over prompts.
 
     Args:
       counts: from `pair_counts`.
-      seed: the same one draws the same prompts for every score.
-      minus: of another score on the same drawings: the share is then the difference.
+      seed: of the bootstrap; equal seeds resample equal prompts for all scores.
+      minus: counts of another score on the same images: the share is then the difference.
     """
     if not counts:
         return {"pairs": 0}
-    taken = minus or dict.fromkeys(counts, (0.0, 0))
-    right = np.array([counts[prompt][0] - taken[prompt][0] for prompt in counts])
+    baseline = minus or dict.fromkeys(counts, (0.0, 0))
+    correct = np.array([counts[prompt][0] - baseline[prompt][0] for prompt in counts])
     pairs = np.array([number for _, number in counts.values()])
-    drawn = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
-    low, high = np.percentile(right[drawn].sum(axis=1) / pairs[drawn].sum(axis=1), INTERVAL)
+    sampled = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+    resampled = correct[sampled].sum(axis=1) / pairs[sampled].sum(axis=1)
+    low, high = np.percentile(resampled, INTERVAL)
     return {
         "pairs": int(pairs.sum()),
         "prompts": len(pairs),
-        "share": float(right.sum() / pairs.sum()),
+        "share": float(correct.sum() / pairs.sum()),
         "interval": [float(low), float(high)],
     }
 
 
-def ranking(records: Sequence[Mapping], exact: np.ndarray, judged: ScoredImages, seed: int) -> dict:
-    """`share` of every score, over all prompts and by their kind; and how much the confidences'
-    share is above that of each other score.
+def ranking(records: Sequence[Mapping], exact: np.ndarray, scored: ScoredImages, seed: int) -> dict:
+    """Computes `share` of every score, and of `TRAINED_SCORE` minus every other score.
+
+    Args:
+      records: N, of the images.
+      exact: float64[N], share of facts that hold.
+      scored: the scores.
+      seed: of the bootstrap.
+    Returns:
+      Figures by kind of prompt ("all" among them) and score.
     """
-    kinds = np.array([records[row]["kind"] for row in judged.index])
-    prompts = np.array([records[row]["prompt"] for row in judged.index], object)
-    held = exact[judged.index]
-    found: dict[str, dict] = {}
+    kinds = np.array([records[row]["kind"] for row in scored.index])
+    prompts = np.array([records[row]["prompt"] for row in scored.index], object)
+    exact = exact[scored.index]
+    figures: dict[str, dict] = {}
     for kind in ("all", *sorted(set(kinds))):
-        own = (kinds == kind) | (kind == "all")
+        of_kind = (kinds == kind) | (kind == "all")
         counts = {
-            name: pair_counts(prompts[own], held[own], values[own])
-            for name, values in judged.scores.items()
+            name: pair_counts(prompts[of_kind], exact[of_kind], values[of_kind])
+            for name, values in scored.scores.items()
         }
-        found[kind] = {name: share(each, seed) for name, each in counts.items()}
-        first = counts.pop(TRAINED_SCORE)
-        found[kind] |= {
-            f"{TRAINED_SCORE} - {name}": share(first, seed, minus=each)
-            for name, each in counts.items()
+        figures[kind] = {name: share(pairs, seed) for name, pairs in counts.items()}
+        trained = counts.pop(TRAINED_SCORE)
+        figures[kind] |= {
+            f"{TRAINED_SCORE} - {name}": share(trained, seed, minus=pairs)
+            for name, pairs in counts.items()
         }
-    return found
+    return figures
 
 
 def agreement(
-    images: np.ndarray, records: Sequence[Record], judged: ScoredImages
+    images: np.ndarray, records: Sequence[Record], scored: ScoredImages
 ) -> dict[str, dict]:
-    """Agreement and calibration of the semantic answers, by tag; see this file's docstring.
+    """Computes agreement and calibration of the semantic answers, by tag.
 
     Raises:
       InputError: a question that the shapes world does not ask.
     """
-    rows: dict[str, list[tuple[str, bool, float]]] = {}
-    for index, p_yes in zip(judged.index, judged.p_yes, strict=True):
-        seen = checker.parse(images[index])
-        if seen.unknown or seen.background is None:
+    answers_by_tag: dict[str, list[tuple[str, bool, float]]] = {}
+    for index, p_yes in zip(scored.index, scored.p_yes, strict=True):
+        parsed = checker.parse(images[index])
+        if parsed.unknown or parsed.background is None:
             continue
-        scene = scenes.Scene(seen.objects, seen.background)
-        asked = records[index].asked_questions[: len(records[index].asked_semantic)]
-        for question, p in zip(asked, p_yes, strict=False):
+        scene = scenes.Scene(parsed.objects, parsed.background)
+        semantic = records[index].asked_questions[: len(records[index].asked_semantic)]
+        for question, p in zip(semantic, p_yes, strict=False):
             if question.text not in queries_by_text():
                 raise InputError(
                     f"the shapes world does not ask {question.text!r}; give drawings of its own "
@@ -176,23 +185,23 @@ def agreement(
                 )
             truth = questions.truth(queries_by_text()[question.text], scene)
             for tag in ("all", question.tag):
-                rows.setdefault(tag, []).append((question.tag, truth, p))
+                answers_by_tag.setdefault(tag, []).append((question.tag, truth, p))
     return {
         tag: {
-            "questions": len(own),
-            "true": float(np.mean([truth for _, truth, _ in own])),
-            "agreement": float(np.mean([(p > 0.5) == truth for _, truth, p in own])),
-            "ece": calibration_error(own),
+            "questions": len(answers),
+            "true": float(np.mean([truth for _, truth, _ in answers])),
+            "agreement": float(np.mean([(p > 0.5) == truth for _, truth, p in answers])),
+            "ece": calibration_error(answers),
         }
-        for tag, own in sorted(rows.items())
+        for tag, answers in sorted(answers_by_tag.items())
     }
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """The figures that the flags ask for."""
-    images, fields = read_drawings(options.drawings)
+    """Measures what the flags ask for."""
+    images, fields = drawings.read(options.drawings)
     images, fields = images[: options.limit], fields[: options.limit]
-    records = [parse_record(each) for each in fields]
+    records = [parse_record(record) for record in fields]
     changes = {
         "verifier.path": options.verifier,
         "verifier.workers": options.workers,
@@ -201,20 +210,15 @@ def measure(options: argparse.Namespace) -> dict:
     config = config_checks.change_options(config_checks.read_config(), changes)
     with verifiers_lib.make_pool(config) as pool:
         pool.wait_ready()
-        judged = score_images(pool, images, records)
-    exact = np.array(
-        [
-            np.mean(list(checker.facts(image, each["facts"]).values()))
-            for image, each in zip(images, fields, strict=True)
-        ]
-    )
+        scored = score_images(pool, images, records)
+    exact = drawings.fact_shares(images, fields)
     return {
         "verifier": options.verifier,
         "drawings": len(images),
-        "judged": len(judged.index),
-        "failures": judged.failures,
-        "ranking": ranking(fields, exact, judged, options.seed),
-        "agreement": agreement(images, records, judged),
+        "judged": len(scored.index),
+        "failures": scored.failures,
+        "ranking": ranking(fields, exact, scored, options.seed),
+        "agreement": agreement(images, records, scored),
     }
 
 

@@ -1,25 +1,22 @@
-"""The study behind docs/results.md: what training changed, by the yardstick it never saw.
+"""Measures the effect of RT2I training by the exact checker, which training never sees.
 
     python -m alphagrpo_jax.studies.rt2i --out docs/study --run runs/seed0 --run runs/seed1 ...
     python -m alphagrpo_jax.studies.rt2i --out docs/study --run runs/no_text --name no_text_loss
 
-Draws held-out prompts (at least 300 of every plain type, 800 implied) from the untrained policy (as
-sampled, with greedy think texts, and again with other noise) and from the end of every run, all
-with the settings of --config, and lets the exact checker judge each image. Every policy's
-judgements are kept in one small JSON file, so that the study may run over several sittings; what
-is there is not drawn again.
+Generates an image for every held-out prompt (300 of every plain type, 800 implied, 240 with the
+held-out riddles), with the untrained policy (sampled, with greedy think texts, and sampled with
+other noise) and with the final policy of every run, all with the settings of --config. The exact
+checker judges each image. OUT/POLICY.json keeps the judgements of one policy: the study may run
+over several sittings and generates only what is missing. OUT/summary_NAME.json has the figures.
 
-Gains are differences of shares of right images, paired by prompt and noise. Intervals are 95 %
-bootstrap intervals over runs and over clusters of prompts: prompts that ask for one combination,
-or pose the same riddles, succeed or fail together. (The held-out riddles are four clusters only:
-their interval says little.) `noise_floor` compares the untrained policy with itself under other
-noise, which no training has changed.
+Gains are differences of the share of correct images, paired by prompt and noise, with 95 %
+bootstrap intervals over runs and over clusters of prompts (see `bootstrap`). The held-out riddles
+are four clusters only: their interval says little. `noise_floor` compares the untrained policy with
+itself under other noise, which no training has changed.
 """
 
 import argparse
-import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import sys
@@ -33,25 +30,24 @@ from alphagrpo_jax import config_checks, inference
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import from_config_dict
 from alphagrpo_jax.inference import Policy
-from alphagrpo_jax.models.name_table import AE, EMA
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metrics import METRICS, read_rows
-from alphagrpo_jax.runtime.paths import existing_file, resolve
-from alphagrpo_jax.shapes import checker, prompts, requests, riddles
+from alphagrpo_jax.shapes import prompts, requests, riddles
+from alphagrpo_jax.studies import bootstrap, verdicts
+from alphagrpo_jax.studies.bootstrap import Gain
 from alphagrpo_jax.studies.measure import judge_policy
 from alphagrpo_jax.training import run_folder
 
 PER_PLAIN_TYPE, IMPLIED, HELDOUT_RIDDLES = 300, 800, 240
 SEED, OTHER_SEED = 100, 101  # of the evaluation keys
-RESAMPLES = 10_000
 UNTRAINED, GREEDY, AGAIN = "untrained", "untrained_greedy", "untrained_again"
 TRAINING_METRICS = ("eval/reward/mean", "eval/reward_minus_exact")
 
 
 def study_records() -> tuple[list[dict], list[str]]:
-    """Records and the group of each; a function of nothing."""
+    """Generates the study's records and the group of each; always the same."""
     plain = prompts.records(
         "heldout",
         PER_PLAIN_TYPE * len(requests.PLAIN_TYPES),
@@ -63,7 +59,7 @@ def study_records() -> tuple[list[dict], list[str]]:
     implied = prompts.records(
         "heldout", IMPLIED, kinds=("implied",), seed=SEED, name="study-implied", repeats=True
     )
-    unseen = prompts.records(
+    heldout_riddles = prompts.records(
         "heldout",
         HELDOUT_RIDDLES,
         kinds=("implied",),
@@ -73,81 +69,9 @@ def study_records() -> tuple[list[dict], list[str]]:
         name="study-riddles",
         repeats=True,
     )
-    groups = [f"plain/{each['type']}" for each in plain]
-    groups += ["implied"] * len(implied) + ["heldout_riddles"] * len(unseen)
-    return [*plain, *implied, *unseen], groups
-
-
-def cluster(record: Mapping) -> str:
-    """What prompts share that succeed or fail together: combination or, if implied, riddles."""
-    if record["kind"] == "plain":
-        return record["combination"]
-    return " + ".join(sorted(record["riddles"]))
-
-
-def load_or_judge(path: pathlib.Path, make: Callable[[], np.ndarray], about: Mapping) -> np.ndarray:
-    """The judgements in `path`, or those that `make` finds, written there.
-
-    Args:
-      path: of a JSON file.
-      make: finds bool[N].
-      about: everything that the judgements depend on.
-    Raises:
-      ValueError: the file is about something else, or no such file.
-    """
-    about = json.loads(json.dumps(about))  # as it is read back
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-            marks, of = found["exact"], found["about"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} holds no judgements ({error!r}); delete it to draw again"
-            ) from error
-        names = sorted(name for name in {*of, *about} if of.get(name) != about.get(name))
-        if names:
-            raise InputError(
-                f"{path} is about other {', '.join(names)}: got "
-                f"{[of.get(name) for name in names]}, expected "
-                f"{[about.get(name) for name in names]}; choose another --out, or delete the file "
-                "to draw again"
-            )
-        return np.array([mark == "1" for mark in marks], bool)
-    exact = make()
-    marks = "".join("1" if value else "0" for value in exact)
-    replace_text(path, json.dumps({"about": about, "exact": marks}) + "\n")
-    return exact
-
-
-def files_digest(*files: str | pathlib.Path) -> str:
-    """SHA-256 of the SHA-256 digests of the files' contents."""
-    digest = hashlib.sha256()
-    for path in files:
-        with pathlib.Path(path).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def model_digest(path: str) -> str:
-    """That of a model's weights, given as in `model.path`."""
-    hint = "give a folder in the official layout"
-    return files_digest(*(existing_file(resolve(path) / name, hint) for name in (EMA, AE)))
-
-
-def sampling_settings(config: Config) -> dict:
-    """What drawing depends on, besides weights, prompts and keys."""
-    chosen, rollout_ = config.eval, config.rollout
-    return {
-        "task": config.task,
-        "dtype": config.model.dtype,
-        "size": [config.model.height, config.model.width],
-        "top_p": chosen.top_p,
-        "num_points": chosen.num_points,
-        "text_guidance": chosen.text_guidance,
-        "shift": rollout_.shift,
-        "guidance": dataclasses.asdict(rollout_.guidance),
-        "tokens": [rollout_.prompt_tokens, rollout_.text_tokens],
-    }
+    groups = [f"plain/{record['type']}" for record in plain]
+    groups += ["implied"] * len(implied) + ["heldout_riddles"] * len(heldout_riddles)
+    return [*plain, *implied, *heldout_riddles], groups
 
 
 class FinishedRun(NamedTuple):
@@ -160,19 +84,19 @@ class FinishedRun(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Returns the name of the run's folder."""
         return self.folder.name
 
 
 def read_finished_run(folder: pathlib.Path, config: Config, model: str) -> FinishedRun:
-    """Reads what a run says about itself.
+    """Reads the step, state digest and metrics of a finished run.
 
     Args:
-      folder: the run's.
-      config: of the study.
+      folder: the run's folder.
+      config: the study's configuration.
       model: digest of the study's untrained model.
     Raises:
-      ValueError: no run, an unfinished one, or one that the study cannot be compared with.
+      InputError: the folder has no run, an unfinished one, or one of another task or model.
     """
     folder = folder.resolve()
     path = folder / run_folder.CONFIG_FILE
@@ -186,13 +110,17 @@ def read_finished_run(folder: pathlib.Path, config: Config, model: str) -> Finis
             f"the run in {folder} is not finished: it has no {run_folder.DONE_FILE}; continue it "
             "to its end first"
         )
-    own = from_config_dict(json.loads(path.read_text()))
-    alike = {"task": own.task, "dtype": own.model.dtype, "model": model_digest(own.model.path)}
+    run = from_config_dict(json.loads(path.read_text()))
+    got = {
+        "task": run.task,
+        "dtype": run.model.dtype,
+        "model": verdicts.model_digest(run.model.path),
+    }
     expected = {"task": config.task, "dtype": config.model.dtype, "model": model}
     for name, value in expected.items():
-        if alike[name] != value:
+        if got[name] != value:
             raise InputError(
-                f"the run in {folder} was made with {name} {alike[name]}, expected {value} as of "
+                f"the run in {folder} was made with {name} {got[name]}, expected {value} as of "
                 "the untrained policy; give the --config that fits the run"
             )
     rows = read_rows(folder / METRICS)
@@ -205,10 +133,10 @@ def read_finished_run(folder: pathlib.Path, config: Config, model: str) -> Finis
 
 
 def final_policy(run: FinishedRun, config: Config) -> Policy:
-    """The policy at a run's end, drawing with the settings of the study.
+    """Loads the policy at a run's end, to be sampled with the settings of the study.
 
     Raises:
-      ValueError: its newest checkpoint is of another step.
+      InputError: the newest checkpoint is not of the run's last step.
     """
     policy = inference.from_run(run.folder)
     if policy.step != run.step:
@@ -219,92 +147,15 @@ def final_policy(run: FinishedRun, config: Config) -> Policy:
     return policy._replace(config=config)
 
 
-class Gain(NamedTuple):
-    """A mean of paired differences, and the same of every bootstrap sample."""
-
-    value: float
-    resampled: np.ndarray  # float64[RESAMPLES]
-
-    @property
-    def interval(self) -> list[float]:
-        """The middle 95 % of the bootstrap samples, [low, high]."""
-        return [round(float(x), 4) for x in np.quantile(self.resampled, [0.025, 0.975])]
-
-
-def resample(
-    gains: np.ndarray, clusters: Sequence[str], runs: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Means of bootstrap samples: clusters drawn with replacement, whole, and runs likewise.
-
-    Args:
-      gains: float64[R, N].
-      clusters: N names.
-      runs: int[RESAMPLES, R], how often each sample holds each run.
-      rng: draws the clusters.
-    Returns:
-      float64[RESAMPLES].
-    """
-    names, of = np.unique(np.asarray(clusters), return_inverse=True)
-    count = len(names)
-    sums = np.stack([np.bincount(of, row, count) for row in gains])  # [R, C]
-    drawn = rng.multinomial(count, np.full(count, 1 / count), len(runs)).astype(np.float64)
-    totals = (drawn @ sums.T * runs).sum(axis=1) / runs.sum(axis=1)
-    return totals / (drawn @ np.bincount(of, minlength=count))
-
-
-def gains(
-    after: np.ndarray,
-    before: np.ndarray,
-    groups: Sequence[str],
-    clusters: Sequence[str],
-    *,
-    seed: int = 0,
-) -> dict[str, Gain]:
-    """Gains by group, of `plain` (types weigh alike) and of `all` (plain and implied weigh alike).
-
-    Args:
-      after: bool[R, N], R runs on the same N prompts.
-      before: bool[N].
-      groups: N names; "implied" and at least one of "plain/..." are among them.
-      clusters: N names.
-      seed: of the resampling; all groups of a sample hold the same runs.
-    """
-    rng, names, labels = np.random.default_rng(seed), np.array(groups), np.array(clusters)
-    count = len(after)
-    runs = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    found: dict[str, Gain] = {}
-    for name in dict.fromkeys(groups):
-        rows = np.flatnonzero(names == name)
-        paired = after[:, rows].astype(np.float64) - before[rows]
-        found[name] = Gain(float(paired.mean()), resample(paired, labels[rows], runs, rng))
-    found["plain"] = _mean([gain for name, gain in found.items() if name.startswith("plain/")])
-    found["all"] = _mean([found["plain"], found["implied"]])
-    return found
-
-
-def _mean(parts: Sequence[Gain]) -> Gain:
-    values, resampled = zip(*parts, strict=True)
-    return Gain(float(np.mean(values)), np.mean(resampled, axis=0))
-
-
-def shares(exact: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
-    """Share of right images by group, of `plain` and of `all`, weighed as in `gains`.
-
-    Args:
-      exact: bool[N].
-      groups: N names.
-    """
-    names = np.array(groups)
-    found = {name: float(exact[names == name].mean()) for name in dict.fromkeys(groups)}
-    found["plain"] = float(np.mean([v for name, v in found.items() if name.startswith("plain/")]))
-    found["all"] = (found["plain"] + found["implied"]) / 2
-    return found
-
-
 def bars(gain: Mapping[str, Gain], over_greedy: Mapping[str, Gain]) -> list[dict]:
-    """What the training is held to: which bar, the value found, and whether it is met."""
-    types = [each.value for name, each in gain.items() if name.startswith("plain/")]
-    found = [
+    """Compares gains with the bars set for training: bar, value, and if it is met.
+
+    Args:
+      gain: over the untrained policy, by group.
+      over_greedy: gains over the untrained policy with greedy think texts, by group.
+    """
+    types = [group.value for name, group in gain.items() if name.startswith("plain/")]
+    values = [
         ("gain on all", gain["all"].value, 0.15),
         ("gain on implied", gain["implied"].value, 0.30),
         ("gain on plain", gain["plain"].value, -0.03),
@@ -313,7 +164,7 @@ def bars(gain: Mapping[str, Gain], over_greedy: Mapping[str, Gain]) -> list[dict
     ]
     return [
         {"bar": f"{name} >= {bar}", "value": round(value, 4), "met": round(value, 9) >= bar}
-        for name, value, bar in found
+        for name, value, bar in values
     ]
 
 
@@ -323,78 +174,73 @@ def summary(
     groups: Sequence[str],
     clusters: Sequence[str],
 ) -> dict:
-    """Shares before and after, gains with intervals by group, the noise floor and the bars.
+    """Computes shares before and after, gains with intervals by group, noise floor and bars.
 
     Args:
       after: bool[R, N].
       untrained: bool[N] of `UNTRAINED`, `GREEDY` and `AGAIN`.
       groups, clusters: N names each.
     """
-    over = functools.partial(gains, groups=groups, clusters=clusters)
+    over = functools.partial(bootstrap.gains, groups=groups, clusters=clusters)
     gain, over_greedy = over(after, untrained[UNTRAINED]), over(after, untrained[GREEDY])
     floor = over(untrained[AGAIN][None], untrained[UNTRAINED])
-    before, greedy = (shares(untrained[name], groups) for name in (UNTRAINED, GREEDY))
-    ends = [shares(exact, groups) for exact in after]
+    before, greedy = (bootstrap.shares(untrained[name], groups) for name in (UNTRAINED, GREEDY))
+    ends = [bootstrap.shares(exact, groups) for exact in after]
     members: dict[str, list[str]] = {}
     for name, label in zip(groups, clusters, strict=True):
         members.setdefault(name, []).append(label)
-    found = {}
-    for name, each in gain.items():
-        own = members.get(name)
-        found[name] = {
-            **({} if own is None else {"prompts": len(own), "clusters": len(set(own))}),
+    figures = {}
+    for name, group_gain in gain.items():
+        labels = members.get(name)
+        sizes = {} if labels is None else {"prompts": len(labels), "clusters": len(set(labels))}
+        figures[name] = sizes | {
             "untrained": round(before[name], 4),
             "untrained_greedy": round(greedy[name], 4),
             "trained": [round(end[name], 4) for end in ends],
-            "gain": round(each.value, 4),
-            "interval_95": each.interval,
+            "gain": round(group_gain.value, 4),
+            "interval_95": group_gain.interval,
             "gain_over_greedy": round(over_greedy[name].value, 4),
             "gain_over_greedy_interval_95": over_greedy[name].interval,
         }
     noise = {
-        name: {"gain": round(each.value, 4), "interval_95": each.interval}
-        for name, each in floor.items()
+        name: {"gain": round(group_gain.value, 4), "interval_95": group_gain.interval}
+        for name, group_gain in floor.items()
     }
-    return {"groups": found, "noise_floor": noise, "bars": bars(gain, over_greedy)}
+    return {"groups": figures, "noise_floor": noise, "bars": bars(gain, over_greedy)}
 
 
 def training_metrics(rows: Sequence[Mapping]) -> dict[str, list[float]]:
-    """First and last value of a run's own `TRAINING_METRICS`."""
-    found = {}
+    """Returns the first and the last value of each of a run's `TRAINING_METRICS`."""
+    ends = {}
     for name in TRAINING_METRICS:
         values = [row[name] for row in rows if name in row]
         if values:
-            found[name] = [values[0], values[-1]]
-    return found
+            ends[name] = [values[0], values[-1]]
+    return ends
 
 
 def study(args: argparse.Namespace) -> dict:
-    """Draws and judges what is not kept yet, and compares.
+    """Judges the policies that have no judgements yet, and compares all of them.
 
     Raises:
-      ValueError, FileNotFoundError, CheckpointError: see `read_finished_run` and `load_or_judge`.
+      InputError, MissingFileError, CheckpointError: see `read_finished_run` and `verdicts`.
     """
     config = config_checks.read_config(args.config)
-    model = model_digest(config.model.path)
+    model = verdicts.model_digest(config.model.path)
     names = [folder.resolve().name for folder in args.run]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise InputError(
-            f"got several --run folders named {twice}; judgements are kept by folder name, so "
+            f"got several --run folders named {repeated}; judgements are kept by folder name, so "
             "expected different ones; rename them"
         )
     runs = [read_finished_run(folder, config, model) for folder in args.run]
     args.out.mkdir(parents=True, exist_ok=True)
     records, groups = study_records()
-    common = {
-        "prompts": hashlib.sha256(json.dumps(records).encode()).hexdigest(),
-        "checker": checker.RULES,
-        "model": model,
-        "settings": sampling_settings(config),
-    }
+    common = verdicts.verdict_key(config, records)
 
     def judged(name: str, policy: Callable[[], Policy], how: dict, **about: object) -> np.ndarray:
-        return load_or_judge(
+        return verdicts.load_or_judge(
             args.out / f"{name}.json",
             lambda: judge_policy(policy(), records, **how),
             {"policy": name, **common, **how, **about},
@@ -418,11 +264,11 @@ def study(args: argparse.Namespace) -> dict:
         )
         for run in runs
     ]
-    found = summary(np.stack(after), untrained, groups, [cluster(record) for record in records])
+    clusters = [bootstrap.cluster(record) for record in records]
     return {
         "name": args.name,
         "runs": [run.name for run in runs],
-        **found,
+        **summary(np.stack(after), untrained, groups, clusters),
         "training": {run.name: training_metrics(run.rows) for run in runs},
     }
 

@@ -5,18 +5,18 @@
     python -m alphagrpo_jax.studies.verifier_eval --model ... --drawings runs/drawings.npz
     python -m alphagrpo_jax.studies.verifier_eval --model ... --speed
 
-Held out: combinations of shapes that no training image has. Balanced accuracy is the mean of the
-shares of right answers among questions whose answer is yes and among those whose answer is no. On
-clean images the three quality types are one-sided: the true answer is always yes, so a verifier
-that always says yes scores 1 there; only the imperfect images tell.
+Held out: combinations of objects that no training image has. Balanced accuracy is the mean of two
+shares of correct answers: among questions whose answer is yes, and among those whose answer is no.
+On clean images the three quality types are one-sided: the true answer is always yes, so a verifier
+that always answers yes scores 1 there; only imperfect images measure it.
 
-Drawings are asked their prompts' own semantic questions. `agreement` is per question, against the
-exact checker, on the drawings that it can read in full (`parsed`). `all_yes` is per drawing, on all
-of them: whether P(yes) > 0.5 throughout, against the checker's "every fact holds".
+Drawings (generated images) are asked the semantic questions of their prompts. `agreement` is per
+question, against the exact checker, on the drawings that it can parse in full (`parsed`). `all_yes`
+is per drawing, on all of them: P(yes) > 0.5 for all questions, compared with "every fact holds".
 
-`--speed` times the same held-out images and lists of questions three ways, and nothing else: one
-forward pass per question, one for all of an image's questions, and a pool of worker processes with
-a thread each. Its 2 threads or 2 workers want 2 cores that nothing else uses.
+`--speed` only times the verifier, on the same held-out images and questions three ways: one forward
+pass per question, one for all questions of an image, and a pool of worker processes with a thread
+each. Its 2 threads or 2 workers need 2 idle cores.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import itertools
 import json
 import sys
 import time
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,37 +35,36 @@ from alphagrpo_jax import config_checks
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.runtime import cli
-from alphagrpo_jax.runtime.errors import InputError
-from alphagrpo_jax.runtime.paths import existing_file
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
 from alphagrpo_jax.shapes.image_records import scene_of_split
 from alphagrpo_jax.shapes.pretraining import verifier_data
 from alphagrpo_jax.shapes.pretraining.verifier_data import LabeledImage, LabeledQuestion
 from alphagrpo_jax.shapes.questions import Query
 from alphagrpo_jax.shapes.specs import BACKGROUNDS, COLORS, NUMBERS, RELATIONS, Group, pick
+from alphagrpo_jax.studies import drawings
 
-QUESTIONS = 12  # per image at most
+QUESTIONS = 12  # maximum per image
 TIMED = 200  # images whose questions are timed
 BINS = 10  # of the calibration error
 IMPERFECT = tuple(kind for kind in corrupt.KINDS if kind != "clean")
-Row = tuple[str, bool, float]  # question type, truth, P(yes)
+AnswerRow = tuple[str, bool, float]  # question type, truth, P(yes)
 Sample = tuple[np.ndarray, tuple[str, ...]]  # uint8[H, W, 3], questions
 
 
 def heldout_example(rng: np.random.Generator, *, clean: bool) -> LabeledImage:
-    """A held-out scene, rendered as it is or imperfectly in any of the ways of `corrupt`."""
+    """Samples a held-out scene, rendered cleanly or imperfectly in any of the ways of `corrupt`."""
     scene = scene_of_split(rng, "heldout")
     result = corrupt.corrupt(scene, rng, "clean" if clean else pick(rng, IMPERFECT))
     return LabeledImage(result.image, scene, result.labels, result.damaged, scene, result.faulty)
 
 
 def judge_questions(
-    verifier: HFVerifier, example: LabeledImage, asked: Sequence[LabeledQuestion]
-) -> list[Row]:
-    """Rows of one image's questions; a failed answer counts as wrong."""
-    answers = verifier.answer(example.image, [text for text, *_ in asked])
+    verifier: HFVerifier, example: LabeledImage, triples: Sequence[LabeledQuestion]
+) -> list[AnswerRow]:
+    """Asks one image's questions; a failed answer counts as wrong."""
+    answers = verifier.answer(example.image, [text for text, *_ in triples])
     rows = []
-    for (_, word, type_), answer in zip(asked, answers, strict=True):
+    for (_, word, type_), answer in zip(triples, answers, strict=True):
         truth = word == "yes"
         p_yes = float(not truth) if answer.p_yes is None else answer.p_yes
         rows.append((type_, truth, p_yes))
@@ -74,14 +72,14 @@ def judge_questions(
 
 
 def sample_questions(example: LabeledImage, rng: np.random.Generator) -> list[LabeledQuestion]:
-    """`QUESTIONS` different questions about an image (fewer if there are no more)."""
-    # Asked for many, `questions_about` fills up with repetitions only behind the different ones.
-    asked = verifier_data.questions_about(example, rng, 4 * QUESTIONS)
-    return list({text: (text, *rest) for text, *rest in asked}.values())[:QUESTIONS]
+    """Samples `QUESTIONS` different questions about an image (fewer if there are no more)."""
+    # `questions_about` puts repetitions behind the different questions, so ask for more.
+    triples = verifier_data.questions_about(example, rng, 4 * QUESTIONS)
+    return list({triple[0]: triple for triple in triples}.values())[:QUESTIONS]
 
 
-def collect(verifier: HFVerifier, seed: int, images: int, *, clean: bool) -> list[Row]:
-    """Rows of the questions about each of `images` held-out images."""
+def collect(verifier: HFVerifier, seed: int, images: int, *, clean: bool) -> list[AnswerRow]:
+    """Asks questions about each of `images` held-out images."""
     rng = np.random.default_rng([seed, clean])
     rows = []
     for _ in range(images):
@@ -90,8 +88,8 @@ def collect(verifier: HFVerifier, seed: int, images: int, *, clean: bool) -> lis
     return rows
 
 
-def balanced(rows: Iterable[Row]) -> dict[str, float]:
-    """Balanced accuracy by type; plain accuracy where all answers of a type are the same."""
+def balanced(rows: Iterable[AnswerRow]) -> dict[str, float]:
+    """Computes balanced accuracy by type; plain accuracy if all answers of a type are equal."""
     hits = collections.defaultdict(list)
     for type_, truth, p_yes in rows:
         hits[type_, truth].append((p_yes > 0.5) == truth)
@@ -103,21 +101,25 @@ def balanced(rows: Iterable[Row]) -> dict[str, float]:
     return result
 
 
-def calibration_error(rows: Sequence[Row], bins: int = BINS) -> float:
-    """Expected calibration error of P(yes): |mean P(yes) - share of yes|, weighted over bins."""
+def calibration_error(rows: Sequence[AnswerRow], bins: int = BINS) -> float:
+    """Computes the expected calibration error of P(yes).
+
+    The mean of |mean P(yes) - share of yes| over bins of equal width, weighted by their sizes.
+    """
     p_yes = np.array([row[2] for row in rows])
     truth = np.array([row[1] for row in rows], float)
-    which = np.minimum((p_yes * bins).astype(int), bins - 1)
+    bin_of = np.minimum((p_yes * bins).astype(int), bins - 1)
     gaps = [
-        abs(p_yes[which == b].mean() - truth[which == b].mean()) * (which == b).mean()
+        abs(p_yes[bin_of == b].mean() - truth[bin_of == b].mean()) * (bin_of == b).mean()
         for b in range(bins)
-        if (which == b).any()
+        if (bin_of == b).any()
     ]
     return float(sum(gaps))
 
 
 def timed_lists(seed: int, images: int) -> list[Sample]:
-    """Held-out images and their questions; no list occurs twice, as verifiers keep their texts."""
+    """Samples held-out images and their questions; no list of questions occurs twice."""
+    # Verifiers cache the tokens of their texts, so a repeated list would be timed too fast.
     rng, lists = np.random.default_rng(seed), {}
     while len(lists) < images:
         example = heldout_example(rng, clean=True)
@@ -126,16 +128,16 @@ def timed_lists(seed: int, images: int) -> list[Sample]:
 
 
 def time_verifier(verifier: HFVerifier, samples: Sequence[Sample]) -> tuple[float, list[float]]:
-    """Seconds for all samples but the first, which warms up, and P(yes) of all their questions."""
+    """Times all samples but the first, which warms up: seconds, and P(yes) of all questions."""
     verifier.answer(*samples[0])
     start = time.perf_counter()
     answers = [verifier.answer(*sample) for sample in samples[1:]]
     seconds = time.perf_counter() - start
-    return seconds, [_given(answer.p_yes) for each in answers for answer in each]
+    return seconds, [_checked(answer.p_yes) for row in answers for answer in row]
 
 
 def time_pool(folder: Path, workers: int, samples: Sequence[Sample]) -> tuple[float, list[float]]:
-    """The same of a pool, which the first sample warms up in every worker, more or less.
+    """Times a pool of workers as `time_verifier` does.
 
     Raises:
       PoolError: no worker starts.
@@ -143,6 +145,7 @@ def time_pool(folder: Path, workers: int, samples: Sequence[Sample]) -> tuple[fl
     factories = [("hf", {"path": str(folder), "num_threads": 1})] * workers
     with Pool(factories, config_checks.read_config().verifier) as pool:
         pool.wait_ready()
+        # More samples than workers, so that probably every worker is warm.
         for number in range(2 * workers):
             pool.submit(("warm", number), *samples[0])
         pool.gather([("warm", number) for number in range(2 * workers)])
@@ -150,28 +153,28 @@ def time_pool(folder: Path, workers: int, samples: Sequence[Sample]) -> tuple[fl
         start = time.perf_counter()
         for number in numbers:
             pool.submit(number, *samples[number])
-        found = pool.gather(numbers)
+        results = pool.gather(numbers)
         seconds = time.perf_counter() - start
-    return seconds, [_given(p) for number in numbers for p in found[number].p_yes or [None]]
+    return seconds, [_checked(p) for number in numbers for p in results[number].p_yes or [None]]
 
 
-def _given(p_yes: float | None) -> float:
-    """Raises InputError for an answer that failed: the times would not be comparable."""
+def _checked(p_yes: float | None) -> float:
+    """Raises InputError if an answer failed, because the times would not be comparable."""
     if p_yes is None:
         raise InputError("a question got no answer; measure accuracy first")
     return p_yes
 
 
 def speed(folder: Path, samples: Sequence[Sample], threads: int) -> dict[str, dict[str, float]]:
-    """Questions per second three ways: the same images, questions and number of cores.
+    """Measures questions per second three ways, on equal images, questions and number of cores.
 
     Args:
       folder: of the verifier.
       samples: the first of them warms up.
       threads: of the one process, and workers of the pool.
     Returns:
-      By way: `questions_per_second`, `ms_per_image`, and `apart`, the largest difference of a
-      P(yes) from the first way's.
+      For each way: `questions_per_second`, `ms_per_image`, and `apart`, the largest difference of
+      a P(yes) from that of the first way.
     Raises:
       ValueError: a question got no answer.
     """
@@ -195,31 +198,33 @@ def speed(folder: Path, samples: Sequence[Sample], threads: int) -> dict[str, di
     }
 
 
-def speed_table(found: Mapping[str, Mapping[str, float]], samples: Sequence[Sample]) -> str:
-    """The figures of `speed` as lines to read."""
-    asked = sum(len(texts) for _, texts in samples[1:])
+def speed_table(speeds: Mapping[str, Mapping[str, float]], samples: Sequence[Sample]) -> str:
+    """Formats the figures of `speed` as a table."""
+    num_questions = sum(len(texts) for _, texts in samples[1:])
     lines = [
-        f"{len(samples) - 1} held-out images, {asked} questions",
+        f"{len(samples) - 1} held-out images, {num_questions} questions",
         f"{'':<46}{'questions/s':>12}{'ms/image':>10}{'largest difference of P(yes)':>30}",
     ]
     lines += [
         f"{name:<46}{row['questions_per_second']:>12.1f}{row['ms_per_image']:>10.1f}"
         f"{row['apart']:>30.1e}"
-        for name, row in found.items()
+        for name, row in speeds.items()
     ]
     return "\n".join(lines)
 
 
 @functools.cache
 def queries_by_text() -> dict[str, Query]:
-    """Every semantic question of the shapes world: text -> meaning."""
+    """Returns every semantic question of the shapes world: text -> meaning."""
     groups = [
         Group(1, *kind) for kind in itertools.product((None, *scenes.SHAPES), (None, *COLORS))
     ]
-    full = [group for group in groups if group.shape is not None and group.color is not None]
     numbers = range(1, len(NUMBERS) + 1)
     queries = [questions.exists(group) for group in groups]
-    queries += [questions.has_color(group.shape, group.color) for group in full]
+    queries += [
+        questions.has_color(shape, color)
+        for shape, color in itertools.product(scenes.SHAPES, COLORS)
+    ]
     queries += [questions.counts(Group(n, g.shape, g.color)) for n in numbers for g in groups]
     queries += [
         questions.relates(relation, *pair)
@@ -235,69 +240,54 @@ def queries_by_text() -> dict[str, Query]:
 
 
 def agreement(
-    verifier: HFVerifier, drawings: np.ndarray, records: Sequence[Mapping]
+    verifier: HFVerifier, images: np.ndarray, records: Sequence[Mapping]
 ) -> dict[str, float]:
-    """How far verifier and exact checker agree about drawings.
+    """Measures how far verifier and exact checker agree about generated images.
 
     Args:
-      verifier: what is measured.
-      drawings: uint8[N, 48, 48, 3].
-      records: N, the prompts that were drawn, with their semantic questions and facts.
+      verifier: the verifier to measure.
+      images: uint8[N, 48, 48, 3].
+      records: N, their prompts with semantic questions and facts.
     Returns:
-      Shares, see this file's docstring; `all_yes_if_exact` and `all_yes_if_wrong` are those of
-      `all_yes` among the drawings that the checker finds right and wrong.
+      Shares, see this file's docstring; `all_yes_if_exact` and `all_yes_if_wrong` are `all_yes`
+      among the images in which all facts hold, and among the others.
     Raises:
       KeyError: a question that the shapes world does not ask.
     """
-    rows, parsed, yes, exact = [], [], [], []
-    for image, record in zip(drawings, records, strict=True):
-        own = [each["question"] for each in record["semantic_questions"] if each["is_valid"]]
-        p_yes = [answer.p_yes for answer in verifier.answer(image, own)]
-        yes.append(all(p is not None and p > 0.5 for p in p_yes))
-        exact.append(checker.exact_all(image, record["facts"]))
-        seen = checker.parse(image)
-        parsed.append(seen.unknown == 0 and seen.background is not None)
-        if parsed[-1]:
-            scene = scenes.Scene(seen.objects, seen.background)
-            for query, p in zip((queries_by_text()[text] for text in own), p_yes, strict=True):
+    rows: list[AnswerRow] = []
+    is_parsed, all_yes, is_exact = [], [], []
+    for image, record in zip(images, records, strict=True):
+        valid = (fields for fields in record["semantic_questions"] if fields["is_valid"])
+        texts = [fields["question"] for fields in valid]
+        p_yes = [answer.p_yes for answer in verifier.answer(image, texts)]
+        all_yes.append(all(p is not None and p > 0.5 for p in p_yes))
+        is_exact.append(checker.exact_all(image, record["facts"]))
+        parsed = checker.parse(image)
+        is_parsed.append(parsed.unknown == 0 and parsed.background is not None)
+        if parsed.unknown == 0 and parsed.background is not None:
+            scene = scenes.Scene(parsed.objects, parsed.background)
+            for text, p in zip(texts, p_yes, strict=True):
+                query = queries_by_text()[text]
                 truth = questions.truth(query, scene)
                 rows.append((query.type, truth, float(not truth) if p is None else p))
-    said, held = np.array(yes), np.array(exact)
-    found = {
-        "drawings": len(held),
-        "parsed": float(np.mean(parsed)),
+    yes, exact = np.array(all_yes), np.array(is_exact)
+    figures = {
+        "drawings": len(exact),
+        "parsed": float(np.mean(is_parsed)),
         "agreement": float(np.mean([(p > 0.5) == truth for _, truth, p in rows])),
         **{f"balanced/{type_}": share for type_, share in balanced(rows).items()},
-        "exact": float(held.mean()),
-        "all_yes": float(said.mean()),
-        "all_yes_agreement": float((said == held).mean()),
+        "exact": float(exact.mean()),
+        "all_yes": float(yes.mean()),
+        "all_yes_agreement": float((yes == exact).mean()),
     }
-    for name, members in (("exact", held), ("wrong", ~held)):
+    for name, members in (("exact", exact), ("wrong", ~exact)):
         if members.any():
-            found[f"all_yes_if_{name}"] = float(said[members].mean())
-    return found
-
-
-def read_drawings(path: Path) -> tuple[np.ndarray, list[dict]]:
-    """Images uint8[N, 48, 48, 3] and records, as `measure --drawings` writes them.
-
-    Raises:
-      MissingFileError: there is no such file.
-      InputError: the file holds something else.
-    """
-    hint = "make one with python -m alphagrpo_jax.studies.measure --drawings"
-    try:
-        file = np.load(existing_file(path, hint))
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:  # of NumPy: no file of arrays
-        raise InputError(f"--drawings {path} cannot be read ({error}); {hint}") from error
-    if not isinstance(file, np.lib.npyio.NpzFile) or {*file} != {"images", "records"}:
-        raise InputError(f"--drawings {path}: expected an .npz of images and records; {hint}")
-    with file:
-        return file["images"], [json.loads(str(text)) for text in file["records"]]
+            figures[f"all_yes_if_{name}"] = float(yes[members].mean())
+    return figures
 
 
 def evaluate(verifier: HFVerifier, images: int, seed: int) -> dict:
-    """All figures of the model card but the drawings': see `main`."""
+    """Measures the figures of the model card, except those of the drawings."""
     clean = collect(verifier, seed, images, clean=True)
     imperfect = collect(verifier, seed, images, clean=False)
     return {
@@ -313,12 +303,13 @@ def evaluate(verifier: HFVerifier, images: int, seed: int) -> dict:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """The figures that the flags ask for."""
-    drawings = None if options.drawings is None else read_drawings(options.drawings)
+    """Measures what the flags ask for."""
+    # Read first: a missing file must not cost an evaluation.
+    images_and_records = None if options.drawings is None else drawings.read(options.drawings)
     verifier = HFVerifier(options.model, num_threads=options.threads)
     figures = evaluate(verifier, options.images, options.seed)
-    if drawings is not None:
-        figures["drawings"] = agreement(verifier, *drawings)
+    if images_and_records is not None:
+        figures["drawings"] = agreement(verifier, *images_and_records)
     return figures
 
 

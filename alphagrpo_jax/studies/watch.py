@@ -1,11 +1,11 @@
-"""Runs a command and says how long it took and how much memory it and its processes held at most.
+"""Runs a command and measures its wall time and the peak memory of its process tree.
 
     python -m alphagrpo_jax.studies.watch -- COMMAND...
 
 Memory is the summed PSS (a page that n processes share counts 1/n in each) of the command and all
-its descendants, read from Linux's /proc every two seconds (more often would take noticeable time
-from what is measured): a peak shorter than that may be missed. Ends with one line of JSON on stdout
-and the command's exit code (128 + n if signal n ended it).
+its descendants, read from Linux's /proc every two seconds: a shorter peak may be missed. Prints one
+line of JSON to stdout at the end and exits with the command's exit code (128 + n if signal n ended
+it).
 """
 
 import argparse
@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import UserError
 
-PERIOD = 2.0  # seconds between two readings
+PERIOD = 2.0  # seconds between two readings; shorter periods slow the command down noticeably
 PROC = pathlib.Path("/proc")
 NOT_FOUND = 127  # exit code, as the shell's
 
 
 class CommandUsage(NamedTuple):
-    """How a command went."""
+    """Exit code, wall time and peak memory of a command."""
 
     exit_code: int
     wall_seconds: float
@@ -37,23 +37,23 @@ class CommandUsage(NamedTuple):
 
 
 def process_tree(root: int) -> set[int]:
-    """A process and its descendants."""
+    """Returns the ids of a process and its descendants."""
     children: dict[int, list[int]] = {}
     for folder in PROC.glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended since
+        with contextlib.suppress(OSError):  # the process has ended since
             # "pid (name) state parent ...", and a name may hold blanks and brackets.
             fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
             children.setdefault(int(fields[1]), []).append(int(folder.name))
-    found, new = {root}, [root]
-    while new:
-        own = children.get(new.pop(), [])
-        new += set(own) - found
-        found.update(own)
-    return found
+    processes, pending = {root}, [root]
+    while pending:
+        process_children = children.get(pending.pop(), [])
+        pending += set(process_children) - processes
+        processes.update(process_children)
+    return processes
 
 
 def pss(process: int) -> int:
-    """PSS of one process, bytes; 0 if it has ended or belongs to somebody else."""
+    """Reads the PSS of one process, bytes; 0 if it has ended or belongs to another user."""
     with contextlib.suppress(OSError):
         for line in (PROC / str(process) / "smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -68,26 +68,24 @@ class StartError(UserError, OSError):
 
 
 def watch(command: Sequence[str]) -> CommandUsage:
-    """Runs a command to its end.
-
-    SIGTERM is passed to the command alone, as `kill` does, SIGINT to its whole process group, as
-    the terminal does.
+    """Runs a command to its end and forwards SIGTERM and SIGINT to it.
 
     Raises:
       StartError: it cannot be started.
     """
-    began, peak = time.monotonic(), 0
+    start_time, peak = time.monotonic(), 0
     try:
         process = subprocess.Popen(command, process_group=0)  # else Ctrl-C would reach it twice
     except OSError as error:
         raise StartError(f"{command[0]} cannot be started ({error.strerror})") from error
-    passing = {signal.SIGINT: os.killpg, signal.SIGTERM: os.kill}
+    # SIGTERM to the command alone, as `kill` does; SIGINT to its group, as the terminal does.
+    senders = {signal.SIGINT: os.killpg, signal.SIGTERM: os.kill}
 
-    def pass_on(number: int, _: Any) -> None:
+    def forward(number: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
-            passing[number](process.pid, number)
+            senders[signal.Signals(number)](process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in passing}
+    before = {number: signal.signal(number, forward) for number in senders}
     try:
         while process.poll() is None:
             peak = max(peak, sum(map(pss, process_tree(process.pid))))
@@ -97,7 +95,8 @@ def watch(command: Sequence[str]) -> CommandUsage:
         for number, handler in before.items():
             signal.signal(number, handler)
     code = process.returncode
-    return CommandUsage(code if code >= 0 else 128 - code, time.monotonic() - began, peak)
+    exit_code = code if code >= 0 else 128 - code
+    return CommandUsage(exit_code, time.monotonic() - start_time, peak)
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ import pytest
 
 from alphagrpo_jax.inference import TaskOutput
 from alphagrpo_jax.shapes import checker, examples, image_records, questions, scenes, specs
-from alphagrpo_jax.studies import measure, measure_skills, verifier_eval
+from alphagrpo_jax.studies import drawings, measure, measure_skills, verifier_eval
 
 RED, BLUE = scenes.SceneObject("circle", "red", 0, 2), scenes.SceneObject("square", "blue", 1, 0)
 SCENE = scenes.Scene((RED, BLUE), "white")
@@ -99,13 +99,13 @@ def test_records_are_heldout_prompts_of_every_type():
 def test_drawings_are_read_back(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), np.uint8)
     records = measure.heldout_records(1, 1)[:2]
-    measure.write_drawings(tmp_path / "drawings", images, records)
-    images_read, records_read = verifier_eval.read_drawings(tmp_path / "drawings")
+    drawings.write(tmp_path / "drawings", images, records)
+    images_read, records_read = drawings.read(tmp_path / "drawings")
     np.testing.assert_array_equal(images_read, images)
     assert records_read == json.loads(json.dumps(records))
     np.save(tmp_path / "other.npy", images)
     with pytest.raises(ValueError, match=r"expected an \.npz of images and records"):
-        verifier_eval.read_drawings(tmp_path / "other.npy")
+        drawings.read(tmp_path / "other.npy")
 
 
 def test_wrong_usage_and_missing_models(tmp_path, capsys):

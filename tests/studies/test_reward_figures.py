@@ -8,7 +8,8 @@ import pytest
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.shapes import grammar, scenes
-from alphagrpo_jax.studies import measure, reward_figures
+from alphagrpo_jax.studies import drawings as drawings_lib
+from alphagrpo_jax.studies import reward_figures
 
 RED, BLUE = scenes.SceneObject("circle", "red", 0, 2), scenes.SceneObject("square", "blue", 1, 0)
 BOTH, ONE = scenes.Scene((RED, BLUE), "white"), scenes.Scene((RED,), "white")
@@ -103,7 +104,7 @@ def test_drawings_that_are_not_judged_are_left_out(drawings):
 
 def test_the_command_reads_drawings_and_writes_figures(drawings, tmp_path, capsys, monkeypatch):
     images, fields = drawings
-    measure.write_drawings(tmp_path / "x.npz", images[:2], fields[:2])
+    drawings_lib.write(tmp_path / "x.npz", images[:2], fields[:2])
     out = tmp_path / "figures.json"
     arguments = ["--drawings", str(tmp_path / "x.npz"), "--workers", "1", "--out", str(out)]
     assert reward_figures.main(arguments) == 0

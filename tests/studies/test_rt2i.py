@@ -12,11 +12,11 @@ import pytest
 from alphagrpo_jax import config_checks, inference
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.runtime.metrics import METRICS
-from alphagrpo_jax.studies import rt2i
+from alphagrpo_jax.studies import bootstrap, rt2i, verdicts
 from alphagrpo_jax.training.run_folder import CONFIG_FILE, DONE_FILE
 
 CONFIG = config_checks.read_config()
-MODEL = rt2i.model_digest(CONFIG.model.path)
+MODEL = verdicts.model_digest(CONFIG.model.path)
 GROUPS = ["plain/count"] * 4 + ["plain/relation"] * 2 + ["implied"] * 4
 CLUSTERS = list("aabbcdeeff")
 
@@ -25,89 +25,19 @@ def bools(text: str) -> np.ndarray:
     return np.array([mark == "1" for mark in text], bool)
 
 
-def sample(gains, clusters, runs=None):
-    gains = np.array(gains, np.float64)
-    runs = np.ones((rt2i.RESAMPLES, len(gains)), int) if runs is None else runs
-    return rt2i.resample(gains, clusters, runs, np.random.default_rng(0))
-
-
-def frequencies(values):
-    distinct, counts = np.unique(np.round(values, 9), return_counts=True)
-    return dict(zip(distinct.tolist(), (counts / len(values)).tolist(), strict=True))
-
-
-def test_clusters_are_combinations_or_riddles():
-    record = {"kind": "plain", "combination": "1 red circle", "riddles": []}
-    assert rt2i.cluster(record) == "1 red circle"
-    record = {"kind": "implied", "combination": "1 red circle", "riddles": ["lavender", "a coin"]}
-    assert rt2i.cluster(record) == "a coin + lavender"
-
-
 def test_records_of_a_group_share_clusters():
     records, groups = rt2i.study_records()
     clusters: dict[str, set[str]] = {}
     for record, group in zip(records, groups, strict=True):
-        clusters.setdefault(group, set()).add(rt2i.cluster(record))
+        clusters.setdefault(group, set()).add(bootstrap.cluster(record))
     assert clusters["heldout_riddles"] == {"a frog", "lavender", "a coin", "tricycle wheels"}
     assert all(
         10 < len(clusters[group]) < groups.count(group) for group in clusters if "held" not in group
     )
 
 
-def test_whole_clusters_are_resampled():
-    # Fifty prompts that always agree are one observation: of two clusters both, or one twice.
-    means = frequencies(sample([[0.0] * 50 + [1.0] * 50], ["a"] * 50 + ["b"] * 50))
-    assert means == pytest.approx({0.0: 0.25, 0.5: 0.5, 1.0: 0.25}, abs=0.02)
-    # Clusters of unequal sizes: a mean over the prompts that were drawn.
-    means = frequencies(sample([[1.0, 0.0, 0.0, 0.0]], list("abbb")))
-    assert means == pytest.approx({0.0: 0.25, 0.25: 0.5, 1.0: 0.25}, abs=0.02)
-    assert frequencies(sample([[1.0, 0.0]], ["a", "a"])) == {0.5: 1.0}
-
-
-def test_runs_are_resampled_as_given():
-    runs = np.array([[2, 0], [1, 1], [0, 2]])
-    means = sample([[0.0, 0.0], [1.0, 1.0]], ["a", "b"], runs)
-    np.testing.assert_allclose(means, [0.0, 0.5, 1.0])
-
-
-def test_gains_by_hand():
-    before = bools("1100" + "10" + "0000")
-    after = np.stack([bools("1110" + "10" + "1100"), bools("1111" + "00" + "1110")])
-    gains = rt2i.gains(after, before, GROUPS, CLUSTERS)
-    values = {name: gain.value for name, gain in gains.items()}
-    # The two runs gain 1/4 and 2/4 on counts, 0 and -1/2 on relations, 2/4 and 3/4 on riddles.
-    assert values == pytest.approx(
-        {
-            "plain/count": 0.375,
-            "plain/relation": -0.25,
-            "implied": 0.625,
-            "plain": 0.0625,
-            "all": 0.34375,
-        }
-    )
-    halves = (gains["plain"].resampled + gains["implied"].resampled) / 2
-    np.testing.assert_allclose(gains["all"].resampled, halves)
-    for gain in gains.values():
-        low, high = gain.interval
-        assert low <= gain.value <= high
-
-
-def test_all_groups_of_a_sample_hold_the_same_runs():
-    after = np.stack([bools("1" * 10), bools("0" * 10)])
-    gains = rt2i.gains(after, bools("0" * 10), GROUPS, CLUSTERS)
-    shares = frequencies(gains["all"].resampled)
-    assert shares == pytest.approx({0.0: 0.25, 0.5: 0.5, 1.0: 0.25}, abs=0.02)
-    np.testing.assert_array_equal(gains["plain"].resampled, gains["implied"].resampled)
-
-
-def test_shares_weigh_plain_types_alike():
-    shares = rt2i.shares(bools("1110" + "00" + "1000"), GROUPS)
-    assert shares["plain"] == pytest.approx(0.375)
-    assert shares["all"] == pytest.approx((0.375 + 0.25) / 2)
-
-
-def gain(value: float) -> rt2i.Gain:
-    return rt2i.Gain(value, np.full(rt2i.RESAMPLES, value))
+def gain(value: float) -> bootstrap.Gain:
+    return bootstrap.Gain(value, np.full(bootstrap.RESAMPLES, value))
 
 
 def test_bars():
@@ -144,35 +74,6 @@ def test_summary_has_the_noise_floor():
 def test_training_is_told_from_first_to_last_evaluation():
     rows = [{"step": 0, "eval/reward/mean": 0.8}, {"step": 1}, {"step": 2, "eval/reward/mean": 0.9}]
     assert rt2i.training_metrics(rows) == {"eval/reward/mean": [0.8, 0.9]}
-
-
-def test_judgements_are_kept(tmp_path: pathlib.Path):
-    path, about = tmp_path / "a.json", {"model": "abc", "tokens": (32, 40)}
-
-    def refuse():
-        raise AssertionError("drawn again")
-
-    exact = rt2i.load_or_judge(path, lambda: bools("101"), about)
-    np.testing.assert_array_equal(exact, bools("101"))
-    np.testing.assert_array_equal(rt2i.load_or_judge(path, refuse, about), bools("101"))
-    with pytest.raises(ValueError, match=r"other model: got \['abc'\], expected \['abd'\]"):
-        rt2i.load_or_judge(path, refuse, about | {"model": "abd"})
-    with pytest.raises(ValueError, match="other checker"):
-        rt2i.load_or_judge(path, refuse, about | {"checker": "1"})
-    path.write_text(path.read_text()[:20])
-    with pytest.raises(ValueError, match="delete it"):
-        rt2i.load_or_judge(path, refuse, about)
-
-
-def test_digests_follow_the_contents(tmp_path: pathlib.Path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_bytes(b"1")
-    b.write_bytes(b"2")
-    assert rt2i.files_digest(a, b) != rt2i.files_digest(b, a)
-    assert rt2i.files_digest(a) == rt2i.files_digest(a)
-    before = rt2i.files_digest(a, b)
-    b.write_bytes(b"3")
-    assert rt2i.files_digest(a, b) != before
 
 
 def write_run(folder: pathlib.Path, digest: str = "d" * 64) -> pathlib.Path:

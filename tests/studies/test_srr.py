@@ -7,7 +7,7 @@ import pytest
 
 from alphagrpo_jax.inference import TaskOutput
 from alphagrpo_jax.shapes import image_records, scenes
-from alphagrpo_jax.studies import measure, rt2i, srr
+from alphagrpo_jax.studies import bootstrap, measure, rt2i, srr, srr_summary
 
 EMPTY = scenes.render(scenes.Scene((), "white"))
 
@@ -20,12 +20,12 @@ def records_of(*kinds):
 
 
 def judged(**changes):
-    plain = {name: [1.0, 0.5, 0.5, 1.0] for name in srr.JUDGED}
+    plain = {name: [1.0, 0.5, 0.5, 1.0] for name in srr_summary.JUDGED}
     return plain | {"edit": [1.0, 0.5]} | changes
 
 
 def test_measures_by_hand():
-    outcomes = srr.outcomes(
+    outcomes = srr_summary.outcomes(
         judged(
             first=[0.5, 1.0, 0.25, 1.0],
             refined=[1.0, 1.0, 0.5, 0.75],
@@ -40,20 +40,20 @@ def test_measures_by_hand():
         "own_improved": [1, 0, 0, 0], "own_spoilt": [0, 1, 0, 0], "edit": [1, 0],
     }  # fmt: skip
     assert {name: values.tolist() for name, values in outcomes.items()} == expected
-    assert tuple(outcomes) == srr.COLUMNS
+    assert tuple(outcomes) == srr_summary.COLUMNS
 
 
 def test_kinds_weigh_alike_and_gains_are_paired():
     records = records_of("plain", "plain", "plain", "implied")
     edits = [{"facts": {"total": 1}}, {"facts": {"total": 2}}]
     runs = {
-        "untrained": [srr.outcomes(judged())],
+        "untrained": [srr_summary.outcomes(judged())],
         "new": [
-            srr.outcomes(judged(refined=[1.0, 0.5, 0.5, 0.5])),
-            srr.outcomes(judged(refined=[1.0, 1.0, 0.5, 0.5], edit=[1.0, 1.0])),
+            srr_summary.outcomes(judged(refined=[1.0, 0.5, 0.5, 0.5])),
+            srr_summary.outcomes(judged(refined=[1.0, 1.0, 0.5, 0.5], edit=[1.0, 1.0])),
         ],
     }
-    summary = srr.summary(runs, records, edits)
+    summary = srr_summary.summary(runs, records, edits)
     assert summary["prompts"] == {"plain/count": 3, "implied": 1}
     policy = summary["policies"]["new"]
     assert policy["plain"]["refined"] == [0.3333, 0.6667]
@@ -64,23 +64,23 @@ def test_kinds_weigh_alike_and_gains_are_paired():
     assert gain["plain"]["refined"]["gain"] == 0.1667  # (0 + 1/3) / 2
     assert gain["implied"]["refined"] == {"gain": -1.0, "interval_95": [-1.0, -1.0]}
     assert gain["all"]["edit"] == {"gain": 0.25, "interval_95": [0.0, 1.0]}
-    table = srr.table(summary)
+    table = srr_summary.table(summary)
     assert "| new, all | 0.667 (0.667, 0.667) | 0.250 (0.167, 0.333) |" in table
     assert "| new - untrained, implied | -1.000 (-1.000 to -1.000) |" in table
 
 
 def test_runs_of_two_names_are_paired_in_order():
     records = records_of("plain", "implied")
-    high, low = (srr.outcomes(judged(refined=[x, x], own_refined=[x, x], first=[0.5, 0.5],
+    high, low = (srr_summary.outcomes(judged(refined=[x, x], own_refined=[x, x], first=[0.5, 0.5],
                 own_first=[0.5, 0.5], edit=[x])) for x in (1.0, 0.5))  # fmt: skip
     edits = [{"facts": {}}]
-    paired = srr.gains([high, low], [high, low], records, edits)
-    crossed = srr.gains([high, low], [low, high], records, edits)
+    paired = srr_summary.gains([high, low], [high, low], records, edits)
+    crossed = srr_summary.gains([high, low], [low, high], records, edits)
     for kind, name in (("all", "refined"), ("plain", "improved"), ("all", "edit")):
         assert paired[kind][name].interval == [0.0, 0.0]
         assert crossed[kind][name].interval == [-1.0, 1.0]
         assert crossed[kind][name].value == 0.0
-    mean = srr.gains([high], [low, high], records, edits)  # numbers differ
+    mean = srr_summary.gains([high], [low, high], records, edits)  # numbers differ
     assert mean["all"]["refined"].value == 0.5
 
 
@@ -128,10 +128,10 @@ def test_the_default_numbers_are_those_of_a_study():
     assert srr.PER_PLAIN_TYPE >= rt2i.PER_PLAIN_TYPE == 300
     assert srr.IMPLIED >= rt2i.IMPLIED == 800
     records = measure.heldout_records(2, 3)
-    groups = [srr.prompt_group(record) for record in records]
+    groups = [srr_summary.prompt_group(record) for record in records]
     assert groups.count("implied") == 3
     assert groups.count("plain/relation") == 2
-    assert all(rt2i.cluster(record) for record in records)
+    assert all(bootstrap.cluster(record) for record in records)
     assert all(record["facts"] for record in image_records.records("edit", "heldout", 2))
 
 
