@@ -2,11 +2,11 @@
 
     python -m benchmarks.policy_speed [--sizes=DIR] [--rows=8] [--side=512] [--out=FILE.json]
 
-Without `--sizes` the model has the sizes of BAGEL-7B-MoT, 29 GB in bfloat16; otherwise those of the
-JSON files of a folder in the official layout. Weights are never read: only speed is measured. Each
-function runs on one device. Arithmetic is compared with a large matrix product, and
-bytes with a large copy, both measured in the same process. The adapters' own operations are not
-counted. With a vocabulary of hundreds, random texts may end early; their rates are then too high.
+Without `--sizes` the model has the sizes of BAGEL-7B-MoT, 29 GB in bfloat16; with it, those of the
+JSON files of a folder in the official layout. Weights are never read. Each function runs on one
+device. FLOP/s are compared with those of a large matrix product, and bytes/s with those of a large
+copy, both measured in the same process. Operations of the adapters are not counted. With a
+vocabulary of hundreds, random texts may end early; their rates are then too high.
 """
 
 import argparse
@@ -69,40 +69,40 @@ COPY_BYTES = {"cpu": 2**26}  # elsewhere 2 GiB
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much each function is given."""
+    """Sizes of the inputs."""
 
     rows: int = 8
     side: int = 512  # pixels
     prompt: int = 128  # tokens of the context
-    text: int = 256  # tokens that are written, and tokens that are scored
+    text: int = 256  # sampled tokens, and scored tokens
     points: int = 9  # of the image schedule: one more than steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A function of no arguments, what it makes, and what that takes at least."""
+    """A function without arguments, the amount of its output, and its minimum of work."""
 
     run: Callable[[], Any]
     count: float
     unit: str  # of `count`
     flops: float  # of products with weights and of attention; 0: not counted
-    bytes: float = 0.0  # of weights and caches, read once a step; 0: arithmetic is the limit
+    bytes: float = 0.0  # of weights and caches, read once per step; 0: arithmetic is the limit
     needs: Callable[[], Any] = tuple  # called once before, not measured
 
 
 def random_params(model: Bagel, seed: int) -> policy.PolicyParams:
-    """Random weights in the model's dtype, and adapters, drawn on the device."""
+    """Samples random weights in the model's dtype, and adapters, on the device."""
     shapes = base_shapes(model)
     leaves, tree = jax.tree.flatten(shapes)
-    # The default generator would spend long on 14 billion numbers.
+    # The default generator is slow for 14 billion numbers.
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves) + 1)
 
     @functools.partial(jax.jit, static_argnums=1)
-    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         width = (3.0 / shape[-2]) ** 0.5 if len(shape) > 1 else 1.0
         return jax.random.uniform(key, shape, model.dtype, -width, width)
 
-    base = [draw(key, leaf.shape) for key, leaf in zip(keys[1:], leaves, strict=True)]
+    base = [uniform(key, leaf.shape) for key, leaf in zip(keys[1:], leaves, strict=True)]
     return policy.PolicyParams(
         base=jax.tree.unflatten(tree, base),
         lora=lora.init(keys[0], shapes, lora.TARGETS, RANK),
@@ -110,7 +110,7 @@ def random_params(model: Bagel, seed: int) -> policy.PolicyParams:
 
 
 def layer_weights(config: BagelConfig) -> int:
-    """Elements of all matrices that one token meets in the decoder's layers."""
+    """Counts the matrix elements that one token is multiplied with in the decoder's layers."""
     llm = config.llm
     heads = llm.num_attention_heads + llm.num_key_value_heads
     attention = 2 * llm.hidden_size * heads * llm.head_dim
@@ -118,32 +118,35 @@ def layer_weights(config: BagelConfig) -> int:
 
 
 def decoder_flops(config: BagelConfig, rows: int, tokens: int, context: int) -> float:
-    """Of `tokens` new tokens a row that see each other and a context: weights and attention."""
+    """Counts the FLOPs of weights and attention for `tokens` new tokens per row.
+
+    The new tokens attend to each other and to `context` earlier tokens.
+    """
     llm = config.llm
-    seen = 4 * llm.num_hidden_layers * llm.hidden_size * (context + tokens)
-    return float(rows * tokens * (2 * layer_weights(config) + seen))
+    attention = 4 * llm.num_hidden_layers * llm.hidden_size * (context + tokens)
+    return float(rows * tokens * (2 * layer_weights(config) + attention))
 
 
-class Least(NamedTuple):
-    """What a function has to do at least."""
+class Work(NamedTuple):
+    """Minimum of FLOPs and of bytes read."""
 
     flops: float
     bytes: float
 
 
-def least_for_text(model: Bagel, sizes: Sizes) -> Least:
-    """Writing a text by tokens: every step reads the weights, the output head and the cache."""
+def text_work(model: Bagel, sizes: Sizes) -> Work:
+    """Counts the work of sampling texts: a step reads weights, output head and cache once."""
     config, rows = model.config, sizes.rows
     head = config.llm.hidden_size * config.llm.vocab_size
     cached = rows * (sizes.prompt + sizes.text) * config.llm.num_key_value_heads
     cached *= 2 * config.llm.head_dim * config.llm.num_hidden_layers
     read = jnp.dtype(model.dtype).itemsize * float(layer_weights(config) + head + cached)
     flops = decoder_flops(config, rows, sizes.text, sizes.prompt) + 2 * rows * sizes.text * head
-    return Least(flops, sizes.text * read)
+    return Work(flops, sizes.text * read)
 
 
-class Functions:
-    """The policy's functions for inputs of given sizes, each compiled once."""
+class CompiledPolicy:
+    """The policy's functions for inputs of fixed sizes, each compiled once."""
 
     def __init__(self, model: Bagel, sizes: Sizes) -> None:
         self.model, self.sizes = model, sizes
@@ -157,91 +160,106 @@ class Functions:
             sampler="sde",
             guidance=GUIDANCE,
         )
-        self.prefill, self.write = jax.jit(self._prefill), jax.jit(self._write)
-        self.draw, self.decode = jax.jit(self._draw), jax.jit(self._decode)
-        self.text_gradient = jax.jit(jax.grad(self._text_score))
-        self.image_gradient = jax.jit(jax.grad(self._image_score))
+        self.prefill = jax.jit(self._prefill)
+        self.sample_text = jax.jit(self._sample_text)
+        self.sample_image = jax.jit(self._sample_image)
+        self.decode = jax.jit(self._decode)
+        self.text_gradient = jax.jit(jax.grad(self._text_log_prob))
+        self.image_gradient = jax.jit(jax.grad(self._image_log_prob))
 
     def _prefill(self, params: policy.PolicyParams, tokens: jax.Array) -> Context:
         empty, mask = kv_cache.empty(self.sizes.rows), jnp.ones(tokens.shape, bool)
         return policy.extend_text(self.model, params, empty, tokens, mask)[0]
 
-    def _write(self, params: policy.PolicyParams, ctx: Context, keys: jax.Array) -> Any:
-        own = {"max_tokens": self.sizes.text, "temperature": jnp.float32(1.0), "top_p": 1.0}
-        return text.sample_text(self.model, params, ctx, keys, **own)[0]
+    def _sample_text(self, params: policy.PolicyParams, ctx: Context, keys: jax.Array) -> Any:
+        options = {"max_tokens": self.sizes.text, "temperature": jnp.float32(1.0), "top_p": 1.0}
+        return text.sample_text(self.model, params, ctx, keys, **options)[0]
 
-    def _draw(
+    def _sample_image(
         self, params: policy.PolicyParams, ctx: Context, noise: jax.Array, keys: jax.Array
     ) -> ImageSample:
-        start = jnp.zeros((), jnp.int32)
-        given = (self.model, params, self._contexts(ctx), noise, keys, start)
-        return image.sample_image(*given, options=self.options, grid=self.grid)
+        contexts, window_start = self._contexts(ctx), jnp.zeros((), jnp.int32)
+        return image.sample_image(
+            self.model,
+            params,
+            contexts,
+            noise,
+            keys,
+            window_start,
+            options=self.options,
+            grid=self.grid,
+        )
 
     def _decode(self, params: policy.PolicyParams, latents: jax.Array) -> jax.Array:
         return policy.decode_latents(self.model, params, latents, self.grid)
 
-    def _text_score(
+    def _text_log_prob(
         self, adapters: dict, params: policy.PolicyParams, ctx: Context, tokens: jax.Array
     ) -> jax.Array:
-        own, mask = params.replace(lora=adapters), jnp.ones(tokens.shape, bool)
-        found = policy.text_log_probs(self.model, own, ctx, tokens, mask, temperature=1.0)
-        return found.log_prob.sum()
+        params, mask = params.replace(lora=adapters), jnp.ones(tokens.shape, bool)
+        scores = policy.text_log_probs(self.model, params, ctx, tokens, mask, temperature=1.0)
+        return scores.log_prob.sum()
 
-    def _image_score(
+    def _image_log_prob(
         self, adapters: dict, params: policy.PolicyParams, ctx: Context, sample: ImageSample
     ) -> jax.Array:
-        own = params.replace(lora=adapters)
-        found = image.image_log_probs(
-            self.model, own, self._contexts(ctx), sample, options=self.options, grid=self.grid
+        params, contexts = params.replace(lora=adapters), self._contexts(ctx)
+        log_probs, *_ = image.image_log_probs(
+            self.model, params, contexts, sample, options=self.options, grid=self.grid
         )
-        return found[0].sum()
+        return log_probs.sum()
 
     def _contexts(self, ctx: Context) -> GuidanceContexts:
         return GuidanceContexts(ctx, kv_cache.empty(self.sizes.rows), ctx)
 
 
 def cases(model: Bagel, params: policy.PolicyParams, sizes: Sizes) -> dict[str, Case]:
-    """What is measured, by name."""
-    config, rows, own = model.config, sizes.rows, Functions(model, sizes)
+    """Builds the functions to measure, by name."""
+    config, rows, compiled = model.config, sizes.rows, CompiledPolicy(model, sizes)
     keys = jax.random.split(jax.random.key(1), rows)
     prompt = jax.random.randint(keys[0], (rows, sizes.prompt), 0, config.llm.vocab_size)
     scored = jax.random.randint(keys[0], (rows, sizes.text), 0, config.llm.vocab_size)
-    latents = own.grid[0] * own.grid[1]
+    latents = compiled.grid[0] * compiled.grid[1]
     noise = jax.random.normal(keys[0], (rows, latents, config.latent_width), jnp.float32)
-    ctx = functools.cache(lambda: own.prefill(params, prompt))
-    sample = functools.cache(lambda: own.draw(params, ctx(), noise, keys))
-    words = least_for_text(model, sizes)
+    ctx = functools.cache(lambda: compiled.prefill(params, prompt))
+    sample = functools.cache(lambda: compiled.sample_image(params, ctx(), noise, keys))
+    text_minimum = text_work(model, sizes)
+    # Guidance evaluates every image step in two branches: with and without the context.
     step = sum(decoder_flops(config, rows, latents, context) for context in (sizes.prompt, 0))
-    made, steps = rows * sizes.text, sizes.points - 1
+    tokens, steps = rows * sizes.text, sizes.points - 1
     return {
         "prefill": Case(
-            lambda: own.prefill(params, prompt),
+            lambda: compiled.prefill(params, prompt),
             rows * sizes.prompt,
             "tokens",
             decoder_flops(config, rows, sizes.prompt, 0),
         ),
         "write text": Case(
-            lambda: own.write(params, ctx(), keys), made, "tokens", *words, needs=ctx
+            lambda: compiled.sample_text(params, ctx(), keys),
+            tokens,
+            "tokens",
+            *text_minimum,
+            needs=ctx,
         ),
         "draw": Case(
-            lambda: own.draw(params, ctx(), noise, keys),
+            lambda: compiled.sample_image(params, ctx(), noise, keys),
             rows * steps,
             "image steps",
             steps * step,
             needs=ctx,
         ),
         "decode pixels": Case(
-            lambda: own.decode(params, sample().latents), rows, "images", 0.0, needs=sample
+            lambda: compiled.decode(params, sample().latents), rows, "images", 0.0, needs=sample
         ),
         "gradient of a text's log-probs": Case(
-            lambda: own.text_gradient(params.lora, params, ctx(), scored),
-            made,
+            lambda: compiled.text_gradient(params.lora, params, ctx(), scored),
+            tokens,
             "tokens",
-            2 * words.flops,
+            2 * text_minimum.flops,
             needs=ctx,
         ),
         "gradient of an image step's log-prob": Case(
-            lambda: own.image_gradient(params.lora, params, ctx(), sample()),
+            lambda: compiled.image_gradient(params.lora, params, ctx(), sample()),
             rows,
             "image steps",
             2 * step,
@@ -258,14 +276,14 @@ def measure(
     only: str = "",
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """All figures, by name: seconds, rates per second, FLOP/s and bytes/s, shares of the ceilings.
+    """Measures seconds, rates, FLOP/s, bytes/s and shares of the ceilings, by name.
 
     Args:
-      model: its configuration, dtype and remat policy.
+      model: configuration, dtype and remat policy.
       sizes: of the inputs.
-      repeat: medians of so many runs, after one that compiles.
-      only: functions whose names contain this.
-      say: is given a line for every function, as soon as it is measured.
+      repeat: number of runs that a median is taken of, after one that compiles.
+      only: measures the functions whose names contain this.
+      say: called with a line for every function, as soon as it is measured.
     """
     ceilings = measure_ceilings(model.dtype, repeat)
     say(
@@ -280,13 +298,13 @@ def measure(
         jax.block_until_ready(case.needs())
         first, seconds = time_of(case.run, repeat)
         line = f"{name:<38}{seconds * 1e3:>10.2f} ms {case.count / seconds:>10.1f} {case.unit}/s"
-        own = {"seconds": seconds, "first_seconds": first, "per_second": case.count / seconds}
-        for what, least, scale in (("flops", case.flops, "TFLOP"), ("bytes", case.bytes, "TB")):
-            if least:
-                own[f"{what}_per_second"] = least / seconds
-                own[f"{what}_share"] = least / seconds / ceilings[what]
-                line += f"  {least / seconds / 1e12:.2f} {scale}/s = {own[f'{what}_share']:.1%}"
-        figures |= {f"{name}/{key}": value for key, value in own.items()}
+        timing = {"seconds": seconds, "first_seconds": first, "per_second": case.count / seconds}
+        for unit, work, scale in (("flops", case.flops, "TFLOP"), ("bytes", case.bytes, "TB")):
+            if work:
+                timing[f"{unit}_per_second"] = work / seconds
+                timing[f"{unit}_share"] = work / seconds / ceilings[unit]
+                line += f"  {work / seconds / 1e12:.2f} {scale}/s = {timing[f'{unit}_share']:.1%}"
+        figures |= {f"{name}/{key}": value for key, value in timing.items()}
         say(line)
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if used is not None:
@@ -296,23 +314,19 @@ def measure(
 
 
 def measure_ceilings(dtype: Any, repeat: int) -> dict[str, float]:
-    """FLOP/s of a large product of random matrices, bytes/s (read and written) of a large copy."""
+    """Measures FLOP/s of a large matrix product, and bytes/s (read and written) of a large copy."""
     platform = jax.default_backend()
     side, size = MATMUL_SIDE.get(platform, 8192), COPY_BYTES.get(platform, 2**31)
     a = jax.random.normal(jax.random.key(0), (side, side), dtype)
     b = jax.random.normal(jax.random.key(1), (size // 4,), jnp.float32)
     product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)
-    return {
-        "flops": 2.0
-        * side**3
-        / time_of(lambda: [product(a, a) for _ in range(10)], repeat)[1]
-        * 10,
-        "bytes": 2.0 * size / time_of(lambda: [copy(b) for _ in range(10)], repeat)[1] * 10,
-    }
+    _, product_seconds = time_of(lambda: [product(a, a) for _ in range(10)], repeat)
+    _, copy_seconds = time_of(lambda: [copy(b) for _ in range(10)], repeat)
+    return {"flops": 2.0 * side**3 / product_seconds * 10, "bytes": 2.0 * size / copy_seconds * 10}
 
 
 def time_of(run: Callable[[], Any], repeat: int) -> tuple[float, float]:
-    """Seconds of a first call, and the median of `repeat` later ones."""
+    """Times a first call, and the median of `repeat` later ones: seconds."""
     spent = []
     for _ in range(repeat + 1):
         start = time.perf_counter()

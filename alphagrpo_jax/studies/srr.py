@@ -145,6 +145,7 @@ def _read(path: pathlib.Path, about: Mapping[str, str], lengths: list[int]) -> d
 
 
 def records_digest(records: Sequence[Mapping]) -> str:
+    """Computes the SHA-256 of records in JSON."""
     return hashlib.sha256(json.dumps(records).encode()).hexdigest()
 
 

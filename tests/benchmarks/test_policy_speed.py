@@ -68,7 +68,7 @@ def test_operations_and_bytes_of_bagel():
     batch = policy_speed.decoder_flops(model.config, rows=3, tokens=5, context=7)
     assert batch == 3 * 5 * (2 * weights + 28 * 4 * 3584 * 12)
     sizes = policy_speed.Sizes(rows=2, side=32, prompt=4, text=3, points=3)
-    written = policy_speed.least_for_text(model, sizes)
+    written = policy_speed.text_work(model, sizes)
     assert written.flops == 6 * (2 * weights + 28 * 4 * 3584 * 7 + 2 * head)
     assert written.bytes == 3 * 2 * (weights + head + 2 * 7 * 4 * 128 * 28 * 2)
 
