@@ -130,10 +130,10 @@ def run(options: argparse.Namespace) -> None:
     for name in MAKERS:
         for split, count in SIZES.items():
             path = options.out / f"{name}_{split}.jsonl"
-            found = records(name, split, count, seed=options.seed)
-            lines = [json.dumps(each, separators=(",", ":")) + "\n" for each in found]
+            rows = records(name, split, count, seed=options.seed)
+            lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
             path.write_text("".join(lines), encoding="utf-8")
-            sys.stdout.write(f"{path}: {len(found)} records\n")
+            sys.stdout.write(f"{path}: {len(rows)} records\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

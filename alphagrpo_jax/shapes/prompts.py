@@ -255,10 +255,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Writes the files into a folder."""
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, found in files(options.seed).items():
-        lines = [json.dumps(each, separators=(",", ":")) + "\n" for each in found]
+    for name, rows in files(options.seed).items():
+        lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
         (options.out / name).write_text("".join(lines), encoding="utf-8")
-        sys.stdout.write(f"{options.out / name}: {len(found)} records\n")
+        sys.stdout.write(f"{options.out / name}: {len(rows)} records\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

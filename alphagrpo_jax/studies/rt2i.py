@@ -7,7 +7,8 @@ Generates an image for every held-out prompt (300 of every plain type, 800 impli
 held-out riddles), with the untrained policy (sampled, with greedy think texts, and sampled with
 other noise) and with the final policy of every run, all with the settings of --config. The exact
 checker judges each image. OUT/POLICY.json keeps the judgements of one policy: the study may run
-over several sittings and generates only what is missing. OUT/summary_NAME.json has the figures.
+over several sittings and generates only what is missing. OUT/summary_NAME.json has the figures
+(those of docs/results.md).
 
 Gains are differences of the share of correct images, paired by prompt and noise, with 95 %
 bootstrap intervals over runs and over clusters of prompts (see `bootstrap`). The held-out riddles

@@ -208,9 +208,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measures what is missing, writes the summary and prints its table."""
-    found = study(options)
-    replace_text(options.out / SUMMARY, json.dumps(found, indent=2) + "\n")
-    sys.stdout.write(table(found) + "\n")
+    figures = study(options)
+    replace_text(options.out / SUMMARY, json.dumps(figures, indent=2) + "\n")
+    sys.stdout.write(table(figures) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,6 +35,7 @@ from alphagrpo_jax import config_checks
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.shapes import checker, corrupt, questions, scenes
 from alphagrpo_jax.shapes.image_records import scene_of_split
 from alphagrpo_jax.shapes.pretraining import verifier_data

@@ -109,15 +109,15 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Watches a command and prints its figures; returns its exit code."""
     if not (PROC / "self" / "smaps_rollup").exists():
-        raise UserError("/proc/PID/smaps_rollup not found; this needs Linux 4.14 or newer")
-    found = watch(options.command)
+        raise UserError("/proc/PID/smaps_rollup not usage; this needs Linux 4.14 or newer")
+    usage = watch(options.command)
     line = {
-        "wall_seconds": round(found.wall_seconds, 1),
-        "peak_pss_gib": round(found.peak_bytes / 2**30, 3),
+        "wall_seconds": round(usage.wall_seconds, 1),
+        "peak_pss_gib": round(usage.peak_bytes / 2**30, 3),
     }
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
-    return found.exit_code
+    return usage.exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
