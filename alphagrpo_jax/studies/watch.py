@@ -109,7 +109,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Watches a command and prints its figures; returns its exit code."""
     if not (PROC / "self" / "smaps_rollup").exists():
-        raise UserError("/proc/PID/smaps_rollup not usage; this needs Linux 4.14 or newer")
+        raise UserError("/proc/PID/smaps_rollup not found; this needs Linux 4.14 or newer")
     usage = watch(options.command)
     line = {
         "wall_seconds": round(usage.wall_seconds, 1),
