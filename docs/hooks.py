@@ -8,7 +8,9 @@ The table of configuration fields comes from `alphagrpo_jax.config` and the defa
 """
 
 import dataclasses
+import html
 import pathlib
+import re
 import runpy
 import sys
 import typing
@@ -19,6 +21,7 @@ import pydantic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIELDS_MARK = "<!-- the table of fields -->"
+LONGEST_UNBROKEN = 30  # characters of a default value; longer ones may be broken anywhere
 ASSETS = "alphagrpo_jax/shapes/assets"
 PAGES = {
     "cards/umm.md": f"{ASSETS}/umm/README.md",
@@ -76,7 +79,7 @@ def fields_markdown() -> str:
         lines += ["| field | default | values | meaning |", "|---|---|---|---|"]
         for row in section.rows:
             cells = (f"`{row.key}`", _code(row.default), row.values, row.description)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -121,17 +124,12 @@ def _values(field: Mapping[str, Any]) -> str:
         return f"{len(items)} times {inner}" if "prefixItems" in field else f"list of {inner}"
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
     text = names.get(field.get("type", ""), "any")
-    limits = [
-        f"{sign} {_number(field[name])}"
-        for name, sign in (
-            ("minimum", "≥"),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "≤"),
-            ("exclusiveMaximum", "<"),
-        )
-        if name in field
-    ]
-    return f"{text}, {', '.join(limits)}" if limits else text
+    low, high = field.get("minimum"), field.get("maximum")
+    if low is None and high is None:
+        return text
+    limits = (("from", low), ("to", high))
+    words = [f"{word}\u00a0{_number(limit)}" for word, limit in limits if limit is not None]
+    return " ".join((text, *words))
 
 
 def _number(value: float) -> str:
@@ -145,7 +143,10 @@ def _number(value: float) -> str:
 
 def _code(value: Any) -> str:
     """A value as code; a text as a flag takes it, and in quotes where it is empty."""
-    return f"`{value}`" if isinstance(value, str) and value else f"`{value!r}`"
+    text = value if isinstance(value, str) and value else repr(value)
+    if len(text) <= LONGEST_UNBROKEN:
+        return f"`{text}`"
+    return f'<code class="long">{html.escape(text).replace("|", "&#124;")}</code>'
 
 
 def _joined(text: str) -> str:
@@ -167,8 +168,10 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Puts the table of fields where a page asks for it; called by mkdocs.
 
-    Links to files that the manual shows as pages lead to these pages.
+    Links to files that the manual shows as pages lead to these pages. In tables, GitHub wants a bar
+    in code escaped, while this generator would show the backslash.
     """
+    markdown = re.sub(r"`[^`\n]+`", lambda code: code[0].replace("\\|", "|"), markdown)
     for page, source in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({page}")
     return markdown.replace(FIELDS_MARK, fields_markdown()) if FIELDS_MARK in markdown else markdown
