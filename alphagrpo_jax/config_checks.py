@@ -116,7 +116,7 @@ def _problems(error: pydantic.ValidationError) -> list[str]:
         if kind in ("unexpected_keyword_argument", "missing") and isinstance(location[-1], str):
             names.setdefault((kind, location[:-1]), []).append(location[-1])
         elif kind == "value_error":  # from the field's own check, which says what it got
-            problems.append(f"{_key(location)}: {detail['ctx']['error']}")
+            problems.append(f"{_key(location)}: {detail.get('ctx', {})['error']}")
         else:
             location = location[:-1] if kind == "missing" else location  # an element of a list
             expected = "a finite number" if kind == "finite_number" else _allowed(location)

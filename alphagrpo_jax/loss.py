@@ -9,7 +9,7 @@ nowhere.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import chex
 import jax
@@ -103,12 +103,17 @@ def grpo_loss(
 
 def _over_steps(step_metrics: list[Metrics]) -> Metrics:
     """Reduces the metrics of all steps of one kind, by `metric_reductions`."""
-    reduced = {}
+    reduced: Metrics = {}
     for name in step_metrics[0] if step_metrics else ():
         values = [metrics[name] for metrics in step_metrics]
         is_max = reduction_of(name).batches == "max"
-        reduced[name] = jnp.max(jnp.stack(values)) if is_max else sum(values) / len(values)
+        reduced[name] = jnp.max(jnp.stack(values)) if is_max else _mean(values)
     return reduced
+
+
+def _mean(values: list[jax.Array]) -> jax.Array:
+    """Averages scalars."""
+    return cast(jax.Array, sum(values)) / len(values)
 
 
 def text_grpo(

@@ -6,6 +6,7 @@ Chooses the initial image that a group repairs, rectifies its rewards, and count
 from typing import NamedTuple, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from alphagrpo_jax.config import InitialChoice, Rectification
 
@@ -44,7 +45,7 @@ def choose_initial(
         total = np.cumsum(weights, axis=1)
         reached = total > draws[:, None] * total[:, -1:]
         chosen = reached.argmax(axis=1)
-    return chosen, valid.any(axis=1)
+    return chosen, np.asarray(valid.any(axis=1))
 
 
 class Rectified(NamedTuple):
@@ -100,9 +101,11 @@ def outcomes(initial: np.ndarray, refined: np.ndarray) -> dict[str, float]:
     Args:
       initial, refined: float[N], e.g. the share of facts that hold.
     """
-    change = np.sign(np.asarray(refined, np.float64) - np.asarray(initial, np.float64))
+    change: npt.NDArray[np.float64] = np.sign(
+        np.asarray(refined, np.float64) - np.asarray(initial, np.float64)
+    )
     return {
         "improved": float(np.mean(change > 0)),
-        "kept": float(np.mean(change == 0)),
+        "kept": float(np.mean(np.equal(change, 0))),
         "spoilt": float(np.mean(change < 0)),
     }

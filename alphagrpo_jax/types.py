@@ -77,7 +77,7 @@ class Rollout:
     """
 
     inputs: tuple[TextBlock | ImageBlock, ...]  # one per input of the task, in order
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | None, ...]
     texts: tuple[TextSample, ...]  # one per text step
     images: tuple[ImageSample, ...]  # one per image step
 

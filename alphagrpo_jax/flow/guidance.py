@@ -44,11 +44,15 @@ def combine(
       guidance: scales and renormalisation; its interval is not applied here, see `is_active`.
     Returns:
       float32[B, M, C].
+    Raises:
+      ValueError: a velocity that the scales need is None.
     """
     v = v.astype(jnp.float32)
     chex.assert_rank(v, 3)
     if not guidance.uses_text:
         return v
+    if v_text is None:
+        raise ValueError(f"got text_scale={guidance.text_scale} without v_text; pass that velocity")
     chex.assert_equal_shape([v, v_text])
     v_text = v_text.astype(jnp.float32)
     u = v_text + guidance.text_scale * (v - v_text)
@@ -62,6 +66,10 @@ def _add_image(u: jax.Array, v_image: jax.Array | None, guidance: Guidance) -> j
     """Adds image guidance: `v_i + s_i (u - v_i)`, or u where it is off."""
     if not guidance.uses_image:
         return u
+    if v_image is None:
+        raise ValueError(
+            f"got image_scale={guidance.image_scale} without v_image; pass that velocity"
+        )
     chex.assert_equal_shape([u, v_image])
     v_image = v_image.astype(jnp.float32)
     return v_image + guidance.image_scale * (u - v_image)

@@ -269,7 +269,7 @@ def _reward_by(
         semantic, quality = result.ratings[:cut], result.ratings[cut:]
         least = (min(semantic) / 10.0, min(quality) / 10.0)
         return Reward(viescore(semantic, quality), *least, valid=True)
-    semantic, quality = record.split(result.p_yes)
+    semantic, quality = record.split(result.p_yes or ())
     return dvreward(
         semantic,
         quality,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -170,7 +171,9 @@ def generate(
         if step.node is not None:
             pieces[step.node] = Piece(after.segments[-1:], after.rope - ctx.rope)
     fill(tuple(range(len(plan.nodes))))
-    rollout = prefix.replace(pieces=tuple(pieces), texts=tuple(texts), images=tuple(images))
+    rollout = dataclasses.replace(
+        prefix, pieces=tuple(pieces), texts=tuple(texts), images=tuple(images)
+    )
     last_images = pixels(model, params, images[-1].latents, grid) if images else None
     return rollout, last_images
 
@@ -221,18 +224,24 @@ def image_block(model: Bagel, images: jax.Array) -> ImageBlock:
     return ImageBlock(images, vit_images)
 
 
-def context(pieces: list[Piece] | tuple[Piece, ...], nodes: tuple[int, ...], rows: int) -> Context:
-    """Joins the pieces of some nodes into a context of `rows` rows."""
+def context(pieces: Sequence[Piece | None], nodes: tuple[int, ...], rows: int) -> Context:
+    """Joins the pieces of some nodes into a context of `rows` rows.
+
+    Raises:
+      ValueError: a piece is still to be computed.
+    """
     ctx = kv_cache.empty(rows)
     for index in nodes:
         piece = pieces[index]
+        if piece is None:
+            raise ValueError(f"got no piece of node {index} of a context; compute it first")
         added = kv_cache.broadcast(Context(piece.segments, piece.advance), rows)
         ctx = Context((*ctx.segments, *added.segments), ctx.rope + added.rope)
     return ctx
 
 
 def guidance_contexts(
-    pieces: list[Piece] | tuple[Piece, ...], step: PlannedStep, rows: int
+    pieces: Sequence[Piece | None], step: PlannedStep, rows: int
 ) -> GuidanceContexts:
     """Joins the three contexts of an image step, each merged into one segment."""
     return GuidanceContexts(
@@ -277,7 +286,7 @@ def _block(
 def _extend(
     model: Bagel,
     params: policy.PolicyParams,
-    pieces: list[Piece | None],
+    pieces: Sequence[Piece | None],
     node: Node,
     block: TextBlock | ImageBlock,
 ) -> Piece:
@@ -304,7 +313,7 @@ def _sample_image(
     model: Bagel,
     params: policy.PolicyParams,
     step: PlannedStep,
-    pieces: list[Piece],
+    pieces: Sequence[Piece | None],
     key: jax.Array,
     rows: jax.Array,
     start: jax.Array,

@@ -247,7 +247,7 @@ def apply(
     before = (state.trainable, state.opt_state)
     trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     metrics = metrics | {"update/grad_norm": norm, "update/finite": finite.astype(jnp.float32)}
-    return state.replace(trainable=trainable, opt_state=opt_state), metrics
+    return dataclasses.replace(state, trainable=trainable, opt_state=opt_state), metrics
 
 
 def accumulate(
@@ -319,6 +319,8 @@ def micro_loss(
     text_kl, image_kl = (
         options.report_kl or beta > 0 for beta in (options.text_beta, options.image_beta)
     )
+    if (text_kl or image_kl) and reference is None:
+        raise ValueError("got no reference log-probs, which a KL term needs; pass them")
     text_trained, image_trained = options.text != "none", options.image != "none"
     texts = [
         loss.TextTerms(
@@ -328,7 +330,7 @@ def micro_loss(
             mask=sample.scored & ~(old.text_entropy[k] < totals.entropy_threshold[k]),
             advantage=micro_batch.advantage,
             entropy=jax.lax.stop_gradient(new.text_entropy[k]),
-            ref_logp=reference.text_log_prob[k] if text_kl else None,
+            ref_logp=reference.text_log_prob[k] if reference is not None and text_kl else None,
         )
         for k, sample in enumerate(trajectories.texts if text_trained else ())
     ]
@@ -337,7 +339,9 @@ def micro_loss(
             new_logp=new.image_log_prob[k],
             old_logp=old.image_log_prob[k],
             advantage=micro_batch.image_advantage,
-            kl=_image_kl(k, new, reference, trajectories, spec) if image_kl else None,
+            kl=_image_kl(k, new, reference, trajectories, spec)
+            if reference is not None and image_kl
+            else None,
         )
         for k in range(len(plan.image_steps) if image_trained else 0)
     ]

@@ -69,9 +69,8 @@ def verifier_factories(config: Config) -> list[Factory]:
             raise ConfigError(f"verifier.endpoints: {error}") from error
     if verifier.kind == "openai":
         return [_endpoint_factory(config, verifier.endpoints)] * verifier.workers
-    if verifier.kind == "callable":
-        local: Factory = ("callable", {"target": verifier.path})
-    else:
+    local: Factory = ("callable", {"target": verifier.path})
+    if verifier.kind != "callable":
         options = {
             "path": str(model_folder(verifier.path)),
             "device": verifier.device,
@@ -83,7 +82,7 @@ def verifier_factories(config: Config) -> list[Factory]:
         local = ("hf", options)
     # A server that fails hands its sample to another worker soon, even while the run starts.
     fast_handover = {"outage_attempts": 2, "must_serve": False, "start_seconds": 0.0}
-    remote = []
+    remote: list[Factory] = []
     for url in verifier.endpoints:
         kind, options = _endpoint_factory(config, (url,))
         remote.append((kind, {**options, **fast_handover}))
