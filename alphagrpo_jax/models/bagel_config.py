@@ -15,11 +15,11 @@ from alphagrpo_jax.runtime.tokenizer import SpecialTokens
 
 LLM_FILE, VIT_FILE = "llm_config.json", "vit_config.json"
 VAE_FILE, BAGEL_FILE = "vae_config.json", "bagel_config.json"
-# What the official application uses with a folder that has no bagel_config.json; a file that
+# The official application's value for a folder that has no bagel_config.json; a file that
 # exists but lacks a field falls back on the official configuration class (the field defaults).
 OFFICIAL_APPLICATION = {"max_latent_size": 64}
 MAY_BE_ZERO = ("num_res_blocks",)
-NESTED = ("llm", "vit", "vae", "tokens")  # fields of BagelConfig that no file names so
+NESTED = ("llm", "vit", "vae", "tokens")  # fields of BagelConfig that come from other files
 VAE_TRANSFORM = ImageSizes(max_size=1024, min_size=512, stride=16)
 VIT_TRANSFORM = ImageSizes(max_size=980, min_size=224, stride=14)
 
@@ -42,14 +42,14 @@ class LLMConfig:
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _divides(LLM_FILE, "num_attention_heads", self.num_attention_heads, self.hidden_size)
-        _divides(
+        _check_divides(LLM_FILE, "num_attention_heads", self.num_attention_heads, self.hidden_size)
+        _check_divides(
             LLM_FILE, "num_key_value_heads", self.num_key_value_heads, self.num_attention_heads
         )
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Returns the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
 
@@ -68,7 +68,7 @@ class ViTConfig:
     hidden_act: str = "gelu_pytorch_tanh"
 
     def __post_init__(self) -> None:
-        _divides(VIT_FILE, "num_attention_heads", self.num_attention_heads, self.hidden_size)
+        _check_divides(VIT_FILE, "num_attention_heads", self.num_attention_heads, self.hidden_size)
         if self.num_hidden_layers < 2:
             raise ModelConfigError(
                 f"{VIT_FILE}: num_hidden_layers is {self.num_hidden_layers}, expected at least 2 "
@@ -77,7 +77,7 @@ class ViTConfig:
 
     @property
     def used_layers(self) -> int:
-        """Layers that are evaluated and stored."""
+        """Returns the number of layers that are evaluated and stored."""
         return self.num_hidden_layers - 1
 
 
@@ -122,25 +122,25 @@ class BagelConfig:
 
     @property
     def latent_width(self) -> int:
-        """Features C of a latent token."""
+        """Returns the features C of a latent token."""
         return self.latent_patch_size**2 * self.vae.z_channels
 
     @property
     def latent_stride(self) -> int:
-        """Pixels per side of a latent token."""
+        """Returns the pixels per side of a latent token."""
         return self.latent_patch_size * self.vae.downsample
 
     @property
     def patch_width(self) -> int:
-        """Features of a ViT patch."""
+        """Returns the features of a ViT patch."""
         return self.vit.patch_size**2 * self.vit.num_channels
 
     def latent_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token rows and columns of an image of `height` x `width` pixels."""
+        """Returns token rows and columns of an image of `height` x `width` pixels."""
         return height // self.latent_stride, width // self.latent_stride
 
     def vit_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patch rows and columns of an image of `height` x `width` pixels."""
+        """Returns patch rows and columns of an image of `height` x `width` pixels."""
         return height // self.vit.patch_size, width // self.vit.patch_size
 
     @classmethod
@@ -153,7 +153,7 @@ class BagelConfig:
         *,
         tokens: SpecialTokens,
     ) -> "BagelConfig":
-        """The configuration from the contents of the four JSON files.
+        """Builds the configuration from the contents of the four JSON files.
 
         Args:
           llm: contents of llm_config.json.
@@ -164,31 +164,31 @@ class BagelConfig:
         Raises:
           ModelConfigError: a missing field or contradicting values.
         """
-        rules = _given(BAGEL_FILE, OFFICIAL_APPLICATION if bagel is None else bagel)
-        transforms = {
+        rules = _set_fields(BAGEL_FILE, OFFICIAL_APPLICATION if bagel is None else bagel)
+        transforms: dict[str, Any] = {
             name: _transform(rules.pop(name, {}), default, f"{BAGEL_FILE}: {name}")
             for name, default in (
                 ("vae_transform", VAE_TRANSFORM),
                 ("vit_transform", VIT_TRANSFORM),
             )
         }
-        known = _known(cls, {name: x for name, x in rules.items() if name not in NESTED})
-        llm_fields = _given(LLM_FILE, llm)
+        bagel_rules = _declared(cls, {name: x for name, x in rules.items() if name not in NESTED})
+        llm_fields = _set_fields(LLM_FILE, llm)
         heads = {"num_key_value_heads": llm_fields.get("num_attention_heads")}
         return cls(
             llm=_build(LLMConfig, LLM_FILE, heads | llm_fields),
             vit=_build(ViTConfig, VIT_FILE, vit),
             vae=_build(VAEConfig, VAE_FILE, {} if vae is None else vae),
             tokens=tokens,
-            **_checked(cls, BAGEL_FILE, known),
+            **_checked(cls, BAGEL_FILE, bagel_rules),
             **transforms,
         )
 
     def to_dicts(self) -> dict[str, dict[str, Any]]:
-        """Contents of the four JSON files, by file name; `from_dicts` reads them back."""
-        parts = {
-            file: dataclasses.asdict(part)
-            for file, part in ((LLM_FILE, self.llm), (VIT_FILE, self.vit), (VAE_FILE, self.vae))
+        """Returns the contents of the four JSON files by file name; `from_dicts` reads them."""
+        contents = {
+            file: dataclasses.asdict(section)
+            for file, section in ((LLM_FILE, self.llm), (VIT_FILE, self.vit), (VAE_FILE, self.vae))
         }
         rules = {
             field.name: getattr(self, field.name)
@@ -198,11 +198,11 @@ class BagelConfig:
         for name in ("vae_transform", "vit_transform"):
             sizes = rules[name]
             rules[name] = {"max": sizes.max_size, "min": sizes.min_size, "stride": sizes.stride}
-        return parts | {BAGEL_FILE: rules}
+        return contents | {BAGEL_FILE: rules}
 
     @classmethod
     def from_folder(cls, folder: str | Path, tokens: SpecialTokens) -> "BagelConfig":
-        """The configuration of a folder in the official layout.
+        """Reads the configuration of a folder in the official layout.
 
         Raises:
           FileNotFoundError: no llm_config.json or vit_config.json.
@@ -219,7 +219,7 @@ class BagelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Contents of a JSON file.
+    """Reads a JSON file.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -240,8 +240,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _given(where: str, fields: Any) -> dict[str, Any]:
-    """The fields of a JSON object that have a value; null counts as missing."""
+def _set_fields(where: str, fields: Any) -> dict[str, Any]:
+    """Returns the fields of a JSON object that have a value; null counts as missing."""
     if not isinstance(fields, Mapping):
         raise ModelConfigError(
             f"{where}: got {fields!r:.80}, expected a JSON object with named fields"
@@ -250,40 +250,41 @@ def _given(where: str, fields: Any) -> dict[str, Any]:
 
 
 def _transform(fields: Any, default: ImageSizes, where: str) -> ImageSizes:
-    """The size rule of an image transform: max, min and stride."""
-    given = _given(where, fields)
-    named = {"max_size": given.get("max"), "min_size": given.get("min")}
-    named = _given(where, named | {"stride": given.get("stride")})
-    return dataclasses.replace(default, **_checked(ImageSizes, where, named))
+    """Parses the size rule of an image transform: max, min and stride."""
+    entry = _set_fields(where, fields)
+    sizes = {"max_size": entry.get("max"), "min_size": entry.get("min")}
+    sizes = _set_fields(where, sizes | {"stride": entry.get("stride")})
+    return dataclasses.replace(default, **_checked(ImageSizes, where, sizes))
 
 
 def _checked(cls: type, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields with the types that a class declares; sizes, all whole numbers, are positive."""
+    """Checks that fields have the types that a class declares; integers are sizes, so positive."""
     checked, hints = {}, typing.get_type_hints(cls)
     for name, value in fields.items():
-        kind, several = hints[name], typing.get_origin(hints[name]) is tuple
+        kind, is_list = hints[name], typing.get_origin(hints[name]) is tuple
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        each = value if several and isinstance(value, list | tuple) else [value]
-        wanted = typing.get_args(kind)[0] if several else kind
+        items = value if is_list and isinstance(value, list | tuple) else [value]
+        wanted = typing.get_args(kind)[0] if is_list else kind
         least = 0 if name in MAY_BE_ZERO else 1
-        fits = all(type(x) is wanted and (wanted is not int or x >= least) for x in each)
-        if not fits or (several and each is not value):
+        fits = all(type(x) is wanted and (wanted is not int or x >= least) for x in items)
+        if not fits or (is_list and items is not value):
             meant = "a positive whole number" if wanted is int else f"a {wanted.__name__}"
             raise ModelConfigError(
-                f"{where}: {name} is {value!r}, expected {'a list of such: ' * several}{meant}"
+                f"{where}: {name} is {value!r}, expected {'a list of such: ' * is_list}{meant}"
             )
-        checked[name] = tuple(each) if several else value
+        checked[name] = tuple(items) if is_list else value
     return checked
 
 
-def _known(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _declared(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops the fields that a class does not declare: official files hold many more."""
     names = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in fields.items() if name in names}
 
 
 def _build(cls: type, file: str, fields: Mapping[str, Any]) -> Any:
-    fields = _given(file, fields)
+    fields = _set_fields(file, fields)
     required = [
         field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING
     ]
@@ -292,9 +293,9 @@ def _build(cls: type, file: str, fields: Mapping[str, Any]) -> Any:
         raise ModelConfigError(
             f"{file} lacks {missing}; expected at least {required}, got {sorted(fields)}"
         )
-    return cls(**_checked(cls, file, _known(cls, fields)))
+    return cls(**_checked(cls, file, _declared(cls, fields)))
 
 
-def _divides(file: str, name: str, divisor: int, whole: int) -> None:
-    if divisor < 1 or whole % divisor:
-        raise ModelConfigError(f"{file}: {name} is {divisor}, expected a divisor of {whole}")
+def _check_divides(file: str, name: str, divisor: int, dividend: int) -> None:
+    if divisor < 1 or dividend % divisor:
+        raise ModelConfigError(f"{file}: {name} is {divisor}, expected a divisor of {dividend}")

@@ -32,7 +32,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CONFIG_FILES = (LLM_FILE, VIT_FILE, VAE_FILE, BAGEL_FILE)
 
-Place = Callable[[str, np.ndarray], jax.Array]
+PutOnDevice = Callable[[str, np.ndarray], jax.Array]  # (path "a/b/c", leaf)
 
 
 class WeightsError(UserError, ValueError):
@@ -57,7 +57,7 @@ def load_model(
     *,
     remat: str = "none",
     unroll: int = 1,
-    place: Place | None = None,
+    put_on_device: PutOnDevice | None = None,
 ) -> LoadedModel:
     """Reads a folder in the official layout.
 
@@ -66,8 +66,8 @@ def load_model(
       dtype: of the weights in memory and of the computation; the files may hold another one.
       remat: see `models.layers.REMAT_POLICIES`.
       unroll: layers per iteration of the scan over layers.
-      place: puts one leaf ("a/b/c", array) on the devices; called as soon as a leaf is read, so
-        that a large model is never whole on the host. None: the default device.
+      put_on_device: moves one leaf ("a/b/c", array) to the devices; called as soon as a leaf is
+        read, so that a large model is never whole on the host. None: the default device.
     Raises:
       FileNotFoundError: a missing file.
       TokenizerError, ModelConfigError, WeightsError: files that do not fit.
@@ -77,7 +77,7 @@ def load_model(
     config = BagelConfig.from_folder(folder, tokenizer.special)
     _check_vocabulary(folder, config, tokenizer)
     model = Bagel(config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll)
-    base, dtypes = read_weights(folder, model, place)
+    base, dtypes = read_weights(folder, model, put_on_device)
     files = {name: folder / name for name in CONFIG_FILES}
     json_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return LoadedModel(model, base, tokenizer, config, json_files, dtypes)
@@ -94,7 +94,7 @@ def new_model(
     remat: str = "none",
     unroll: int = 1,
 ) -> LoadedModel:
-    """A model with random float32 weights, ready for pretraining and `save_model`.
+    """Creates a model with random float32 weights, ready for pretraining and `save_model`.
 
     Args:
       key: typed PRNG key.
@@ -136,24 +136,24 @@ def save_model(
 
 
 def memory_dtypes(base: dict) -> dict[str, str]:
-    """Every tensor's dtype in memory, by its name in the files."""
+    """Returns every tensor's dtype in memory, by its name in the files."""
     flat = traverse_util.flatten_dict(base)
     return {entry.name: flat[entry.path].dtype.name for entry in entries(base)}
 
 
 def read_weights(
-    folder: Path, model: Bagel, place: Place | None = None
+    folder: Path, model: Bagel, put_on_device: PutOnDevice | None = None
 ) -> tuple[dict, dict[str, str]]:
-    """The base tree of a folder's two weight files, and every tensor's dtype in them.
+    """Reads a folder's two weight files: the base tree, and every tensor's dtype in them.
 
     Raises:
       FileNotFoundError: a missing file.
       WeightsError: an unreadable file; or tensors missing, unexpected or of another shape, all
         of them in one message.
     """
-    shapes = base_shapes(model)
+    shapes = base_shapes(model)  # pyright: ignore[reportArgumentType] Flax modules are hashable
     table = entries(shapes)
-    put = place or (lambda _, array: jnp.asarray(array))
+    put = put_on_device or (lambda _, array: jnp.asarray(array))
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(_open(folder / name)) for name in (EMA, AE)}
         dtypes = _check(folder, files, table, position_tables(model.config))
@@ -202,8 +202,8 @@ def write_weights(
         table = sincos_table(width, side)
         writers[EMA][name] = (table.shape, lambda table=table: table)
     for file, tensors in writers.items():
-        chosen = {name: jnp.dtype(dtypes.get(name, default)) for name in tensors}
-        _write(folder / file, tensors, chosen)
+        tensor_dtypes = {name: jnp.dtype(dtypes.get(name, default)) for name in tensors}
+        _write(folder / file, tensors, tensor_dtypes)
 
 
 def _write(
@@ -211,8 +211,12 @@ def _write(
     tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
     dtypes: Mapping[str, np.dtype],
 ) -> None:
-    """The safetensors format: header length, JSON header, tensor bytes in the header's order."""
-    header, start = {}, 0
+    """Writes the safetensors format: header length, JSON header, tensor bytes in its order.
+
+    By hand, since the library's writer wants all tensors in memory at once.
+    """
+    header: dict[str, dict[str, Any]] = {}
+    start = 0
     names = sorted(tensors)
     for name in names:
         shape, dtype = tensors[name][0], dtypes[name]
@@ -237,13 +241,13 @@ def _open(path: Path) -> Iterator[Any]:
             f"{present}; download the missing file"
         )
     try:
-        opened = safe_open(path, "numpy")
+        handle = safe_open(path, "numpy")
     except SafetensorError as error:
         raise WeightsError(
             f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file ({error}); "
             "it may be truncated: download or copy it again"
         ) from error
-    with opened as file:
+    with handle as file:
         yield file
 
 
@@ -254,17 +258,17 @@ def _check(
     problems, dtypes = [], {}
     for file, handle in files.items():
         expected = {entry.name: entry.shape for entry in table if entry.file == file}
-        found = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name in handle.keys():  # noqa: SIM118 (not a mapping)
             header = handle.get_slice(name)
-            found[name] = tuple(header.get_shape())
+            shapes[name] = tuple(header.get_shape())
             if header.get_dtype() not in DTYPES:
                 problems.append(f"  {file}: {name} has dtype {header.get_dtype()}, not a float")
                 continue
             dtypes[name] = DTYPES[header.get_dtype()]
-        for name in sorted(expected.keys() | (found.keys() - optional.keys())):
-            if expected.get(name) != found.get(name):
-                problems.append(_difference(file, name, expected.get(name), found.get(name)))
+        for name in sorted(expected.keys() | (shapes.keys() - optional.keys())):
+            if expected.get(name) != shapes.get(name):
+                problems.append(_difference(file, name, expected.get(name), shapes.get(name)))
     if problems:
         raise WeightsError(
             f"the weights in {folder} do not fit its JSON files ({len(problems)} tensors):\n"
@@ -275,13 +279,14 @@ def _check(
 
 
 def _difference(
-    file: str, name: str, expected: tuple[int, ...] | None, found: tuple[int, ...] | None
+    file: str, name: str, expected: tuple[int, ...] | None, shape: tuple[int, ...] | None
 ) -> str:
-    if found is None:
-        return f"  {file}: missing {name}, expected shape {list(expected)}"
+    """Describes a tensor whose shape in the file (None: missing) is not the expected one."""
     if expected is None:
-        return f"  {file}: unexpected {name} of shape {list(found)}, expected no such tensor"
-    return f"  {file}: {name} has shape {list(found)}, expected {list(expected)}"
+        return f"  {file}: unexpected {name} of shape {list(shape or ())}, expected no such tensor"
+    if shape is None:
+        return f"  {file}: missing {name}, expected shape {list(expected)}"
+    return f"  {file}: {name} has shape {list(shape)}, expected {list(expected)}"
 
 
 def _check_vocabulary(folder: Path, config: BagelConfig, tokenizer: Tokenizer) -> None:

@@ -2,9 +2,11 @@
 
 A context is a tuple of segments (one per text or image block). Segments are never written after
 they were made, so that contexts which share a prefix share its arrays: the guidance contexts are
-views, not copies.
+views, not copies. A loop that reads one context many times (decoding, denoising) merges it first:
+attention then runs one product per layer and step, instead of one per segment.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -23,10 +25,12 @@ class Segment:
 
 @struct.dataclass
 class Context:
-    """Everything a new token may attend to."""
+    """Cached blocks that a new token attends to, and the next position."""
 
     segments: tuple[Segment, ...]
-    rope: jax.Array  # int32[B]; the next RoPE id (an image block takes a single one)
+    # int32[B]; the next RoPE id. An image block takes a single one, as in BAGEL: its tokens are
+    # told apart by their two-dimensional position table, not by RoPE.
+    rope: jax.Array
 
 
 @struct.dataclass
@@ -40,7 +44,7 @@ class GuidanceContexts:
 
 @struct.dataclass
 class DecodeCache:
-    """A text while it is being written: one preallocated segment."""
+    """A text while it is being written: one preallocated segment (static shapes in a loop)."""
 
     segment: Segment
     rope: jax.Array  # int32[B], RoPE id of the next token
@@ -48,12 +52,12 @@ class DecodeCache:
 
 
 def empty(batch: int) -> Context:
-    """A context without tokens for `batch` rows."""
+    """Returns a context without tokens for `batch` rows."""
     return Context((), jnp.zeros((batch,), jnp.int32))
 
 
 def append(ctx: Context, segment: Segment, advance: jax.Array | int) -> Context:
-    """The context followed by one more block.
+    """Returns the context followed by one more block.
 
     Args:
       ctx: the context so far.
@@ -64,14 +68,14 @@ def append(ctx: Context, segment: Segment, advance: jax.Array | int) -> Context:
 
 
 def merge(ctx: Context) -> Context:
-    """The same context as one segment (once, before many reads)."""
+    """Returns the same context as one segment."""
     if len(ctx.segments) <= 1:
         return ctx
     k, v = (
         jnp.concatenate([getattr(s, name) for s in ctx.segments], axis=2) for name in ("k", "v")
     )
     valid = jnp.concatenate([s.valid for s in ctx.segments], axis=1)
-    return ctx.replace(segments=(Segment(k, v, valid),))
+    return dataclasses.replace(ctx, segments=(Segment(k, v, valid),))
 
 
 def _map_rows(ctx: Context, function: Callable[[jax.Array, int], jax.Array]) -> Context:
@@ -83,7 +87,7 @@ def _map_rows(ctx: Context, function: Callable[[jax.Array, int], jax.Array]) -> 
 
 
 def broadcast(ctx: Context, batch: int) -> Context:
-    """A context of one row for `batch` rows.
+    """Repeats a context of one row for `batch` rows.
 
     Raises:
       ValueError: the context has neither one nor `batch` rows.
@@ -101,17 +105,17 @@ def broadcast(ctx: Context, batch: int) -> Context:
 
 
 def take(ctx: Context, rows: jax.Array) -> Context:
-    """The rows `rows` (int32[B']) of a context, in that order."""
+    """Returns the rows `rows` (int32[B']) of a context, in that order."""
     return _map_rows(ctx, lambda x, axis: jnp.take(x, rows, axis=axis))
 
 
 def stop_gradient(ctx: Context) -> Context:
-    """The context as a constant of differentiation."""
+    """Returns the context as a constant of differentiation."""
     return jax.tree.map(jax.lax.stop_gradient, ctx)
 
 
 def length(ctx: Context) -> jax.Array:
-    """int32[B]: number of valid cached tokens."""
+    """Counts the valid cached tokens, int32[B]."""
     total = jnp.zeros_like(ctx.rope)
     for segment in ctx.segments:
         total = total + jnp.sum(segment.valid, axis=1, dtype=jnp.int32)

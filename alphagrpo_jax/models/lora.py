@@ -18,7 +18,10 @@ TARGETS = r"language_model/layers/(self_attn|mlp|mlp_moe_gen)/\w+_proj(_moe_gen)
 
 
 def init(key: jax.Array, base: dict, targets: str, rank: int) -> dict:
-    """Adapters that leave the base model unchanged: A ~ N(0, 1 / rank^2), B = 0, float32.
+    """Returns adapters that leave the base model unchanged: A ~ N(0, 1 / rank^2), B = 0, float32.
+
+    float32 whatever the model's dtype: a learning rate of 1e-4 moves a bfloat16 weight only when
+    it exceeds half of its last digit, so that most updates would be lost.
 
     Args:
       key: typed PRNG key.
@@ -45,9 +48,9 @@ def init(key: jax.Array, base: dict, targets: str, rank: int) -> dict:
     shapes = {path: (*flat[path].shape[:-1], rank) for path in paths}
     # One draw for all: each separate one would be compiled, which takes a while on a CPU.
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
-    drawn = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32) / rank, ends[:-1])
+    samples = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32) / rank, ends[:-1])
     lora = {}
-    for path, values in zip(paths, drawn, strict=True):
+    for path, values in zip(paths, samples, strict=True):
         *lead, _, fan_out = flat[path].shape
         lora[(*path[:-1], "a")] = values.reshape(shapes[path])
         lora[(*path[:-1], "b")] = jnp.zeros((*lead, rank, fan_out), jnp.float32)
@@ -55,7 +58,7 @@ def init(key: jax.Array, base: dict, targets: str, rank: int) -> dict:
 
 
 def merge(base: dict, lora: dict, scale: float) -> dict:
-    """The base with `scale * a @ b` added to its kernels, product in float32.
+    """Returns the base with `scale * a @ b` added to its kernels, product in float32.
 
     Args:
       base: parameter tree.
@@ -73,7 +76,7 @@ def merge(base: dict, lora: dict, scale: float) -> dict:
 
 
 def scaled(lora: dict, scale: float) -> dict:
-    """The adapter tree with `scale` multiplied into every B, as the model reads it."""
+    """Returns the adapter tree with `scale` multiplied into every B, as the model reads it."""
     flat = traverse_util.flatten_dict(lora)
     return traverse_util.unflatten_dict(
         {path: leaf * scale if path[-1] == "b" else leaf for path, leaf in flat.items()}

@@ -27,22 +27,24 @@ class Tokens(NamedTuple):
     und: jax.Array  # float[B, Tu, D]
     gen: jax.Array | None  # float[B, Tg, D]; None without latent tokens
 
-    def experts(self) -> list[tuple[str, jax.Array]]:
-        """The name suffix and the tokens of each expert that has any."""
+    def by_expert(self) -> list[tuple[str, jax.Array]]:
+        """Returns the name suffix and the tokens of every expert that has any."""
         pairs = [("", self.und)]
         return pairs if self.gen is None else [*pairs, (GEN, self.gen)]
 
 
-def _tokens(parts: list[jax.Array]) -> Tokens:
-    return Tokens(parts[0], parts[1] if len(parts) > 1 else None)
+def _tokens(hidden: list[jax.Array]) -> Tokens:
+    """Puts the experts' hidden states, in the order of `Tokens.by_expert`, back together."""
+    return Tokens(hidden[0], hidden[1] if len(hidden) > 1 else None)
 
 
 class Geometry(NamedTuple):
-    """What all layers share: rotary angles of the new tokens and who sees whom."""
+    """Rotary angles and attention masks of the new tokens, the same in all layers."""
 
     cos: jax.Array  # float32[B, T, H / 2]
     sin: jax.Array  # float32[B, T, H / 2]
-    masks: tuple[jax.Array, ...]  # bool[B or 1, T or 1, S_i], one per cached segment, then own
+    # bool[B or 1, T or 1, S_i] per cached segment, then that of the new tokens among themselves
+    masks: tuple[jax.Array, ...]
 
 
 class MoTAttention(nn.Module):
@@ -55,15 +57,15 @@ class MoTAttention(nn.Module):
     def __call__(
         self, tokens: Tokens, past: tuple[tuple[jax.Array, jax.Array], ...], geometry: Geometry
     ) -> tuple[Tokens, tuple[jax.Array, jax.Array]]:
-        heads = [self._heads(suffix, x) for suffix, x in tokens.experts()]
-        q, k, v = (jnp.concatenate(part, axis=1) for part in zip(*heads, strict=True))
+        heads = [self._heads(suffix, x) for suffix, x in tokens.by_expert()]
+        q, k, v = (jnp.concatenate(arrays, axis=1) for arrays in zip(*heads, strict=True))
         q = rotate(q, geometry.cos, geometry.sin)
         k = rotate(k, geometry.cos, geometry.sin)
         keys = (*(pair[0] for pair in past), k)
         values = (*(pair[1] for pair in past), v)
         mixed = attend(q, keys, values, geometry.masks)
         split = tokens.und.shape[1]
-        parts = [mixed] if tokens.gen is None else [mixed[:, :split], mixed[:, split:]]
+        by_expert = [mixed] if tokens.gen is None else [mixed[:, :split], mixed[:, split:]]
         residual = nn.initializers.variance_scaling(
             0.5 / self.config.num_hidden_layers, "fan_in", "truncated_normal"
         )
@@ -74,13 +76,13 @@ class MoTAttention(nn.Module):
                 dtype=self.dtype,
                 kernel_init=residual,
                 name="o_proj" + suffix,
-            )(part)
-            for (suffix, _), part in zip(tokens.experts(), parts, strict=True)
+            )(expert_mixed)
+            for (suffix, _), expert_mixed in zip(tokens.by_expert(), by_expert, strict=True)
         ]
         return _tokens(out), (k, v)
 
     def _heads(self, suffix: str, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Query [B, T, N, H], key and value [B, T, K, H] of one expert's tokens."""
+        """Returns query [B, T, N, H], key and value [B, T, K, H] of one expert's tokens."""
         cfg = self.config
 
         def project(name: str, count: int) -> jax.Array:
@@ -99,7 +101,7 @@ class MoTBlock(nn.Module):
 
     config: LLMConfig
     dtype: Any
-    keep_cache: bool
+    keep_cache: bool  # False while denoising: keys of noisy latents are read by nobody later
 
     @nn.compact
     def __call__(
@@ -109,20 +111,21 @@ class MoTBlock(nn.Module):
         normed = self._norm("input_layernorm", tokens)
         mixed, pair = MoTAttention(cfg, self.dtype, name="self_attn")(normed, past, geometry)
         tokens = jax.tree.map(jnp.add, tokens, mixed)
+        # Two residual branches per layer: scaled so, their sum keeps its size whatever the depth.
         residual = nn.initializers.variance_scaling(
             0.5 / cfg.num_hidden_layers, "fan_in", "truncated_normal"
         )
         normed = self._norm("post_attention_layernorm", tokens)
         out = [
             GatedMLP(cfg.intermediate_size, self.dtype, residual, name="mlp" + suffix)(x)
-            for suffix, x in normed.experts()
+            for suffix, x in normed.by_expert()
         ]
         tokens = jax.tree.map(jnp.add, tokens, _tokens(out))
         return tokens, (pair if self.keep_cache else None)
 
     def _norm(self, name: str, tokens: Tokens) -> Tokens:
         return _tokens(
-            [RMSNorm(self.config.rms_norm_eps, name=name + s)(x) for s, x in tokens.experts()]
+            [RMSNorm(self.config.rms_norm_eps, name=name + s)(x) for s, x in tokens.by_expert()]
         )
 
 
@@ -158,6 +161,7 @@ class MoTDecoder(nn.Module):
           Hidden states, and keys and values float[L, B, T, K, H] in the order und, gen.
         """
         cfg = self.config
+        # Angles once for all layers, and in float32: see `ops.rope`.
         cos, sin = rotary(positions, cfg.head_dim, cfg.rope_theta)
         tokens = jax.tree.map(lambda x: x.astype(self.dtype), tokens)
         pairs = tuple((segment.k, segment.v) for segment in past)
@@ -172,6 +176,6 @@ class MoTDecoder(nn.Module):
         )
         if final_norm:
             tokens = _tokens(
-                [RMSNorm(cfg.rms_norm_eps, name="norm" + s)(x) for s, x in tokens.experts()]
+                [RMSNorm(cfg.rms_norm_eps, name="norm" + s)(x) for s, x in tokens.by_expert()]
             )
         return tokens, cache

@@ -53,11 +53,11 @@ class Entry:
     shape: tuple[int, ...]  # in the file
 
     def to_tree(self, tensor: np.ndarray) -> np.ndarray:
-        """The file's layout -> one layer of the tree's."""
+        """Converts a tensor from the file's layout to one layer of the tree's."""
         return self._transposed(tensor, TO_TREE)
 
     def to_file(self, leaf: np.ndarray) -> np.ndarray:
-        """One layer of the tree's layout -> the file's."""
+        """Converts one layer of the tree to the file's layout."""
         return self._transposed(leaf, TO_FILE)
 
     def _transposed(self, x: np.ndarray, axes: dict[int, tuple[int, ...]]) -> np.ndarray:
@@ -65,7 +65,10 @@ class Entry:
 
 
 def position_tables(config: BagelConfig) -> dict[str, tuple[int, int]]:
-    """Name -> (width, side) of the fixed position tables, which are written but never read."""
+    """Returns (width, side) of the fixed position tables, by name; they are only written.
+
+    The official files hold them, so that ours do too; reading recomputes them.
+    """
     width = config.llm.hidden_size
     return {
         "latent_pos_embed.pos_embed": (width, config.max_latent_size),
@@ -74,7 +77,7 @@ def position_tables(config: BagelConfig) -> dict[str, tuple[int, int]]:
 
 
 def entries(shapes: dict) -> list[Entry]:
-    """All tensors of a model's checkpoint.
+    """Lists all tensors of a model's checkpoint.
 
     Args:
       shapes: the base tree, any leaves with a `.shape`.
@@ -90,17 +93,18 @@ def _leaf_entries(path: tuple[str, ...], shape: tuple[int, ...]) -> list[Entry]:
     rest = fields.pop("rest").replace("/", ".")
     stacked = "{i}" in name
     layers = range(shape[0]) if stacked else [None]
-    own = np.empty(shape[1:] if stacked else shape, np.bool_)
-    found = []
+    # Only its shape matters: transposing it gives the shape in the file.
+    one_layer = np.empty(shape[1:] if stacked else shape, np.bool_)
+    leaf_entries: list[Entry] = []
     for layer in layers:
-        full = name.format(i=layer, **fields) + rest + "." + LEAVES[path[-1]]
-        entry = Entry(file, full, path, layer, ())
-        found.append(dataclasses.replace(entry, shape=entry.to_file(own).shape))
-    return found
+        full_name = name.format(i=layer, **fields) + rest + "." + LEAVES[path[-1]]
+        entry = Entry(file, full_name, path, layer, ())
+        leaf_entries.append(dataclasses.replace(entry, shape=entry.to_file(one_layer).shape))
+    return leaf_entries
 
 
 def _row(joined: str) -> tuple[str, str, dict[str, str]]:
-    """File, name prefix and fields of the first row that matches a path."""
+    """Returns file, name prefix and fields of the first row that matches a path."""
     for file, name, prefix in ROWS:
         match = re.fullmatch(_pattern(prefix), joined)
         if match:

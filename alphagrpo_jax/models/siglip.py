@@ -45,7 +45,7 @@ class ViTBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches to features, after the final norm."""
+    """Maps patches to features, after the final norm."""
 
     config: ViTConfig
     dtype: Any = jnp.float32

@@ -62,6 +62,7 @@ class GroupNorm(ReadsParams, nn.GroupNorm):
 
 
 def _norm(name: str, dtype: Any) -> GroupNorm:
+    # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
     return GroupNorm(
         NORM_GROUPS, epsilon=NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name
     )
@@ -72,7 +73,7 @@ def _conv(features: int, size: int, name: str, dtype: Any) -> Conv:
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, twice, plus the (projected) input."""
+    """Two times norm, swish and convolution, plus the (projected) input."""
 
     features: int
     dtype: Any = jnp.float32
@@ -99,6 +100,7 @@ class AttentionBlock(nn.Module):
             _conv(channels, 1, name, self.dtype)(h).reshape(batch, height * width, channels)
             for name in ("q", "k", "v")
         )
+        # float32 island, as in the decoder: softmax over up to thousands of positions.
         scores = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32) * channels**-0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         h = jnp.einsum("bqk,bkc->bqc", weights, v).reshape(x.shape)
@@ -161,7 +163,7 @@ class Level(nn.Module):
 
 
 class VAEEncoder(nn.Module):
-    """Image -> mean and log-variance of the latent, concatenated over channels."""
+    """Maps an image to mean and log-variance of its latent, concatenated over channels."""
 
     config: VAEConfig
     dtype: Any = jnp.float32
@@ -182,7 +184,7 @@ class VAEEncoder(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """Latent (unscaled) -> image."""
+    """Maps an unscaled latent to an image."""
 
     config: VAEConfig
     dtype: Any = jnp.float32
@@ -212,7 +214,7 @@ class VAE(nn.Module):
         self.decoder = VAEDecoder(self.config, self.dtype)
 
     def moments(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance of the latent before scaling.
+        """Computes mean and log-variance of the latent before scaling.
 
         Args:
           images: float[B, H, W, 3] in [-1, 1]; H and W multiples of `downsample`.
@@ -224,7 +226,7 @@ class VAE(nn.Module):
         return mean, log_variance
 
     def encode(self, images: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Scaled latent of an image: of the mean, or of a sample if `noise` is given.
+        """Encodes an image as a scaled latent: the mean, or a sample if `noise` is passed.
 
         Args:
           images: float[B, H, W, 3] in [-1, 1].
@@ -238,7 +240,7 @@ class VAE(nn.Module):
         return self.config.scale_factor * (mean - self.config.shift_factor)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Image of a scaled latent.
+        """Decodes a scaled latent.
 
         Args:
           latents: float[B, h, w, z_channels].
@@ -249,5 +251,5 @@ class VAE(nn.Module):
         return self.decoder(latents / self.config.scale_factor + self.config.shift_factor)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Reconstruction of an image (touches every parameter, used for initialisation)."""
+        """Reconstructs an image (touches every parameter, used for initialization)."""
         return self.decode(self.encode(images))

@@ -35,7 +35,7 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
         config.model.path,
         jnp.dtype(config.model.dtype),
         remat=config.model.remat,
-        place=put_on_device,
+        put_on_device=put_on_device,
     )
     stride = loaded.config.latent_stride
     if config.model.height % stride or config.model.width % stride:

@@ -157,11 +157,11 @@ def test_a_model_may_have_more_embeddings_than_tokens_but_not_fewer(
 def test_leaves_can_be_placed_one_by_one(loaded: LoadedModel):
     seen = []
 
-    def place(path: str, leaf: np.ndarray) -> jax.Array:
+    def put_on_device(path: str, leaf: np.ndarray) -> jax.Array:
         seen.append(path)
         return jnp.asarray(leaf)
 
-    again = load_model(FOLDER, place=place)
+    again = load_model(FOLDER, put_on_device=put_on_device)
     assert len(seen) == len(jax.tree.leaves(loaded.base))
     assert "language_model/layers/mlp/up_proj/kernel" in seen
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.base, again.base))

@@ -1,11 +1,18 @@
-"""Parameters that exist are read; a wrong one is named."""
+"""Parameters that exist are read; a wrong one is named; stacked layers equal Linen's scan."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import errors
 
+from alphagrpo_jax import policy
+from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.layers import Linear
 from alphagrpo_jax.models.vae import Conv
+from benchmarks import layer_scan
 
 
 @pytest.mark.parametrize(
@@ -23,3 +30,27 @@ def test_a_parameter_of_another_shape_is_named(layer, kernel, x):
 def test_a_missing_parameter_is_an_error():
     with pytest.raises(errors.ScopeParamNotFoundError):
         Linear(3).apply({"params": {"bias": jnp.zeros(3)}}, jnp.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [("text gradient", "none"), ("image gradient", "dots"), ("vit forward", "full")],
+)
+def test_stacked_layers_equal_linens_scan(name, remat):
+    model = Bagel(layer_scan.TINY, remat=remat)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)
+
+    base = base_shapes(model)
+    adapters = jax.eval_shape(layer_scan.adapters_of, base)
+    params = policy.PolicyParams(jax.tree.map(draw, base), jax.tree.map(draw, adapters), 0.5)
+    function, shape = layer_scan.cases(model)[name]
+    is_text = shape.dtype == jnp.int32
+    argument = jnp.asarray(rng.integers(0, 40, shape.shape)) if is_text else draw(shape)
+    ours = jax.jit(functools.partial(function, model))(params, argument)
+    with layer_scan.through_linen():
+        linen = jax.jit(functools.partial(function, model))(params, argument)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(linen)) > 1e-3
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, linen)
