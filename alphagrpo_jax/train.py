@@ -24,12 +24,14 @@ from alphagrpo_jax.evaluation import heldout
 from alphagrpo_jax.runtime import checkpoint, cli, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.cli import DONE, STOPPED
+from alphagrpo_jax.runtime.console import Console
 from alphagrpo_jax.runtime.errors import AccessError, UsageError, UserError, is_machine_error
 from alphagrpo_jax.runtime.metric_reductions import merge_batches
 from alphagrpo_jax.runtime.metrics import notify
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.training import run_folder, setup, verifiers
 from alphagrpo_jax.training.checks import check_end, early_decay
+from alphagrpo_jax.training.closing import closing_words
 from alphagrpo_jax.training.context import Run, make_run
 from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.steps import compile_fns
@@ -45,10 +47,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configurati
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config name>.")
 
 
-def main(config: Config, workdir: pathlib.Path) -> int:
+def main(config: Config, workdir: pathlib.Path, console: Console) -> int:
     """Runs a configuration in a folder, from where it stands; returns the exit code."""
     # ------------------------------------------------------------------ build
     stop, compiles = StopFlag(), metrics_lib.CompileCounter()
+    console.compile_seconds = lambda: compiles.seconds
     mesh = setup.make_mesh(config)
     jax.set_mesh(mesh)
     config = dataclasses.replace(config, mesh=MeshOptions(**mesh.shape))
@@ -56,11 +59,14 @@ def main(config: Config, workdir: pathlib.Path) -> int:
     run_folder.check_folder(config, workdir)
     if notice := early_decay(config):
         notify(notice)
-    loaded = setup.load_policy(config, mesh)
-    data = setup.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
-    heldout.check_heldout(config, data)
-    optimizer = make_optimizer(config.optimizer)
-    state = setup.initial_state(config, loaded.base, optimizer, mesh)
+    with console.phase("loading the model"):
+        loaded = setup.load_policy(config, mesh)
+    with console.phase("reading the prompts"):
+        data = setup.load_data(config, loaded, workdir / "data" / str(jax.process_index()))
+        heldout.check_heldout(config, data)
+    with console.phase("preparing the train state"):
+        optimizer = make_optimizer(config.optimizer)
+        state = setup.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
     fns = compile_fns(config, loaded, state, optimizer, mesh)
 
@@ -73,21 +79,22 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         notify(f"{workdir} is finished: {done} steps are done")
         return DONE
     check_end(config, log, done)
-    writers = metrics_lib.Writers(config.log, log, workdir, done=done, total=config.train.steps)
+    writers = metrics_lib.Writers(config, log, workdir, console, step=done)
     emergency = run_folder.EmergencyCheckpoint(saves, data, writers.log_row)
 
     with (
-        verifiers.open_verifiers(config, loaded) as (verifier, second_verifier),
+        verifiers.open_verifiers(config, loaded, console) as (verifier, second_verifier),
         emergency.on_error(),
     ):
         if config.train.steps > 0 or not run_folder.holds_run(workdir):
             run_folder.mark_running(workdir, config)
-        run = make_run(config, loaded, data, fns, verifier, workdir, second_verifier)
+        run = make_run(config, loaded, data, fns, verifier, workdir, second_verifier, console)
         evaluated = evaluate_pending(run, state, done, position, data, log, writers, stop)
         pool_counts = verifiers.PoolCounts(verifier)
         # ---------------------------------------------------------- the loop
         while done < config.train.steps and not distributed.any_process(stop.requested):
             step, timer = done + 1, metrics_lib.Timer()
+            console.start_step(step, config.train.steps)
             emergency.hold(state, done, position)
             params = run.sampling_params(state)
             verifiers.follow(verifier, params)  # the policy may be its own verifier
@@ -115,7 +122,8 @@ def main(config: Config, workdir: pathlib.Path) -> int:
             with timer("eval"):
                 if heldout.is_due(config, config.eval.every, step):
                     emergency.hold(state, step, position, row)
-                    row |= evaluate(run, state, step, greedy=step == config.train.steps)
+                    greedy = step == config.train.steps
+                    row |= evaluate(run, state, step, greedy=greedy, update_row=row)
             row |= timer.metrics() | {"time/compilations": compiles.count} | pool_counts.metrics()
             # ------------------------------------------------------- log, save
             if save_due := heldout.is_due(config, config.checkpoint.every, step):
@@ -137,6 +145,7 @@ def main(config: Config, workdir: pathlib.Path) -> int:
         return STOPPED
     run_folder.mark_finished(workdir, done)
     notify(f"{workdir}: {done} steps are done")
+    console.message(closing_words(config, workdir, log.rows, data, console.seconds))
     return DONE
 
 
@@ -167,11 +176,14 @@ def evaluate(
     greedy: bool,
     label: str | None = None,
     stop: StopFlag | None = None,
+    update_row: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Evaluates a train state; see `heldout.evaluate`."""
     params = run.sampling_params(state)
     verifiers.follow(run.verifier, params)
-    return heldout.evaluate(run, params, step, greedy=greedy, label=label, stop=stop)
+    return heldout.evaluate(
+        run, params, step, greedy=greedy, label=label, stop=stop, update_row=update_row
+    )
 
 
 def evaluate_pending(
@@ -231,8 +243,10 @@ def start(fields: Mapping[str, Any], workdir: pathlib.Path) -> int:
     """
     config = config_lib.from_config_dict(fields)
     distributed.initialize()
+    progress = config.log.progress and distributed.is_primary()
     try:
-        return main(config, workdir)
+        with Console(enabled=progress) as console:
+            return main(config, workdir, console)
     except KeyboardInterrupt:
         raise UserError("interrupted twice; the last checkpoint is untouched") from None
     except OSError as error:

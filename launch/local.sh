@@ -6,4 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
 case " $* " in *" --config="*) ;; *) set -- --config=configs/grpo.py "$@" ;; esac
+echo "starting python -m alphagrpo_jax.train $*" >&2  # its libraries take some seconds before its own first line
 exec python -m alphagrpo_jax.train "$@"

@@ -6,9 +6,12 @@ wanted="${EXTRAS:-$(cat "$VENV/installed" 2>/dev/null || true)}"
 wanted="${wanted:-.[tests]}"
 if [ ! -e "$VENV/installed" ] || [ "$(cat "$VENV/installed")" != "$wanted" ] ||
   [ setup.py -nt "$VENV/installed" ] || [ constraints.txt -nt "$VENV/installed" ]; then
+  echo "installing $wanted into $VENV: once, some minutes ..." >&2
+  began=$SECONDS
   "${PYTHON:-python3}" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet -c constraints.txt -e "$wanted"
   echo "$wanted" > "$VENV/installed"
+  echo "installing ... $((SECONDS - began)) s" >&2
 fi
-unset wanted
+unset wanted began
 . "$VENV/bin/activate"

@@ -27,7 +27,7 @@ from alphagrpo_jax.prompts import image_block
 from alphagrpo_jax.rollout import decode_steps
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.files import replace_text
-from alphagrpo_jax.runtime.metrics import MetricsLog
+from alphagrpo_jax.runtime.metrics import MetricsLog, sample_label
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.tasks import TASKS, Task, think_texts
@@ -94,6 +94,7 @@ def evaluate(
     greedy: bool,
     label: str | None = None,
     stop: StopFlag | None = None,
+    update_row: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Evaluates all tasks on their held-out prompts, writes sample grids, returns the metrics.
 
@@ -106,31 +107,34 @@ def evaluate(
       greedy: evaluate a second time with the likeliest think texts ("eval_greedy").
       label: of the sample grid's files, default that of the step.
       stop: where given, a requested stop ends the evaluation.
+      update_row: metrics of the update before it, for the curves of the report.
     Raises:
       StoppedError: see `stop`.
       TrainingError: the verifiers failed too often.
     """
     config = run.config
     temperatures = {"eval": config.eval.temperature} | ({"eval_greedy": 0.0} if greedy else {})
-    initial = {
-        name: evaluate_initial_images(run, params, name, stop=stop)
-        for name, context in run.tasks.items()
-        if context.task.refines
-    }
+    lasting = step == 0 or config.train.steps == 0
+    initial = {}
+    for name, context in run.tasks.items():
+        if context.task.refines:
+            with run.console.phase(f"sampling what {name} refines", lasting=lasting):
+                initial[name] = evaluate_initial_images(run, params, name, stop=stop)
     row: dict[str, float] = {}
     sampled: dict[str, Evaluation] = {}
     for prefix, temperature in temperatures.items():
         evaluations = {}
         for name in config.tasks:
-            evaluations[name] = evaluate_task(
-                run,
-                params,
-                name,
-                temperature=temperature,
-                prefix=prefix,
-                initial=initial.get(name),
-                stop=stop,
-            )
+            with run.console.phase(_phase_name(config, name, prefix, step), lasting=lasting):
+                evaluations[name] = evaluate_task(
+                    run,
+                    params,
+                    name,
+                    temperature=temperature,
+                    prefix=prefix,
+                    initial=initial.get(name),
+                    stop=stop,
+                )
             kind = "evaluation" if prefix == "eval" else "greedy evaluation"
             where = f"{kind} of {name} at step {step}"
             check_validity(config, evaluations[name].rewards, where)
@@ -147,7 +151,7 @@ def evaluate(
         row |= _means(list(metrics.values()))
     if distributed.is_primary():
         with_images = {name: each for name, each in sampled.items() if each.images is not None}
-        write_samples(run, with_images, step, label or f"step_{step:06d}")
+        write_samples(run, with_images, step, label or sample_label(step), (update_row or {}) | row)
     return row
 
 
@@ -186,7 +190,9 @@ def evaluate_task(
         return heldout.inputs(rows[batch], images)
 
     key = jax.random.key(config.eval.seed)
-    sample = _sample_fn(run, params, context.fns.eval, key, inputs, task, temperature, stop)
+    sample = _sample_fn(
+        run, params, context.fns.eval, key, inputs, task, temperature, stop, total=len(rows)
+    )
     if task.reward == "answer":
         return evaluate_answers(sample, records, micro_batch=config.eval.micro_batch, prefix=prefix)
     check = CHECKERS[config.eval.checker]
@@ -231,7 +237,8 @@ def evaluate_initial_images(
     else:
         key = jax.random.fold_in(jax.random.key(config.eval.seed), 1)
         inputs = _prompt_inputs(run, records)
-        sample = _sample_fn(run, params, run.initial.eval_fns, key, inputs, TASKS["t2i"], 0.0, stop)
+        fns, plain, count = run.initial.eval_fns, TASKS["t2i"], len(rows)
+        sample = _sample_fn(run, params, fns, key, inputs, plain, 0.0, stop, total=count)
     evaluation = evaluate_images(
         sample,
         run.verifier,
@@ -267,21 +274,33 @@ def _sample_fn(
     task: Task,
     temperature: float,
     stop: StopFlag | None,
+    *,
+    total: int,
 ) -> SampleFn:
-    """Returns the function that samples a task's steps for a batch of evaluation rows."""
+    """Returns the function that samples a task's steps for a batch of `total` evaluation rows."""
 
     def sample(batch: np.ndarray, first: int) -> Sampled:
         if stop is not None and distributed.any_process(stop.requested):
             raise StoppedError
+        run.console.count(first, total)
         prefix = fns.prefill(params, inputs(batch))
         # A window that starts at the end of the schedule: no step is stochastic.
         numbers = (jnp.int32(first), jnp.int32(run.config.eval.num_points))
         trajectories, images = fns.generate(params, prefix, key, *numbers, jnp.float32(temperature))
         texts = decode_steps(run.loaded.tokenizer, trajectories)
         answers = texts[-1] if task.reward == "answer" else []
+        run.console.count(min(first + len(batch), total), total)
         return Sampled(distributed.to_host(images), think_texts(task, texts), answers)
 
     return sample
+
+
+def _phase_name(config: Config, task: str, prefix: str, step: int) -> str:
+    """Returns the words for an evaluation while it runs."""
+    policy = f"step {step}" if step else "the untrained policy"
+    where = f" on {task}" if config.task == "mixed" else ""
+    texts = ", likeliest think texts" if prefix == "eval_greedy" else ""
+    return f"evaluating {policy}{where}{texts}"
 
 
 def _evaluation_set(run: Run, name: str) -> tuple[np.ndarray, list[Record]]:

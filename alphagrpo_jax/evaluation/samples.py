@@ -1,27 +1,40 @@
 """Writes the sample grids of an evaluation, and the report that explains their rewards."""
 
+import math
+import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from alphagrpo_jax.evaluation.metrics import Evaluation
-from alphagrpo_jax.rewards import report
+from alphagrpo_jax.rewards import curves, report
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.files import replace_text
+from alphagrpo_jax.runtime.results import changes
 from alphagrpo_jax.training.context import Run
 
 REPORT_FILE = "report.html"  # of the newest evaluation
 
 
-def write_samples(run: Run, evaluations: Mapping[str, Evaluation], step: int, label: str) -> None:
+def write_samples(
+    run: Run,
+    evaluations: Mapping[str, Evaluation],
+    step: int,
+    label: str,
+    row: Mapping[str, Any],
+) -> None:
     """Writes the sample grids, a report on each, and all of them as the run's newest report.
+
+    That report opens with the learning curves of the run.
 
     Args:
       run: the run.
       evaluations: with images, by task.
       step: updates done.
       label: of the files.
+      row: metrics of the step, which are no row of metrics.jsonl yet.
     """
-    folder, mixed = run.workdir / "samples", run.config.task == "mixed"
+    folder, mixed = run.workdir / metrics_lib.SAMPLES, run.config.task == "mixed"
     pages = {}
     for name, evaluation in evaluations.items():
         file = f"{label}_{name}" if mixed else label
@@ -32,9 +45,30 @@ def write_samples(run: Run, evaluations: Mapping[str, Evaluation], step: int, la
     if pages:
         first, *_ = pages.values()
         rows = [row for page in pages.values() for row in page.rows]
-        title = f"{run.config.task}, step {step}"
-        page = report.Report(title, first.how, tuple(rows))
+        run_rows = _rows_until(run.workdir, step, row)
+        page = report.Report(
+            f"{run.config.task}, step {step}",
+            first.how,
+            tuple(rows),
+            panels=curves.panels(run_rows),
+            changes=tuple(changes(run_rows)),
+        )
         replace_text(run.workdir / REPORT_FILE, report.to_html(page))
+
+
+def _rows_until(workdir: pathlib.Path, step: int, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the run's rows before a step, and that of the step completed by `row`."""
+    rows = metrics_lib.read_rows(workdir / metrics_lib.METRICS)
+    logged = {logged_row["step"]: logged_row for logged_row in rows if logged_row["step"] <= step}
+    values = {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    return [
+        *(logged[number] for number in logged if number < step),
+        logged.get(step, {"step": step}) | values,
+    ]
 
 
 def _task_report(run: Run, name: str, evaluation: Evaluation, step: int) -> report.Report:

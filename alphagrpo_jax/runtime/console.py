@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from alphagrpo_jax.runtime.results import breakdown
 
 TICK_SECONDS = 0.5  # between two drawings of a running phase on a terminal
-PLAIN_SECONDS = 15.0  # without a terminal: before a running phase is told, and between steps told
+PLAIN_SECONDS = 15.0  # without a terminal: before a running phase, and between steps
 COMPILE_SECONDS = 1.0  # of a phase's compilations, from which on they are worth words
 ERASE = "\r\x1b[K"  # back to the first column, clear to the end of the line
 NO_WIDTH = 80  # columns of a terminal that does not tell
@@ -40,15 +40,16 @@ class Console:
         """
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
+        self._started = time.monotonic()
         self._rewrites = enabled and self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._compile_seconds = compile_seconds
+        self.compile_seconds = compile_seconds
         self._lock = threading.RLock()  # the ticker's thread draws as well
-        self._drawn = False  # whether a line that can be rewritten stands on the terminal
+        self._drawn = False  # whether a line to be rewritten stands on the terminal
         self._column_zero = True
         self._phases: list[_Phase] = []  # the innermost last
         self._first: contextlib.ExitStack | None = None  # the first step, while it runs
         self._steps_from: tuple[int, float] | None = None  # a step and when it was done
-        self._told = 0.0  # when a step was told last, without a terminal
+        self._step_shown = -PLAIN_SECONDS  # when a step was last shown without a terminal
         self._taken = contextlib.ExitStack()
 
     def __enter__(self) -> "Console":
@@ -64,6 +65,11 @@ class Console:
             if self._drawn or not self._column_zero:
                 self._write("\n")  # the progress line stays as it was drawn last
             self._drawn = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the console was made."""
+        return time.monotonic() - self._started
 
     def message(self, text: str) -> None:
         """Prints lines above the progress line."""
@@ -85,7 +91,7 @@ class Console:
           name: of what is done, "loading the model".
           lasting: whether a line with its time stays when it is done.
         """
-        phase = _Phase(name, time.monotonic(), self._compile_seconds())
+        phase = _Phase(name, time.monotonic(), self.compile_seconds())
         with self._lock:
             self._phases.append(phase)
             self._draw_phase()
@@ -104,7 +110,7 @@ class Console:
             with self._lock:
                 self._phases.remove(phase)
                 if lasting or outcome:
-                    self.message(phase.line(time.monotonic(), self._compile_seconds(), outcome))
+                    self.message(phase.line(time.monotonic(), self.compile_seconds(), outcome))
 
     def count(self, finished: int, total: int) -> None:
         """Shows how many of its items the innermost phase has finished."""
@@ -113,11 +119,11 @@ class Console:
                 self._phases[-1].count = f": {finished} of {total}"
                 self._draw_phase()
 
-    def start_steps(self, finished: int, total: int) -> None:
-        """Begins the step after those that are finished, which compiles; `progress` ends it."""
-        if finished < total:
+    def start_step(self, step: int, total: int) -> None:
+        """Shows the first step of a process, which compiles, as a phase; `progress` ends it."""
+        if self._first is None and self._steps_from is None:
             self._first = contextlib.ExitStack()
-            self._first.enter_context(self.phase(f"step {finished + 1} of {total}, with compiling"))
+            self._first.enter_context(self.phase(f"step {step} of {total}, with compiling"))
 
     def progress(self, step: int, total: int, row: Mapping[str, Any]) -> None:
         """Shows a row of metrics: an evaluation as a line that stays, a step as one that does not.
@@ -130,10 +136,21 @@ class Console:
         first, self._first = self._first, None
         if first is not None:
             first.close()
-        if words := evaluation_words(row):
-            self.message(f"{f'after step {step}' if step else 'untrained policy'}: {words}")
-        if "time/update" not in row:
-            return
+        line = self._step_line(step, total, row) if "time/update" in row else ""
+        words = evaluation_words(row)
+        with self._lock:
+            now = time.monotonic()
+            due = step == total or now - self._step_shown >= PLAIN_SECONDS
+            if line and due and not self._rewrites:
+                self.message(line)
+                self._step_shown = now
+            if words:
+                self.message(f"{f'after step {step}' if step else 'untrained policy'}: {words}")
+            if line and self._rewrites:
+                self._draw(line)
+
+    def _step_line(self, step: int, total: int, row: Mapping[str, Any]) -> str:
+        """Returns a step's reward, the time left and the times of its stages in words."""
         now = time.monotonic()
         if self._steps_from is None:
             self._steps_from = (step, now)
@@ -142,13 +159,7 @@ class Console:
         if since < step < total:
             remaining = (total - step) * (now - started) / (step - since)
             words.append(f"{seconds_words(remaining)} left")
-        line = f"step {step} of {total}: {', '.join([*words, stage_words(row)])}"
-        with self._lock:
-            if self._rewrites:
-                self._draw(line)
-            elif step == total or now - self._told >= PLAIN_SECONDS:
-                self.message(line)
-                self._told = now
+        return f"step {step} of {total}: {', '.join([*words, stage_words(row)])}"
 
     def _tick(self, phase: "_Phase", stopped: threading.Event) -> None:
         """Draws a running phase again and again; without a terminal ever more rarely."""
@@ -183,6 +194,9 @@ class Console:
         except (OSError, ValueError):
             self._enabled = self._rewrites = False  # nobody watches any more; the run goes on
         self._column_zero = text.endswith("\n")
+
+
+SILENT = Console(enabled=False)
 
 
 class _Phase:

@@ -1,6 +1,7 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard events, sample grids, a progress bar."""
+"""Writes what a run leaves for people: metrics.jsonl, TensorBoard events, sample grids."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -12,15 +13,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from PIL import Image
 
-from alphagrpo_jax.config import LogOptions
+from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
+from alphagrpo_jax.runtime.console import Console
 from alphagrpo_jax.runtime.files import replace_text
+from alphagrpo_jax.runtime.results import breakdown
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples"  # the folder of the sample grids, inside the run's
 PENDING = "eval/pending"  # in a row whose evaluation failed and is still to be done
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -46,11 +49,11 @@ class MetricsLog:
             replace_text(self._path, "".join(_line(row) for row in self.rows))
 
     def has(self, step: int) -> bool:
-        """Whether the row of a step is there."""
+        """Returns whether the row of a step is there."""
         return any(row["step"] == step for row in self.rows)
 
     def owes(self, step: int) -> bool:
-        """Whether the evaluation of a step's row is still to be done."""
+        """Returns whether the evaluation of a step's row is still to be done."""
         return any(row["step"] == step and PENDING in row for row in self.rows)
 
     def complete(self, step: int, values: Mapping[str, float | str]) -> None:
@@ -61,8 +64,8 @@ class MetricsLog:
         """
         if not self.owes(step) or self.rows[-1]["step"] != step:
             raise ValueError(f"step {step} owes no evaluation, or rows of later steps exist")
-        kept = {key: value for key, value in self.rows[-1].items() if key != PENDING}
-        self.rows[-1] = _row(step, kept | dict(values))
+        before = {key: value for key, value in self.rows[-1].items() if key != PENDING}
+        self.rows[-1] = _row(step, before | dict(values))
         if self._writes:
             replace_text(self._path, "".join(_line(row) for row in self.rows))
 
@@ -98,28 +101,60 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """TensorBoard events of the same numbers; does nothing where it is switched off."""
+    """TensorBoard events: the numbers of the rows, the sample grids, the configuration.
+
+    Does nothing where it is switched off.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, enabled: bool, step: int) -> None:
+        """Opens an event file.
+
+        Args:
+          folder: of the run.
+          enabled: whether anything is written.
+          step: steps done before; what an earlier process wrote of later ones is hidden.
+        """
+        self._folder = pathlib.Path(folder)
         self._writer = None
         if enabled:
             import tensorboardX  # only here: it imports torch, which takes seconds
 
             self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 
+    def write_config(self, step: int, config: Mapping[str, Any]) -> None:
+        """Adds the configuration as a text."""
+        if self._writer is None:
+            return
+        lines = json.dumps(config, indent=2, sort_keys=True).splitlines()
+        # TensorBoard reads Markdown: four spaces make a line code.
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), step)
+        self._writer.flush()
+
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Adds the numbers of a row."""
+        """Adds the numbers of a row, and the step's sample grids where it has an evaluation."""
         if self._writer is None:
             return
         for key, value in values.items():
             if not isinstance(value, str) and math.isfinite(value):
                 self._writer.add_scalar(key, value, step)
+        if breakdown(values):
+            for path in sorted((self._folder / SAMPLES).glob(f"{sample_label(step)}*.png")):
+                task = path.stem.removeprefix(sample_label(step)).removeprefix("_")
+                with Image.open(path) as image:
+                    grid = np.asarray(image.convert("RGB"))
+                tag = f"{SAMPLES}/{task}" if task else SAMPLES
+                self._writer.add_image(tag, grid, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
         """Ends the event file."""
         if self._writer is not None:
             self._writer.close()
+
+
+def sample_label(step: int) -> str:
+    """Returns how the names of the sample grids after this many updates begin."""
+    return f"step_{step:06d}"
 
 
 def write_samples(
@@ -136,74 +171,41 @@ def write_samples(
     replace_text(folder / f"{name}.json", json.dumps(list(captions), indent=1) + "\n")
 
 
-class Progress:
-    """One line: steps, reward, exact score, seconds per stage, time left."""
-
-    def __init__(self, *, total: int, done: int, enabled: bool) -> None:
-        self._bar = tqdm.tqdm(
-            total=total, initial=done, disable=not enabled, unit="step", dynamic_ncols=True
-        )
-        self._shown: dict[str, str] = {}
-
-    def show(self, values: Mapping[str, float | str], *, advance: int) -> None:
-        """Moves on and shows what of these is worth a glance."""
-        names = {
-            "reward/mean": "reward",
-            "eval/exact_all": "exact",
-            "eval/reward/mean": "eval reward",
-            "time/rollout": "rollout s",
-            "time/reward_wait": "wait s",
-            "time/update": "update s",
-        }
-        for key, name in names.items():
-            if key in values:
-                self._shown[name] = f"{values[key]:.3f}"
-        self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(advance)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """Leaves the line as it stands."""
-        self._bar.close()
-
-
 class Writers:
-    """Writes a run's rows to metrics.jsonl, TensorBoard and the progress line."""
+    """Writes a run's rows to metrics.jsonl, to TensorBoard and on the console."""
 
     def __init__(
         self,
-        options: LogOptions,
+        config: Config,
         log: MetricsLog,
         folder: str | os.PathLike,
+        console: Console,
         *,
-        done: int,
-        total: int,
+        step: int,
     ) -> None:
         """Opens the writers; only the primary process writes.
 
         Args:
-          options: which writers are on.
+          config: the run's; `log` says which writers are on.
           log: the run's rows.
           folder: of the run.
-          done: steps done before.
-          total: steps of the run.
+          console: shows the rows to whoever watches.
+          step: steps done before.
         """
-        primary = distributed.is_primary()
-        self._log, self._done = log, done
-        self._board = TensorBoardWriter(folder, enabled=options.tensorboard and primary, step=done)
-        self._progress = Progress(total=total, done=done, enabled=options.progress and primary)
+        self._log, self._console, self._total = log, console, config.train.steps
+        enabled = config.log.tensorboard and distributed.is_primary()
+        self._board = TensorBoardWriter(folder, enabled=enabled, step=step)
+        self._board.write_config(step, dataclasses.asdict(config))
 
     def log_row(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes a row, or completes one whose evaluation was pending."""
         (self._log.complete if self._log.owes(step) else self._log.write)(step, row)
         self._board.write(step, row)
-        self._progress.show(row, advance=int(step > self._done))
-        self._done = step
+        self._console.progress(step, self._total, row)
 
     def close(self) -> None:
-        """Ends the event file and the progress line."""
+        """Ends the event file."""
         self._board.close()
-        self._progress.close()
 
 
 class Timer:
@@ -241,7 +243,7 @@ class CompileCounter:
 
 
 def _row(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Builds a row, the step first."""
+    """Returns a row as it is written: the step first, the metrics sorted by name."""
     metrics = {key: _plain(value) for key, value in sorted(values.items()) if key != "step"}
     return {"step": step} | metrics
 

@@ -19,9 +19,13 @@ def breakdown(row: Mapping[str, Any]) -> list[Result]:
         if row.get(key) is None:
             continue
         end = f"/{key}"
-        by = {k.removesuffix(end): row[k] for k in row if k.endswith(end) and row[k] is not None}
+        by = {
+            k.removesuffix(end): row[k]
+            for k in sorted(row)
+            if k.endswith(end) and row[k] is not None
+        }
         if not by and name == "exact":
-            by = {kind: row[f"{key}/{kind}"] for kind in exact_kinds(row)}
+            by = {kind: row[f"{key}/{kind}"] for kind in sorted(exact_kinds(row))}
         results.append(Result(name, row[key], by))
     return results
 

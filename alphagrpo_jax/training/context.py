@@ -9,6 +9,7 @@ from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.rewards.scoring import VerifierPool
+from alphagrpo_jax.runtime.console import SILENT, Console
 from alphagrpo_jax.tasks import TASKS, Task
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.steps import CompiledFns, SampleFns, TaskFns
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     verifier: VerifierPool
     workdir: pathlib.Path
     second_verifier: VerifierPool | None = None  # asked at evaluations only
+    console: Console = SILENT  # shows how far an evaluation is
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -62,6 +64,7 @@ def make_run(
     verifier: VerifierPool,
     workdir: pathlib.Path,
     second_verifier: VerifierPool | None = None,
+    console: Console = SILENT,
 ) -> Run:
     """Puts a run together.
 
@@ -73,6 +76,7 @@ def make_run(
       verifier: answers questions about images; its answers become rewards.
       workdir: the run's folder.
       second_verifier: rates held-out images beside it.
+      console: shows how far an evaluation is.
     """
     contexts = {
         name: TaskContext(
@@ -85,4 +89,4 @@ def make_run(
     }
     plain_scoring = options_lib.scoring_options(config, TASKS["t2i"])
     initial = InitialImagesContext(fns.initial, fns.eval_initial, plain_scoring)
-    return Run(config, loaded, fns, contexts, initial, verifier, workdir, second_verifier)
+    return Run(config, loaded, fns, contexts, initial, verifier, workdir, second_verifier, console)

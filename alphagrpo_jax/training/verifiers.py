@@ -17,6 +17,7 @@ from alphagrpo_jax.rewards.workers.in_process import InProcessPool
 from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.rewards.workers.worker import Factory
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.console import SILENT, Console
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder
 from alphagrpo_jax.training.self_verifier import PolicyVerifier
@@ -109,28 +110,33 @@ def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
 
 @contextlib.contextmanager
 def open_verifiers(
-    config: Config, loaded: LoadedModel
+    config: Config, loaded: LoadedModel, console: Console = SILENT
 ) -> Iterator[tuple[VerifierPool, VerifierPool | None]]:
     """Opens the verifier of the training, and the one that only evaluations ask, if any.
 
     Both are ready when the block begins.
 
+    Args:
+      config: the run's.
+      loaded: the pretrained model, which may be the verifier.
+      console: shows for how long the verifiers are being started.
     Raises:
       ConfigError: wrong endpoints, or a policy that cannot judge.
       FileNotFoundError: a verifier's folder is missing.
       PoolError: a verifier cannot be started.
     """
     with contextlib.ExitStack() as stack:
-        second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
-        if config.verifier.kind == "self":
-            first: VerifierPool = InProcessPool(
-                PolicyVerifier(loaded, question_tokens=config.rollout.prompt_tokens)
-            )
-        else:
-            first = stack.enter_context(make_pool(config))
-            first.wait_ready()
-        if second is not None:
-            second.wait_ready()
+        with console.phase("starting the verifiers"):
+            second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
+            if config.verifier.kind == "self":
+                first: VerifierPool = InProcessPool(
+                    PolicyVerifier(loaded, question_tokens=config.rollout.prompt_tokens)
+                )
+            else:
+                first = stack.enter_context(make_pool(config))
+                first.wait_ready()
+            if second is not None:
+                second.wait_ready()
         yield first, second
 
 

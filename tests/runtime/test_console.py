@@ -77,8 +77,8 @@ def test_a_terminal_has_one_progress_line_and_results_stay(terminal, monkeypatch
     monkeypatch.setattr(console_lib, "_columns", lambda stream: 40)
     with Console(terminal) as console:
         console.progress(0, 3, EVALUATION)
-        console.start_steps(0, 3)
         for step in (1, 2):
+            console.start_step(step, 3)
             console.progress(step, 3, STEP)
         console.progress(3, 3, STEP | EVALUATION)
     lines = terminal.screen()
@@ -164,7 +164,7 @@ def test_a_stop_during_a_step_leaves_whole_lines(terminal):
 def test_a_stop_ends_the_first_step(terminal):
     console = Console(terminal)
     with contextlib.suppress(KeyboardInterrupt), console:
-        console.start_steps(4, 9)
+        console.start_step(5, 9)
         raise KeyboardInterrupt
     assert terminal.screen()[0].startswith("step 5 of 9, with compiling ... stopped after 0.")
 
@@ -173,7 +173,7 @@ def test_switched_off_it_is_silent(terminal):
     with Console(terminal, enabled=False) as console:
         with console.phase("loading"):
             console.count(1, 2)
-        console.start_steps(0, 2)
+        console.start_step(1, 2)
         console.progress(1, 2, STEP | EVALUATION)
         console.message("done")
     assert terminal.getvalue() == ""
