@@ -56,14 +56,14 @@ def test_places_and_next_commands(tmp_path, config):
     assert f"tensorboard --logdir '{workdir}'" in text
     commands = [line.strip() for line in text.splitlines() if "python -m" in line]
     first, second = (shlex.split(command) for command in commands)
-    options = generate.parse(first[3:])
+    options = generate.parse_flags(first[3:])
     assert (options.checkpoint, options.prompt) == (str(workdir), "it's red")
     assert second[:3] == ["python", "-m", "alphagrpo_jax.decompose"]
-    assert decompose.parse(second[3:]).llm.startswith("openai:")
+    assert decompose.parse_flags(second[3:]).llm.startswith("openai:")
     assert "--config.data.train=mine.jsonl" in text
 
 
-def test_without_tensorboard_and_images(tmp_path, config):
+def test_what_is_switched_off_is_not_named(tmp_path, config):
     text = closing_words(config, tmp_path, ROWS, data("red"), 1.0)
     assert "tensorboard" not in text
     assert "report.html" not in text
@@ -72,4 +72,4 @@ def test_without_tensorboard_and_images(tmp_path, config):
 @pytest.mark.parametrize("name", list(TASKS))
 def test_every_task_has_a_command(name):
     command = shlex.split(generate_command(TASKS[name], "runs/x", "make it red"))
-    assert generate.parse(command[3:]).checkpoint == "runs/x"
+    assert generate.parse_flags(command[3:]).checkpoint == "runs/x"
