@@ -16,7 +16,7 @@ from configs import grpo
 
 
 def get_config() -> ConfigDict:
-    """The shapes world's configuration, edited."""
+    """Returns the default configuration with BAGEL-7B's model, sizes and rates."""
     config = grpo.get_config()
     config.model.path = "BAGEL-7B-MoT"
     config.model.dtype = "bfloat16"

@@ -14,7 +14,7 @@ from configs import bagel_7b_rt2i
 
 
 def get_config() -> ConfigDict:
-    """The reasoning text-to-image configuration, edited."""
+    """Returns the text-to-image configuration of BAGEL-7B, changed to refinement."""
     config = bagel_7b_rt2i.get_config()
     config.task = "srr"
     config.rollout.num_points = 40

@@ -6,17 +6,17 @@ Hardware: two CPU cores; time, memory and results stand in docs/results.md with 
 
 Where it departs from the paper's numbers (those are in `configs/bagel_7b_rt2i.py`), and why: a
 small model is sampled without guidance and from the whole vocabulary; a group shares its initial
-noise, so that its rewards differ by what was thought and less by luck in drawing; rewards are
-scaled by the spread within groups, since easy and hard prompts are mixed; the image side learns at
-a tenth of the rate (`optimizer.gen_scale`), above which drawings decayed; and the rate falls to
-zero over the run.
+noise, so that its rewards differ by the think texts and less by luck in sampling images; rewards
+are scaled by the spread within groups, since easy and hard prompts are mixed; the image side learns
+at a tenth of the rate (`optimizer.gen_scale`), above which images got worse; and the rate falls to
+zero over the run. `alphagrpo_jax/config.py` says what each option means.
 """
 
 from ml_collections import ConfigDict
 
 
 def guidance(interval: tuple[float, float], renorm: str) -> ConfigDict:
-    """Classifier-free guidance, off: the small model draws without."""
+    """Returns classifier-free guidance, off: the small model is sampled without it."""
     config = ConfigDict()
     config.text_scale = 1.0
     config.image_scale = 1.0
@@ -27,7 +27,7 @@ def guidance(interval: tuple[float, float], renorm: str) -> ConfigDict:
 
 
 def verifier() -> ConfigDict:
-    """The shipped verifier in two processes of this machine, no endpoints."""
+    """Returns the shipped verifier in two processes of this machine, without endpoints."""
     config = ConfigDict()
     config.kind = "hf"
     config.path = "package:verifier"
@@ -54,7 +54,7 @@ def verifier() -> ConfigDict:
 
 
 def reward() -> ConfigDict:
-    """DVReward by confidences, and the format of the think text."""
+    """Returns DVReward by confidences, and the format reward of the think text."""
     config = ConfigDict()
     config.aggregate = "geometric"
     config.score = "confidence"
@@ -70,7 +70,7 @@ def reward() -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-    """Every field that a configuration has, with the default's values."""
+    """Returns every option with its default value."""
     config = ConfigDict()
     config.seed = 0
     config.task = "rt2i"

@@ -1,4 +1,4 @@
-"""Drawing, refining, editing and answering in one run, in the shapes world.
+"""Generating, refining, editing and answering in one run, in the shapes world.
 
     python -m alphagrpo_jax.train --config=configs/mixed.py
 
@@ -12,7 +12,7 @@ from configs import grpo
 
 
 def get_config() -> ConfigDict:
-    """The default configuration, edited."""
+    """Returns the default configuration, changed to four tasks."""
     config = grpo.get_config()
     config.task = "mixed"
     config.mixed.tasks = ("rt2i", "srr", "ti2i", "ti2t")

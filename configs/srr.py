@@ -3,7 +3,7 @@
     python -m alphagrpo_jax.train --config=configs/srr.py
 
 Hardware: two CPU cores; time, memory and results stand in docs/results.md with their commands.
-Stage 1 draws four images per prompt without thinking; the one that the verifier likes least is
+Four initial images are sampled per prompt without thinking; the one with the lowest reward is
 repaired. A refinement that is no better than its initial image is not reinforced
 (`srr.rectification`).
 
@@ -19,7 +19,7 @@ from configs import grpo
 
 
 def get_config() -> ConfigDict:
-    """The default configuration, edited."""
+    """Returns the default configuration, changed to refinement."""
     config = grpo.get_config()
     config.task = "srr"
     config.train.steps = 120
