@@ -60,7 +60,7 @@ def sections() -> list[Section]:
     schemas = pydantic.TypeAdapter(Config).json_schema()
     single, found = Section("", "", []), []
     for name, kind in _fields(Config):
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             rows = list(_rows(f"{name}.", kind, default[name], schemas["$defs"]))
             found.append(Section(name, _joined(kind.__doc__ or ""), rows))
         else:
@@ -96,7 +96,7 @@ def _rows(
 ) -> Iterator[FieldRow]:
     """The fields of a section and of the sections in it; `schemas` are those of all sections."""
     for name, kind in _fields(section):
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             yield from _rows(f"{prefix}{name}.", kind, default[name], schemas)
         else:
             yield _row(prefix, section, name, schemas[section.__name__], default[name])

@@ -75,15 +75,16 @@ def score_an_image(workdir: pathlib.Path) -> float:
     verifier = HFVerifier(ASSETS / "verifier", num_threads=1)
     questions = record.asked_semantic + record.asked_quality
     answers = verifier.answer(drawn.images[0], questions)
-    for question, answer in zip(questions, answers, strict=True):
-        print(f"  {question} P(yes) = {answer.p_yes:.3f}")
-    p_yes = [answer.p_yes for answer in answers]
+    p_yes = [answer.p_yes for answer in answers]  # None where the verifier gave no answer
+    for question, p in zip(questions, p_yes, strict=True):
+        print(f"  {question} P(yes) = {p}")
     count = len(record.asked_semantic)
     reward = dvreward(p_yes[:count], p_yes[count:])
 
-    # DVReward is the geometric mean of the two means.
-    by_hand = math.sqrt(np.mean(p_yes[:count]) * np.mean(p_yes[count:]))
-    assert math.isclose(reward.reward, by_hand)
+    # DVReward is the geometric mean of the two means; without an answer there is no reward.
+    if reward.valid:
+        means = [np.mean(np.array(part, float)) for part in (p_yes[:count], p_yes[count:])]
+        assert math.isclose(reward.reward, math.sqrt(means[0] * means[1]))
     print(f"  reward {reward.reward:.3f}: semantic {reward.semantic:.3f}, {reward.quality:.3f}")
     return reward.reward
 
