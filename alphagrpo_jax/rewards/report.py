@@ -1,4 +1,4 @@
-"""A reward explained: for every image its questions with the answers, and what became of them.
+"""Explains rewards: for every image its questions, the answers and the reward made of them.
 
 Pure: rows in, text out (one HTML file without scripts, CSV or JSON). Prompts, questions and think
 texts are foreign text: in HTML they are escaped, whatever they hold.
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The value as a share of the best one."""
+        """Returns the value as a share of the best one."""
         return self.value / 10.0 if self.kind == "rating" else self.value
 
 
@@ -54,7 +54,7 @@ class Row:
     quality: float | None
     failure: str | None  # why there is no reward
     lines: tuple[Line, ...]  # empty if there is no reward
-    parts: Mapping[str, float]  # by score; empty where there is only one
+    by_score: Mapping[str, float]  # empty where there is only one score
     think: str | None = None
     exact: bool | None = None  # the exact checker's verdict
 
@@ -71,7 +71,7 @@ class Tag(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is to be told."""
+    """The contents of a report."""
 
     title: str
     how: str  # the reward is computed
@@ -83,18 +83,18 @@ class Report:
 
     @property
     def worst_first(self) -> list[Row]:
-        """Images without a reward, then the lowest rewards; equals as given."""
+        """Returns images without a reward, then those of the lowest rewards; ties in order."""
         return sorted(self.rows, key=lambda row: -1.0 if row.total is None else row.total)
 
     @property
     def mean(self) -> float | None:
-        """Mean reward of the images that have one."""
+        """Returns the mean reward of the images that have one."""
         totals = [row.total for row in self.rows if row.total is not None]
         return math.fsum(totals) / len(totals) if totals else None
 
     @property
     def failed(self) -> int:
-        """How many images have no reward."""
+        """Counts the images without a reward."""
         return sum(row.total is None for row in self.rows)
 
     @property
@@ -104,11 +104,11 @@ class Report:
 
     @property
     def tags(self) -> list[Tag]:
-        """Means by kind and tag, over the images that have a reward; semantic tags first."""
-        found: dict[tuple[str, str], list[float]] = {}
+        """Averages answers by kind and tag, over images with a reward; semantic tags first."""
+        values_by_tag: dict[tuple[str, str], list[float]] = {}
         for row in self.rows:
             for line in row.lines:
-                found.setdefault((line.kind, line.tag), []).append(line.value)
+                values_by_tag.setdefault((line.kind, line.tag), []).append(line.value)
         order = ("semantic", "quality", "rating")
         return [
             Tag(
@@ -117,7 +117,9 @@ class Report:
                 math.fsum(values) / len(values),
                 None if key[0] == "rating" else sum(v > 0.5 for v in values) / len(values),
             )
-            for key, values in sorted(found.items(), key=lambda x: (order.index(x[0][0]), x[0][1]))
+            for key, values in sorted(
+                values_by_tag.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
+            )
         ]
 
 
@@ -131,78 +133,80 @@ def rows(
     thinks: Sequence[str | None] | None = None,
     exact: Sequence[bool | None] | None = None,
 ) -> list[Row]:
-    """The rows of the first N samples of a batch.
+    """Makes the rows of the first N samples of a batch.
 
     Args:
       names: N.
       images: data: URLs, N.
       records: at least N, as they were scored.
       scores: from `scoring.gather`.
-      options: that were given to it.
+      options: how they were made of the answers.
       thinks: think texts.
       exact: verdicts of the exact checker.
     """
-    made = []
+    report_rows = []
     for index, name in enumerate(names):
         record, valid = records[index], bool(scores.valid[index])
-        several = valid and len(options.scores) > 1
-        made.append(
+        by_score = scores.by_score if valid and len(options.scores) > 1 else {}
+        report_rows.append(
             Row(
                 name=name,
                 prompt=record.prompt,
                 image=images[index],
-                total=_known(scores.reward[index]),
-                semantic=_known(scores.semantic[index]),
-                quality=_known(scores.quality[index]),
+                total=_finite(scores.reward[index]),
+                semantic=_finite(scores.semantic[index]),
+                quality=_finite(scores.quality[index]),
                 failure=None if valid else scores.reasons[index] or "no answer",
                 lines=_lines(record, scores, index, options) if valid else (),
-                parts={n: float(x[index]) for n, x in scores.by_score.items()} if several else {},
+                by_score={score: float(values[index]) for score, values in by_score.items()},
                 think=None if thinks is None else thinks[index],
                 exact=None if exact is None else exact[index],
             )
         )
-    return made
+    return report_rows
 
 
 def describe(options: RewardOptions) -> str:
-    """How the reward is computed, in words."""
+    """Says in words how the reward is computed."""
     words = []
     for name, weight in zip(options.scores, score_weights(options), strict=True):
-        made = "least ratings, geometric mean / 10" if name == HOLISTIC else options.aggregate
+        formula = "least ratings, geometric mean / 10" if name == HOLISTIC else options.aggregate
         if options.dependencies and name != HOLISTIC:
-            made += ", a question counts only if those it depends on hold"
+            formula += ", a question counts only if those it depends on hold"
         share = f"{weight:.3g} x " if len(options.scores) > 1 else ""
-        words.append(f"{share}{name} ({made})")
+        words.append(f"{share}{name} ({formula})")
     return " + ".join(words)
 
 
 def to_html(report: Report) -> str:
-    """One self-contained page, worst images first."""
+    """Renders a self-contained page: curves if there are any, then images, the worst first."""
     return _clean(_template().render(report=report, frame=FRAME, smooth=SMOOTH))
 
 
 def to_csv(report: Report) -> str:
-    """One line per question, or per image that has no answers; the header is `CSV_FIELDS`."""
+    """Writes a line per question, or per image without answers, under `CSV_FIELDS`."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(CSV_FIELDS)
     for row in report.worst_first:
         numbers = ("" if x is None else repr(x) for x in (row.total, row.semantic, row.quality))
-        own = (row.name, row.prompt, *numbers, row.failure or "")
+        image_cells = (row.name, row.prompt, *numbers, row.failure or "")
         for line in row.lines or (("", "", "", ""),):
-            writer.writerow((*own, *line))
+            writer.writerow((*image_cells, *line))
     return _clean(file.getvalue())
 
 
 def to_json(report: Report) -> str:
-    """An object with the summary and a list of images, without their pixels."""
+    """Writes an object with the summary and a list of images, without their pixels."""
     images = []
     for row in report.worst_first:
-        fields: dict[str, Any] = dict(vars(row))
-        del fields["image"]
-        fields["parts"] = dict(row.parts)
+        fields: dict[str, Any] = {
+            "parts" if name == "by_score" else name: value
+            for name, value in vars(row).items()
+            if name != "image"
+        }
         images.append(fields | {"lines": [line._asdict() for line in row.lines]})
-    whole = {
+    summary = {
         "title": report.title,
         "how": report.how,
         "mean": report.mean,
@@ -212,7 +216,7 @@ def to_json(report: Report) -> str:
         "records_without_image": list(report.records_without_image),
         "images": images,
     }
-    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+    return json.dumps(summary, indent=1, allow_nan=False) + "\n"
 
 
 FORMATS = {".html": to_html, ".csv": to_csv, ".json": to_json}  # by a file's ending
@@ -220,18 +224,18 @@ FORMATS = {".html": to_html, ".csv": to_csv, ".json": to_json}  # by a file's en
 
 def _lines(record: Record, scores: Rewards, index: int, options: RewardOptions) -> tuple[Line, ...]:
     answers, ratings = scores.p_yes[index], scores.ratings[index]
-    asked = record.asked_questions if answers else []
+    questions = record.asked_questions if answers else []
     cut = len(record.asked_semantic)
     lines = [
         Line("semantic" if at < cut else "quality", question.tag, question.text, p)
-        for at, (question, p) in enumerate(zip(asked, answers, strict=True))
+        for at, (question, p) in enumerate(zip(questions, answers, strict=True))
     ]
     tags = ["semantic"] * len(options.rate_semantic) + ["quality"] * len(options.rate_quality)
     rated = zip(tags, rating_questions(options, record), ratings, strict=False)
-    return (*lines, *(Line("rating", *each) for each in rated))
+    return (*lines, *(Line("rating", *rating) for rating in rated))
 
 
-def _known(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
@@ -248,5 +252,5 @@ def _template() -> jinja2.Template:
 
 
 def _clean(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    """Replaces halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
