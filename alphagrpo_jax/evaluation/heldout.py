@@ -83,7 +83,7 @@ def pending(config: Config, log: MetricsLog, step: int) -> Pending:
         return Pending.UNTRAINED
     if config.train.steps == 0:
         return Pending.REPORT
-    return Pending.LAST_ROW if distributed.primary_says(log.owes(step)) else Pending.NONE
+    return Pending.LAST_ROW if distributed.primary_says(log.is_pending(step)) else Pending.NONE
 
 
 def evaluate(

@@ -52,18 +52,18 @@ class MetricsLog:
         """Returns whether the row of a step is there."""
         return any(row["step"] == step for row in self.rows)
 
-    def owes(self, step: int) -> bool:
+    def is_pending(self, step: int) -> bool:
         """Returns whether the evaluation of a step's row is still to be done."""
         return any(row["step"] == step and PENDING in row for row in self.rows)
 
     def complete(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Adds to the last row what it owes.
+        """Adds its pending evaluation to the last row.
 
         Raises:
-          ValueError: the last row is another one, or owes nothing.
+          ValueError: the last row is another one, or its evaluation is not pending.
         """
-        if not self.owes(step) or self.rows[-1]["step"] != step:
-            raise ValueError(f"step {step} owes no evaluation, or rows of later steps exist")
+        if not self.is_pending(step) or self.rows[-1]["step"] != step:
+            raise ValueError(f"step {step} has no pending evaluation, or rows of later steps exist")
         before = {key: value for key, value in self.rows[-1].items() if key != PENDING}
         self.rows[-1] = _row(step, before | dict(values))
         if self._writes:
@@ -199,7 +199,7 @@ class Writers:
 
     def log_row(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes a row, or completes one whose evaluation was pending."""
-        (self._log.complete if self._log.owes(step) else self._log.write)(step, row)
+        (self._log.complete if self._log.is_pending(step) else self._log.write)(step, row)
         self._board.write(step, row)
         self._console.progress(step, self._total, row)
 

@@ -24,7 +24,7 @@ def check_end(config: Config, log: MetricsLog, done: int) -> None:
     Raises:
       ConfigError: `train.steps` is too small.
     """
-    ended = log.owes(done) or any(
+    ended = log.is_pending(done) or any(
         row["step"] == done and "eval_greedy/reward/mean" in row for row in log.rows
     )
     if 0 < config.train.steps <= done and not (config.train.steps == done and ended):

@@ -52,16 +52,16 @@ def test_rows_behind_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert rows(tmp_path)[-1] == {"step": 3, "a": 30}
 
 
-def test_a_row_can_owe_its_evaluation(tmp_path):
+def test_the_evaluation_of_a_row_can_be_pending(tmp_path):
     log = metrics.MetricsLog(tmp_path, last_step=0)
     log.write(0, {"a": 1})
     log.write(1, {"b": math.nan, metrics.PENDING: 1})
     again = metrics.MetricsLog(tmp_path, last_step=1)
-    assert [again.owes(step) for step in range(3)] == [False, True, False]
+    assert [again.is_pending(step) for step in range(3)] == [False, True, False]
     again.complete(1, {"eval/a": 2.0})
     assert rows(tmp_path) == [{"step": 0, "a": 1}, {"step": 1, "b": None, "eval/a": 2.0}]
-    assert not again.owes(1)
-    with pytest.raises(ValueError, match="step 1 owes no evaluation"):
+    assert not again.is_pending(1)
+    with pytest.raises(ValueError, match="step 1 has no pending evaluation"):
         again.complete(1, {"eval/a": 3.0})
 
 
