@@ -1,6 +1,7 @@
 """Verifiers of the tests' tiny world, which a worker imports without JAX."""
 
 import contextlib
+import json
 import os
 import pathlib
 import time
@@ -73,3 +74,23 @@ class Constant:
 
     def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
         return [Answer(0.5) for _ in questions]
+
+
+class Interrupts(Honest):
+    """As `Honest`, but once sends the run a signal: `signal.json` holds its number and the image.
+
+    The signal arrives before the answer: the run stops after the very step that asked.
+    """
+
+    def __init__(self):
+        self.answered = 0
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        self.answered += 1
+        path = pathlib.Path("signal.json")
+        if path.exists():
+            number, after = json.loads(path.read_text())
+            if self.answered > after:
+                path.unlink()
+                os.kill(os.getppid(), number)
+        return super().answer(image, questions)

@@ -130,6 +130,7 @@ def write_records(path: pathlib.Path, count: int = 6) -> pathlib.Path:
 
 
 TIRES = ("--config.verifier.path=tiny_verifiers:Tires", "--config.verifier.max_attempts=1")
+INTERRUPTS = ("--config.verifier.path=tiny_verifiers:Interrupts",)
 
 
 def config(root: pathlib.Path) -> ml_collections.ConfigDict:

@@ -2,26 +2,15 @@
 
 import ast
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import bad_server
 import numpy as np
 import pytest
-import tiny_world
 from bad_server import BadServer
 
-TESTS = pathlib.Path(__file__).parent.parent
 KEY = "sk-train-0123456789abcdef"
 IMPATIENT = {"max_attempts": 2, "attempt_seconds": 3.0, "question_seconds": 2.0}
 FAULTS = ("500", "reset", "truncated", "nan", "no logprobs", "neither", "other request", "echo")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny_world.write_all(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -30,36 +19,32 @@ def server(world, request):
         yield server
 
 
-def train(world, server, name, **verifier):
-    """(exit code, everything printed, run folder, audit rows) of two steps with this server."""
-    fields = {
-        "verifier.kind": "openai",
-        "verifier.endpoints": repr((server.url,)),
-        "verifier.model": bad_server.MODEL,
-        "verifier.api_key_env": "TRAIN_KEY",
-        "verifier.workers": 2,
-        "verifier.attempt_seconds": 10.0,
-        "verifier.question_seconds": 5.0,
-        "verifier.max_attempts": 6,
-        "verifier.audit": f"{name}.audit.jsonl",
-        "train.steps": 2,
-    } | {f"verifier.{field}": value for field, value in verifier.items()}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "alphagrpo_jax.train"),
-            *(f"--config={TESTS / 'tiny_world.py'}", f"--workdir={name}"),
-            *(f"--config.{field}={value}" for field, value in fields.items()),
-        ],
-        cwd=world,
-        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "TRAIN_KEY": KEY},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    audit = (world / f"{name}.audit.jsonl").read_text().splitlines()
-    return done.returncode, done.stdout + done.stderr, world / name, list(map(json.loads, audit))
+@pytest.fixture
+def train(run, world, server):
+    """train(name, **verifier): two steps with the server.
+
+    Returns the exit code, everything printed, the run's folder, the rows of the audit log.
+    """
+
+    def train(name, **verifier):
+        fields = {
+            "verifier.kind": "openai",
+            "verifier.endpoints": repr((server.url,)),
+            "verifier.model": bad_server.MODEL,
+            "verifier.api_key_env": "TRAIN_KEY",
+            "verifier.workers": 2,
+            "verifier.attempt_seconds": 10.0,
+            "verifier.question_seconds": 5.0,
+            "verifier.max_attempts": 6,
+            "verifier.audit": f"{name}.audit.jsonl",
+            "train.steps": 2,
+        } | {f"verifier.{field}": value for field, value in verifier.items()}
+        flags = (f"--config.{field}={value}" for field, value in fields.items())
+        code, printed = run(world / name, *flags, TRAIN_KEY=KEY)
+        audit = (world / f"{name}.audit.jsonl").read_text().splitlines()
+        return code, printed, world / name, list(map(json.loads, audit))
+
+    return train
 
 
 def check_audit(audit, server):
@@ -106,9 +91,9 @@ def check_no_key(world, workdir, printed):
     assert KEY not in printed
 
 
-def test_a_flaky_endpoint_costs_no_sample(world, server):
+def test_a_flaky_endpoint_costs_no_sample(train, world, server):
     server.behave(*FAULTS, every=9)
-    code, printed, workdir, audit = train(world, server, "flaky")
+    code, printed, workdir, audit = train("flaky")
     assert code == 0, printed
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -121,9 +106,9 @@ def test_a_flaky_endpoint_costs_no_sample(world, server):
     check_no_key(world, workdir, printed)
 
 
-def test_an_endpoint_that_dies_stops_the_run_with_a_message(world, server):
+def test_an_endpoint_that_dies_stops_the_run_with_a_message(train, world, server):
     server.behave("die", after=30)
-    code, printed, workdir, audit = train(world, server, "dead", **IMPATIENT)
+    code, printed, workdir, audit = train("dead", **IMPATIENT)
     assert code == 1, printed
     assert "of the samples have no reward, at most 20% are allowed" in printed
     assert "reward.max_invalid_fraction" in printed

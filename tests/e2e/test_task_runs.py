@@ -18,6 +18,7 @@ MIXED = (
 )
 KINDS = {"srr": SRR, "mixed": MIXED}
 FAILS_AFTER = 52  # images: in the second step of the mixed run
+FIRST_STEP_OF_SRR = 20  # images: TODO
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -84,28 +85,42 @@ def test_the_queue_waits_in_the_checkpoint(whole):
         assert (waiting, drawn) == (2, 6)
 
 
-def test_resumed_in_the_middle_of_the_queue_equals_uninterrupted(
-    whole, start, run, rows, wait_for_step
-):
+@pytest.mark.parametrize("whole", ["srr"], indirect=True)
+def test_interrupted_in_the_middle_of_the_queue_equals_uninterrupted(whole, run, world, rows):
     workdir, arguments = whole
-    way = "stopped" if arguments == SRR else "killed"
-    other = workdir.with_name(f"{workdir.name}_{way}")
-    process, saved = start(other, *arguments), other / "checkpoints" / "2"
-    if way == "stopped":
-        wait_for_step(other, 1, process)
-        process.send_signal(signal.SIGTERM)
+    resumed = workdir.with_name("srr_interrupted")
+    (world / "signal.json").write_text(json.dumps([signal.SIGTERM, FIRST_STEP_OF_SRR]))
+    code, errors = run(resumed, *arguments, *tiny_world.INTERRUPTS)
+    assert code == 75, errors
+    assert rows(resumed) == rows(workdir)[:2]
+    code, errors = run(resumed, *arguments, *tiny_world.INTERRUPTS)
+    assert code == 0, errors
+    assert rows(resumed) == rows(workdir)
+
+
+@pytest.mark.parametrize("whole", ["mixed"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_process_stopped_and_resumed_equals_uninterrupted(
+    number, whole, start, run, rows, wait_for_step
+):
+    """SIGTERM in the second step; SIGKILL as soon as the checkpoint of that step is there."""
+    workdir, arguments = whole
+    resumed = workdir.with_name(f"mixed_{number.name}")
+    process, saved = start(resumed, *arguments), resumed / "checkpoints" / "2"
+    if number == signal.SIGTERM:
+        wait_for_step(resumed, 1, process)
     else:
         while process.poll() is None and not saved.exists():  # a folder takes its name when whole
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=1800)
-    if way == "stopped":
+    if number == signal.SIGTERM:
         assert process.returncode == 75, errors
     else:
         assert saved.exists(), errors
-    code, errors = run(other, *arguments)
+    code, errors = run(resumed, *arguments)
     assert code == 0, errors
-    assert rows(other) == rows(workdir)
+    assert rows(resumed) == rows(workdir)
 
 
 @pytest.mark.parametrize("whole", ["mixed"], indirect=True)

@@ -1,11 +1,9 @@
-"""The training command as a user starts, stops, kills and resumes it, on a tiny random model."""
+"""The training command as a user starts, stops and resumes it, on a tiny random model."""
 
 import json
-import pathlib
 import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -13,9 +11,6 @@ import tiny_world
 
 from alphagrpo_jax.models.bagel_weights import save_model
 from alphagrpo_jax.rewards.workers import ledger
-
-TESTS = pathlib.Path(__file__).parent.parent
-ROOT = TESTS.parent
 
 
 @pytest.fixture(scope="module")
@@ -85,39 +80,32 @@ def test_nothing_compiles_after_the_first_step(whole):
     assert len(set(counts)) == 1
 
 
-def test_a_finished_run_says_so(run, whole):
+def test_a_finished_run_says_so(run_process, whole):
+    """In a process of its own, which shows exit code 0."""
     before = (whole / "metrics.jsonl").read_text()
-    code, errors = run(whole)
+    code, errors = run_process(whole)
     assert code == 0
     assert "is finished: 4 steps are done" in errors
     assert (whole / "metrics.jsonl").read_text() == before
 
 
-def test_stopped_and_resumed_equals_uninterrupted(start, run, world, whole, rows, wait_for_step):
-    workdir = world / "stopped"
-    process = start(workdir)
-    wait_for_step(workdir, 1, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=1800)
-    assert process.returncode == 75, errors
+@pytest.mark.parametrize(
+    ("number", "images", "last"),
+    [(signal.SIGINT, 6 + 4, 1), (signal.SIGTERM, 1, None)],
+    ids=["in the first step", "in the first evaluation"],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    number, images, last, run, world, whole, rows
+):
+    workdir = world / f"interrupted_{number.name}"
+    (world / "signal.json").write_text(json.dumps([number, images]))
+    code, errors = run(workdir, *tiny_world.INTERRUPTS)
+    assert code == 75, errors
     assert "the same command continues" in errors
+    assert f"stopping after this step ({number.name})" in errors
     assert not (workdir / "DONE").exists()
-    assert len(rows(workdir)) < 5
-    code, errors = run(workdir)
-    assert code == 0, errors
-    assert rows(workdir) == rows(whole)
-
-
-def test_stopped_before_the_first_evaluation_is_done(start, run, world, whole, rows):
-    workdir = world / "early"
-    process = start(workdir)
-    while process.poll() is None and not (workdir / "config.json").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=1800)
-    assert process.returncode == 75, errors
-    assert rows(workdir) == []
-    code, errors = run(workdir)
+    assert rows(workdir) == ([] if last is None else rows(whole)[: last + 1])
+    code, errors = run(workdir, *tiny_world.INTERRUPTS)
     assert code == 0, errors
     assert rows(workdir) == rows(whole)
 
@@ -190,7 +178,11 @@ def test_samples_without_an_answer_are_left_out(run, world, rows):
     assert all(0.0 < row["reward/mean"] < 1.0 for row in found)  # never scored 0
 
 
-def test_killed_and_resumed_equals_uninterrupted(start, run, world, whole, rows, wait_for_step):
+@pytest.mark.slow
+def test_killed_behind_its_checkpoint_and_resumed_equals_uninterrupted(
+    start, run, world, whole, rows, wait_for_step
+):
+    """The row of step 3 is written, its checkpoint is not: the step is done again."""
     workdir = world / "killed"
     process = start(workdir)
     wait_for_step(workdir, 3, process)
@@ -201,23 +193,33 @@ def test_killed_and_resumed_equals_uninterrupted(start, run, world, whole, rows,
     assert rows(workdir) == rows(whole)
 
 
-def test_more_steps_continue_a_finished_run(run, world, rows):
-    """Compiled as users do: other tests compile without optimisation."""
-    workdir, optimised = world / "longer", {"XLA_FLAGS": ""}
-    code, errors = run(world / "optimised", **optimised)
+def test_more_steps_continue_a_finished_run(run, world, whole, rows):
+    workdir = world / "longer"
+    code, errors = run(workdir, "--config.train.steps=2")
+    assert code == 0, errors
+    assert (workdir / "DONE").exists()
+    code, errors = run(workdir, "--config.train.steps=4")
+    assert code == 0, errors
+    assert rows(workdir)[-1] == rows(whole)[-1]
+    code, errors = run(workdir, "--config.train.steps=3")  # behind the end
+    assert code == 0
+    assert "is finished: 4 steps are done" in errors
+
+
+@pytest.mark.slow
+def test_more_steps_continue_a_run_that_is_compiled_as_users_do(run_process, world, rows):
+    """All other tests compile without optimisation."""
+    workdir, optimised = world / "users", {"XLA_FLAGS": ""}
+    code, errors = run_process(world / "optimised", **optimised)
     assert code == 0, errors
     for row in rows(world / "optimised")[1:]:
         assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0
         assert row["logp/rollout_update_max_abs_diff"] < 1e-4
-    code, errors = run(workdir, "--config.train.steps=2", **optimised)
+    code, errors = run_process(workdir, "--config.train.steps=2", **optimised)
     assert code == 0, errors
-    assert (workdir / "DONE").exists()
-    code, errors = run(workdir, "--config.train.steps=4", **optimised)
+    code, errors = run_process(workdir, "--config.train.steps=4", **optimised)
     assert code == 0, errors
     assert rows(workdir)[-1] == rows(world / "optimised")[-1]
-    code, errors = run(workdir, "--config.train.steps=3")  # behind the end
-    assert code == 0
-    assert "is finished: 4 steps are done" in errors
 
 
 def test_no_steps_only_evaluate(run, world, whole, rows):
@@ -306,9 +308,10 @@ def test_the_policy_as_its_own_verifier(run, world, rows):
     assert len(set(counts)) == 1
 
 
-def test_eight_devices(run, world, rows):
+@pytest.mark.slow
+def test_eight_devices(run_process, world, rows):
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    code, errors = run(world / "eight", *mesh, "--config.train.steps=2", devices=8)
+    code, errors = run_process(world / "eight", *mesh, "--config.train.steps=2", devices=8)
     assert code == 0, errors
     last = rows(world / "eight")[-1]
     assert last["text/ratio_max_dev"] <= 1e-6
@@ -335,8 +338,9 @@ def test_wrong_usage_is_refused_with_two(run, world, arguments, message):
     assert "Traceback" not in errors
 
 
-def test_a_batch_that_the_mesh_does_not_divide(run, world):
-    code, errors = run(world / "refused", "--config.eval.micro_batch=3", devices=2)
+def test_a_batch_that_the_mesh_does_not_divide(run_process, world):
+    """In a process of its own: it has two devices, and shows exit code 2."""
+    code, errors = run_process(world / "refused", "--config.eval.micro_batch=3", devices=2)
     assert code == 2
     assert "eval.micro_batch=3 does not divide over mesh.data x mesh.fsdp = 2" in errors
 
@@ -363,9 +367,10 @@ def test_bad_input_fails_with_one_and_a_message(run, world, arguments, message):
     assert "Traceback" not in errors
 
 
-def test_a_folder_that_cannot_be_written(run, world):
+def test_a_folder_that_cannot_be_written(run_process, world):
+    """In a process of its own, which shows exit code 1."""
     (world / "file").write_text("")
-    code, errors = run(world / "file" / "run")
+    code, errors = run_process(world / "file" / "run")
     assert code == 1
     assert "cannot be written" in errors
 
