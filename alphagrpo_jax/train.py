@@ -79,7 +79,15 @@ def main(config: Config, workdir: pathlib.Path, console: Console) -> int:
         notify(f"{workdir} is finished: {done} steps are done")
         return DONE
     check_end(config, log, done)
-    writers = metrics_lib.Writers(config, log, workdir, console, step=done)
+    writers = metrics_lib.Writers(
+        log,
+        workdir,
+        console,
+        config=dataclasses.asdict(config),
+        tensorboard=config.log.tensorboard,
+        step=done,
+        total=config.train.steps,
+    )
     emergency = run_folder.EmergencyCheckpoint(saves, data, writers.log_row)
 
     with (

@@ -248,7 +248,7 @@ def _apply(
     Raises:
       TrainingError: loss or gradient is not finite.
     """
-    state, device_metrics = run.fns.apply(state, gradient, {"loss/total": loss_total})
+    state, device_metrics = run.fns.apply_gradient(state, gradient, {"loss/total": loss_total})
     metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
     if not metrics.pop("update/finite"):
         raise TrainingError(

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Installs on the first call, then runs the tests; arguments go to pytest.
+#   ./launch/test.sh            all but the slow ones
+#   ./launch/test.sh -m slow    the slow ones
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh

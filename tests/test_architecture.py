@@ -1,85 +1,40 @@
-"""Which file may import which, where torch and HTTP may appear, and how long files may be."""
+"""What may import what, by folder; where torch and HTTP may appear; how long files may be."""
 
 import ast
+import functools
 import itertools
 import pathlib
 from collections.abc import Iterator
-
-import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "alphagrpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
-# From the bottom to the top: a unit (a top-level file or a folder) imports only units before it.
-LIBRARIES = (
-    "ops",
-    "flow",
-    "config_fields",
-    "tasks",
-    "config",
-    "runtime",
-    "models",
-    "policy",
-    "types",
-    "optimizers",
-    "sampling",
-    "shapes",
+# The floors of the house, the lowest first: a unit imports units of lower floors alone. A unit is a
+# top-level module, a folder, or a folder inside one. Every other top-level module is a command.
+FLOORS = (
+    {"ops", "tasks", "runtime"},
+    {"config"},
+    {"config_checks", "flow", "loss", "refinement", "models", "rewards/verifiers", "shapes"},
+    {"policy", "types", "decomposition", "rewards/workers"},
+    {"prompts", "advantage", "sampling", "parity", "rewards"},
+    {"training"},
+    {"initial_images", "rollout", "reward", "update"},
+    {"evaluation", "inference"},
+    {"commands", "shapes/pretraining"},
+    {"studies"},
 )
-STAGES = ("prompts", "rollout", "rewards", "advantage", "refinement", "loss", "update")
-JOINTS = (
-    "evaluation",
-    "build",
-    "judges",
-    "jitted",
-    "guards",
-    "trainer",
-    "learner",
-    "heldout",
-    "run_folder",
-    "trained",
-    "inference",
-)  # stages put together, for the commands
-ORDER = {unit: level for level, unit in enumerate((*LIBRARIES, *STAGES, *JOINTS))}
-# Stages meet in the commands through types.py; these are the exceptions.
-BETWEEN_STAGES = {
-    ("update", "rollout"),  # the contexts that a rollout stored
-    ("update", "loss"),
-    ("prompts", "rewards"),  # the form of a record
-}
-# What stands above everything, as the commands do: they import it, nothing else does.
-COMMAND_FOLDERS = ("port",)
-TRAINING_SCRIPTS = (
-    "shapes/batches",
-    "shapes/measure",
-    "shapes/muon",
-    "shapes/pretrain",
-    "shapes/refine_study",
-    "shapes/reward_figures",
-    "shapes/study",
-    "shapes/tokenizer_build",
-    "shapes/train_",
-    "shapes/verifier_",
-)
+FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 
-PURE = ("ops", "flow", "loss", "advantage")
-PURE_MAY_IMPORT = {"jax", "numpy", "chex", "flax"}
-TORCH_PLACES = ("rewards/verifiers/", "serve_verifier", *TRAINING_SCRIPTS)
+PURE = {"ops", "flow", "loss", "advantage", "refinement"}
+PURE_MAY_IMPORT = {"alphagrpo_jax", "jax", "numpy", "chex", "flax"}
+PURE_MAY_IMPORT |= {"collections", "dataclasses", "functools", "math", "typing"}
+TORCH_PLACES = ("rewards/verifiers/", "shapes/pretraining/", "studies/", "serve_verifier")
+HTTP = {"http", "urllib", "requests", "httpx", "httpx2", "aiohttp"}
+HTTP |= {"fastapi", "starlette", "uvicorn"}
 HTTP_PLACES = ("rewards/verifiers/", "serve_verifier")
-HTTP = {
-    "http",
-    "urllib",
-    "requests",
-    "httpx",
-    "httpx2",
-    "aiohttp",
-    "fastapi",
-    "starlette",
-    "uvicorn",
-}
-
-NOT_MODELS = ("update", "steps")  # their `apply` is the optimizer's
+MODEL_PLACES = ("policy.py", "models/")
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 80
@@ -87,100 +42,111 @@ MAX_TRAIN_MAIN_LINES = 120
 MAX_GET_CONFIG_LINES = 150  # a flat list of fields
 
 
-def imports(path: pathlib.Path) -> Iterator[str]:
-    """Dotted names of all modules that a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(path: pathlib.Path) -> frozenset[str]:
+    """Dotted names of all modules and of their names that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            yield node.module
-            if node.module == "alphagrpo_jax":
-                yield from (f"alphagrpo_jax.{alias.name}" for alias in node.names)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
-def own_units(path: pathlib.Path) -> set[str]:
-    """The units of this package that a file imports: `ops`, `policy`, ..."""
-    names = (name.split(".") for name in imports(path))
-    units = {parts[1] for parts in names if parts[0] == "alphagrpo_jax" and len(parts) > 1}
-    return units - {"__version__"}
+def roots(path: pathlib.Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
 
 
 def relative(path: pathlib.Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def unit_of(path: pathlib.Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def unit_of(location: str) -> str:
+    """The unit of a file or module: "rewards/workers/pool" -> "rewards/workers"."""
+    first, second = [*location.removesuffix(".py").split("/"), ""][:2]
+    folder = f"{first}/{second}"
+    return folder if folder in FLOOR_OF else first
 
 
-def is_command(path: pathlib.Path) -> bool:
-    return unit_of(path) not in ORDER or relative(path).startswith(TRAINING_SCRIPTS)
+def floor_of(unit: str) -> int:
+    return FLOOR_OF.get(unit, FLOOR_OF["commands"])
 
 
-def test_every_unit_is_known():
-    for path in PACKAGE.glob("*.py"):
-        if is_command(path) and path.stem != "__init__":
-            is_run = '__name__ == "__main__"' in path.read_text()
-            assert is_run, f"{relative(path)}: neither a stage nor a library nor a command"
-    folders = {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
-    extra = folders - set(ORDER) - set(COMMAND_FOLDERS)
-    assert not extra, f"folders without a level: {sorted(extra)}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_imports_only_what_is_below(path: pathlib.Path):
-    unit = unit_of(path)
-    if is_command(path):
-        return  # it imports whatever it needs
+def imported_units(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """(imported name, its unit) for everything that a file imports from this package."""
     for name in imports(path):
-        below = name.removeprefix("alphagrpo_jax.").replace(".", "/")
-        assert not below.startswith(TRAINING_SCRIPTS), f"{relative(path)} imports {name}"
-    for target in own_units(path) - {unit}:
-        where = f"{relative(path)} imports {target}"
-        assert target in ORDER, f"{where}, a command"
-        if unit in STAGES and target in STAGES:
-            assert (unit, target) in BETWEEN_STAGES, f"{where}: stages meet in the commands only"
-        else:
-            assert ORDER[target] < ORDER[unit], f"{where}, which lies above it"
+        package, _, rest = name.partition(".")
+        unit = unit_of(rest.replace(".", "/"))
+        if package == "alphagrpo_jax" and not unit.startswith("__"):
+            yield name, unit
 
 
-def test_pure_math_imports_only_array_libraries():
-    standard = {"dataclasses", "math", "functools", "typing", "collections"}
+def test_every_unit_has_a_floor():
+    folders = {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    assert folders <= set(FLOOR_OF)
+    for path in PACKAGE.glob("*.py"):
+        if path.stem not in {*FLOOR_OF, "__init__"}:
+            assert '__name__ == "__main__"' in path.read_text(), f"{path.name} is no command"
+    for unit in set(FLOOR_OF) - {"commands"}:
+        assert (PACKAGE / unit).is_dir() or (PACKAGE / f"{unit}.py").exists(), f"{unit} is gone"
+
+
+def test_imports_lead_to_lower_floors():
+    """So there are no circles of units; files of one unit may import one another."""
+    wrong = []
     for path in FILES:
-        if unit_of(path) in PURE:
-            foreign = {name.split(".")[0] for name in imports(path)}
-            extra = foreign - PURE_MAY_IMPORT - standard - {"alphagrpo_jax"}
-            assert not extra, f"{relative(path)} imports {sorted(extra)}"
+        unit = unit_of(relative(path))
+        for name, imported in imported_units(path):
+            is_lower = floor_of(imported) < floor_of(unit)
+            if unit not in {imported, "__init__"} and not is_lower:
+                wrong.append(f"{relative(path)} (floor {floor_of(unit)}) imports {name}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    ("modules", "places"), [({"torch"}, TORCH_PLACES), (HTTP, HTTP_PLACES)], ids=["torch", "http"]
-)
-def test_torch_and_http_stay_in_their_places(modules: set[str], places: tuple[str, ...]):
+def test_files_do_not_import_in_circles():
+    graph = {}
     for path in FILES:
-        found = {name.split(".")[0] for name in imports(path)} & modules
-        if found:
-            assert relative(path).startswith(places), f"{relative(path)} imports {sorted(found)}"
+        module = relative(path).removesuffix(".py").removesuffix("/__init__")
+        names = {name.removeprefix("alphagrpo_jax.") for name, _ in imported_units(path)}
+        places = {name.replace(".", "/") for name in names}
+        graph[module] = {place for place in places | {p.rpartition("/")[0] for p in places}}
+    while leaves := {module for module, needed in graph.items() if not needed & graph.keys()}:
+        graph = {module: needed for module, needed in graph.items() if module not in leaves}
+    assert not graph, f"in or above a circle: {sorted(graph)}"
+
+
+def test_pure_math_imports_array_libraries_alone():
+    for path in FILES:
+        if unit_of(relative(path)) in PURE:
+            assert roots(path) <= PURE_MAY_IMPORT, relative(path)
+
+
+def test_torch_and_http_stay_in_their_places():
+    for modules, places in (({"torch"}, TORCH_PLACES), (HTTP, HTTP_PLACES)):
+        for path in FILES:
+            if not relative(path).startswith(places):
+                assert not roots(path) & modules, f"{relative(path)} imports {modules}"
 
 
 def test_configs_import_only_ml_collections():
-    assert CONFIGS, "no configs found"
+    assert CONFIGS, "no configs"
     for path in CONFIGS:
-        roots = {name.split(".")[0] for name in imports(path)}
-        assert roots <= {"ml_collections", "configs"}, f"{path.name} imports {sorted(roots)}"
+        assert roots(path) <= {"ml_collections", "configs"}, path.name
 
 
 def test_only_policy_applies_the_model():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr == "apply":
-                owner = ast.unparse(node.value)
-                where = f"{relative(path)}:{node.lineno} uses {owner}.apply"
-                # layers.py runs one layer of a stack, inside the model.
-                callers = ("policy.py", "models/layers.py", *TRAINING_SCRIPTS)
-                allowed = relative(path).startswith(callers)
-                assert allowed or owner.split(".")[-1] in NOT_MODELS, where
+        if not relative(path).startswith(MODEL_PLACES):
+            for node in ast.walk(parsed(path)):
+                applies = isinstance(node, ast.Attribute) and node.attr == "apply"
+                assert not applies, f"{relative(path)}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_keys_are_typed():
@@ -199,17 +165,19 @@ def described_lines(tree: ast.Module) -> int:
     )
 
 
-@pytest.mark.parametrize("path", FILES + CONFIGS, ids=lambda path: path.name)
-def test_sizes(path: pathlib.Path):
-    text = path.read_text()
-    count = len(text.splitlines()) - described_lines(ast.parse(text))
-    assert count <= MAX_FILE_LINES, f"{path.name} has {count} lines, at most {MAX_FILE_LINES}"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            lines = node.end_lineno - node.lineno + 1
-            limit = MAX_FUNCTION_LINES
-            if path.name == "train.py" and node.name == "main":
-                limit = MAX_TRAIN_MAIN_LINES
-            elif path in CONFIGS:
-                limit = MAX_GET_CONFIG_LINES
-            assert lines <= limit, f"{path.name}:{node.name} has {lines} lines, at most {limit}"
+def line_limit(path: pathlib.Path, function: str) -> int:
+    if path in CONFIGS:
+        return MAX_GET_CONFIG_LINES
+    is_train_main = (relative(path), function) == ("train.py", "main")
+    return MAX_TRAIN_MAIN_LINES if is_train_main else MAX_FUNCTION_LINES
+
+
+def test_sizes():
+    for path in FILES + CONFIGS:
+        count = len(path.read_text().splitlines()) - described_lines(parsed(path))
+        assert count <= MAX_FILE_LINES, f"{path} has {count} lines, at most {MAX_FILE_LINES}"
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef):
+                count, limit = node.end_lineno - node.lineno + 1, line_limit(path, node.name)
+                where = f"{path}:{node.name} has {count} lines, at most {limit}"
+                assert count <= limit, where

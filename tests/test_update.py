@@ -35,7 +35,7 @@ class World:
         )
         self.state = state.replace(trainable=moved)
         fns = steps_lib.compile_fns(self.config, loaded, state, optimizer, mesh)
-        fns = fns._replace(apply=self.apply)
+        fns = fns._replace(apply_gradient=self.apply)
         self.run = context.make_run(self.config, loaded, data, fns, None, root)
 
     def apply(self, state, gradient, metrics):

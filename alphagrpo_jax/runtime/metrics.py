@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.console import Console
@@ -176,26 +175,30 @@ class Writers:
 
     def __init__(
         self,
-        config: Config,
         log: MetricsLog,
         folder: str | os.PathLike,
         console: Console,
         *,
+        config: Mapping[str, Any],
+        tensorboard: bool,
         step: int,
+        total: int,
     ) -> None:
         """Opens the writers; only the primary process writes.
 
         Args:
-          config: the run's; `log` says which writers are on.
           log: the run's rows.
           folder: of the run.
           console: shows the rows to whoever watches.
+          config: the run's, as nested dicts; TensorBoard shows it.
+          tensorboard: write TensorBoard events too.
           step: steps done before.
+          total: steps of the run.
         """
-        self._log, self._console, self._total = log, console, config.train.steps
-        enabled = config.log.tensorboard and distributed.is_primary()
+        self._log, self._console, self._total = log, console, total
+        enabled = tensorboard and distributed.is_primary()
         self._board = TensorBoardWriter(folder, enabled=enabled, step=step)
-        self._board.write_config(step, dataclasses.asdict(config))
+        self._board.write_config(step, config)
 
     def log_row(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes a row, or completes one whose evaluation was pending."""

@@ -229,7 +229,7 @@ def backward(
     return gradient, metrics
 
 
-def apply(
+def apply_gradient(
     state: TrainState,
     gradient: Any,
     metrics: loss.Metrics,

@@ -63,7 +63,7 @@ class CompiledFns(NamedTuple):
     eval_initial: SampleFns | None  # one per prompt
     accumulate: Callable
     add: Callable  # gradients of two batches
-    apply: Callable
+    apply_gradient: Callable
 
 
 def compile_fns(
@@ -101,7 +101,7 @@ def compile_fns(
         eval_initial=eval_initial,
         accumulate=jax.jit(gradient_lib.accumulate, donate_argnums=0),
         add=jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second), donate_argnums=0),
-        apply=jax.jit(
+        apply_gradient=jax.jit(
             functools.partial(
                 _apply, optimizer=optimizer, schedule=optimizer_lib.make_schedule(config.optimizer)
             ),
@@ -128,9 +128,9 @@ def _apply(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
 ) -> tuple[TrainState, loss.Metrics]:
-    """Applies `gradient.apply`, and adds the learning rate to the metrics."""
+    """Applies `gradient.apply_gradient`, and adds the learning rate to the metrics."""
     rate = optimizer_lib.next_rate(state.opt_state, schedule=schedule)
-    new_state, metrics = gradient_lib.apply(state, gradient, metrics, optimizer=optimizer)
+    new_state, metrics = gradient_lib.apply_gradient(state, gradient, metrics, optimizer=optimizer)
     return new_state, metrics | {"update/learning_rate": rate}
 
 

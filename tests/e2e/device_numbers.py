@@ -56,7 +56,7 @@ def numbers(config, mesh, root, stored=None):
         found = jax.tree.map(np.asarray, found)
         attention = gradient["language_model"]["layers"]["self_attn"]
         spread = len(attention["q_proj"]["a"].sharding.device_set)
-        after, _ = whole.apply(state, gradient, metrics)
+        after, _ = whole.apply_gradient(state, gradient, metrics)
         found["updated"] = jax.tree.map(np.asarray, after.trainable)
     return stored, found, spread
 

@@ -232,7 +232,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer = optax.adamw(0.1)
     trainable = {"a": jnp.ones(3)}
     state = TrainState(trainable, optimizer.init(trainable), jax.random.key(0))
-    apply = functools.partial(gradient_lib.apply, optimizer=optimizer)
+    apply = functools.partial(gradient_lib.apply_gradient, optimizer=optimizer)
     for gradient, loss in (([jnp.nan, 1, 1], 0.0), ([1.0, 1, 1], jnp.inf)):
         metrics = {"loss/total": jnp.float32(loss)}
         after, metrics = apply(state, {"a": jnp.array(gradient)}, metrics)
