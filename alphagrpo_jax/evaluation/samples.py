@@ -13,8 +13,6 @@ from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.results import changes
 from alphagrpo_jax.training.context import Run
 
-REPORT_FILE = "report.html"  # of the newest evaluation
-
 
 def write_samples(
     run: Run,
@@ -53,7 +51,7 @@ def write_samples(
             panels=curves.panels(run_rows),
             changes=tuple(changes(run_rows)),
         )
-        replace_text(run.workdir / REPORT_FILE, report.to_html(page))
+        replace_text(run.workdir / metrics_lib.REPORT, report.to_html(page))
 
 
 def _rows_until(workdir: pathlib.Path, step: int, row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Writes what a run leaves for people: metrics.jsonl, TensorBoard events, sample grids."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from alphagrpo_jax.runtime.results import breakdown
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"  # the folder of the sample grids, inside the run's
+REPORT = "report.html"  # of the newest evaluation
 PENDING = "eval/pending"  # in a row whose evaluation failed and is still to be done
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alphagrpo_jax.config import Config
-from alphagrpo_jax.evaluation.samples import REPORT_FILE
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime.console import seconds_words
-from alphagrpo_jax.runtime.metrics import SAMPLES, sample_label
+from alphagrpo_jax.runtime.metrics import REPORT, SAMPLES, sample_label
 from alphagrpo_jax.runtime.results import changes
 from alphagrpo_jax.tasks import TASKS, Task
 
@@ -38,10 +37,10 @@ def closing_words(
     """
     folder = shlex.quote(str(workdir))
     lines = [*result_lines(rows), f"  time       {seconds_words(seconds)} in this start"]
-    if (workdir / REPORT_FILE).exists():
+    if (workdir / REPORT).exists():
         labels = [sample_label(row["step"]) for row in rows if "eval/reward/mean" in row]
         lines += [
-            f"  report     {workdir / REPORT_FILE}: curves, then samples with all answers",
+            f"  report     {workdir / REPORT}: curves, then samples with all answers",
             f"  samples    {workdir / SAMPLES}: {labels[0]} to {labels[-1]}",
         ]
     lines.append(f"  numbers    {workdir / 'metrics.jsonl'}")

@@ -272,13 +272,11 @@ def train(
             scale = jnp.float32(schedule(step, steps))
             state, metrics = update(state, frozen, batch, prompts, scale, key)
             row = {name: round(float(value), 5) for name, value in metrics.items()}
-            step += 1
-            spent = time.monotonic() - start_time
+            step, spent = step + 1, time.monotonic() - start_time
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items()}, refresh=False)
             if step % LOG_EVERY == 0:
-                with log.open("a") as file:
-                    file.write(json.dumps({"step": step, "spent": round(spent, 1), **row}) + "\n")
+                _append_row(log, {"step": step, "spent": round(spent, 1), **row})
             if stopped():
                 break
             if spent - last_save > CHECKPOINT_SECONDS:
@@ -287,6 +285,11 @@ def train(
     save()
     saves.close()
     return cli.DONE if step == steps else cli.STOPPED
+
+
+def _append_row(log: pathlib.Path, row: dict) -> None:
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _initial_state(params: dict, recipe: Recipe) -> PretrainState:
