@@ -35,6 +35,7 @@ from alphagrpo_jax.training.closing import closing_words
 from alphagrpo_jax.training.context import Run, make_run
 from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.steps import compile_fns
+from alphagrpo_jax.training.writers import Writers
 from alphagrpo_jax.types import (
     BatchAdvantages,
     BatchRewards,
@@ -47,9 +48,18 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configurati
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config name>.")
 
 
-def main(config: Config, workdir: pathlib.Path, console: Console) -> int:
-    """Runs a configuration in a folder, from where it stands; returns the exit code."""
+def main(config: Config, workdir: pathlib.Path, console: Console | None = None) -> int:
+    """Runs a configuration in a folder, from where it stands; returns the exit code.
+
+    Args:
+      config: the run's.
+      workdir: the run's folder.
+      console: shows phases and progress; None: nothing is shown.
+    Raises:
+      UserError: the run cannot start or go on; the message says what to do.
+    """
     # ------------------------------------------------------------------ build
+    console = console or Console(enabled=False)
     stop, compiles = StopFlag(), metrics_lib.CompileCounter()
     console.compile_seconds = lambda: compiles.seconds
     mesh = setup.make_mesh(config)
@@ -79,7 +89,7 @@ def main(config: Config, workdir: pathlib.Path, console: Console) -> int:
         notify(f"{workdir} is finished: {done} steps are done")
         return DONE
     check_end(config, log, done)
-    writers = metrics_lib.Writers(
+    writers = Writers(
         log,
         workdir,
         console,
@@ -201,7 +211,7 @@ def evaluate_pending(
     position: DataPosition,
     data: Mapping[str, prompts.TaskData],
     log: metrics_lib.MetricsLog,
-    writers: metrics_lib.Writers,
+    writers: Writers,
     stop: StopFlag,
 ) -> bool:
     """Does the evaluation that is due before the first update; see `heldout.Pending`.

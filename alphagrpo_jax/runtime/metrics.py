@@ -14,9 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
-from alphagrpo_jax.runtime.console import Console
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.results import breakdown
 
@@ -168,47 +166,6 @@ def write_samples(
     large = Image.fromarray(grid.repeat(scale, axis=0).repeat(scale, axis=1))
     large.save(folder / f"{name}.png")
     replace_text(folder / f"{name}.json", json.dumps(list(captions), indent=1) + "\n")
-
-
-class Writers:
-    """Writes a run's rows to metrics.jsonl, to TensorBoard and on the console."""
-
-    def __init__(
-        self,
-        log: MetricsLog,
-        folder: str | os.PathLike,
-        console: Console,
-        *,
-        config: Mapping[str, Any],
-        tensorboard: bool,
-        step: int,
-        total: int,
-    ) -> None:
-        """Opens the writers; only the primary process writes.
-
-        Args:
-          log: the run's rows.
-          folder: of the run.
-          console: shows the rows to whoever watches.
-          config: the run's, as nested dicts; TensorBoard shows it.
-          tensorboard: write TensorBoard events too.
-          step: steps done before.
-          total: steps of the run.
-        """
-        self._log, self._console, self._total = log, console, total
-        enabled = tensorboard and distributed.is_primary()
-        self._board = TensorBoardWriter(folder, enabled=enabled, step=step)
-        self._board.write_config(step, config)
-
-    def log_row(self, step: int, row: Mapping[str, Any]) -> None:
-        """Writes a row, or completes one whose evaluation was pending."""
-        (self._log.complete if self._log.is_pending(step) else self._log.write)(step, row)
-        self._board.write(step, row)
-        self._console.progress(step, self._total, row)
-
-    def close(self) -> None:
-        """Ends the event file."""
-        self._board.close()
 
 
 class Timer:
