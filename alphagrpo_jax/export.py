@@ -19,7 +19,7 @@ from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import AccessError
 
 
-def merged(policy: inference.Policy) -> dict:
+def merged_weights(policy: inference.Policy) -> dict:
     """Returns the policy's weights as one base tree, adapters merged in, in the dtypes loaded."""
     params = policy.params
     if params.lora is None:
@@ -43,7 +43,7 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AccessError(f"{out} exists and is not an empty folder; give another --out")
     policy = inference.from_run(run, model_path=model_path)
-    base = merged(policy)
+    base = merged_weights(policy)
     loaded = dataclasses.replace(policy.loaded, dtypes=policy.loaded.dtypes | memory_dtypes(base))
     save_model(folder, loaded, base=base, dtype=dtype)
     return policy.step

@@ -67,7 +67,7 @@ def test_exported_weights_draw_the_same(run: str, request, tmp_path: pathlib.Pat
     assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 0
     policy = inference.from_run(run_folder)
     reloaded = load_model(out)
-    expected = export.merged(policy)
+    expected = export.merged_weights(policy)
     jax.tree.map(np.testing.assert_array_equal, reloaded.base, expected)
     changed = [
         bool(np.any(a != b))
@@ -91,7 +91,7 @@ def test_export_rounds_only_when_told_to(run_folder: pathlib.Path, tmp_path: pat
     assert export.main([*flags, "--dtype", "bfloat16"]) == 0
     rounded = jax.tree.map(
         lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32),
-        export.merged(inference.from_run(run_folder)),
+        export.merged_weights(inference.from_run(run_folder)),
     )
     again = load_model(tmp_path / "half")
     jax.tree.map(np.testing.assert_array_equal, again.base, rounded)
