@@ -62,6 +62,10 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
             "model folder; set verifier.path to one, to ORG/NAME of the hub or to package:verifier"
         )
     transformers_logging.disable_progress_bar()  # one of every worker would run through one line
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise VerifierLoadError(
+            f"got dtype {dtype!r}, expected float32, bfloat16, float16 or auto (the folder's own)"
+        )
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         model, found = AutoModelForImageTextToText.from_pretrained(

@@ -136,6 +136,18 @@ def test_other_images_are_refused(verifier, bad):
         verifier.answer(bad, QUESTIONS)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float12"}, "got dtype 'float12', expected float32"),
+        ({"device": "gpu"}, "cannot run on device 'gpu'"),
+    ],
+)
+def test_a_wrong_dtype_or_device_is_explained(llava_folder, options, message):
+    with pytest.raises(VerifierLoadError, match=message):
+        HFVerifier(llava_folder, **options)
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(VerifierLoadError, match=r"has no config\.json"):
         HFVerifier(tmp_path / "nowhere")

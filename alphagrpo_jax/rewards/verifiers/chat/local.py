@@ -40,6 +40,12 @@ class HFChat:
                 retryable=False,
             )
         transformers.utils.logging.disable_progress_bar()  # the command shows its progress itself
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise LanguageModelError(
+                f"got dtype {dtype!r}, expected float32, bfloat16, float16 or auto",
+                kind="failed",
+                retryable=False,
+            )
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

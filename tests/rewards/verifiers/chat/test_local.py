@@ -141,6 +141,18 @@ def test_broken_folders_are_explained(causal_folder, tmp_path, name):
         HFChat(folder, device="cpu", dtype="auto", max_tokens=5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float12"}, "got dtype 'float12', expected float32"),
+        ({"device": "gpu"}, "cannot run on device 'gpu'"),
+    ],
+)
+def test_a_wrong_dtype_or_device_is_explained(causal_folder, options, message):
+    with pytest.raises(LanguageModelError, match=message):
+        HFChat(causal_folder, **{"device": "cpu", "dtype": "auto", "max_tokens": 5} | options)
+
+
 def test_a_template_that_refuses_the_chat_is_explained(causal_folder, tmp_path):
     folder = shutil.copytree(causal_folder, tmp_path / "model")
     refusal = "{{ raise_exception('no system turns') }}"
