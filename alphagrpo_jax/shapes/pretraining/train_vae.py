@@ -369,7 +369,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kl-weight", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=pathlib.Path, help="folder whose weights to begin with")
-    parser.add_argument("--latent-noise", type=float, help="train the decoder alone, see loss_of")
+    parser.add_argument("--latent-noise", type=float, help="train the decoder alone, see vae_loss")
     parser.add_argument("--crowded", type=float, default=0.5, help="share of crowded scenes")
     parser.add_argument("--threads", type=int, default=2, help="no more than there are idle cores")
     return parser.parse_args(arguments)

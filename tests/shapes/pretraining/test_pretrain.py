@@ -63,7 +63,7 @@ def check_resume(folder: pathlib.Path, **options) -> None:
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "loss_of", drawing_alone)
+    monkeypatch.setattr(pretrain, "pretraining_loss", drawing_alone)
     monkeypatch.setattr(pretrain, "LOG_EVERY", 1)
     check_resume(tmp_path)
     weights = tmp_path / "parts" / bagel_weights.EMA
