@@ -73,6 +73,7 @@ def test_operations_and_bytes_of_bagel():
     assert written.bytes == 3 * 2 * (weights + head + 2 * 7 * 4 * 128 * 28 * 2)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     folder, out = tiny_world.write_model(tmp_path / "model"), tmp_path / "figures.json"
     assert policy_speed.main([f"--sizes={folder}", *SMALL, f"--out={out}"]) == 0

@@ -62,6 +62,7 @@ def check_resume(folder: pathlib.Path, **options) -> None:
     assert [row["step"] for row in rows(resumed)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "pretraining_loss", drawing_alone)
     monkeypatch.setattr(pretrain, "LOG_EVERY", 1)
