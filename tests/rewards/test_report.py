@@ -159,7 +159,7 @@ def test_a_run_opens_with_its_curves_and_asks_for_nothing_else(three):
     assert page.tags.count("polyline") == 4  # training, held-out; all, the kind
     assert page.tags.count("circle") == 1 + 3 * 2
     assert "script" not in page.tags
-    assert "http" not in text
+    assert "://" not in text
     assert "url(" not in text
     assert not {name for name, _ in page.attributes} & {"href", "action", "xlink:href", "onload"}
     assert {value for name, value in page.attributes if name == "src"} == {URL}
