@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
+from absl import logging
+
 from alphagrpo_jax.runtime.results import breakdown
 
 TICK_SECONDS = 0.5  # between two drawings of a running phase on a terminal
@@ -50,15 +52,19 @@ class Console:
         self._first: contextlib.ExitStack | None = None  # the first step, while it runs
         self._steps_from: tuple[int, float] | None = None  # a step and when it was done
         self._step_shown = -PLAIN_SECONDS  # when a step was last shown without a terminal
-        self._taken = contextlib.ExitStack()
+        self._redirection = contextlib.ExitStack()
 
     def __enter__(self) -> "Console":
         if self._rewrites:
-            self._taken.enter_context(contextlib.redirect_stderr(_Above(self)))
+            above = _Above(self)
+            self._redirection.enter_context(contextlib.redirect_stderr(above))
+            handler = logging.get_absl_handler().python_handler  # has its stream since its import
+            if handler.stream is self._stream:
+                self._redirection.callback(handler.setStream, handler.setStream(above))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._taken.close()
+        self._redirection.close()
         if self._first is not None:
             self._first.__exit__(*error)
         with self._lock:

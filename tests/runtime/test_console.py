@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from absl import logging
 
 from alphagrpo_jax.runtime import console as console_lib
 from alphagrpo_jax.runtime.console import Console
@@ -132,6 +133,18 @@ def test_messages_of_others_stand_above_the_line(terminal):
     lines = terminal.screen()
     assert lines[:2] == ["a notice", "half a line"]
     assert lines[2].startswith("step 3 of 9: ")
+
+
+def test_log_messages_stand_above_the_line(terminal, monkeypatch):
+    handler = logging.get_absl_handler().python_handler
+    monkeypatch.setattr(handler, "stream", terminal)
+    with Console(terminal) as console, console.phase("starting the verifiers"):
+        record = logging.get_absl_logger().makeRecord("x", 40, "pool.py", 1, "worker 0", (), None)
+        handler.emit(record)
+    assert handler.stream is terminal
+    *_, message, phase, _ = terminal.screen()
+    assert message.endswith("worker 0")
+    assert phase.startswith("starting the verifiers ... 0.")
 
 
 def test_a_bar_of_a_library_is_left_alone(terminal, monkeypatch):
