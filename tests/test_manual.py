@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterator
 
 import pytest
+from test_architecture import FLOORS
 
 from alphagrpo_jax import tasks
 from alphagrpo_jax.runtime.metric_reductions import REDUCTIONS
@@ -222,6 +223,13 @@ def test_architecture_names_every_part():
             assert f"`{path.stem}`" in text or f"`{path.name}`" in text, path.name
         elif any(path.glob("*.py")):
             assert f"`{path.name}/`" in text, path.name
+
+
+def test_architecture_has_the_floors_that_are_checked():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", text, re.MULTILINE)
+    floors = [set(re.sub(r"`|/`|the ", "", parts).split(", ")) for _, parts in rows]
+    assert floors == list(FLOORS)
 
 
 def test_readme_is_a_page():
