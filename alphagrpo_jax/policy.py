@@ -3,12 +3,13 @@
 In every function `model` is static (hashable) and `params` are the weights.
 Shapes: B rows, T text tokens, M image tokens, C latent token width, D width, V vocabulary.
 A text is `<|im_start|> ... <|im_end|>` and takes one RoPE id per token; an image block is
-`<|vision_start|> tokens <|vision_end|>`, sees itself fully, and takes a single RoPE id. Every
-token sees the whole context. Padding is masked, and a row never depends on its neighbours.
+`<|vision_start|> tokens <|vision_end|>`, attends to all of itself, and takes a single RoPE id.
+Every token attends to the full context. Padding is masked; a row never depends on its neighbors.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -42,7 +43,7 @@ class PolicyParams:
 
 
 def call(model: Bagel, params: PolicyParams, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Any method of `Bagel` with the policy's weights; the functions below are made of it."""
+    """Calls a method of `Bagel` with the policy's weights; the functions below are made of it."""
     variables = {"params": params.base}
     if params.lora is not None:
         variables["lora"] = lora.scaled(params.lora, params.lora_scale)
@@ -67,11 +68,12 @@ def extend_text(
     positions = ctx.rope[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden, segment = _decode(model, params, ctx, und, positions, causal_mask(mask))
     advance = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    return kv_cache.append(ctx, segment.replace(valid=mask), advance), hidden.und
+    segment = dataclasses.replace(segment, valid=mask)
+    return kv_cache.append(ctx, segment, advance), hidden.und
 
 
 def text_logits(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
-    """float[B, T, D] hidden states (normed) -> float32[B, T, V]."""
+    """Computes logits float32[B, T, V] of hidden states float[B, T, D] (normed)."""
     return call(model, params, "logits", hidden)
 
 
@@ -84,7 +86,7 @@ def text_log_probs(
     *,
     temperature: float,
 ) -> TextLogProbs:
-    """Log-probability and entropy of every token after the first.
+    """Computes log-probability and entropy of every token after the first.
 
     `log softmax(logits_t / temperature)[token_{t+1}]` of the full softmax, in float32
     (AlphaGRPO, sampling: top-p is not part of the scored distribution).
@@ -101,7 +103,7 @@ def text_log_probs(
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:
-    """An empty text of at most `max_tokens` tokens behind a context."""
+    """Allocates an empty text of at most `max_tokens` tokens behind a context."""
     cfg, batch = model.config.llm, ctx.rope.shape[0]
     shape = (
         cfg.num_hidden_layers, batch, max_tokens, cfg.num_key_value_heads, cfg.head_dim
@@ -134,23 +136,26 @@ def decode_step(
     und = call(model, params, "embed_text", token[:, None])
     past = cache.segment
     so_far = Context((*ctx.segments, past), cache.rope)
-    own = jnp.ones((1, 1, 1), bool)
-    hidden, new = _decode(model, params, so_far, Tokens(und, None), cache.rope[:, None], own)
-    at = cache.step
+    self_mask = jnp.ones((1, 1, 1), bool)
+    positions = cache.rope[:, None]
+    hidden, token_segment = _decode(model, params, so_far, Tokens(und, None), positions, self_mask)
 
-    def write(old: jax.Array, value: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), at, axis)
+    def write(buffer: jax.Array, value: jax.Array, axis: int) -> jax.Array:
+        value = value.astype(buffer.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, value, cache.step, axis)
 
     segment = Segment(
-        write(past.k, new.k, 2), write(past.v, new.v, 2), write(past.valid, active[:, None], 1)
+        k=write(past.k, token_segment.k, 2),
+        v=write(past.v, token_segment.v, 2),
+        valid=write(past.valid, active[:, None], 1),
     )
     rope = cache.rope + active.astype(jnp.int32)
     logits = text_logits(model, params, hidden.und)[:, 0]
-    return DecodeCache(segment, rope, at + 1), logits
+    return DecodeCache(segment, rope, cache.step + 1), logits
 
 
 def end_decode(ctx: Context, cache: DecodeCache) -> Context:
-    """The context followed by the text that was written."""
+    """Returns the context followed by the text that was written."""
     return Context((*ctx.segments, cache.segment), cache.rope)
 
 
@@ -165,8 +170,9 @@ def extend_vae(
       grid: token rows and columns.
     """
     sigma = jnp.zeros(latents.shape[:1], jnp.float32)
-    _, segment = _latent_block(model, params, ctx, latents, sigma, grid)
-    return kv_cache.append(kv_cache.broadcast(ctx, latents.shape[0]), segment, 1)
+    block = _latent_block(model, params, ctx, latents, sigma, grid)
+    _, segment = _decode(model, params, *block)
+    return kv_cache.append(block.ctx, segment, 1)
 
 
 def extend_vit(
@@ -181,10 +187,10 @@ def extend_vit(
     """
     ctx = kv_cache.broadcast(ctx, patches.shape[0])
     marks = _delimiters(model, params, patches.shape[0])
-    seen = embed_patches(model, params, patches, grid)
-    und = jnp.concatenate([marks[:, :1], seen, marks[:, 1:]], axis=1)
-    positions, own = _image_geometry(ctx, und.shape[1])
-    _, segment = _decode(model, params, ctx, Tokens(und, None), positions, own)
+    vit_tokens = embed_patches(model, params, patches, grid)
+    und = jnp.concatenate([marks[:, :1], vit_tokens, marks[:, 1:]], axis=1)
+    positions, self_mask = _image_geometry(ctx, und.shape[1])
+    _, segment = _decode(model, params, ctx, Tokens(und, None), positions, self_mask)
     return kv_cache.append(ctx, segment, 1)
 
 
@@ -204,9 +210,9 @@ def extend_image(
     """
     latents = encode_image(model, params, images)
     ctx = extend_vae(model, params, ctx, latents, model.config.latent_grid(*images.shape[1:3]))
-    seen = images if vit_images is None else vit_images
-    patches = patchify(seen, model.config.vit.patch_size)
-    return extend_vit(model, params, ctx, patches, model.config.vit_grid(*seen.shape[1:3]))
+    vit_images = images if vit_images is None else vit_images
+    patches = patchify(vit_images, model.config.vit.patch_size)
+    return extend_vit(model, params, ctx, patches, model.config.vit_grid(*vit_images.shape[1:3]))
 
 
 def velocity(
@@ -217,7 +223,7 @@ def velocity(
     sigma: jax.Array,
     grid: tuple[int, int],
 ) -> jax.Array:
-    """Velocity (noise minus data) of noisy latents in a context; nothing is cached.
+    """Computes the velocity (noise minus data) of noisy latents in a context; caches nothing.
 
     Args:
       ctx: context of B rows (or one); merge it once before many calls.
@@ -227,7 +233,7 @@ def velocity(
     Returns:
       float32[B, M, C].
     """
-    hidden, _ = _latent_block(model, params, ctx, x, sigma, grid, keep_cache=False)
+    hidden = _decode_uncached(model, params, *_latent_block(model, params, ctx, x, sigma, grid))
     return call(model, params, "read_velocity", hidden.gen)
 
 
@@ -239,9 +245,10 @@ def packed_velocity(
     sigma: jax.Array,
     grid: tuple[int, int],
 ) -> jax.Array:
-    """Velocities of several noisy versions of each row's image, all in the row's one context.
+    """Computes the velocities of R noisy versions of each row's image in the row's one context.
 
-    The same numbers as `velocity` on every version alone; the context is read once per row.
+    The same numbers as `velocity` on every version alone: the versions are packed into one
+    sequence whose mask hides them from each other, so that the context is read once per row.
 
     Args:
       ctx: context of B rows.
@@ -252,15 +259,17 @@ def packed_velocity(
       float32[B, R, M, C].
     """
     chex.assert_rank([x, sigma], [4, 2])
-    batch, draws, latents, _ = x.shape
-    flat_x, flat_sigma = x.reshape(batch * draws, *x.shape[2:]), sigma.reshape(batch * draws)
+    batch, versions, latents, _ = x.shape
+    flat_x, flat_sigma = x.reshape(batch * versions, *x.shape[2:]), sigma.reshape(batch * versions)
     gen = embed_latents(model, params, flat_x, flat_sigma, grid)
-    marks = jnp.tile(_delimiters(model, params, batch), (1, draws, 1))
-    tokens = Tokens(marks, gen.reshape(batch, draws * latents, -1))
-    version = np.concatenate([np.repeat(np.arange(draws), 2), np.repeat(np.arange(draws), latents)])
-    own = jnp.asarray(version[None, :, None] == version[None, None, :])
+    marks = jnp.tile(_delimiters(model, params, batch), (1, versions, 1))
+    tokens = Tokens(marks, gen.reshape(batch, versions * latents, -1))
+    numbers = np.arange(versions)
+    # The version of every token in the decoder's order: all delimiters, then all latents.
+    version = np.concatenate([np.repeat(numbers, 2), np.repeat(numbers, latents)])
+    self_mask = jnp.asarray(version[None, :, None] == version[None, None, :])
     positions, _ = _image_geometry(ctx, len(version))
-    hidden, _ = _decode(model, params, ctx, tokens, positions, own, keep_cache=False)
+    hidden = _decode_uncached(model, params, ctx, tokens, positions, self_mask)
     return call(model, params, "read_velocity", hidden.gen).reshape(x.shape)
 
 
@@ -275,7 +284,7 @@ def guided_velocity(
     *,
     active: bool | None = None,
 ) -> jax.Array:
-    """Velocity with classifier-free guidance; branches with a scale <= 1 are not evaluated.
+    """Computes the guided velocity; branches with a scale <= 1 are not evaluated.
 
     Args:
       contexts: the three contexts.
@@ -283,7 +292,7 @@ def guided_velocity(
       sigma: float32[B].
       grid: token rows and columns.
       guidance: scales, interval, renormalisation.
-      active: whether sigma lies in the guidance interval, if it is known statically; None:
+      active: True if sigma lies in the guidance interval, where that is known statically; None:
         decided per row on the device, at the price of evaluating all branches.
     Returns:
       float32[B, M, C].
@@ -307,7 +316,7 @@ def joint_forward(
     positions: jax.Array,
     mask: jax.Array,
 ) -> Tokens:
-    """One pass over a whole sequence with explicit positions and mask (no cache).
+    """Runs the decoder once over a full sequence with explicit positions and mask (no cache).
 
     Args:
       tokens: embedded und and gen tokens (`embed_text`, `embed_latents`, `embed_patches`).
@@ -321,37 +330,37 @@ def joint_forward(
 
 
 def embed_text(model: Bagel, params: PolicyParams, tokens: jax.Array) -> jax.Array:
-    """int32[B, T] -> float[B, T, D]."""
+    """Embeds tokens int32[B, T] as float[B, T, D]."""
     return call(model, params, "embed_text", tokens)
 
 
 def embed_latents(
     model: Bagel, params: PolicyParams, x: jax.Array, sigma: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-    """float[B, M, C] at noise level float[B] -> float[B, M, D]."""
+    """Embeds latents float[B, M, C] at noise level float[B] as float[B, M, D]."""
     return call(model, params, "embed_latents", x, sigma, grid=grid)
 
 
 def embed_patches(
     model: Bagel, params: PolicyParams, patches: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-    """float[B, Mv, patch width] -> float[B, Mv, D]."""
+    """Embeds ViT patches float[B, Mv, patch width] as float[B, Mv, D]."""
     return call(model, params, "embed_patches", patches, grid=grid)
 
 
 def read_velocity(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
-    """float[B, M, D] hidden states of latent tokens (normed) -> float32[B, M, C]."""
+    """Computes velocities float32[B, M, C] of latent tokens' hidden states float[B, M, D]."""
     return call(model, params, "read_velocity", hidden)
 
 
 def encode_image(
     model: Bagel, params: PolicyParams, images: jax.Array, noise: jax.Array | None = None
 ) -> jax.Array:
-    """Latent tokens of images.
+    """Encodes images as latent tokens.
 
     Args:
       images: float32[B, Hpx, Wpx, 3] in [-1, 1].
-      noise: float32[B, h, w, z] to draw from the posterior; None: its mean.
+      noise: float32[B, h, w, z] to sample the posterior; None: its mean.
     Returns:
       float32[B, M, C].
     """
@@ -363,7 +372,7 @@ def encode_image(
 def decode_latents(
     model: Bagel, params: PolicyParams, latents: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-    """Images of latent tokens.
+    """Decodes latent tokens as images.
 
     Args:
       latents: float[B, M, C].
@@ -375,30 +384,53 @@ def decode_latents(
     return jnp.clip(call(model, params, "decode_image", latent), -1.0, 1.0)
 
 
+class _Block(NamedTuple):
+    """New tokens, all of them valid, and where they stand: the last arguments of `_decode`."""
+
+    ctx: Context
+    tokens: Tokens
+    positions: jax.Array  # int32[B, T], RoPE ids in the order und, gen
+    self_mask: jax.Array  # bool[B or 1, T or 1, T], among the new tokens
+
+
 def _decode(
     model: Bagel,
     params: PolicyParams,
     ctx: Context,
     tokens: Tokens,
     positions: jax.Array,
-    own: jax.Array,
-    **flags: bool,
-) -> tuple[Tokens, Segment | None]:
-    """New tokens over a context, all of them valid; `own` is their mask among themselves, `flags`
-    are those of `Bagel.decode`."""
-    masks = (*(segment.valid[:, None] for segment in ctx.segments), own)
-    hidden, pair = call(model, params, "decode", tokens, positions, ctx.segments, masks, **flags)
-    return hidden, pair and Segment(*pair, jnp.ones(positions.shape, bool))
+    self_mask: jax.Array,
+) -> tuple[Tokens, Segment]:
+    """Runs new tokens over a context; returns their hidden states and the segment to append."""
+    masks = (*(segment.valid[:, None] for segment in ctx.segments), self_mask)
+    hidden, (k, v) = call(model, params, "decode", tokens, positions, ctx.segments, masks)
+    return hidden, Segment(k, v, jnp.ones(positions.shape, bool))
+
+
+def _decode_uncached(
+    model: Bagel,
+    params: PolicyParams,
+    ctx: Context,
+    tokens: Tokens,
+    positions: jax.Array,
+    self_mask: jax.Array,
+) -> Tokens:
+    """Runs new tokens over a context without keeping their keys and values."""
+    masks = (*(segment.valid[:, None] for segment in ctx.segments), self_mask)
+    hidden, _ = call(
+        model, params, "decode", tokens, positions, ctx.segments, masks, keep_cache=False
+    )
+    return hidden
 
 
 def _image_geometry(ctx: Context, length: int) -> tuple[jax.Array, jax.Array]:
-    """An image block's RoPE ids int32[B, T], all the same, and its own mask, full."""
+    """Returns an image block's RoPE ids int32[B, T], all the same, and its full self-mask."""
     positions = jnp.broadcast_to(ctx.rope[:, None], (ctx.rope.shape[0], length))
     return positions, jnp.ones((1, 1, length), bool)
 
 
 def _delimiters(model: Bagel, params: PolicyParams, batch: int) -> jax.Array:
-    """Embedded `<|vision_start|>`, `<|vision_end|>`, float[B, 2, D]."""
+    """Embeds `<|vision_start|>` and `<|vision_end|>` as float[B, 2, D]."""
     ids = model.config.tokens
     marks = jnp.array([[ids.vision_start, ids.vision_end]], jnp.int32)
     embedded = call(model, params, "embed_text", marks)
@@ -412,13 +444,12 @@ def _latent_block(
     x: jax.Array,
     sigma: jax.Array,
     grid: tuple[int, int],
-    **flags: bool,
-) -> tuple[Tokens, Segment | None]:
-    """A block of latent tokens between its delimiters; cached in the order und, gen."""
+) -> _Block:
+    """Embeds latent tokens between their delimiters; the decoder's order is delimiters first."""
     chex.assert_shape(x, (None, grid[0] * grid[1], model.config.latent_width))
     chex.assert_shape(sigma, x.shape[:1])
     ctx = kv_cache.broadcast(ctx, x.shape[0])
     gen = call(model, params, "embed_latents", x, sigma, grid=grid)
     tokens = Tokens(_delimiters(model, params, x.shape[0]), gen)
-    positions, own = _image_geometry(ctx, gen.shape[1] + 2)
-    return _decode(model, params, ctx, tokens, positions, own, **flags)
+    positions, self_mask = _image_geometry(ctx, gen.shape[1] + 2)
+    return _Block(ctx, tokens, positions, self_mask)

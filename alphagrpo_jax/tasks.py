@@ -1,4 +1,4 @@
-"""What each task is: the list of its events, and which context each step sees.
+"""Declares every task: the list of its events and the context of each step.
 
 A trajectory is a list of events over growing contexts. `plan` turns the list into a static graph
 of *nodes* (an event's tokens as computed in one particular context) by the rules of AlphaGRPO
@@ -14,7 +14,8 @@ of *nodes* (an event's tokens as computed in one particular context) by the rule
 | generated answer, more follows    | + text  | + text              | + text    |
 | generated image, more follows     | + image | := gen after it     | unchanged |
 
-An image is its VAE tokens, then its ViT tokens; one that is only to be understood is the latter.
+An image is its VAE tokens, then its ViT tokens; one that is only to be understood has ViT tokens
+alone.
 Adding a task is adding an entry to `TASKS`.
 """
 
@@ -57,57 +58,58 @@ EVENT_LEVELS = dict.fromkeys(GENERATED, "trajectory") | {
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A list of events, where its inputs come from, and how it is rewarded."""
+    """A task: its list of events, the source of its inputs, and its reward."""
 
     name: str
     events: tuple[str, ...]
     system_prompt: str = ""
     # One per text input, filled in from the record's fields.
     texts: tuple[str, ...] = ("{prompt}",)
-    # Of given images: "record", the record's own "image"; "drawn", the policy's own failed ones.
+    # Source of input images: "record", the record's "image"; "drawn", failed images of the policy.
     image: str = ""
     data: str = "prompts"  # which pair of files: see `config.DataOptions.pair`
     reward: str = "image"  # DVReward of the last image, or "answer": the last text is right
-    format_reward: bool = False  # whether the think text's form is part of the reward
-    refines: bool = False  # rewards are compared with that of the image given
+    format_reward: bool = False  # True: the think text's form is part of the reward
+    refines: bool = False  # True: rewards are compared with that of the input image
 
     def __post_init__(self) -> None:
-        """Refuses what the events contradict; the list itself is `plan`'s to check.
+        """Checks that texts and image source fit the events; `plan` checks the list itself.
 
         Raises:
-          ValueError: another number of texts than of text inputs; more than one given image; or a
-            source of given images that is unknown, missing, or has no image to fill.
+          ValueError: another number of texts than of text inputs; more than one input image; or a
+            source of input images that is unknown, missing, or has no image to fill.
         """
-        texts, given = self.events.count(TEXT), sum(event in GIVEN for event in self.events)
+        texts = self.events.count(TEXT)
+        input_images = sum(event in GIVEN for event in self.events)
         if len(self.texts) != texts:
             raise ValueError(
                 f"task {self.name!r} has {len(self.texts)} texts for {texts} events {TEXT!r}; give "
                 "one template for each"
             )
-        if given > 1:
+        if input_images > 1:
             raise ValueError(
-                f"task {self.name!r} is given {given} images; a record has one, so at most one "
-                f"event may be among {GIVEN}"
+                f"task {self.name!r} is given {input_images} images; a record has one, so at most "
+                f"one event may be among {GIVEN}"
             )
-        if self.image not in SOURCES[given]:
+        if self.image not in SOURCES[input_images]:
             raise ValueError(
-                f"task {self.name!r} has image={self.image!r} and {given} events among {GIVEN}; "
-                f"expected one of {SOURCES[given]}"
+                f"task {self.name!r} has image={self.image!r} and {input_images} events among "
+                f"{GIVEN}; expected one of {SOURCES[input_images]}"
             )
 
     @property
     def draws(self) -> bool:
-        """Whether the last step is an image."""
+        """True if the last step is an image."""
         return self.events[-1] == IMAGE
 
     @property
     def text_kinds(self) -> tuple[str, ...]:
-        """THINK or ANSWER of each text step."""
+        """Returns THINK or ANSWER for each text step."""
         return tuple(event for event in self.events if event in (THINK, ANSWER))
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The kinds of the inputs that differ from prompt to prompt, in order."""
+        """Returns the kinds of the inputs that differ from prompt to prompt, in order."""
         return tuple(event for event in self.events if event in BATCHED)
 
 
@@ -153,7 +155,7 @@ class Node:
     event: int  # index into the task's events
     kind: str
     before: tuple[int, ...]
-    level: str  # whose it is: "shared" (one row for all), "prompt" or "trajectory"
+    level: str  # rows: "shared" (one for all), "prompt" (one each) or "trajectory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,7 @@ class PlannedStep:
     cfg_text: tuple[int, ...]
     cfg_img: tuple[int, ...]
     node: int | None  # the node that holds its tokens afterwards; None if nothing follows
-    edits: bool  # whether its context holds an image: guidance is then that of edits
+    edits: bool  # True: its context holds an image, and guidance is that of edits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,32 +182,32 @@ class Plan:
 
     @property
     def shared(self) -> tuple[int, ...]:
-        """Indices of the nodes with one row."""
+        """Returns the indices of the nodes with one row."""
         return tuple(index for index, node in enumerate(self.nodes) if node.level == "shared")
 
     @property
     def text_steps(self) -> tuple[PlannedStep, ...]:
-        """The steps that write text."""
+        """Returns the steps that write text."""
         return tuple(step for step in self.steps if step.kind != IMAGE)
 
     @property
     def image_steps(self) -> tuple[PlannedStep, ...]:
-        """The steps that draw."""
+        """Returns the steps that draw."""
         return tuple(step for step in self.steps if step.kind == IMAGE)
 
     @property
     def followed_by_image(self) -> tuple[bool, ...]:
-        """Of each text step, whether the policy's next step is an image."""
-        following = (*self.steps[1:], None)
+        """Tells for each text step whether the policy's next step is an image."""
+        next_steps = (*self.steps[1:], None)
         return tuple(
-            after is not None and after.kind == IMAGE
-            for step, after in zip(self.steps, following, strict=True)
+            next_step is not None and next_step.kind == IMAGE
+            for step, next_step in zip(self.steps, next_steps, strict=True)
             if step.kind != IMAGE
         )
 
 
 def plan(events: tuple[str, ...]) -> Plan:
-    """The contexts of every step of a list of events, by the table above.
+    """Plans the contexts of every step of a list of events, by the table above.
 
     Args:
       events: kinds in order.
@@ -216,13 +218,12 @@ def plan(events: tuple[str, ...]) -> Plan:
         raise ValueError(f"got events {events}; expected the last one to be among {GENERATED}")
     nodes: list[Node] = []
     steps: list[PlannedStep] = []
-    gen: tuple[int, ...] = ()
-    cfg_text: tuple[int, ...] = ()
-    cfg_img: tuple[int, ...] = ()
+    gen, cfg_text, cfg_img = tuple[int, ...](), tuple[int, ...](), tuple[int, ...]()
 
     def extended(context: tuple[int, ...], event: int) -> tuple[int, ...]:
-        own = LEVELS.index(EVENT_LEVELS[events[event]])
-        level = max([own, *(LEVELS.index(nodes[index].level) for index in context)])
+        # A node has as many rows as the most numerous of its event and its context.
+        event_level = LEVELS.index(EVENT_LEVELS[events[event]])
+        level = max([event_level, *(LEVELS.index(nodes[index].level) for index in context)])
         node = Node(event, events[event], context, LEVELS[level])
         if node not in nodes:
             nodes.append(node)
@@ -241,8 +242,8 @@ def plan(events: tuple[str, ...]) -> Plan:
             gen = gen if last else extended(gen, event)
         elif kind == ANSWER:
             if not last:
-                gen, cfg_text, cfg_img = (extended(each, event) for each in before)
-        elif not last:  # an image, given, to be understood, or generated
+                gen, cfg_text, cfg_img = (extended(context, event) for context in before)
+        elif not last:  # an image: input, to be understood, or generated
             gen = extended(gen, event)
             cfg_text = gen
         if kind in GENERATED:
@@ -254,5 +255,6 @@ def plan(events: tuple[str, ...]) -> Plan:
 
 
 def think_texts(task: Task, texts: Sequence[list[str]]) -> list[list[str]]:
-    """Of what each text step wrote, the think steps'."""
-    return [own for own, kind in zip(texts, task.text_kinds, strict=True) if kind == THINK]
+    """Selects the think steps' texts from those of all text steps."""
+    steps = zip(texts, task.text_kinds, strict=True)
+    return [step_texts for step_texts, kind in steps if kind == THINK]

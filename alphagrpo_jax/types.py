@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from alphagrpo_jax.models.kv_cache import Segment
+from alphagrpo_jax.models.kv_cache import SEGMENT_ROW_AXES, Segment
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.tasks import Task, think_texts
 
@@ -33,15 +33,19 @@ class TextBlock:
 
 @struct.dataclass
 class ImageBlock:
-    """Given images, once for each encoder; see `runtime.images.both_sizes`."""
+    """Input images, once for each encoder; see `runtime.images.both_sizes`."""
 
     pixels: jax.Array  # uint8[B, Hpx, Wpx, 3], for the VAE
-    seen: jax.Array  # uint8[B, hpx, wpx, 3], for the ViT
+    vit_pixels: jax.Array  # uint8[B, hpx, wpx, 3], for the ViT
 
 
 @struct.dataclass
 class Piece:
-    """What one event added to a context: a text one segment, an image two (VAE, ViT)."""
+    """The segments that one event adds to a context: one for a text, two for an image (VAE, ViT).
+
+    A context is put together from the pieces of its nodes (`sampling.trajectory.context`), so that
+    contexts that share an event share its arrays.
+    """
 
     segments: tuple[Segment, ...]
     advance: jax.Array  # int32[B], by how much the next RoPE id moved
@@ -63,7 +67,7 @@ class ImageSample:
     """A generated image and its stochastic steps."""
 
     before: jax.Array  # float32[B, J, M, C], latents entering each stochastic step
-    after: jax.Array  # float32[B, J, M, C], latents that were drawn
+    after: jax.Array  # float32[B, J, M, C], latents sampled from it
     log_prob: jax.Array  # float32[B, J], the sampler's own
     start: jax.Array  # int32[], the first stochastic step in the schedule
     latents: jax.Array  # float32[B, M, C], the finished image
@@ -71,7 +75,7 @@ class ImageSample:
 
 @struct.dataclass
 class Rollout:
-    """B trajectories: what was given, what was generated, and the contexts on the way.
+    """B trajectories: inputs, generated texts and images, and the contexts on the way.
 
     `pieces` has one entry per node of the task's plan; those of shared nodes have one row.
     """
@@ -94,7 +98,7 @@ class LogProbs:
 
 @struct.dataclass
 class UpdateBatch:
-    """Everything the update needs of all of its trajectories."""
+    """All trajectories of an update with their advantages."""
 
     rollout: Rollout
     advantage: jax.Array  # float32[B], of the text steps
@@ -104,58 +108,74 @@ class UpdateBatch:
 
 @struct.dataclass
 class TrainState:
-    """What training changes, and nothing else: never the base model."""
+    """Values that training changes, and nothing else: never the base model."""
 
     trainable: Any  # the adapter tree, or the trained part of the base
     opt_state: Any
-    key: jax.Array  # typed key[], the run's root key: every draw folds the step into it
+    key: jax.Array  # typed key[], the run's root key: every use folds the step into it
 
 
 def row_count(inputs: tuple[TextBlock | ImageBlock, ...]) -> int:
-    """B of a rollout's inputs, or P where they are still one per prompt."""
+    """Returns B of a rollout's inputs, or P where they are still one per prompt."""
     return jax.tree.leaves(inputs)[0].shape[0]
 
 
 def map_rows(
-    function: Callable[..., jax.Array], tree: Any, *rest: Any, shared: tuple[int, ...] = ()
+    function: Callable[..., Any], tree: Any, *trees: Any, shared: tuple[int, ...] = ()
 ) -> Any:
-    """Applies `function(axis of the rows, array, *arrays)` to the arrays of these pytrees.
+    """Applies `function(row_axis, array, *arrays)` to the arrays of pytrees of one structure.
 
-    Cached keys and values carry their rows on axis 1, everything else on axis 0; scalars and the
-    pieces of a rollout named in `shared` (one row for all) are left as in the first tree.
+    | array                                         | axis of the rows             |
+    |-----------------------------------------------|------------------------------|
+    | of a `Segment`                                | `kv_cache.SEGMENT_ROW_AXES`  |
+    | of a `Rollout`'s pieces with index in `shared` | none: one row for all       |
+    | scalar                                        | none                         |
+    | any other                                     | 0                            |
+
+    Where there are no rows, the result is the first tree's array, unchanged.
 
     Args:
-      function: gets the axis, then the array of each tree.
-      tree, rest: pytrees of this module, of one structure.
-      shared: indices of pieces.
+      function: maps the row axis and one array per tree to the array of the result.
+      tree, trees: pytrees of this module, of one structure.
+      shared: indices of a rollout's pieces.
     """
 
-    def one(node: Any, *others: Any) -> Any:
-        nodes = (node, *others)
-        if isinstance(node, Segment):
-            fields = (("k", 1), ("v", 1), ("valid", 0))
-            return Segment(
-                *(function(axis, *(getattr(each, name) for each in nodes)) for name, axis in fields)
+    def map_segments(*segments: Segment) -> Segment:
+        arrays = {
+            name: function(axis, *(getattr(segment, name) for segment in segments))
+            for name, axis in SEGMENT_ROW_AXES.items()
+        }
+        return Segment(**arrays)
+
+    def map_rollouts(*rollouts: Rollout) -> Rollout:
+        pieces = tuple(
+            same_pieces[0] if index in shared else map_rows(function, *same_pieces)
+            for index, same_pieces in enumerate(
+                zip(*(rollout.pieces for rollout in rollouts), strict=True)
             )
-        if isinstance(node, Rollout):
-            pieces = tuple(
-                each[0] if index in shared else map_rows(function, *each)
-                for index, each in enumerate(zip(*(n.pieces for n in nodes), strict=True))
-            )
-            parts = [(each.inputs, each.texts, each.images) for each in nodes]
-            inputs, texts, images = map_rows(function, *parts)
-            return Rollout(inputs, pieces, texts, images)
-        return function(0, *nodes) if node.ndim else node
+        )
+        blocks = [(rollout.inputs, rollout.texts, rollout.images) for rollout in rollouts]
+        inputs, texts, images = map_rows(function, *blocks)
+        return Rollout(inputs, pieces, texts, images)
 
-    def is_whole(node: Any) -> bool:
-        return isinstance(node, Segment | Rollout)
+    def map_node(*nodes: Any) -> Any:
+        first = nodes[0]
+        if isinstance(first, Segment):
+            return map_segments(*nodes)
+        if isinstance(first, Rollout):
+            return map_rollouts(*nodes)
+        return function(0, *nodes) if first.ndim else first
 
-    return jax.tree.map(one, tree, *rest, is_leaf=is_whole)
+    return jax.tree.map(
+        map_node, tree, *trees, is_leaf=lambda node: isinstance(node, Segment | Rollout)
+    )
 
 
-def join_rows(parts: list[Rollout], *, shared: tuple[int, ...]) -> Rollout:
-    """Rollouts of one update, one after the other."""
-    return map_rows(lambda axis, *arrays: jnp.concatenate(arrays, axis=axis), *parts, shared=shared)
+def join_rows(rollouts: list[Rollout], *, shared: tuple[int, ...]) -> Rollout:
+    """Joins the rollouts of one update, one after the other."""
+    return map_rows(
+        lambda axis, *arrays: jnp.concatenate(arrays, axis=axis), *rollouts, shared=shared
+    )
 
 
 @dataclasses.dataclass
@@ -173,7 +193,7 @@ class InitialImageQueue:
 
     @classmethod
     def empty(cls, capacity: int, height: int, width: int) -> "InitialImageQueue":
-        """A queue in which nothing waits."""
+        """Returns a queue without entries."""
         return cls(
             count=np.zeros((), np.int64),
             row=np.zeros(capacity, np.int64),
@@ -196,13 +216,14 @@ class InitialImageQueue:
             raise ValueError(
                 f"got {len(row)} entries for a queue with {len(self.row) - begin} free"
             )
-        for name, new in (("row", row), ("image", image), ("reward", reward), ("lowest", lowest)):
-            vars(self)[name][begin:end] = new
+        entries = {"row": row, "image": image, "reward": reward, "lowest": lowest}
+        for name, values in entries.items():
+            vars(self)[name][begin:end] = values
         self.count = np.array(end, np.int64)
 
     def take(self, count: int) -> "InitialImageQueue":
         """Removes and returns the oldest `count` entries."""
-        taken = InitialImageQueue(
+        oldest = InitialImageQueue(
             np.array(count, np.int64),
             *(vars(self)[name][:count].copy() for name in ("row", "image", "reward", "lowest")),
         )
@@ -211,16 +232,16 @@ class InitialImageQueue:
             array[:-count] = array[count:].copy()
             array[-count:] = 0
         self.count = self.count - count
-        return taken
+        return oldest
 
     def progress(self) -> dict[str, list]:
-        """Its numbers for a checkpoint's JSON part, which keeps every bit of them."""
+        """Returns the numbers for a checkpoint's JSON part, which keeps every bit of them."""
         names = ("row", "reward", "lowest")
         return {name: vars(self)[name][: int(self.count)].tolist() for name in names}
 
     @classmethod
     def restored(cls, image: np.ndarray, progress: Mapping[str, list]) -> "InitialImageQueue":
-        """The queue with these images uint8[N, Hpx, Wpx, 3], and what `progress` gave."""
+        """Rebuilds a queue from its images uint8[N, Hpx, Wpx, 3] and its `progress`."""
         queue = cls.empty(*image.shape[:3])
         count = len(progress["row"])
         numbers = (np.asarray(progress[name]) for name in ("row", "reward", "lowest"))
@@ -231,7 +252,7 @@ class InitialImageQueue:
 
 @dataclasses.dataclass
 class DataPosition:
-    """How far a run has come in its data; part of a checkpoint."""
+    """Position of a run in its data; part of a checkpoint."""
 
     positions: dict[str, int]  # prompts taken so far, by task
     queue: InitialImageQueue | None  # initial images that task srr has yet to repair

@@ -245,9 +245,13 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
 
     def extend(ctx, kind, given):
         if kind == SEEN_IMAGE:
-            patches = patchify(floats(given.seen), loaded.config.vit.patch_size)
+            patches = patchify(floats(given.vit_pixels), loaded.config.vit.patch_size)
             return policy.extend_vit(
-                loaded.model, params, ctx, patches, loaded.config.vit_grid(*given.seen.shape[1:3])
+                loaded.model,
+                params,
+                ctx,
+                patches,
+                loaded.config.vit_grid(*given.vit_pixels.shape[1:3]),
             )
         if kind in (GIVEN_IMAGE, IMAGE):
             return policy.extend_image(loaded.model, params, ctx, floats(given.pixels))

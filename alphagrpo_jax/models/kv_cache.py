@@ -23,6 +23,9 @@ class Segment:
     valid: jax.Array  # bool[B, S]; False at padding
 
 
+SEGMENT_ROW_AXES = {"k": 1, "v": 1, "valid": 0}  # axis B of a segment's arrays
+
+
 @struct.dataclass
 class Context:
     """Cached blocks that a new token attends to, and the next position."""
@@ -80,9 +83,12 @@ def merge(ctx: Context) -> Context:
 
 def _map_rows(ctx: Context, function: Callable[[jax.Array, int], jax.Array]) -> Context:
     """Applies `function(array, axis of the rows)` to every array."""
-    segments = tuple(
-        Segment(function(s.k, 1), function(s.v, 1), function(s.valid, 0)) for s in ctx.segments
-    )
+
+    def map_segment(segment: Segment) -> Segment:
+        axes = SEGMENT_ROW_AXES.items()
+        return Segment(**{name: function(getattr(segment, name), axis) for name, axis in axes})
+
+    segments = tuple(map_segment(segment) for segment in ctx.segments)
     return Context(segments, function(ctx.rope, 0))
 
 

@@ -1,4 +1,4 @@
-"""A folder of recorded outputs, what each array is for, and when a recomputation passes."""
+"""Reads a folder of recorded outputs; holds the roles of its arrays and the pass rule."""
 
 import ast
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from alphagrpo_jax.runtime.errors import MissingFileError, UserError
 
@@ -19,8 +20,8 @@ UINT8_SLACK = 1  # truncation may flip a value
 EXPECTED_JSON, EXPECTED_NPZ = "expected.json", "expected.npz"
 OUTPUT = "output"
 
-# Role of an array: the first pattern that matches the whole name decides. Only outputs are
-# compared; inputs are given; packing describes the official packed layout; exempt arrays are
+# Role of an array: the first pattern that matches the full name decides. Only outputs are
+# compared; inputs are fed in; packing describes the official packed layout; exempt arrays are
 # kept for information.
 ROLES: tuple[tuple[str, str], ...] = (
     (r".*_JOINT", "exempt"),
@@ -58,7 +59,7 @@ class Fixture:
     grad_norm_names: Mapping[str, list[str]]
 
     def outputs(self) -> dict[str, list[str]]:
-        """Names of the arrays to recompute, by case."""
+        """Returns the names of the arrays to recompute, by case."""
         groups: dict[str, list[str]] = {}
         for name in self.arrays:
             if role(name) == OUTPUT:
@@ -66,47 +67,47 @@ class Fixture:
         return groups
 
     def restricted(self, pattern: str) -> "Fixture":
-        """The fixture without the outputs whose name does not match wholly."""
-        kept = {
+        """Drops the outputs whose full name does not match."""
+        arrays = {
             name: array
             for name, array in self.arrays.items()
             if role(name) != OUTPUT or re.fullmatch(pattern, name)
         }
-        return dataclasses.replace(self, arrays=kept)
+        return dataclasses.replace(self, arrays=arrays)
 
-    def named(self, pattern: str) -> list[tuple[str, re.Match]]:
-        """Names that match a pattern wholly, with the match, in the file's order."""
+    def matching(self, pattern: str) -> list[tuple[str, re.Match]]:
+        """Returns the names that match a pattern fully, with the match, in the file's order."""
         pairs = ((name, re.fullmatch(pattern, name)) for name in self.arrays)
         return [(name, match) for name, match in pairs if match]
 
     def options(self, name: str) -> dict[str, Any]:
-        """The call's options, written as a dictionary in an array's description."""
-        found = re.search(r"\{.*?\}", self.descriptions[name])
-        if not found:
+        """Parses the call's options, written as a dictionary in an array's description."""
+        match = re.search(r"\{.*?\}", self.descriptions[name])
+        if not match:
             raise FixtureError(
                 f"{self.folder}: the description of {name} holds no options in braces: "
                 f"{self.descriptions[name]!r}"
             )
-        return ast.literal_eval(found.group())
+        return ast.literal_eval(match.group())
 
     def number(self, name: str, pattern: str) -> float:
-        """A number of an array's description; `pattern` has one group."""
-        found = re.search(pattern, self.descriptions[name])
-        if not found:
+        """Parses a number of an array's description; `pattern` has one group."""
+        match = re.search(pattern, self.descriptions[name])
+        if not match:
             raise FixtureError(
                 f"{self.folder}: the description of {name} does not match {pattern!r}: "
                 f"{self.descriptions[name]!r}"
             )
-        return float(found.group(1))
+        return float(match.group(1))
 
 
 def role(name: str) -> str:
-    """`output`, `input`, `packing` or `exempt`."""
+    """Returns the array's role: `output`, `input`, `packing` or `exempt`."""
     return next(kind for pattern, kind in ROLES if re.fullmatch(pattern, name))
 
 
 def case_of(name: str) -> str:
-    """`c5` of `c5.v_s1_nocfg`."""
+    """Returns the case of an array's name: `c5` of `c5.v_s1_nocfg`."""
     return name.split(".", 1)[0]
 
 
@@ -144,7 +145,7 @@ def load_fixture(folder: str | Path) -> Fixture:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """What expected.json says of the arrays."""
+    """Reads expected.json, which describes the arrays."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -156,8 +157,8 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def compare(got: np.ndarray | None, expected: np.ndarray) -> tuple[bool, float]:
-    """Whether a recomputed array passes, and its largest absolute error.
+def compare(got: npt.ArrayLike | None, expected: np.ndarray) -> tuple[bool, float]:
+    """Compares a recomputed array; returns whether it passes, and its largest absolute error.
 
     Floats: `|got - expected| <= 1e-4 + 1e-4 |expected|`; integers: equal; uint8: within 1. An array
     that was not recomputed, has another shape or kind, or holds NaN fails with error infinity.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import traverse_util
 
 from alphagrpo_jax import policy
@@ -19,16 +20,16 @@ from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.parity.image_cases import UNGUIDED, parse_guidance
 from alphagrpo_jax.parity.model import Port
 from alphagrpo_jax.parity.sampling_cases import step_levels, stepping
-from alphagrpo_jax.parity.text_cases import Outputs, text_scores
+from alphagrpo_jax.parity.text_cases import Outputs, text_log_probs
 from alphagrpo_jax.policy import PolicyParams
 
 Loss = Callable[[PolicyParams], jax.Array]
 
 
 def gradients(port: Port) -> Outputs:
-    """c11: losses, gradients by checkpoint name, and the norms of all gradients."""
+    """Recomputes c11: losses, gradients by checkpoint name, and the norms of all gradients."""
     out = {}
-    for name, match in port.fixture.named(r"c11\.(.+)\.loss"):
+    for name, match in port.fixture.matching(r"c11\.(.+)\.loss"):
         case = f"c11.{match.group(1)}"
         value, grads = jax.jit(jax.value_and_grad(_loss(port, match.group(1))))(port.params)
         out[name] = value
@@ -37,7 +38,7 @@ def gradients(port: Port) -> Outputs:
 
 
 def named_gradients(port: Port, case: str, grads: dict) -> Outputs:
-    """`CASE.grad.NAME` and `CASE.grad_norms` from a gradient tree."""
+    """Returns `CASE.grad.NAME` and `CASE.grad_norms` from a gradient tree."""
     flat = traverse_util.flatten_dict(grads)
     by_name = {entry.name: entry for entry in entries(grads)}
 
@@ -48,13 +49,14 @@ def named_gradients(port: Port, case: str, grads: dict) -> Outputs:
 
     prefix = f"{case}.grad."
     recorded = [name for name in port.fixture.arrays if name.startswith(prefix)]
-    out = {name: gradient(name.removeprefix(prefix)) for name in recorded}
+    out: Outputs = {name: gradient(name.removeprefix(prefix)) for name in recorded}
     norms = [np.linalg.norm(gradient(name)) for name in port.fixture.grad_norm_names[case]]
-    return out | {f"{case}.grad_norms": np.asarray(norms, np.float32)}
+    out[f"{case}.grad_norms"] = np.asarray(norms, np.float32)
+    return out
 
 
 def _loss(port: Port, kind: str) -> Loss:
-    """The loss of one of c11's sub-cases."""
+    """Returns the loss of one of c11's sub-cases."""
     text = re.fullmatch(r"text(_detached)?_T([\d.]+)", kind)
     if text:
         return _text_loss(port, float(text.group(2)), detached=text.group(1) is not None)
@@ -101,7 +103,7 @@ def _text_loss(port: Port, temperature: float, *, detached: bool) -> Loss:
         ids = port.ids_of("c3.second")
         _, hidden = port.append_ids(ctx, ids, params)
         logits = port.logits(params, hidden[None])[0]
-        log_prob, _ = text_scores(port, logits, ids, temperature)
+        log_prob, _ = text_log_probs(port, logits, ids, temperature)
         return jnp.sum(log_prob)
 
     return loss
@@ -111,7 +113,7 @@ def _transition_loss(port: Port, kind: str, index: int) -> Loss:
     levels, guidance = step_levels(port), dataclasses.replace(UNGUIDED, text_scale=4.0)
     level, following = levels[index], levels[index + 1]
     x = jnp.asarray(port.array(f"c9.step{index}_x"))
-    reached = stepping(port)[f"c9.step{index}_{kind}_next"][None]
+    sampled = jnp.asarray(stepping(port)[f"c9.step{index}_{kind}_next"])[None]
     noise = port.fixture.number(f"c9.step{index}_{kind}_std", r"noise_level ([\d.]+)")
 
     def loss(params: PolicyParams) -> jax.Array:
@@ -119,9 +121,9 @@ def _transition_loss(port: Port, kind: str, index: int) -> Loss:
         v = port.guided_velocity(contexts, x, level, guidance, params=params)[None]
         if kind == "sde":
             mean, std = sde.sde_mean_std(x[None], v, level, following, levels[1], noise)
-            return sde.sde_log_prob(reached, mean, std, level, following)[0]
+            return sde.sde_log_prob(sampled, mean, std, level, following)[0]
         mean, _ = sde.cps_mean_std(x[None], v, level, following, noise)
-        return sde.cps_log_prob(reached, mean)[0]
+        return sde.cps_log_prob(sampled, mean)[0]
 
     return loss
 
@@ -129,7 +131,7 @@ def _transition_loss(port: Port, kind: str, index: int) -> Loss:
 class Layout:
     """The sequence of c14: [text, VAE block, ViT block, text, noised VAE block].
 
-    `order[i]` is the place in the sequence of token i of our arrays, und tokens first.
+    `order[i]` is the position in the sequence of token i of our arrays, und tokens first.
     """
 
     def __init__(self, port: Port) -> None:
@@ -137,39 +139,40 @@ class Layout:
         lengths = [int(n) for n in port.array("c14.split_lens")]
         modes = port.fixture.texts["c14.attn_modes"].split()
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        places = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
-        system, clean, vit, text, noised = places
-        self.text_places = text
+        blocks = [np.arange(a, b) for a, b in itertools.pairwise(starts)]
+        system, clean, vit, text, noised = blocks
+        self.text_positions = text
         und = [system, clean[[0, -1]], vit, text, noised[[0, -1]]]
         self.order = np.concatenate([*und, clean[1:-1], noised[1:-1]])
         self.mask = sequence_mask(lengths, modes)
         self.positions = sequence_positions(lengths, modes)
 
     def to_sequence(self, tokens: Tokens) -> jax.Array:
-        """[1, Tu, D] and [1, Tg, D] -> [T, D] in the order of the sequence."""
+        """Reorders [1, Tu, D] and [1, Tg, D] to [T, D] in the order of the sequence."""
+        assert tokens.gen is not None
         joined = jnp.concatenate([tokens.und[0], tokens.gen[0]])
         return joined[np.argsort(self.order)]
 
 
 def sequence_mask(lengths: list[int], modes: list[str]) -> np.ndarray:
-    """Who sees whom in a training sequence, bool[T, T].
+    """Returns the attention mask of a training sequence, bool[T, T].
 
-    Every block sees what is before it and itself, "causal" blocks only up to each token; a
-    "noise" block is seen by nobody but itself.
+    Every block attends to the blocks before it and to itself, in "causal" blocks up to each token;
+    nothing but itself attends to a "noise" block.
     """
     total = sum(lengths)
     block = np.repeat(np.arange(len(lengths)), lengths)
     causal = np.repeat([mode == "causal" for mode in modes], lengths)
     noise = np.repeat([mode == "noise" for mode in modes], lengths)
     index = np.arange(total)
-    same = block[:, None] == block[None]
+    same_block = block[:, None] == block[None]
     past = block[None] < block[:, None]
-    own = same & (~causal[:, None] | (index[None] <= index[:, None]))
-    return own | (past & ~noise[None])
+    within = same_block & (~causal[:, None] | (index[None] <= index[:, None]))
+    return within | (past & ~noise[None])
 
 
 def sequence_positions(lengths: list[int], modes: list[str]) -> np.ndarray:
-    """RoPE ids int32[T]: one per text token, one per image block."""
+    """Returns RoPE ids int32[T]: one per text token, one per image block."""
     positions, rope = [], 0
     for length, mode in zip(lengths, modes, strict=True):
         steps = np.arange(length) if mode == "causal" else np.zeros(length, int)
@@ -179,7 +182,7 @@ def sequence_positions(lengths: list[int], modes: list[str]) -> np.ndarray:
 
 
 def training(port: Port) -> Outputs:
-    """c14: the official training forward in one pass, losses and gradients."""
+    """Recomputes c14: the official training forward in one pass, losses and gradients."""
     layout = Layout(port)
 
     def loss(params: PolicyParams) -> tuple[jax.Array, Outputs]:
@@ -207,12 +210,12 @@ def _training_loss(port: Port, layout: Layout, params: PolicyParams) -> tuple[ja
     special = port.tokenizer.special
     words = port.ids_of("c7.instruction")
 
-    def embed(ids: np.ndarray) -> jax.Array:
+    def embed(ids: npt.ArrayLike) -> jax.Array:
         return policy.embed_text(model, params, jnp.asarray(ids, jnp.int32)[None])
 
     marks = embed([special.vision_start, special.vision_end])
-    seen = policy.embed_patches(model, params, patches, vit_grid)
-    vit = [marks[:, :1], seen, marks[:, 1:]]
+    vit_tokens = policy.embed_patches(model, params, patches, vit_grid)
+    vit = [marks[:, :1], vit_tokens, marks[:, 1:]]
     und = [embed(port.ids_of("c6.system")), marks, *vit, embed(words), marks]
     tokens = Tokens(jnp.concatenate(und, axis=1), gen.reshape(1, -1, gen.shape[-1]))
     order = layout.order
@@ -223,10 +226,11 @@ def _training_loss(port: Port, layout: Layout, params: PolicyParams) -> tuple[ja
         jnp.asarray(layout.positions[order])[None],
         jnp.asarray(layout.mask[np.ix_(order, order)])[None],
     )
+    assert hidden.gen is not None
     pred = policy.read_velocity(model, params, hidden.gen[:, len(clean) :])[0]
     mse = jnp.square(pred - (noise - target))
     sequence = layout.to_sequence(hidden)
-    logits = policy.text_logits(model, params, sequence[None, layout.text_places[:-1]])[0]
+    logits = policy.text_logits(model, params, sequence[None, layout.text_positions[:-1]])[0]
     log_p = jax.nn.log_softmax(logits)
     ce = -jnp.take_along_axis(log_p, jnp.asarray(words[1:, None]), axis=1)[:, 0]
     out = {"c14.pred_v": pred, "c14.ce_logits": logits, "c14.mse": mse, "c14.ce": ce, "c14.x_t": x}

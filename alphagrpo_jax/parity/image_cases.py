@@ -15,7 +15,7 @@ from alphagrpo_jax.ops.norm import rms_norm
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.ops.posembed import grid_ids, timestep_features
 from alphagrpo_jax.parity.model import Port, cache_arrays, context_sizes, reading_order
-from alphagrpo_jax.parity.text_cases import Outputs, prompt_ids, scores_of
+from alphagrpo_jax.parity.text_cases import Outputs, log_prob_outputs, prompt_ids
 
 UNGUIDED = Guidance(
     text_scale=1.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global", renorm_min=0.0
@@ -24,18 +24,18 @@ RENORMS = {"global": "global", "channel": "channel", "textchannel": "text_channe
 
 
 def nchw(x: jax.Array) -> np.ndarray:
-    """[B, H, W, C] -> [B, C, H, W]."""
+    """Transposes [B, H, W, C] to [B, C, H, W]."""
     return np.asarray(x).transpose(0, 3, 1, 2)
 
 
 def encoders(port: Port) -> Outputs:
-    """c2: ViT, connector, VAE both ways, time embedding."""
+    """Recomputes c2: ViT, connector, VAE both ways, time embedding."""
     patches, grid = port.vit_patches()
     features = port.call(port.params, method="vit_features", patches=patches, grid=grid)
     mean, log_variance = port.call(port.params, method="moments", images=port.vae_image())
     latent = port.image_latent
-    given = jnp.asarray(port.array("c2.decode_latent").transpose(0, 2, 3, 1))
-    image = port.call(port.params, method="decode_image", latents=given)
+    recorded_latent = jnp.asarray(port.array("c2.decode_latent").transpose(0, 2, 3, 1))
+    image = port.call(port.params, method="decode_image", latents=recorded_latent)
     times = jnp.asarray(port.array("c2.time_t"))
     return {
         "c2.vit_tokens": patches[0],
@@ -56,7 +56,10 @@ def encoders(port: Port) -> Outputs:
 
 
 def parse_guidance(words: str) -> Guidance:
-    """Guidance of a name's tail: `nocfg`, `text4_img2_textchannel`, `text4_global_rmin0p95`."""
+    """Parses the guidance of a name's tail.
+
+    For example `nocfg`, `text4_img2_textchannel`, `text4_global_rmin0p95`.
+    """
     fields = {}
     for word in words.split("_"):
         number = re.fullmatch(r"(text|img|rmin)([\dp]+)", word)
@@ -71,30 +74,30 @@ def parse_guidance(words: str) -> Guidance:
 
 
 def velocities(port: Port, case: str, contexts: GuidanceContexts) -> Outputs:
-    """Every recorded `CASE.v_sSIGMA_GUIDANCE`."""
+    """Recomputes every recorded `CASE.v_sSIGMA_GUIDANCE`."""
     out = {}
     x = port.array(f"{case}.x_t")[None]
-    for name, match in port.fixture.named(rf"{case}\.v_s([\dp]+)_(\w+)"):
+    for name, match in port.fixture.matching(rf"{case}\.v_s([\dp]+)_(\w+)"):
         sigma, words = float(match.group(1).replace("p", ".")), match.group(2)
         if words == "uncond_text":
-            alone = GuidanceContexts(contexts.cfg_text, contexts.cfg_text, contexts.cfg_text)
-            out[name] = port.combined_velocity(alone, x, sigma, parse_guidance("nocfg"))[0]
+            unguided = GuidanceContexts(contexts.cfg_text, contexts.cfg_text, contexts.cfg_text)
+            out[name] = port.combined_velocity(unguided, x, sigma, parse_guidance("nocfg"))[0]
         else:
             out[name] = port.combined_velocity(contexts, x, sigma, parse_guidance(words))[0]
     return out
 
 
 def drawing(port: Port) -> Outputs:
-    """c5: velocities of text to image, and the layers of one denoising block."""
+    """Recomputes c5: velocities of text to image, and the layers of one denoising block."""
     contexts = port.drawing()
     out = prompt_ids(port, "c5") | velocities(port, "c5", contexts)
-    for name, match in port.fixture.named(r"c5\.s([\dp]+)_hidden"):
+    for name, match in port.fixture.matching(r"c5\.s([\dp]+)_hidden"):
         out |= _latent_layers(port, contexts.gen, float(match.group(1).replace("p", ".")), name)
     return out
 
 
 def _latent_layers(port: Port, ctx: Context, sigma: float, name: str) -> Outputs:
-    """Hidden states [M + 2, D] of a denoising block after every layer, and after the norms."""
+    """Returns a denoising block's hidden states [M + 2, D] after every layer and the norms."""
     special, x = port.tokenizer.special, jnp.asarray(port.array("c5.x_t"))[None]
     marks = jnp.array([[special.vision_start, special.vision_end]], jnp.int32)
     level = jnp.full((1,), sigma, jnp.float32)
@@ -102,35 +105,37 @@ def _latent_layers(port: Port, ctx: Context, sigma: float, name: str) -> Outputs
     gen = port.call(port.params, method="embed_latents", x=x, sigma=level, grid=port.latent_grid())
     length = gen.shape[1] + 2
     positions = jnp.broadcast_to(ctx.rope[:, None], (1, length))
-    own = jnp.ones((1, 1, length), bool)
-    outputs = port.layers(Tokens(und, gen), positions, ctx, own)
+    self_mask = jnp.ones((1, 1, length), bool)
+    outputs = port.layers(Tokens(und, gen), positions, ctx, self_mask)
     decoder = port.params.base["language_model"]
     epsilon = port.config.llm.rms_norm_eps
-    hidden = [
-        rms_norm(x, decoder[norm]["scale"], epsilon)
-        for x, norm in zip(outputs[-1], ("norm", "norm_moe_gen"), strict=True)
+    hidden_by_expert = [
+        (suffix, rms_norm(x, decoder["norm" + suffix]["scale"], epsilon))
+        for suffix, x in outputs[-1].by_expert()
     ]
     prefix = name.removesuffix("_hidden")
-    named = {f"{prefix}_layer{i}": tokens for i, tokens in enumerate(outputs)} | {name: hidden}
+    by_name = {f"{prefix}_layer{i}": layer.by_expert() for i, layer in enumerate(outputs)}
+    by_name[name] = hidden_by_expert
     return {
-        key: reading_order(np.concatenate([und[0], gen[0]]), 0) for key, (und, gen) in named.items()
+        key: reading_order(np.concatenate([x[0] for _, x in tokens]), 0)
+        for key, tokens in by_name.items()
     }
 
 
 def thinking(port: Port) -> Outputs:
-    """c6: velocities and text scores with a think text."""
+    """Recomputes c6: velocities and text scores with a think text."""
     contexts = port.thinking()
     out = prompt_ids(port, "c6") | velocities(port, "c6", contexts)
     ids = port.ids_of("c6.think")
     _, hidden = port.append_ids(contexts.cfg_img, ids)
-    out |= scores_of(port, "c6.think", port.logits(port.params, hidden[None])[0], ids)
+    out |= log_prob_outputs(port, "c6.think", port.logits(port.params, hidden[None])[0], ids)
     for label in ("gen", "cfg_text", "cfg_img"):
         out |= context_sizes(getattr(contexts, label), f"c6.{label}")
     return out
 
 
 def editing(port: Port) -> Outputs:
-    """c7: velocities, cache and texts with an image in the context."""
+    """Recomputes c7: velocities, cache and texts with an image in the context."""
     contexts = port.editing()
     out = prompt_ids(port, "c7") | velocities(port, "c7", contexts)
     out |= context_sizes(port.vae_block(port.text(kv_cache.empty(1), "c6.system")), "c7.after_vae")
@@ -140,7 +145,7 @@ def editing(port: Port) -> Outputs:
     answer = port.ids_of("c7.answer")
     _, hidden = port.append_ids(contexts.gen, answer)
     out["c7.answer_logits"] = logits = port.logits(port.params, hidden[None])[0]
-    out |= scores_of(port, "c7.answer", logits, answer)
+    out |= log_prob_outputs(port, "c7.answer", logits, answer)
     question = port.ids_of("c7.und_prompt")
     _, hidden = port.append_ids(port.vit_block(kv_cache.empty(1)), question)
     out["c7.und_logits"] = port.logits(port.params, hidden[None])[0]
@@ -149,7 +154,7 @@ def editing(port: Port) -> Outputs:
 
 
 def batches(port: Port) -> Outputs:
-    """c10: a padded batch of two, and each sample alone."""
+    """Recomputes c10: a padded batch of two, and its samples one by one."""
     rows = [port.ids_of("c10.prompt0"), port.ids_of("c10.prompt1")]
     tokens, mask = port.tokenizer.batch([list(row) for row in rows], max(map(len, rows)))
     ctx, hidden = port.extend_text(
@@ -161,15 +166,15 @@ def batches(port: Port) -> Outputs:
     sigma = port.fixture.number("c10.packed_nocfg", r"timestep ([\d.]+)")
     x = jnp.asarray(port.array("c10.x_t"))
     batch = GuidanceContexts(ctx, kv_cache.empty(2), ctx)
-    for name, match in port.fixture.named(r"c10\.packed_((?:nocfg|text)\w*)"):
+    for name, match in port.fixture.matching(r"c10\.packed_((?:nocfg|text)\w*)"):
         if not name.endswith("_JOINT"):
             guidance = parse_guidance(match.group(1))
             out[name] = port.combined_velocity(batch, x, sigma, guidance)
     for index, row in enumerate(rows):
-        alone, hidden = port.append_ids(kv_cache.empty(1), row)
+        ctx, hidden = port.append_ids(kv_cache.empty(1), row)
         out[f"c10.single{index}_logits"] = port.logits(port.params, hidden[None])[0]
-        contexts = GuidanceContexts(alone, kv_cache.empty(1), alone)
-        for name, match in port.fixture.named(rf"c10\.single{index}_((?:nocfg|text)\w*)"):
+        contexts = GuidanceContexts(ctx, kv_cache.empty(1), ctx)
+        for name, match in port.fixture.matching(rf"c10\.single{index}_((?:nocfg|text)\w*)"):
             guidance = parse_guidance(match.group(1))
             out[name] = port.combined_velocity(contexts, x[index : index + 1], sigma, guidance)[0]
     return out

@@ -30,7 +30,7 @@ INFERENCER = GENERATE_IMAGE | {
 
 
 def guidance_of(options: dict) -> Guidance:
-    """The guidance of official options."""
+    """Converts official options to a guidance."""
     return Guidance(
         text_scale=options["cfg_text_scale"],
         image_scale=options["cfg_img_scale"],
@@ -41,8 +41,9 @@ def guidance_of(options: dict) -> Guidance:
 
 
 def ode(port: Port, contexts: GuidanceContexts, noise: np.ndarray, options: dict) -> Outputs:
-    """Latents before every step and at the end [N, M, C], velocities [N - 1, M, C], noise levels,
-    and the text scale of every step."""
+    """Samples by ODE; returns latents before every step and at the end [N, M, C], velocities
+    [N - 1, M, C], noise levels, and the text scale of every step.
+    """
     guidance = guidance_of(options)
     levels = sigmas(options["num_timesteps"], shift=options["timestep_shift"])
     contexts = jax.tree.map(
@@ -65,8 +66,8 @@ def ode(port: Port, contexts: GuidanceContexts, noise: np.ndarray, options: dict
     }
 
 
-def image_of(port: Port, latents: np.ndarray) -> Outputs:
-    """The image of final latents [M, C], in the forms that the official code passes through."""
+def image_of(port: Port, latents: np.ndarray | jax.Array) -> Outputs:
+    """Decodes final latents [M, C], in the forms that the official code passes through."""
     patch = port.config.latent_patch_size
     latent = unpatchify(jnp.asarray(latents)[None], patch, port.latent_grid())
     image = port.call(port.params, method="decode_image", latents=latent)
@@ -78,7 +79,7 @@ def image_of(port: Port, latents: np.ndarray) -> Outputs:
 
 
 def generating(port: Port, case: str) -> Outputs:
-    """c8, c8edit, c8default: an image by ODE in the contexts of c5, or of c7 for an edit."""
+    """Recomputes c8*: an image by ODE in the contexts of c5, or of c7 for an edit."""
     options = GENERATE_IMAGE | port.fixture.options(f"{case}.latents")
     contexts = port.editing() if "edit" in case else port.drawing()
     noise = initial_noise(port, case)
@@ -88,68 +89,70 @@ def generating(port: Port, case: str) -> Outputs:
 
 
 def initial_noise(port: Port, case: str) -> np.ndarray:
-    """The given noise that a run starts from: its own, or the given array that it records first."""
-    own = f"{case}.init_noise"
-    if own in port.fixture.arrays:
-        return port.array(own)
+    """Returns the recorded noise that a run starts from: its own, or the input equal to its first
+    latents.
+    """
+    name = f"{case}.init_noise"
+    if name in port.fixture.arrays:
+        return port.array(name)
     first = port.array(f"{case}.latents")[0]
-    for name, array in port.fixture.arrays.items():
-        if role(name) == "input" and np.array_equal(array, first):
+    for candidate, array in port.fixture.arrays.items():
+        if role(candidate) == "input" and np.array_equal(array, first):
             return array
     raise ValueError(f"{case}: none of the given arrays is the noise that the run starts from")
 
 
 def stepping(port: Port) -> Outputs:
-    """c9: one Flow-SDE and one Flow-CPS step from given latents, velocity and noise."""
+    """Recomputes c9: Flow-SDE and Flow-CPS steps from recorded latents, velocity and noise."""
     levels = step_levels(port)
-    out = {"c9.timesteps": levels}
-    for name, match in port.fixture.named(r"c9\.step(\d+)_z"):
+    out: Outputs = {"c9.timesteps": levels}
+    for name, match in port.fixture.matching(r"c9\.step(\d+)_z"):
         index, prefix = int(match.group(1)), name.removesuffix("_z")
-        x, v, z = (jnp.asarray(port.array(f"{prefix}_{part}"))[None] for part in "xvz")
+        x, v, z = (jnp.asarray(port.array(f"{prefix}_{name}"))[None] for name in "xvz")
         level, following = levels[index], levels[index + 1]
         noise = port.fixture.number(f"{prefix}_sde_std", r"noise_level ([\d.]+)")
         step = sde.sde_step(x, v, level, following, levels[1], noise, z)
-        score = sde.sde_log_prob(step.next, step.mean, step.std, level, following)
-        out |= _step(f"{prefix}_sde", step, score)
+        log_prob = sde.sde_log_prob(step.next, step.mean, step.std, level, following)
+        out |= _step(f"{prefix}_sde", step, log_prob)
         step = sde.cps_step(x, v, level, following, noise, z)
         out |= _step(f"{prefix}_cps", step, sde.cps_log_prob(step.next, step.mean))
     return out
 
 
 def step_levels(port: Port) -> np.ndarray:
-    """Noise levels of c9, from its description `linspace(1,0,N) shifted by S`."""
+    """Returns the noise levels of c9, from its description `linspace(1,0,N) shifted by S`."""
     points = int(port.fixture.number("c9.timesteps", r"linspace\(1, *0, *(\d+)\)"))
     return sigmas(points, shift=port.fixture.number("c9.timesteps", r"shifted by ([\d.]+)"))
 
 
-def _step(prefix: str, step: sde.StochasticStep, score: jax.Array) -> Outputs:
+def _step(prefix: str, step: sde.StochasticStep, log_prob: jax.Array) -> Outputs:
     return {
         f"{prefix}_std": step.std,
         f"{prefix}_mean": step.mean[0],
         f"{prefix}_next": step.next[0],
-        f"{prefix}_logprob": score[0],
+        f"{prefix}_logprob": log_prob[0],
     }
 
 
 def pipeline(port: Port) -> Outputs:
-    """c13: the official inference pipeline, think text decoded and encoded again included."""
+    """Recomputes c13: the official pipeline, its think text decoded and encoded again."""
     out = {}
-    for name, match in port.fixture.named(r"(c13\.\w+)\.image_uint8"):
+    for name, match in port.fixture.matching(r"(c13\.\w+)\.image_uint8"):
         run = match.group(1)
         options = INFERENCER | port.fixture.options(name)
         contexts, think = pipeline_contexts(port, run, options)
         if think is not None:
             out[f"{run}.think_ids"] = think
-        drawn = ode(port, contexts, port.array(f"{run}.init_noise"), options)
-        out[f"{run}.latents"], out[f"{run}.velocities"] = drawn["latents"], drawn["velocities"]
-        out[name] = image_of(port, drawn["latents"][-1])["image_uint8"]
+        sampled = ode(port, contexts, port.array(f"{run}.init_noise"), options)
+        out[f"{run}.latents"], out[f"{run}.velocities"] = sampled["latents"], sampled["velocities"]
+        out[name] = image_of(port, sampled["latents"][-1])["image_uint8"]
     return out
 
 
 def pipeline_contexts(
     port: Port, run: str, options: dict
 ) -> tuple[GuidanceContexts, np.ndarray | None]:
-    """The contexts that a run draws in, and the ids of its think text."""
+    """Returns the contexts that a run samples in, and the ids of its think text."""
     start = kv_cache.empty(1)
     if options["think"]:
         start = port.text(start, "c6.system")

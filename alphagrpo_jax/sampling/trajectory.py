@@ -295,11 +295,11 @@ def _extend(
     if isinstance(block, TextBlock):
         after, _ = policy.extend_text(model, params, before, block.tokens, block.mask)
     elif node.kind == SEEN_IMAGE:
-        patches = patchify(_to_signed_unit(block.seen), model.config.vit.patch_size)
-        grid = model.config.vit_grid(*block.seen.shape[1:3])
+        patches = patchify(_to_signed_unit(block.vit_pixels), model.config.vit.patch_size)
+        grid = model.config.vit_grid(*block.vit_pixels.shape[1:3])
         after = policy.extend_vit(model, params, before, patches, grid)
     else:
-        images = (_to_signed_unit(block.pixels), _to_signed_unit(block.seen))
+        images = (_to_signed_unit(block.pixels), _to_signed_unit(block.vit_pixels))
         after = policy.extend_image(model, params, before, *images)
     return Piece(after.segments[len(before.segments) :], after.rope - before.rope)
 

@@ -169,7 +169,7 @@ class PolicyVerifier:
 
 def encode_images(model: Bagel, params: PolicyParams, images: jax.Array) -> Context:
     """Encodes images uint8[I, Hpx, Wpx, 3] by the ViT alone; returns their contexts, I rows."""
-    pixels = image_block(model, images).seen
+    pixels = image_block(model, images).vit_pixels
     floats = pixels.astype(jnp.float32) / 127.5 - 1.0
     patches = patchify(floats, model.config.vit.patch_size)
     grid = model.config.vit_grid(*pixels.shape[1:3])
