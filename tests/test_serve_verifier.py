@@ -307,7 +307,7 @@ class Blocked:
 
 
 def question(text, group="a", max_tokens=1):
-    return serving.Question(np.zeros((1, 1, 3), np.uint8), text, "", max_tokens, group)
+    return serving.ImageQuestion(np.zeros((1, 1, 3), np.uint8), text, "", max_tokens, group)
 
 
 def test_batches_hold_one_image_and_a_bad_question_fails_alone():

@@ -1,24 +1,24 @@
-"""Rewards for texts: their form, and answers that are right or wrong."""
+"""Rewards of texts: format, reflections, and answers by rule."""
 
 from collections.abc import Sequence
 
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import quoted
 
-# The first words of a concrete wish in the shapes world's reflections.
+# First words of a concrete edit instruction in the shapes world's reflections.
 WISHES = ("make", "turn", "remove", "move", "add", "change", "keep")
 
 
 def format_reward(text: str) -> float:
-    """1.0 if the text, without outer white space, is `<think> ... </think>`, else 0.0."""
+    """Returns 1.0 if the text is `<think> ... </think>`, outer white space aside, else 0.0."""
     stripped = text.strip()
     return float(stripped.startswith("<think>") and stripped.endswith("</think>"))
 
 
 def reflection_rule(text: str) -> float:
-    """1.0 if a reflection of the shapes world says what is wrong and how to mend it, else 0.0.
+    """Returns 1.0 if a shapes-world reflection names a fault and then how to mend it, else 0.0.
 
-    A rule for `<think> remark. wish. layout </think>`, the form that the small model was pretrained
-    on; for other models the verifier is asked (`REFLECTION_QUESTIONS`).
+    The rule fits `<think> remark. wish. layout </think>`, the form that the small model was
+    pretrained on. For other models the verifier is asked (`REFLECTION_QUESTIONS`).
     """
     if not format_reward(text):
         return 0.0
@@ -27,12 +27,12 @@ def reflection_rule(text: str) -> float:
     wishes = [sentence.split(" ")[0] in WISHES for sentence in sentences]
     if len(sentences) < 3 or not any(wishes):
         return 0.0
-    return float(wishes.index(True) >= 1)  # something was said before the first wish
+    return float(wishes.index(True) >= 1)  # a remark comes before the first wish
 
 
-# What a verifier is asked about a reflection, beside the image that it speaks of. The policy in
-# training wrote it, so it stands there as a JSON string that it cannot end: whatever would sway the
-# verifier from outside the quotes would be learnt.
+# Questions about a reflection, asked together with the image that it describes. The policy in
+# training wrote the text, so it stands here as a JSON string that it cannot end: whatever swayed
+# the verifier from outside the quotes would be learnt.
 REFLECTION_QUESTIONS = (
     "A user asked for this picture: {prompt}. A reviewer wrote: {text}. Does the reviewer's "
     "text stay with the user's request, without asking for anything else?",
@@ -44,15 +44,19 @@ REFLECTION_QUESTIONS = (
 
 
 def reflection_questions(prompt: str, text: str) -> list[str]:
-    """`REFLECTION_QUESTIONS` about one reflection, both texts quoted (see `control.quoted`)."""
+    """Fills in `REFLECTION_QUESTIONS`, both texts quoted (`chat.control_tokens.quoted`)."""
     texts = {"prompt": quoted(prompt), "text": quoted(text)}
     return [question.format(**texts) for question in REFLECTION_QUESTIONS]
 
 
 def answer_reward(text: str, answers: Sequence[str]) -> float:
-    """1.0 if the text is a right answer, letter case, outer blanks and a full stop aside."""
-    return float(_bare(text) in {_bare(answer) for answer in answers})
+    """Returns 1.0 if the text is a right answer, else 0.0.
+
+    Letter case, outer white space and full stops at the end do not count.
+    """
+    return float(_normalized(text) in {_normalized(answer) for answer in answers})
 
 
-def _bare(text: str) -> str:
+def _normalized(text: str) -> str:
+    """Lower-cases a text and strips white space and final full stops."""
     return text.strip().rstrip(".").strip().lower()

@@ -1,4 +1,4 @@
-"""Verifiers, and how a worker process builds one from a description that can be pickled."""
+"""Verifiers, and `build`, by which a worker process makes one from a picklable description."""
 
 import importlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from alphagrpo_jax.rewards.verifiers.base import Verifier
 from alphagrpo_jax.runtime.errors import UsageError
 
-# kind -> "module:function"; imported in the worker only, so that the caller never imports torch.
+# kind -> "module:function". Imported in the worker only: the pool's process never imports torch.
 KINDS = {
     "hf": "alphagrpo_jax.rewards.verifiers.hf:HFVerifier",
     "openai": "alphagrpo_jax.rewards.verifiers.openai:OpenAIVerifier",

@@ -1,8 +1,7 @@
-"""Any Hugging Face image-text-to-text model from a local folder, asked yes/no questions.
+"""Verifier over any Hugging Face image-text-to-text model in a local folder.
 
-How its forward passes share the work between questions and images is told in `passes`. Nothing
-depends on other images or on the load, so that equal questions about equal images always get equal
-answers.
+`passes` describes how forward passes share work between questions and images. Nothing depends on
+other images or on the load, so equal questions about equal images always get equal answers.
 """
 
 import copy
@@ -29,7 +28,7 @@ from alphagrpo_jax.rewards.verifiers.spelling import (
 
 
 def normalized_tokens(tokenizer: object) -> list[str]:
-    """What each token spells, as `bare` has it: "Yes" and " yes" are both "yes"."""
+    """Returns what each token spells, normalized: "Yes" and " yes" are both "yes"."""
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
     return [normalize_word(text) for text in texts]
 
@@ -40,12 +39,17 @@ def token_sets(tokens: Sequence[str], words: Sequence[str]) -> list[list[int]]:
 
 
 def candidates(logits: Tensor, top_k: int | None) -> Tensor:
-    """First-token probabilities float32[Q, V]; zero outside the `top_k` likeliest, if given."""
+    """Computes first-token probabilities float32[Q, V], zero outside the `top_k` likeliest.
+
+    Args:
+      logits: float[Q, V].
+      top_k: number of candidates; None: all tokens.
+    """
     probabilities = logits.float().softmax(-1)
     if top_k is None:
         return probabilities
-    kept = probabilities.topk(min(top_k, probabilities.shape[-1]), -1)
-    return torch.zeros_like(probabilities).scatter(-1, kept.indices, kept.values)
+    best = probabilities.topk(min(top_k, probabilities.shape[-1]), -1)
+    return torch.zeros_like(probabilities).scatter(-1, best.indices, best.values)
 
 
 def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, object]:
@@ -68,22 +72,22 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
         )
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        model, loading = AutoModelForImageTextToText.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VerifierLoadError(_explain(folder, error)) from error
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+    if loading["missing_keys"]:  # transformers only warns, and leaves random numbers in them
+        missing = sorted(loading["missing_keys"])
         raise VerifierLoadError(
             f"verifier folder {str(folder)!r} lacks {len(missing)} tensors of its model, e.g. "
             f"{missing[:3]}; they would be random and so would rewards: fetch its weights again"
         )
-    for part in ("image_processor", "tokenizer", "chat_template"):
-        if part not in dir(processor) or vars(processor)[part] is None:
+    for attribute in ("image_processor", "tokenizer", "chat_template"):
+        if attribute not in dir(processor) or vars(processor)[attribute] is None:
             raise VerifierLoadError(
                 f"verifier folder {str(folder)!r}: its processor {type(processor).__name__} has "
-                f"no {part}; expected a chat model for images and text with all its files"
+                f"no {attribute}; expected a chat model for images and text with all its files"
             )
     try:
         model = model.to(device)
@@ -95,6 +99,7 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
 
 
 def _explain(folder: Path, error: Exception) -> str:
+    """Returns the message of a failed load, with the fix where it is known."""
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     message = f"cannot load the verifier in {str(folder)!r} (model type {kind!r}): {error}"
     if isinstance(error, SafetensorError):
@@ -106,10 +111,10 @@ def _explain(folder: Path, error: Exception) -> str:
 
 
 class HFVerifier:
-    """A verifier (see `base.Verifier`) over a Hugging Face image-text-to-text model.
+    """A `base.Verifier` over a Hugging Face image-text-to-text model.
 
     Attributes:
-      passes: the forward passes; `passes.way` says how an image's questions share them.
+      passes: runs the forward passes; `passes.way` says how an image's questions share them.
     """
 
     def __init__(
@@ -124,17 +129,17 @@ class HFVerifier:
         shared_prefix: bool = True,
         max_batch: int = 64,
     ):
-        """Loads the model and tries on a test image how its questions can share the work.
+        """Loads the model and chooses by a test image how questions share forward passes.
 
         Args:
           path: a local model folder.
           device: where the model runs.
           dtype: of the weights, or "auto" for the folder's own.
-          num_threads: fixed number of CPU threads of this process; None leaves it.
-          top_k: count only the likeliest tokens as candidates (AlphaGRPO: 5); None: all.
+          num_threads: fixed number of CPU threads of this process; None: unchanged.
+          top_k: number of likeliest tokens that count as candidates (AlphaGRPO: 5); None: all.
           text_fallback: if neither yes nor no is a candidate, generate a short text; exactly yes
             or no then counts as 1 or 0.
-          shared_prefix: False asks every question with the whole prompt; see `passes`.
+          shared_prefix: False runs the complete prompt for every question; see `passes`.
           max_batch: most questions in one forward pass.
         Raises:
           VerifierLoadError: see `load`; or no token spells yes or no.
@@ -168,16 +173,16 @@ class HFVerifier:
         """
         answers = []
         for start in range(0, len(questions), self.max_batch):
-            part = list(questions[start : start + self.max_batch])
-            logits = self.first_token_logits(image, part, AUDIT_INSTRUCTION)
+            batch = list(questions[start : start + self.max_batch])
+            logits = self.first_token_logits(image, batch, AUDIT_INSTRUCTION)
             probabilities = candidates(logits, self.top_k)
             yes, no = (probabilities[:, ids].double().sum(-1) for ids in (self.yes, self.no))
-            for masses in zip(yes.tolist(), no.tolist(), part, strict=True):
-                answers.append(self._answer(*masses, image))
+            for yes_mass, no_mass, question in zip(yes.tolist(), no.tolist(), batch, strict=True):
+                answers.append(self._answer(yes_mass, no_mass, question, image))
         return answers
 
     def rate(self, image: np.ndarray, questions: Sequence[str]) -> list[Rating]:
-        """Expected value over the numbers 0 to 10, one per question.
+        """Rates by the expected value over the numbers 0 to 10, one per question.
 
         Raises:
           ValueError: the image is not uint8[H, W, 3], or one of 0 to 9 is no single token.
@@ -204,7 +209,7 @@ class HFVerifier:
     def _split_ten(
         self, mass: Tensor, probabilities: Tensor, image: np.ndarray, questions: Sequence[str]
     ) -> None:
-        """Divides "1" between 1 and 10 where "10" is two tokens, by what follows the "1".
+        """Splits the mass of "1" between 1 and 10 where "10" is two tokens, by what follows "1".
 
         Args:
           mass: float64[Q, 11] of the numbers; changed in place.
@@ -213,16 +218,17 @@ class HFVerifier:
           questions: Q.
         """
         ones = torch.tensor(self.ratings[1], device=probabilities.device)
-        begun = ones[probabilities[:, ones].argmax(-1)]  # the likeliest spelling stands for all
-        logits = self.passes.logits(image, questions, RATE_INSTRUCTION, begun.tolist())
-        behind = candidates(logits, None).double()
-        mass[:, 10] = mass[:, 1] * behind[:, self.ratings[0]].sum(-1)
-        mass[:, 1] *= 1 - behind[:, self._digits].sum(-1)
+        first = ones[probabilities[:, ones].argmax(-1)]  # the likeliest spelling stands for all
+        logits = self.passes.logits(image, questions, RATE_INSTRUCTION, first.tolist())
+        second = candidates(logits, None).double()
+        mass[:, 10] = mass[:, 1] * second[:, self.ratings[0]].sum(-1)
+        # A "1" with another digit behind it is neither 1 nor 10: that share counts for nothing.
+        mass[:, 1] *= 1 - second[:, self._digits].sum(-1)
 
     def first_token_logits(
         self, image: np.ndarray, questions: Sequence[str], instruction: str
     ) -> Tensor:
-        """Logits of the reply's first token, float32[Q, V], from one fixed forward pass.
+        """Computes the logits of the reply's first token, float32[Q, V], in one forward pass.
 
         Raises:
           ValueError: the image is not uint8[H, W, 3], or a text holds a control token.
@@ -232,7 +238,10 @@ class HFVerifier:
     def generate(
         self, image: np.ndarray, question: str, instruction: str, max_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """The greedy reply, at most `max_tokens` long: ids int[T], and logits float32[T, V].
+        """Generates the greedy reply of at most `max_tokens` tokens.
+
+        Returns:
+          ids int[T] and logits float32[T, V].
 
         Raises:
           ValueError: see `first_token_logits`.
@@ -243,16 +252,17 @@ class HFVerifier:
         options.do_sample, options.max_new_tokens = False, max_tokens
         options.pad_token_id = self.tokenizer.pad_token_id
         with torch.inference_mode():
-            found = self.model.generate(
+            output = self.model.generate(
                 **inputs,
                 generation_config=options,
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        reply = found.sequences[0, inputs["input_ids"].shape[1] :]
-        return reply, torch.cat(found.logits).float()
+        reply = output.sequences[0, inputs["input_ids"].shape[1] :]
+        return reply, torch.cat(output.logits).float()
 
     def _answer(self, yes: float, no: float, question: str, image: np.ndarray) -> Answer:
+        """Returns P(yes) among yes and no, or reads the reply's text, or fails."""
         if np.isnan(yes + no):
             return Answer(None, "the model's probabilities are NaN")
         if yes + no >= MIN_MASS:
@@ -265,5 +275,6 @@ class HFVerifier:
         return Answer(None, f"neither yes nor no among the candidates (mass {yes + no:.2g})")
 
     def _reply(self, image: np.ndarray, question: str) -> str:
+        """Generates a short text."""
         tokens, _ = self.generate(image, question, AUDIT_INSTRUCTION, FALLBACK_TOKENS)
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

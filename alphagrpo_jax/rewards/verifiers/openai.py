@@ -1,10 +1,10 @@
-"""Any OpenAI-compatible chat endpoint (vLLM, SGLang, hosted, `serve_verifier`), asked about images.
+"""Verifier over OpenAI-compatible chat endpoints (vLLM, SGLang, hosted, `serve_verifier`).
 
 One question per request, at temperature 0; P(yes) comes from the log-probs of the reply's first
-token. The question travels as data in the user's turn, the instruction in the system's, and the
-reply's text is read only where `text_fallback` allows it: nothing that a question or a picture says
-changes how an answer is read. A question that holds a control token is not sent (see `control`).
-What can be checked of a reply is listed in `replies`.
+token. The question is data in the user's turn, the instruction stands in the system's, and the
+reply's text is read only with `text_fallback`: nothing that a question or a picture says changes
+how an answer is read. A question with a control token is not sent (see `chat.control_tokens`).
+`chat.replies` lists what is checked in a reply.
 """
 
 import base64
@@ -32,15 +32,15 @@ from alphagrpo_jax.rewards.verifiers.spelling import (
 )
 from alphagrpo_jax.runtime.errors import InputError, UsageError
 
-RATING_CANDIDATES = 20  # as many as servers commonly allow
+RATING_CANDIDATES = 20  # the most that servers commonly allow
 RATING_TOKENS = 3  # "10" may be two
-MAX_UNSPLIT = 0.02  # share of "1" that may be counted as 1 where it might begin "10"
+MAX_UNSPLIT = 0.02  # share of "1" up to which it counts as 1 although it may begin "10"
 POLL_SECONDS = 1.0  # while waiting for servers to start
 _T = TypeVar("_T")
 
 
 class OpenAIVerifier:
-    """A verifier (see `base.Verifier`) over chat endpoints of one model."""
+    """A `base.Verifier` over chat endpoints that serve one model."""
 
     def __init__(
         self,
@@ -63,17 +63,18 @@ class OpenAIVerifier:
 
         Args:
           endpoints: base URLs such as "http://host:8000/v1".
-          model: the name that they serve it by.
+          model: the name by which they serve it.
           api_key_env: environment variable that holds the key; "" sends none.
-          concurrency: most questions under way at once.
+          concurrency: most requests at once.
           question_seconds: deadline of one request.
-          answer_seconds: deadline of all of an image's questions, with their retries.
+          answer_seconds: deadline of all of an image's questions, including retries.
           start_seconds: how long to wait for a first endpoint.
-          must_serve: whether none in time is an error; False where others can answer meanwhile.
-          max_attempts: requests per question until it has failed.
-          outage_attempts: the same while no server can be reached; with the pauses between them,
-            10 wait out an outage of about 100 s, if the deadline allows.
-          backoff_seconds: see `chat.ChatClient`.
+          must_serve: raise an error if none serves in time; False where other workers can answer
+            meanwhile.
+          max_attempts: most requests per question.
+          outage_attempts: most requests per question while no server can be reached; with the
+            pauses between them, 10 wait out an outage of about 100 s if the deadline allows.
+          backoff_seconds: see `chat.client.ChatClient`.
           top_logprobs: candidates of the first token (AlphaGRPO: 5); spellings of yes and no
             beyond them do not count.
           text_fallback: if neither yes nor no is a candidate, a text that is exactly yes or no
@@ -116,14 +117,14 @@ class OpenAIVerifier:
         def read(reply: Completion) -> Answer:
             return read_answer(reply, text_fallback=self._text_fallback)
 
-        def fail(why: str) -> Answer:
-            return Answer(None, why)
+        def fail(reason: str) -> Answer:
+            return Answer(None, reason)
 
         options = {"max_tokens": tokens, "top_logprobs": self._top}
         return self._ask(image, questions, AUDIT_INSTRUCTION, options, read, fail)
 
     def rate(self, image: np.ndarray, questions: Sequence[str]) -> list[Rating]:
-        """Expected value over the numbers 0 to 10, one per question; see `read_rating`.
+        """Rates by the expected value over the numbers 0 to 10; see `read_rating`.
 
         Raises:
           ValueError: the image is not uint8[H, W, 3].
@@ -132,8 +133,8 @@ class OpenAIVerifier:
         def read(reply: Completion) -> Rating:
             return read_rating(reply, text_fallback=self._text_fallback)
 
-        def fail(why: str) -> Rating:
-            return Rating(None, why)
+        def fail(reason: str) -> Rating:
+            return Rating(None, reason)
 
         options = {"max_tokens": RATING_TOKENS, "top_logprobs": RATING_CANDIDATES}
         return self._ask(image, questions, RATE_INSTRUCTION, options, read, fail)
@@ -152,19 +153,29 @@ class OpenAIVerifier:
         read: Callable[[Completion], _T],
         fail: Callable[[str], _T],
     ) -> list[_T]:
-        """One request per question, concurrently; failures are outcomes like others."""
+        """Sends one request per question, concurrently, and returns the results in order.
+
+        Args:
+          image: uint8[H, W, 3].
+          questions: Q.
+          instruction: the system's turn.
+          options: of `ChatClient.complete`.
+          read: turns a reply into a result.
+          fail: turns the reason of a failure into a result.
+        """
         url, end = data_url(image), time.monotonic() + self._answer_seconds
 
         def ask(question: str) -> _T:
-            left = end - time.monotonic()
-            if left <= 0:
+            # With few threads a question may have waited for others past the image's deadline.
+            remaining = end - time.monotonic()
+            if remaining <= 0:
                 return fail(f"not asked within {self._answer_seconds:.3g} s")
             try:
-                asked = messages(url, question, instruction)
+                turns = messages(url, question, instruction)
             except InputError as error:
                 return fail(str(error))
             try:
-                return read(self._client.complete(asked, total_seconds=left, **options))
+                return read(self._client.complete(turns, total_seconds=remaining, **options))
             except ChatError as error:
                 return fail(str(error))
 
@@ -227,7 +238,7 @@ class _NoServerYetError(Exception):
 
 
 def data_url(image: np.ndarray) -> str:
-    """A PNG, which loses nothing, as a data URL.
+    """Encodes an image as a PNG, which is lossless, in a data URL.
 
     Raises:
       ValueError: the image is not uint8[H, W, 3].
@@ -238,14 +249,15 @@ def data_url(image: np.ndarray) -> str:
 
 
 def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
-    """The instruction as the system's turn; image and question, unchanged, as the user's.
+    """Returns a chat: the instruction as the system's turn, image and question as the user's.
 
     Raises:
       ValueError: the question holds a control token, which a server would read as one.
     """
-    if found := control_tokens(question):
+    if tokens := control_tokens(question):
         raise InputError(
-            f"got the control tokens {found} in the question {question!r}; a question is plain text"
+            f"got the control tokens {tokens} in the question {question!r}; "
+            "a question is plain text"
         )
     content = [
         {"type": "image_url", "image_url": {"url": url}},
@@ -255,33 +267,45 @@ def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
 
 
 def read_answer(reply: Completion, *, text_fallback: bool) -> Answer:
-    """P(yes) / (P(yes) + P(no)) over the first token's candidates, all spellings summed."""
-    yes, no = (_mass(reply.candidates, word) for word in ("yes", "no"))
+    """Computes P(yes) / (P(yes) + P(no)) over the first token's candidates.
+
+    Args:
+      reply: with log-probs; all spellings of a word are summed.
+      text_fallback: if neither is a candidate, a text that is exactly yes or no counts as 1 or 0.
+    """
+    candidates = reply.candidates or ()
+    yes, no = (_mass(candidates, word) for word in ("yes", "no"))
     if yes + no >= MIN_MASS:
         return Answer(yes / (yes + no))
     text = normalize_word(reply.text)
     if text_fallback and text in ("yes", "no"):
         return Answer(float(text == "yes"))
-    shown = [candidate.token[:40] for candidate in reply.candidates[:5]]
-    return Answer(None, f"neither yes nor no among the candidates {shown} (mass {yes + no:.2g})")
+    tokens = [candidate.token[:40] for candidate in candidates[:5]]
+    return Answer(None, f"neither yes nor no among the candidates {tokens} (mass {yes + no:.2g})")
 
 
 def read_rating(reply: Completion, *, text_fallback: bool) -> Rating:
-    """Expected value over the numbers 0 to 10.
+    """Computes the expected value over the numbers 0 to 10.
 
-    Many tokenizers write "10" as "1", "0". Where "10" is no candidate, the mass of "1" is shared
-    between 1 and 10 by the second token's candidates, which are known only if "1" was the token
-    taken; otherwise a small share of "1" counts as 1, and a larger one is a failure.
+    Many tokenizers write "10" as "1", "0". Where "10" is no candidate, the mass of "1" is split
+    between 1 and 10 by the second token's candidates. These are known only if "1" was the token
+    generated; otherwise a small share of "1" counts as 1, and a larger one is a failure.
+
+    Args:
+      reply: with log-probs of the first token, and of the later ones if there are any.
+      text_fallback: if no number can be read from the log-probs, a text that is exactly a number
+        counts as that rating.
     """
-    mass = [_mass(reply.candidates, number) for number in RATINGS]
+    candidates = reply.candidates or ()
+    mass = [_mass(candidates, number) for number in RATINGS]
     total = sum(mass)
     if total >= MIN_MASS:
         if mass[10] or not mass[1]:
             return Rating(_mean(mass))
-        if reply.later and _is_one(reply):
+        if reply.later and _begins_with_one(candidates):
             ten = mass[1] * _mass(reply.later[0], "0")
-            rest = (c for c in reply.later[0] if not normalize_word(c.token)[:1].isdigit())
-            mass[1], mass[10] = mass[1] * sum(math.exp(c.logprob) for c in rest), ten
+            ends = (c for c in reply.later[0] if not normalize_word(c.token)[:1].isdigit())
+            mass[1], mass[10] = mass[1] * sum(math.exp(c.logprob) for c in ends), ten
             if sum(mass) >= MIN_MASS:
                 return Rating(_mean(mass))
         elif mass[1] <= MAX_UNSPLIT * total:
@@ -292,14 +316,16 @@ def read_rating(reply: Completion, *, text_fallback: bool) -> Rating:
     return Rating(None, f"no number from 0 to 10 can be read (mass {total:.2g})")
 
 
-def _is_one(reply: Completion) -> bool:
-    """Whether the token taken, i.e. the likeliest, is "1"."""
-    return normalize_word(max(reply.candidates, key=lambda c: c.logprob).token) == "1"
+def _begins_with_one(candidates: Sequence[Candidate]) -> bool:
+    """Returns True if the greedy first token, i.e. the likeliest, is "1"."""
+    return normalize_word(max(candidates, key=lambda c: c.logprob).token) == "1"
 
 
 def _mass(candidates: Iterable[Candidate], word: str) -> float:
+    """Sums the probabilities of the candidates that spell a word."""
     return sum(math.exp(c.logprob) for c in candidates if normalize_word(c.token) == word)
 
 
 def _mean(mass: Sequence[float]) -> float:
+    """Computes the expected number, where `mass[n]` is the mass of n."""
     return sum(value * share for value, share in enumerate(mass)) / sum(mass)

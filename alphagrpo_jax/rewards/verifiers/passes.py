@@ -1,15 +1,15 @@
 """Forward passes over one image and its questions, in the cheapest way that a model allows.
 
 - "packed": one pass over the image and all questions. The key-value cache of the text before the
-  image, which is the same for all images, is kept; behind it come the image and then the questions
-  one after another, each of which sees that text, the image and itself only (attention mask) and
-  counts its positions from the image on. Nothing is padded, no cache is copied per question.
+  image, which is the same for all images, is reused; after it come the image and the questions, one
+  behind another. The attention mask lets each question see that text, the image and itself only;
+  its positions continue those of the image. Nothing is padded, no cache is copied per question.
 - "shared": a pass over the prompt up to the image, whose cache is repeated for each question, and
-  a pass over the questions as a padded batch. It needs a cache that can be repeated, no more.
-- "separate": one pass over the whole prompts as a padded batch; every model allows that.
+  a pass over the questions as a padded batch. It needs only a cache that can be repeated.
+- "separate": one pass over the complete prompts as a padded batch; every model allows that.
 
-Which way it is is found out once, on a test image, by comparing it with "separate". Nothing depends
-on other images or on the load: equal questions about equal images always get equal logits.
+The way is chosen once, by comparing each with "separate" on a test image. Nothing depends on other
+images or on the load: equal questions about equal images always get equal logits.
 """
 
 import copy
@@ -32,14 +32,14 @@ WAYS = ("packed", "shared", "separate")
 # has at most 5e-7, 7e-4 and 6e-3; deeper models round more often.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.03}
 CACHED_QUESTION_LISTS = 1024
-CACHED_BEGINNINGS = 16  # instruction and image size
+CACHED_PREFIXES = 16  # one per instruction and image size
 TEXT_INPUTS = ("input_ids", "attention_mask")
 PROBE_SIZE = (208, 304)  # not square, and many patches: wrong positions would show
 PROBE_QUESTIONS = ("Is there anything in the image?", "Is it flat?", "Are there exactly two?")
 _LOG = logging.getLogger(__name__)
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """The arguments of `Passes.logits`."""
 
     image: np.ndarray
@@ -47,49 +47,54 @@ class _Asked(NamedTuple):
     instruction: str
     replies: tuple[int, ...] | None
 
+    @property
+    def suffix_key(self) -> tuple[tuple[str, ...], str, tuple[int, ...] | None]:
+        """The arguments of `Passes._suffixes`: everything but the image."""
+        return self.questions, self.instruction, self.replies
 
-class _Rest(NamedTuple):
-    """The prompts of Q questions, behind their common beginning; N tokens in all, T at most."""
 
-    start: str  # all text up to the image, with the image's own token
+class _Suffixes(NamedTuple):
+    """Prompts of Q questions after their common prefix; N tokens in all, at most T each."""
+
+    prefix: str  # the text up to and including the image's token
     tokens: Tensor  # int64[Q, T], padded on the right
     mask: Tensor  # int64[Q, T], 1 at tokens
     packed: Tensor  # int64[N], the tokens without padding
     owner: Tensor  # int64[N], from 1: the question that a token belongs to
-    offsets: Tensor  # int64[N], a token's place in its question
-    ends: Tensor  # int64[Q], the places of the last tokens in `packed`
+    offsets: Tensor  # int64[N], position of a token in its question
+    ends: Tensor  # int64[Q], positions of the last tokens in `packed`
 
 
-class _Beginning(NamedTuple):
-    """The prompt up to and with an image of one size."""
+class _Prefix(NamedTuple):
+    """The prompt up to and including an image of one size."""
 
     ids: Tensor  # int64[P]
-    first: int  # place of the image's first token
-    cache: DynamicCache | None  # of the tokens before it; None if there are none
+    first: int  # position of the image's first token
+    cache: DynamicCache | None  # key-values of the tokens before it; None if there are none
 
 
 class Passes:
-    """The questions' first reply tokens from a model; see the module's text.
+    """Computes the logits of each reply's first token; see the module's docstring.
 
     Attributes:
       way: one of `WAYS`.
     """
 
     def __init__(self, model: torch.nn.Module, processor: object, *, shared_prefix: bool) -> None:
-        """Finds out which way the model allows; logs a warning if it is a slower one.
+        """Chooses the cheapest way that the model allows; warns if it is not "packed".
 
         Args:
           model: an image-text-to-text model.
-          processor: its processor; its tokenizer pads on the right.
-          shared_prefix: False takes "separate" in any case.
+          processor: its processor, whose tokenizer pads on the right.
+          shared_prefix: False always takes "separate".
         """
         self._model, self._processor, self._tokenizer = model, processor, processor.tokenizer
         self._control = {*self._tokenizer.all_special_tokens, processor.image_token}
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        # A group's images are asked the same questions, and all have the same beginning.
-        self._rest = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode)
-        self._begin = functools.lru_cache(maxsize=CACHED_BEGINNINGS)(self._encode_beginning)
-        self._image_alone = False
+        self._can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # A group's images get the same questions, and all prompts have the same prefix.
+        self._suffixes = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode_suffixes)
+        self._prefix = functools.lru_cache(maxsize=CACHED_PREFIXES)(self._encode_prefix)
+        self._image_only = False
         self.way = self._choose() if shared_prefix else "separate"
 
     @torch.inference_mode()
@@ -100,29 +105,30 @@ class Passes:
         instruction: str,
         replies: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits float[Q, V] of the token that follows each prompt.
+        """Computes the logits float[Q, V] of the token that follows each prompt.
 
         Args:
           image: uint8[H, W, 3].
           questions: Q >= 1.
           instruction: see `prompt`.
-          replies: for each question a token with which its reply has begun.
+          replies: Q first tokens of the replies, appended to the prompts; None: none.
         Raises:
           ValueError: see `prompt`.
         """
         forward = {"packed": self._packed, "shared": self._shared, "separate": self._separate}
         replies = None if replies is None else tuple(replies)
-        return forward[self.way](_Asked(image, tuple(questions), instruction, replies))
+        return forward[self.way](_Request(image, tuple(questions), instruction, replies))
 
     def prompt(self, question: str, instruction: str) -> str:
-        """The whole prompt; without an instruction it has no system turn.
+        """Returns the complete prompt; without an instruction it has no system turn.
 
         Raises:
-          ValueError: the texts hold a control token, which would be read as one.
+          ValueError: the texts hold a control token, which the tokenizer would read as one.
         """
-        if found := sorted(token for token in self._control if token in question + instruction):
+        if tokens := sorted(token for token in self._control if token in question + instruction):
             raise InputError(
-                f"got the control tokens {found} in the text {question!r}; a question is plain text"
+                f"got the control tokens {tokens} in the text {question!r}; "
+                "a question is plain text"
             )
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
@@ -132,34 +138,38 @@ class Passes:
         )
 
     def inputs(self, image: np.ndarray, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the processor makes of the prompts, a padded batch, each with the image."""
-        made = self._processor(
+        """Runs the processor on the prompts, each with the image; returns a padded batch."""
+        batch = self._processor(
             text=list(prompts), images=[[image]] * len(prompts), padding=True, return_tensors="pt"
         )
-        return dict(made.to(self._model.device))
+        return dict(batch.to(self._model.device))
 
     @torch.inference_mode()
     def _choose(self) -> str:
-        """The first way that agrees with "separate" on a test image."""
+        """Returns the first way that agrees with "separate" on a test image."""
         image = np.random.default_rng(0).integers(0, 256, (*PROBE_SIZE, 3)).astype(np.uint8)
-        asked = image, PROBE_QUESTIONS, AUDIT_INSTRUCTION
+        probe = image, PROBE_QUESTIONS, AUDIT_INSTRUCTION
         tolerance = TOLERANCE.get(self._model.dtype, TOLERANCE[torch.float32])
         self.way = "separate"
-        expected = self.logits(*asked).float().softmax(-1)
+        expected = self.logits(*probe).float().softmax(-1)
         reasons = []
         for way in WAYS[:-1]:
             self.way = way
             try:
                 if way == "packed":
-                    self._demand_packable(*asked)
-                got = self.logits(*asked).float().softmax(-1)
-                apart = float((got - expected).abs().max())
+                    self._check_packable(*probe)
+                got = self.logits(*probe).float().softmax(-1)
+                difference = float((got - expected).abs().max())
+            # Models of other families fail here in many ways: a cache of another kind, an image
+            # token of another name, arguments that they do not take.
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
                 reasons.append(f"{way!r}: {type(e).__name__}: {e}")
-                continue  # a cache of another kind, or an image token of another name
-            if apart <= tolerance:
+                continue
+            if difference <= tolerance:
                 break
-            reasons.append(f"{way!r}: probabilities differ by {apart:.2g}, above {tolerance:.2g}")
+            reasons.append(
+                f"{way!r}: probabilities differ by {difference:.2g}, above {tolerance:.2g}"
+            )
         else:
             self.way = "separate"
         if reasons:
@@ -173,101 +183,112 @@ class Passes:
             )
         return self.way
 
-    def _demand_packable(
+    def _check_packable(
         self, image: np.ndarray, questions: tuple[str, ...], instruction: str
     ) -> None:
-        """Refuses models of which the test image need not show that packing is wrong.
+        """Refuses models for which packing may be wrong although the test image agrees.
 
         Raises:
           ValueError: positions that follow the image's rows, attention that is not causal or has a
-            window, or a recurrent state.
+            window, a recurrent state, or image tokens that depend on the image's content.
         """
         if any(hasattr(module, "get_rope_index") for module in self._model.modules()):
             raise ValueError("the model's positions follow the image's rows and columns")
-        rest = self._rest(questions, instruction, None)
-        full = self.inputs(image, [rest.start])
-        beside = [
+        suffixes = self._suffixes(questions, instruction, None)
+        full = self.inputs(image, [suffixes.prefix])
+        # E.g. token types, by which some models let image tokens see each other both ways.
+        per_token = [
             name
             for name, value in full.items()
             if name != "attention_mask" and value.shape[:2] == full["input_ids"].shape
         ]
-        if beside != ["input_ids"]:
-            raise ValueError(f"the processor marks tokens by {beside}; expected input_ids alone")
-        begin = self._begin(rest.start, image.shape)
-        kinds = {type(layer).__name__ for layer in begin.cache.layers} if begin.cache else set()
+        if per_token != ["input_ids"]:
+            raise ValueError(f"the processor marks tokens by {per_token}; expected input_ids alone")
+        prefix = self._prefix(suffixes.prefix, image.shape)
+        kinds = {type(layer).__name__ for layer in prefix.cache.layers} if prefix.cache else set()
         if kinds - {DynamicLayer.__name__}:
             raise ValueError(f"the cache's layers are {sorted(kinds)}; expected full attention")
-        if not torch.equal(begin.ids[None], full["input_ids"]):
+        if not torch.equal(prefix.ids[None], full["input_ids"]):
             raise ValueError("the image's tokens follow its content, not its size alone")
-        self._image_alone = _same(self._pixels(image), _without_text(full))
+        self._image_only = _equal_inputs(self._pixels(image), _without_text(full))
 
-    def _packed(self, asked: _Asked) -> Tensor:
-        rest = self._rest(*asked[1:])
-        begin = self._begin(rest.start, asked.image.shape)
-        first, size = begin.first, len(begin.ids)
-        if self._image_alone:
-            pixels = self._pixels(asked.image)
+    def _packed(self, request: _Request) -> Tensor:
+        """Computes `logits` in one pass without padding."""
+        suffixes = self._suffixes(*request.suffix_key)
+        prefix = self._prefix(suffixes.prefix, request.image.shape)
+        first, size = prefix.first, len(prefix.ids)
+        if self._image_only:
+            pixels = self._pixels(request.image)
         else:
-            pixels = _without_text(self.inputs(asked.image, [rest.start]))
-        owner = torch.cat([rest.owner.new_zeros(size), rest.owner])
-        place = torch.arange(len(owner), device=owner.device)
-        sees = (place <= place[first:, None]) & ((owner == 0) | (owner == owner[first:, None]))
-        mask = torch.zeros(sees.shape, dtype=self._model.dtype, device=owner.device)
-        mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
-        return self._kept(
-            rest.ends + (size - first),
-            input_ids=torch.cat([begin.ids[first:], rest.packed])[None],
+            pixels = _without_text(self.inputs(request.image, [suffixes.prefix]))
+        # Owner 0 is the prefix with the image, which every question sees.
+        owner = torch.cat([suffixes.owner.new_zeros(size), suffixes.owner])
+        position = torch.arange(len(owner), device=owner.device)
+        causal = position <= position[first:, None]
+        visible = causal & ((owner == 0) | (owner == owner[first:, None]))
+        mask = torch.zeros(visible.shape, dtype=self._model.dtype, device=owner.device)
+        mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
+        return self._logits_at(
+            suffixes.ends + (size - first),
+            input_ids=torch.cat([prefix.ids[first:], suffixes.packed])[None],
             attention_mask=mask[None, None],
-            position_ids=torch.cat([place[first:size], size + rest.offsets])[None],
-            past_key_values=_again(begin.cache),
+            position_ids=torch.cat([position[first:size], size + suffixes.offsets])[None],
+            past_key_values=_shallow_copy(prefix.cache),
             **pixels,
         )[0]
 
-    def _shared(self, asked: _Asked) -> Tensor:
-        rest = self._rest(*asked[1:])
-        prefix = self.inputs(asked.image, [rest.start])
+    def _shared(self, request: _Request) -> Tensor:
+        """Computes `logits` in a pass over the prefix and one over the padded questions."""
+        suffixes = self._suffixes(*request.suffix_key)
+        prefix = self.inputs(request.image, [suffixes.prefix])
         cache = self._model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(rest.tokens))
-        before = prefix["attention_mask"].expand(len(rest.tokens), -1)
-        return self._last(
-            rest.mask,
-            input_ids=rest.tokens,
-            attention_mask=torch.cat([before, rest.mask], 1),
+        cache.batch_repeat_interleave(len(suffixes.tokens))
+        prefix_mask = prefix["attention_mask"].expand(len(suffixes.tokens), -1)
+        return self._last_logits(
+            suffixes.mask,
+            input_ids=suffixes.tokens,
+            attention_mask=torch.cat([prefix_mask, suffixes.mask], 1),
             past_key_values=cache,
         )
 
-    def _separate(self, asked: _Asked) -> Tensor:
-        _, questions, instruction, replies = asked
-        prompts = [self.prompt(question, instruction) for question in questions]
-        inputs = self.inputs(asked.image, prompts)
-        if replies is not None:
-            inputs = _extended(inputs, replies)
-        return self._last(inputs["attention_mask"], **inputs, use_cache=False)
+    def _separate(self, request: _Request) -> Tensor:
+        """Computes `logits` in one pass over the padded, complete prompts."""
+        prompts = [self.prompt(question, request.instruction) for question in request.questions]
+        inputs = self.inputs(request.image, prompts)
+        if request.replies is not None:
+            inputs = _with_replies(inputs, request.replies)
+        return self._last_logits(inputs["attention_mask"], **inputs, use_cache=False)
 
-    def _last(self, mask: Tensor, **inputs: object) -> Tensor:
-        """Logits float[Q, V] at the last token of each row of `mask` int64[Q, T], padded right."""
-        places, which = torch.unique(mask.sum(1) - 1, return_inverse=True)
-        return self._kept(places, **inputs)[torch.arange(len(mask), device=mask.device), which]
+    def _last_logits(self, mask: Tensor, **inputs: object) -> Tensor:
+        """Computes logits float[Q, V] at the last token of each row of `mask` int64[Q, T].
 
-    def _kept(self, places: Tensor, **inputs: object) -> Tensor:
-        """Logits float[B, K, V] at the tokens `places` int64[K] of each row."""
-        if self._keeps:  # with a large vocabulary all others would take much memory
-            return self._model(**inputs, logits_to_keep=places).logits
-        return self._model(**inputs).logits[:, places]
+        Rows are padded on the right.
+        """
+        positions, index = torch.unique(mask.sum(1) - 1, return_inverse=True)
+        rows = torch.arange(len(mask), device=mask.device)
+        return self._logits_at(positions, **inputs)[rows, index]
+
+    def _logits_at(self, positions: Tensor, **inputs: object) -> Tensor:
+        """Computes logits float[B, K, V] at the tokens `positions` int64[K] of each row."""
+        if self._can_select:  # with a large vocabulary all others would take much memory
+            return self._model(**inputs, logits_to_keep=positions).logits
+        return self._model(**inputs).logits[:, positions]
 
     def _pixels(self, image: np.ndarray) -> dict[str, Tensor]:
-        """The image's own inputs, without tokenizing the text again."""
-        made = self._processor.image_processor(images=[[image]], return_tensors="pt")
-        return dict(made.to(self._model.device))
+        """Returns the model's inputs for the image, without tokenizing the text again."""
+        batch = self._processor.image_processor(images=[[image]], return_tensors="pt")
+        return dict(batch.to(self._model.device))
 
-    def _encode(
+    def _encode_suffixes(
         self, questions: tuple[str, ...], instruction: str, replies: tuple[int, ...] | None
-    ) -> _Rest:
+    ) -> _Suffixes:
+        """Tokenizes the prompts behind the image; cached by `_suffixes`."""
         prompts = [self.prompt(question, instruction) for question in questions]
         token = self._processor.image_token
+        # The texts differ only behind the image, whose token no question may hold (`prompt`).
         cut = prompts[0].rindex(token) + len(token)
-        rows = self._tokenizer([text[cut:] for text in prompts], add_special_tokens=False)
-        rows = rows["input_ids"]
+        suffixes = [prompt[cut:] for prompt in prompts]
+        rows = self._tokenizer(suffixes, add_special_tokens=False)["input_ids"]
         if replies is not None:
             rows = [[*row, reply] for row, reply in zip(rows, replies, strict=True)]
         padded = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt")
@@ -275,41 +296,48 @@ class Passes:
         tokens, mask = padded["input_ids"], padded["attention_mask"]
         owner, offsets = mask.nonzero(as_tuple=True)
         ends = mask.sum(1).cumsum(0) - 1
-        return _Rest(
+        return _Suffixes(
             prompts[0][:cut], tokens, mask, tokens[owner, offsets], owner + 1, offsets, ends
         )
 
-    def _encode_beginning(self, start: str, shape: tuple[int, ...]) -> _Beginning:
-        ids = self.inputs(np.zeros(shape, np.uint8), [start])["input_ids"]
+    def _encode_prefix(self, text: str, shape: tuple[int, ...]) -> _Prefix:
+        """Tokenizes the prompt up to an image of this size; cached by `_prefix`."""
+        # Any image will do: `_check_packable` made sure that the tokens follow its size alone.
+        ids = self.inputs(np.zeros(shape, np.uint8), [text])["input_ids"]
         first = int((ids[0] == self._processor.image_token_id).nonzero()[0])
         cache = None
         if first:
             cache = self._model(input_ids=ids[:, :first], use_cache=True).past_key_values
-        return _Beginning(ids[0], first, cache)
+        return _Prefix(ids[0], first, cache)
 
 
 def _without_text(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A processor's output about the image alone."""
+    """Returns a processor's output without the inputs that describe the text."""
     return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
 
 
-def _again(cache: DynamicCache | None) -> DynamicCache | None:
-    """A cache that may grow while the other stays: its layers bind new tensors when they do."""
+def _shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:
+    """Copies a cache so that the copy may grow while the original stays as it is.
+
+    No tensor is copied: a layer that grows binds new tensors.
+    """
     if cache is None:
         return None
-    grown = copy.copy(cache)
-    grown.layers = [copy.copy(layer) for layer in cache.layers]
-    return grown
+    duplicate = copy.copy(cache)
+    duplicate.layers = [copy.copy(layer) for layer in cache.layers]
+    return duplicate
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        isinstance(value, Tensor) and torch.equal(value, other[name]) for name, value in one.items()
+def _equal_inputs(inputs: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Returns True if both have the same names and bit-equal tensors."""
+    return inputs.keys() == expected.keys() and all(
+        isinstance(value, Tensor) and torch.equal(value, expected[name])
+        for name, value in inputs.items()
     )
 
 
-def _extended(inputs: dict[str, Tensor], replies: tuple[int, ...]) -> dict[str, Tensor]:
-    """The inputs of right-padded rows, each with one more token at its end."""
+def _with_replies(inputs: dict[str, Tensor], replies: tuple[int, ...]) -> dict[str, Tensor]:
+    """Appends one token to each of the right-padded rows."""
     mask = inputs["attention_mask"]
     rows, ends = torch.arange(len(mask), device=mask.device), mask.sum(1)
     longer = dict(inputs)

@@ -1,4 +1,4 @@
-"""What `serve_verifier` does behind its routes: reads requests, batches them, writes replies."""
+"""Request parsing, batching and replies of `serve_verifier`, behind its routes."""
 
 import asyncio
 import base64
@@ -22,14 +22,19 @@ from alphagrpo_jax.runtime.errors import InputError
 
 MAX_PIXELS = 4096 * 4096
 MAX_TOKENS = 256  # of a reply
-LINGER_SECONDS = 0.003  # for questions about the same image that arrive together
+LINGER_SECONDS = 0.003  # wait for further questions about the same image
 _LOG = logging.getLogger(__name__)
-LEAST_LOGPROB = -9999.0  # what the API says for a probability of zero
+LEAST_LOGPROB = -9999.0  # stands for minus infinity in the API, whose JSON has none
 DATA_URL = re.compile(r"data:image/(png|jpeg|webp);base64,", re.IGNORECASE)
 
 
 class RequestError(Exception):
-    """A request that is not answered; `status` is HTTP's, `kind` names it in the metrics."""
+    """A request that is refused or failed.
+
+    Attributes:
+      status: of HTTP.
+      kind: its name in the metrics.
+    """
 
     def __init__(self, message: str, *, status: int = 400, kind: str = "bad_request") -> None:
         super().__init__(message)
@@ -40,7 +45,7 @@ class _ImageUrl(pydantic.BaseModel):
     url: str
 
 
-class _Part(pydantic.BaseModel):
+class _ContentPart(pydantic.BaseModel):
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: _ImageUrl | None = None
@@ -48,11 +53,11 @@ class _Part(pydantic.BaseModel):
 
 class _Message(pydantic.BaseModel):
     role: Literal["system", "user"]
-    content: str | list[_Part]
+    content: str | list[_ContentPart]
 
 
 class ChatRequest(pydantic.BaseModel):
-    """The fields of a chat-completions request that count here; others are left alone."""
+    """The fields of a chat-completions request that this server reads; others are ignored."""
 
     model: str
     messages: list[_Message] = pydantic.Field(min_length=1, max_length=2)
@@ -66,8 +71,8 @@ class ChatRequest(pydantic.BaseModel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """One question about one image, ready for the model."""
+class ImageQuestion:
+    """A question about an image, ready for the model."""
 
     image: np.ndarray  # uint8[H, W, 3]
     text: str
@@ -77,24 +82,26 @@ class Question:
 
     @property
     def single(self) -> bool:
-        """Whether the first token is all that is asked for, so that others may share its batch."""
+        """True if only the reply's first token is needed, so that others may share the batch."""
         return self.max_tokens == 1
 
 
-def read_request(body: bytes, *, max_logprobs: int) -> tuple[ChatRequest, Question]:
-    """The request and its question.
+def read_request(body: bytes, *, max_logprobs: int) -> tuple[ChatRequest, ImageQuestion]:
+    """Parses and checks a request.
 
     Args:
       body: JSON.
-      max_logprobs: most candidates of a token that may be asked for.
+      max_logprobs: most candidates of a token that a request may ask for.
+    Returns:
+      The request and its question.
     Raises:
-      RequestError: it is not a request that can be answered here; the message says why.
+      RequestError: this server cannot answer the request; the message says why.
     """
     try:
         request = ChatRequest.model_validate_json(body)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        where = ".".join(map(str, first["loc"])) or "the body"
         raise RequestError(f"{where}: {first['msg']}") from error
     if request.temperature != 0:
         raise RequestError(
@@ -111,15 +118,15 @@ def read_request(body: bytes, *, max_logprobs: int) -> tuple[ChatRequest, Questi
     if user.role != "user" or any(message.role != "system" for message in systems):
         raise RequestError("messages: expected at most one of role system, then one of role user")
     instruction = _text_of(systems[0]) if systems else ""
-    parts = [] if isinstance(user.content, str) else user.content
-    if [part.type for part in parts] != ["image_url", "text"]:
+    content = [] if isinstance(user.content, str) else user.content
+    if [item.type for item in content] != ["image_url", "text"]:
         raise RequestError("messages: expected an image_url and then a text in the user's content")
-    image_part, text_part = parts
+    image_part, text_part = content
     if image_part.image_url is None or text_part.text is None:
         raise RequestError("messages: a part lacks the field of its type")
     limit = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
     image, digest = read_image(image_part.image_url.url)
-    return request, Question(
+    return request, ImageQuestion(
         image=image,
         text=text_part.text,
         instruction=instruction,
@@ -129,16 +136,24 @@ def read_request(body: bytes, *, max_logprobs: int) -> tuple[ChatRequest, Questi
 
 
 def _text_of(message: _Message) -> str:
+    """Returns the text of a system message.
+
+    Raises:
+      RequestError: it holds something else.
+    """
     if isinstance(message.content, str):
         return message.content
-    if any(part.type != "text" or part.text is None for part in message.content):
+    texts = [item.text for item in message.content if item.type == "text" and item.text is not None]
+    if len(texts) != len(message.content):
         raise RequestError("messages: the system's content must be text")
-    return "".join(part.text for part in message.content)
+    return "".join(texts)
 
 
 def read_image(url: str) -> tuple[np.ndarray, str]:
-    """Pixels uint8[H, W, 3] of a data URL, and a digest of it.
+    """Decodes a data URL.
 
+    Returns:
+      Pixels uint8[H, W, 3], and the sha256 of the encoded image.
     Raises:
       RequestError: another kind of URL (this server fetches nothing), or no image in it.
     """
@@ -151,6 +166,7 @@ def read_image(url: str) -> tuple[np.ndarray, str]:
     try:
         data = base64.b64decode(url[match.end() :], validate=True)
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as file:
+            # Before the pixels are decoded: a small file can hold a very large image.
             if file.width * file.height > MAX_PIXELS:
                 raise RequestError(
                     f"image_url: got {file.width}x{file.height} pixels, at most {MAX_PIXELS} in all"
@@ -163,13 +179,20 @@ def read_image(url: str) -> tuple[np.ndarray, str]:
 
 @dataclasses.dataclass(eq=False)
 class _Waiting:
-    question: Question
+    """A queued question and the future of its reply."""
+
+    question: ImageQuestion
     outcome: asyncio.Future
     deadline: float
 
 
 class Batcher:
-    """Puts questions about the same image into one forward pass; one model, one thread."""
+    """Puts questions about the same image into one forward pass; one model, one thread.
+
+    Attributes:
+      questions: number of questions that the model answered.
+      busy_seconds: time that the model took for them.
+    """
 
     def __init__(
         self, verifier: HFVerifier, *, max_batch: int, max_queue: int, seconds: float
@@ -177,33 +200,35 @@ class Batcher:
         """Starts nothing; `run` does the work.
 
         Args:
-          verifier: its model answers.
+          verifier: answers the questions.
           max_batch: most questions per pass; 1 gives the same bits whatever arrives together.
-          max_queue: questions that may wait; further ones are refused.
-          seconds: that a question may wait, since later nobody would listen, and that a pass may
-            take until the model counts as stuck.
+          max_queue: most questions that wait; further ones are refused.
+          seconds: how long a question may wait, since later no client would listen, and how long a
+            pass may take until the model counts as stuck.
         """
         self._verifier = verifier
         self._max_batch, self._max_queue, self._seconds = max_batch, max_queue, seconds
         self._queue: list[_Waiting] = []
         self._arrived = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "model")
-        self.questions = 0  # that the model answered
+        self.questions = 0
         self.busy_seconds = 0.0
-        self._started: float | None = None  # of the pass under way
+        self._started: float | None = None  # beginning of the running pass
 
     def __len__(self) -> int:
-        """Questions that wait."""
+        """Returns the number of waiting questions."""
         return len(self._queue)
 
     @property
     def stuck(self) -> bool:
-        """Whether the model has been busy with one pass for longer than a question may wait."""
+        """True while one pass has been running for longer than a question may wait."""
         return self._started is not None and time.monotonic() - self._started > self._seconds
 
-    async def ask(self, question: Question) -> tuple[list[int], torch.Tensor]:
-        """Ids of the reply's tokens and their log-probs float32[T, V].
+    async def ask(self, question: ImageQuestion) -> tuple[list[int], torch.Tensor]:
+        """Waits for the model's reply.
 
+        Returns:
+          Ids of the reply's T tokens, and log-probs float32[T, V].
         Raises:
           RequestError: the queue is full, the wait was too long, or the model failed.
         """
@@ -217,22 +242,23 @@ class Batcher:
         return await outcome
 
     async def run(self) -> None:
-        """Answers for ever; ends by being cancelled."""
+        """Answers until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
+            # A client sends an image's questions one by one: this lets them share a pass.
             await asyncio.sleep(LINGER_SECONDS)
             batch = self._take()
             if not batch:
                 continue
             self._started = time.monotonic()
             questions = [waiting.question for waiting in batch]
-            found = await loop.run_in_executor(self._thread, self._forward, questions)
+            outcomes = await loop.run_in_executor(self._thread, self._forward, questions)
             self.busy_seconds += time.monotonic() - self._started
             self._started = None
-            for waiting, outcome in zip(batch, found, strict=True):
+            for waiting, outcome in zip(batch, outcomes, strict=True):
                 if waiting.outcome.done():
-                    continue  # its client is gone
+                    continue  # its client has disconnected
                 if isinstance(outcome, Exception):
                     waiting.outcome.set_exception(outcome)
                 else:
@@ -240,7 +266,7 @@ class Batcher:
                     waiting.outcome.set_result(outcome)
 
     def _take(self) -> list[_Waiting]:
-        """The questions of the next pass; those that waited for too long are refused."""
+        """Removes the next pass's questions from the queue; refuses those that waited too long."""
         now = time.monotonic()
         for waiting in self._queue:
             if waiting.deadline <= now and not waiting.outcome.done():
@@ -254,16 +280,16 @@ class Batcher:
                 w for w in self._queue if w.question.single and w.question.group == first.group
             )
             batch = list(alike)[: self._max_batch]
-        taken = set(map(id, batch))
-        self._queue = [waiting for waiting in self._queue if id(waiting) not in taken]
+        batch_ids = set(map(id, batch))
+        self._queue = [waiting for waiting in self._queue if id(waiting) not in batch_ids]
         if not self._queue:
             self._arrived.clear()
         return batch
 
     def _forward(
-        self, questions: list[Question]
+        self, questions: list[ImageQuestion]
     ) -> list[tuple[list[int], torch.Tensor] | RequestError]:
-        """On the model's thread: an outcome for every question, whatever happens."""
+        """Returns a reply or an error for every question; runs on the model's thread."""
         try:
             return self._answer(questions)
         except InputError as error:
@@ -276,23 +302,24 @@ class Batcher:
         # One bad question must not fail those that came with it.
         return [self._forward([question])[0] for question in questions]
 
-    def _answer(self, questions: list[Question]) -> list[tuple[list[int], torch.Tensor]]:
+    def _answer(self, questions: list[ImageQuestion]) -> list[tuple[list[int], torch.Tensor]]:
+        """Runs one pass; returns ids and log-probs float32[T, V] of each reply."""
         first = questions[0]
         if first.single:
             texts = [question.text for question in questions]
             logits = self._verifier.first_token_logits(first.image, texts, first.instruction)
-            rows = [(None, row[None]) for row in logits]
+            replies = [(row[None].argmax(-1), row[None]) for row in logits]
         else:
-            rows = [
+            replies = [
                 self._verifier.generate(
                     first.image, first.text, first.instruction, first.max_tokens
                 )
             ]
         outcomes = []
-        for ids, logits in rows:
+        for ids, logits in replies:
+            # Single tokens may be masked by minus infinity, but not all, and none may be NaN.
             if not bool(torch.isfinite(logits).any(-1).all()) or bool(torch.isnan(logits).any()):
                 raise FloatingPointError("its logits are not finite")
-            ids = logits.argmax(-1) if ids is None else ids
             outcomes.append((ids.tolist(), logits.double().log_softmax(-1).float().cpu()))
         return outcomes
 
@@ -300,17 +327,17 @@ class Batcher:
 def completion(
     verifier: HFVerifier,
     request: ChatRequest,
-    question: Question,
+    question: ImageQuestion,
     ids: list[int],
     logprobs: torch.Tensor,
     request_id: str,
 ) -> dict[str, Any]:
-    """The reply in the form of the API.
+    """Builds the reply in the form of the API.
 
     Args:
-      verifier: whose tokenizer spells the tokens.
-      request: what was asked for.
-      question: what the model was asked.
+      verifier: its tokenizer decodes the tokens.
+      request: the client's request.
+      question: the model's question.
       ids: of the reply's tokens, T >= 1.
       logprobs: float32[T, V].
       request_id: echoed, so that the client can tell its replies apart.
@@ -341,6 +368,7 @@ def completion(
 
 
 def _token(tokenizer: Any, token: int, row: torch.Tensor, top: int) -> dict[str, Any]:
+    """Returns a token of the reply with its `top` likeliest candidates."""
     best = row.topk(min(top, len(row)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return _spelled(tokenizer, token, float(row[token])) | {
@@ -349,6 +377,7 @@ def _token(tokenizer: Any, token: int, row: torch.Tensor, top: int) -> dict[str,
 
 
 def _spelled(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
+    """Returns a token as the API spells it: text, log-prob and bytes."""
     text = tokenizer.decode([token])
     return {
         "token": text,
@@ -357,8 +386,11 @@ def _spelled(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
     }
 
 
-def request_id_of(sent: str | None) -> str:
-    """The id that a client sent, if it is a plain word, else a new one."""
-    if sent is not None and re.fullmatch(r"[\w.-]{1,100}", sent, re.ASCII):
-        return sent
+def request_id_of(header: str | None) -> str:
+    """Returns the id that a client sent if it is a plain word, else a new one.
+
+    It comes back in a header and stands in logs, so it may hold neither line breaks nor blanks.
+    """
+    if header is not None and re.fullmatch(r"[\w.-]{1,100}", header, re.ASCII):
+        return header
     return uuid.uuid4().hex

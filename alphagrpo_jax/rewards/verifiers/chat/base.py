@@ -1,4 +1,4 @@
-"""A language model as the decomposer asks it: messages in, text out, failures by kind."""
+"""Interface of chat models for the decomposer: messages in, text out, failures by kind."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -9,8 +9,8 @@ from alphagrpo_jax.runtime.errors import UserError
 
 Message = dict[str, str]  # "role": system, user or assistant; "content"
 
-# "silent": the model cannot be reached, is busy, fails or lets nobody in, whatever the request.
-# "refused": it will not have this request. "cut": its reply is too long. "failed": the rest.
+# "silent": no reply whatever the request: unreachable, busy, failing, or access is denied.
+# "refused": the model rejects this request. "cut": the reply is too long. "failed": all others.
 Kind = Literal["silent", "refused", "cut", "failed"]
 
 
@@ -20,19 +20,24 @@ class LanguageModel(Protocol):
     def complete(
         self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
     ) -> str:
-        """The reply to a chat, whole.
+        """Returns the complete reply to a chat.
 
         Args:
           messages: the chat.
-          form: that the reply should have; a model may make use of it or not.
+          form: schema that the reply should have; a model may ignore it.
         Raises:
-          LanguageModelError: there is none.
+          LanguageModelError: there is no reply.
         """
         ...
 
 
 class LanguageModelError(UserError, RuntimeError):
-    """No reply; the message says why, without secrets. `retryable`: another try may help."""
+    """There is no reply; the message says why, without secrets.
+
+    Attributes:
+      kind: see `Kind`.
+      retryable: True if the same call may succeed later.
+    """
 
     def __init__(self, message: str, *, kind: Kind, retryable: bool) -> None:
         super().__init__(message)

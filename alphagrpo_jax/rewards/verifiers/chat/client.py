@@ -1,9 +1,9 @@
-"""A client of OpenAI-compatible chat endpoints (vLLM, SGLang, hosted, `serve_verifier`).
+"""Client of OpenAI-compatible chat endpoints (vLLM, SGLang, hosted, `serve_verifier`).
 
-Every request has a deadline; what may be an accident is tried again after an exponential back-off,
-on another server if there is one; a server that fails is left out for a while (`endpoints`); what
-comes back is read strictly (`replies`). A key never stands in an error, a log or a repr, even if a
-server sends it back.
+Every request has a deadline. A failure that may pass is retried after an exponential back-off, on
+another server if there is one; a server that fails rests for a while (`endpoints`); replies are
+parsed strictly (`replies`). A key never stands in an error, a log or a repr, even if a server sends
+it back.
 """
 
 import asyncio
@@ -26,23 +26,24 @@ from alphagrpo_jax.runtime.errors import UsageError, UserError
 
 MAX_REPLY_BYTES = 16 * 2**20
 MAX_ERROR_CHARACTERS = 300
-BUSY = (429, 503)  # the server works, but not now
-PASSING = (408, 409, 425, 429)  # of the 4xx: the same request may succeed later
-WRONG_REQUEST = (400, 405, 413, 415, 422)  # no server would take it
-MAX_RETRY_AFTER = 86400.0  # seconds; a server that asks for more is not believed
+BUSY = (429, 503)  # overloaded, but working
+PASSING = (408, 409, 425, 429)  # 4xx after which the same request may succeed later
+WRONG_REQUEST = (400, 405, 413, 415, 422)  # no server would accept the request
+MAX_RETRY_AFTER = 86400.0  # seconds; a longer Retry-After is ignored
 
-# It would log a server's own words at INFO, before a key in them can be cut out.
+# It would log a server's text at INFO, before a key in it can be removed.
 logging.getLogger("httpx2").setLevel(logging.WARNING)
 _T = TypeVar("_T")
 
 
 class ChatError(UserError, RuntimeError):
-    """No usable reply; the message says why, without any key.
+    """There is no usable reply; the message says why, without any key.
 
     Attributes:
       kind: "connection", "timeout", "busy", "status" (a server's fault), "refused" (this server
-        will not have it), "wrong request" (no server would) or "reply" (not what it should be).
-      retryable: whether the same call may succeed later.
+        rejects the request), "wrong request" (every server would) or "reply" (malformed).
+      retryable: True if the same call may succeed later.
+      retry_after: seconds that a busy server asked for.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ChatError(UserError, RuntimeError):
 
 
 class ChatClient:
-    """Chat completions from one of several servers; may be used by many threads at once."""
+    """Gets chat completions from one of several servers; thread-safe."""
 
     def __init__(
         self,
@@ -70,16 +71,16 @@ class ChatClient:
 
         Args:
           endpoints: base URLs such as "http://host:8000/v1" of servers of the same model.
-          model: the name that the servers know it by.
+          model: the name by which the servers know it.
           api_key_env: environment variable that holds the key; "" sends none.
           timeout: seconds for one request, from connecting to the last byte.
           max_attempts: most requests for one call.
           outage_attempts: most requests for one call while servers cannot be reached or are busy,
             since an outage passes and a bad reply seldom does; None: `max_attempts`.
-          backoff_seconds: before the second request, and the rest of a server that failed once;
+          backoff_seconds: pause before the second request, and rest of a server that failed once;
             both double with every further failure, with jitter.
         Raises:
-          ValueError: wrong endpoints, or a key that is missing or no key.
+          ValueError: wrong endpoints, or a key that is missing or malformed.
         """
         if not model or not isinstance(model, str):
             raise UsageError(f"got model {model!r}, expected the name that the servers know")
@@ -125,10 +126,10 @@ class ChatClient:
           messages: in the form of the chat-completions API.
           max_tokens: most new tokens; None leaves it to the server.
           temperature: 0 is greedy.
-          top_logprobs: how many candidates of the first token must come with their log-probs.
-          schema: a JSON schema that the server shall hold the text to (response_format).
-          seed: of sampling, for servers that know it.
-          total_seconds: for all requests of this call and the pauses between them; None:
+          top_logprobs: number of candidates of each token to return with their log-probs.
+          schema: JSON schema that the server should decode by (response_format).
+          seed: of sampling, for servers that support it.
+          total_seconds: deadline of all requests of this call and the pauses between them; None:
             `timeout` for each of `max_attempts`.
         Raises:
           ChatError: no usable reply within these attempts and this time.
@@ -143,23 +144,23 @@ class ChatClient:
         if top_logprobs:
             body |= {"logprobs": True, "top_logprobs": top_logprobs}
         if schema is not None:
-            named = {"name": "reply", "schema": schema, "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": named}
+            json_schema = {"name": "reply", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         if seed is not None:
             body["seed"] = seed
         total = self._timeout * self._max_attempts if total_seconds is None else total_seconds
         return self._run(self._complete(body, total))
 
     def models(self, seconds: float | None = None) -> dict[str, list[str] | ChatError]:
-        """What each endpoint says it serves (GET /models), or why it says nothing, by URL.
+        """Returns by URL the names of the models that each endpoint serves, or the failure.
 
         Args:
-          seconds: to wait for them, if less than the timeout of a request.
+          seconds: deadline, if shorter than the timeout of a request.
         """
         return self._run(self._models(min(self._timeout, seconds or self._timeout)))
 
     def health(self) -> dict[str, bool]:
-        """Which endpoints are not left out because of a failure, by URL."""
+        """Returns by URL True for each endpoint that is not resting after a failure."""
         return self._endpoints.health()
 
     def close(self) -> None:
@@ -183,8 +184,8 @@ class ChatClient:
         )
 
     async def _complete(self, body: dict[str, Any], total: float) -> Completion:
-        """Tries until there is a reply, the attempts are used up, or the time is over."""
-        last: list[tuple[Endpoint, ChatError]] = []
+        """Retries until there is a reply, the attempts are used up, or the time is over."""
+        failures: list[tuple[Endpoint, ChatError]] = []
         end = time.monotonic() + total
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(self._again),
@@ -196,72 +197,82 @@ class ChatClient:
         )
         try:
             async with asyncio.timeout(total):
-                return await retrying(self._attempt, body, end, last)
+                return await retrying(self._attempt, body, end, failures)
         except TimeoutError:
-            why = f"; the last failure: {last[-1][1]}" if last else ""
+            reason = f"; the last failure: {failures[-1][1]}" if failures else ""
             raise ChatError(
-                f"no reply within {total:.3g} s{why}", kind="timeout", retryable=True
+                f"no reply within {total:.3g} s{reason}", kind="timeout", retryable=True
             ) from None
 
     def _again(self, error: BaseException) -> bool:
-        """Whether another attempt makes sense; one server's refusal is not another's."""
+        """Returns True if another attempt may succeed."""
         if not isinstance(error, ChatError):
             return False
+        # What one server refuses, e.g. for a wrong key, another may accept.
         return error.retryable or (error.kind == "refused" and len(self._endpoints.all) > 1)
 
     def _is_last(self, state: tenacity.RetryCallState) -> bool:
-        error = state.outcome.exception()
+        """Returns True if the attempts are used up; an outage has a number of its own."""
+        error = state.outcome.exception() if state.outcome else None
         outage = isinstance(error, ChatError) and error.kind in ("connection", "busy")
         limit = self._outage_attempts if outage else self._max_attempts
         return state.attempt_number >= limit
 
     async def _attempt(
-        self, body: dict[str, Any], end: float, last: list[tuple[Endpoint, ChatError]]
+        self, body: dict[str, Any], end: float, failures: list[tuple[Endpoint, ChatError]]
     ) -> Completion:
-        """One request to one server, after that server's rest if all of them rest."""
-        endpoint = self._endpoints.pick(avoid=last[-1][0] if last else None)
-        rest = endpoint.rests_until - time.monotonic()
-        if rest > 0:
-            if time.monotonic() + rest >= end:
-                why = last[-1][1] if last else "they failed at other requests just now"
+        """Sends one request to one server; waits for the end of its rest if all servers rest.
+
+        Args:
+          body: of the request.
+          end: deadline of the call, `time.monotonic()`.
+          failures: earlier attempts of this call; a failure of this one is appended.
+        """
+        endpoint = self._endpoints.pick(avoid=failures[-1][0] if failures else None)
+        rest_seconds = endpoint.rests_until - time.monotonic()
+        if rest_seconds > 0:
+            # A sleep past the deadline would tell the caller later, and nothing else.
+            if time.monotonic() + rest_seconds >= end:
+                reason = failures[-1][1] if failures else "they failed at other requests just now"
                 raise ChatError(
-                    f"no endpoint is available within the time left: {why}",
+                    f"no endpoint is available within the time left: {reason}",
                     kind="busy",
                     retryable=True,
                 )
-            await asyncio.sleep(rest)
+            await asyncio.sleep(rest_seconds)
         started = time.monotonic()
         try:
             completion = await self._ask(endpoint, body)
         except ChatError as error:
-            last.append((endpoint, error))
-            if error.kind != "wrong request":
+            failures.append((endpoint, error))
+            if error.kind != "wrong request":  # not the server's fault: it does not rest
                 self._endpoints.failed(endpoint, started, error.retry_after)
             raise
         self._endpoints.succeeded(endpoint)
         return completion
 
     async def _ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Completion:
+        """Sends the request to this server and parses its reply."""
         request_id = f"agrpo-{uuid.uuid4().hex}"
         endpoint.in_flight += 1
         endpoint.served += 1
         try:
-            sent = json.dumps(body).encode()
-            content, headers = await self._exchange(
-                endpoint.url, "POST", "/chat/completions", self._timeout, sent, request_id
+            content = json.dumps(body).encode()
+            reply, headers = await self._exchange(
+                endpoint.url, "POST", "/chat/completions", self._timeout, content, request_id
             )
         finally:
             endpoint.in_flight -= 1
         try:
             return replies.read_completion(
-                content,
+                reply,
                 headers,
                 request_id=request_id,
                 model=self.model,
                 endpoint=endpoint.url,
                 want_candidates="top_logprobs" in body,
             )
-        except replies.ReplyError as error:
+        except replies.ChatReplyError as error:
             raise self._error(endpoint.url, str(error), kind="reply", retryable=True) from None
 
     async def _models(self, seconds: float) -> dict[str, list[str] | ChatError]:
@@ -269,7 +280,7 @@ class ChatClient:
             try:
                 body, _ = await self._exchange(url, "GET", "/models", seconds)
                 return replies.read_models(body)
-            except replies.ReplyError as error:
+            except replies.ChatReplyError as error:
                 return self._error(url, str(error), kind="reply", retryable=True)
             except ChatError as error:
                 return error
@@ -286,10 +297,10 @@ class ChatClient:
         content: bytes = b"",
         request_id: str = "",
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Body, without the key, and headers of a successful reply that comes within `seconds`.
+        """Returns the body, without the key, and the headers of a successful reply.
 
         Raises:
-          ChatError: as its kinds say.
+          ChatError: no complete reply within `seconds`, or an error status.
         """
         headers = {"X-Request-Id": request_id} if request_id else {}
         if content:
@@ -300,15 +311,15 @@ class ChatClient:
                 self._http.stream(method, url + path, content=content, headers=headers) as reply,
             ):
                 received = bytearray()
-                async for part in reply.aiter_bytes():
-                    received += part
+                async for chunk in reply.aiter_bytes():
+                    received += chunk
                     if len(received) > MAX_REPLY_BYTES:
                         raise self._error(url, "a reply without end", kind="reply", retryable=True)
         except TimeoutError:
             message = f"no reply within {seconds:.3g} s"
             raise self._error(url, message, kind="timeout", retryable=True) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            # Its text may hold what the server sent, so it is not chained either.
+            # Not chained: a traceback would show the server's text, in which a key may stand.
             message = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise self._error(url, message, kind="connection", retryable=True) from None
         body = keys.hidden_in_reply(bytes(received), self._key)
@@ -317,6 +328,7 @@ class ChatClient:
         return body, reply.headers
 
     def _status_error(self, url: str, reply: httpx2.Response, body: bytes) -> ChatError:
+        """Turns an error status into an error with its kind."""
         status = reply.status_code
         kind, retryable = "status", True
         if status in BUSY:
@@ -332,6 +344,7 @@ class ChatClient:
     # Helpers.
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Runs a coroutine on the event loop's thread and waits for its result."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -340,6 +353,7 @@ class ChatClient:
             raise
 
     def _error(self, url: str, message: str, **fields: Any) -> ChatError:
+        """Builds an error whose message is short and holds no key."""
         text = keys.hidden(message, self._key)
         if len(text) > MAX_ERROR_CHARACTERS:
             text = text[:MAX_ERROR_CHARACTERS] + "..."
@@ -347,7 +361,7 @@ class ChatClient:
 
 
 def _seconds(value: str | None) -> float | None:
-    """Retry-After, seconds or a date, in seconds; None for nonsense (the own back-off holds)."""
+    """Parses Retry-After, seconds or a date, to seconds; returns None if it is malformed."""
     try:
         seconds = float(value or "")
     except ValueError:

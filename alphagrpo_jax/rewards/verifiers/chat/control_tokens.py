@@ -1,7 +1,7 @@
-"""Texts that chat servers read as control tokens: ends of turns, roles, images.
+"""Detects and defuses texts that chat servers read as control tokens: ends of turns, roles, images.
 
-Servers turn them into the real tokens wherever they stand, also within a user's text. So a question
-that holds one is refused, and what a policy wrote is quoted so that it can hold none.
+Servers turn them into the real tokens wherever they stand, even inside a user's text. So a question
+with one is refused, and a policy's text is quoted so that it cannot hold one.
 """
 
 import json
@@ -16,22 +16,27 @@ CONTROL = re.compile(
     # Mistral
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|IMG(?:_BREAK|_END)?)\]"
 )
-# Some tokenizers bring full-width forms into these first.
+# With one of these a token or the end of a string can begin. Some tokenizers first normalize
+# full-width forms to them (NFKC), so letters are compared after normalization.
 DELIMITERS = frozenset('<["\\')
 
 
 def control_tokens(text: str) -> list[str]:
-    """The control tokens in a text, as far as they are known."""
+    """Returns the known control tokens in a text, sorted."""
     return sorted(set(CONTROL.findall(unicodedata.normalize("NFKC", text))))
 
 
 def quoted(text: str) -> str:
-    """A text as a JSON string that nothing inside it can end, and in which no token can begin."""
-    whole = json.dumps(text, ensure_ascii=False)
-    return re.sub(r"[<\[]|[^\x00-\x7f]", _escaped, whole)
+    """Quotes a text as a JSON string that nothing in it can end and that holds no control token.
+
+    The policy in training wrote it: whatever could sway a verifier would be learnt.
+    """
+    literal = json.dumps(text, ensure_ascii=False)
+    return re.sub(r"[<\[]|[^\x00-\x7f]", _escaped, literal)
 
 
 def _escaped(match: re.Match) -> str:
+    """Returns a letter as it is if it is harmless, else its JSON escape."""
     letter = match[0]
     harmless = DELIMITERS.isdisjoint(unicodedata.normalize("NFKC", letter))
     return letter if harmless else f"\\u{ord(letter):04x}"

@@ -1,4 +1,4 @@
-"""API keys: where they come from, and that nothing shows them."""
+"""Reads API keys from environment variables, and removes them from everything that is shown."""
 
 import json
 import os
@@ -7,16 +7,16 @@ import re
 from alphagrpo_jax.config import check_key_name
 from alphagrpo_jax.runtime.errors import UsageError
 
-MIN_LENGTH = 5  # shorter ones could not be cut out of texts without harm
+MIN_LENGTH = 5  # a shorter one would be cut out of words that merely contain it
 HIDDEN = "[key]"
 
 
 def read_key(name: str) -> str:
-    """The key in an environment variable, "" for no variable.
+    """Reads the key from an environment variable; returns "" if `name` is "".
 
     Raises:
-      ValueError: what is given is no name of a variable, or the variable is not set or cannot hold
-        a key; the message shows neither the key nor what may be one.
+      ValueError: `name` is not the name of a variable, or the variable is not set or holds no key;
+        the message shows neither the key nor anything that may be one.
     """
     check_key_name(name)
     if not name:
@@ -36,15 +36,16 @@ def read_key(name: str) -> str:
 
 
 def hidden(text: str, key: str) -> str:
-    """A text that is only shown, with `[key]` in the place of a key, "" for none."""
+    """Replaces a key in a text for display by `[key]`; `key` "" replaces nothing."""
     if not key:
         return text
+    # A server may send it back with JSON escapes, inside a text that is not JSON.
     plain = _unescaped(text)
     return (plain if key in plain else text).replace(key, HIDDEN)
 
 
 def hidden_in_reply(body: bytes, key: str) -> bytes:
-    """A server's reply without a key in it, however JSON may have spelt its letters."""
+    """Replaces a key in a server's reply by `[key]`, however JSON may spell its letters."""
     if not key:
         return body
     try:
@@ -55,6 +56,6 @@ def hidden_in_reply(body: bytes, key: str) -> bytes:
 
 
 def _unescaped(text: str) -> str:
-    """Backslashes resolved as JSON does, also where the text is none or a part of one."""
+    """Resolves backslashes as JSON does, in any text, also in a fragment of JSON."""
     letters = re.sub(r"\\u00([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), text)
     return re.sub(r"\\(.)", r"\1", letters)

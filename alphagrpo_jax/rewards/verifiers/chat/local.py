@@ -1,4 +1,4 @@
-"""Chats with a local Hugging Face model, for text only: the decomposer's language model."""
+"""Text-only chat with a local Hugging Face model: the decomposer's language model."""
 
 import copy
 import threading
@@ -18,7 +18,7 @@ from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError, Messag
 class HFChat:
     """A causal LM, or the language side of an image-text-to-text model; greedy.
 
-    May be called by many threads; replies are made one at a time.
+    Thread-safe; replies are generated one at a time.
     """
 
     def __init__(self, path: str | Path, *, device: str, dtype: str, max_tokens: int) -> None:
@@ -54,7 +54,7 @@ class HFChat:
                 if causal
                 else transformers.AutoModelForImageTextToText
             )
-            self._model, found = kind.from_pretrained(
+            self._model, loading = kind.from_pretrained(
                 folder, local_files_only=True, dtype=dtype, output_loading_info=True
             )
             source = transformers.AutoTokenizer if causal else transformers.AutoProcessor
@@ -65,8 +65,8 @@ class HFChat:
                 kind="failed",
                 retryable=False,
             ) from error
-        if found["missing_keys"]:
-            missing = sorted(found["missing_keys"])
+        if loading["missing_keys"]:  # transformers only warns, and leaves random numbers in them
+            missing = sorted(loading["missing_keys"])
             raise LanguageModelError(
                 f"{str(folder)!r} lacks {len(missing)} tensors of its model, e.g. {missing[:3]}; "
                 "fetch its weights again",
@@ -100,9 +100,9 @@ class HFChat:
     def complete(
         self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None = None
     ) -> str:
-        """See `decomposition.limits.LanguageModel`; makes no use of the form."""
+        """Returns the greedy reply; ignores the form. See `base.LanguageModel`."""
         chat = list(messages)
-        if not self._causal:  # processors take the parts of a turn as a list
+        if not self._causal:  # processors expect a turn's content as a list of parts
             chat = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
             prompt = self._templates.apply_chat_template(
@@ -114,7 +114,7 @@ class HFChat:
                 kind="refused",
                 retryable=False,
             ) from error
-        # The template has written all special tokens that belong there.
+        # The template has written all special tokens; the tokenizer would add some once more.
         inputs = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self._device)
         length = inputs["input_ids"].shape[1]
@@ -131,7 +131,7 @@ class HFChat:
                 kind="failed",
                 retryable=False,
             ) from error
-        if len(tokens) == self._generation.max_new_tokens and not self._ends(int(tokens[-1])):
+        if len(tokens) == self._generation.max_new_tokens and not self._is_end(int(tokens[-1])):
             raise LanguageModelError(
                 f"the reply was cut at {len(tokens)} tokens; raise --max-tokens",
                 kind="cut",
@@ -139,6 +139,7 @@ class HFChat:
             )
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _ends(self, token: int) -> bool:
+    def _is_end(self, token: int) -> bool:
+        """Returns True for a token that ends replies."""
         ends = self._generation.eos_token_id
         return token in (ends if isinstance(ends, list) else [ends])

@@ -1,40 +1,41 @@
-"""Reads the reply of a chat-completions endpoint strictly: what is not as it should be is refused.
+"""Parses replies of chat-completions endpoints strictly: anything unexpected is refused.
 
-What shows that a reply belongs to its request: the id that was sent as X-Request-Id, where a server
-echoes it in that header or in the reply's `id` (vLLM, `serve_verifier`), and the reply's `model`.
-A server that gives neither cannot be checked.
+Two fields show that a reply belongs to its request: the id that was sent as X-Request-Id, if the
+server echoes it in that header or in the reply's `id` (vLLM, `serve_verifier`), and `model`. A
+server that sends neither cannot be checked.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-REQUEST_ID = re.compile(r"agrpo-[0-9a-f]{32}")  # ours; ids of other forms are a server's own
-SURPLUS = 1e-2  # by which candidates' probabilities may exceed 1 in sum: rounded log-probs
+REQUEST_ID = re.compile(r"agrpo-[0-9a-f]{32}")  # ids of this client; servers' ids look different
+SURPLUS = 1e-2  # by which the candidates' probabilities may exceed 1 in sum: rounded log-probs
+_T = TypeVar("_T")
 
 
-class ReplyError(ValueError):
-    """A reply that is not what the protocol promises; the message says what is wrong."""
+class ChatReplyError(ValueError):
+    """The reply violates the chat-completions protocol; the message says what is wrong."""
 
 
 class Candidate(NamedTuple):
-    """One candidate of the first token."""
+    """A candidate of one token."""
 
     token: str  # as text, e.g. " Yes"
-    logprob: float  # natural; at most 0, may be minus infinity
+    logprob: float  # natural logarithm; at most 0, may be minus infinity
 
 
 class Completion(NamedTuple):
-    """The reply of a chat endpoint."""
+    """A reply of a chat endpoint."""
 
     text: str
     finish_reason: str | None  # "stop", "length", ...
-    candidates: tuple[Candidate, ...] | None  # of the first token; None if not asked for
-    usage: dict[str, int]  # tokens, as far as the server says
-    endpoint: str  # who answered
-    later: tuple[tuple[Candidate, ...], ...] = ()  # of the tokens after the first
+    candidates: tuple[Candidate, ...] | None  # of the first token; None if not requested
+    usage: dict[str, int]  # numbers of tokens, as far as the server gives them
+    endpoint: str  # URL of the server
+    later: tuple[tuple[Candidate, ...], ...] = ()  # candidates of the tokens after the first
 
 
 def read_completion(
@@ -46,24 +47,24 @@ def read_completion(
     endpoint: str,
     want_candidates: bool,
 ) -> Completion:
-    """The completion in a reply's body.
+    """Parses the completion in a reply's body.
 
     Args:
       body: JSON of a `chat.completion` with one choice.
       headers: of the reply, lower-case names.
-      request_id: that was sent.
-      model: that was asked for; a reply by "MODEL-date" is taken as its.
+      request_id: the id that was sent.
+      model: the model that was asked; "MODEL-date" in the reply is accepted too.
       endpoint: the server's URL.
-      want_candidates: whether log-probs of the first token must be there.
+      want_candidates: require log-probs of the first token.
     Raises:
-      ReplyError: truncated or other JSON, an answer to another request or by another model, no
+      ChatReplyError: truncated or other JSON, an answer to another request or by another model, no
         choice or several, no text, no log-probs, or log-probs that are no probabilities.
     """
     reply = _expect(_parse(body), dict, "the reply")
     _check_ids(reply, headers, request_id, model)
     choices = _expect(reply.get("choices"), list, "choices")
     if len(choices) != 1:
-        raise ReplyError(f"got {len(choices)} choices, expected 1")
+        raise ChatReplyError(f"got {len(choices)} choices, expected 1")
     choice = _expect(choices[0], dict, "choices[0]")
     message = _expect(choice.get("message"), dict, "choices[0].message")
     text = message.get("content")
@@ -84,79 +85,100 @@ def read_completion(
 
 
 def read_models(body: bytes) -> list[str]:
-    """The names in a reply to GET /models.
+    """Parses the model names in a reply to GET /models.
 
     Raises:
-      ReplyError: it is not such a reply.
+      ChatReplyError: it is not such a reply.
     """
     data = _expect(_expect(_parse(body), dict, "the reply").get("data"), list, "data")
     return [_expect(_expect(row, dict, "data[]").get("id"), str, "data[].id") for row in data]
 
 
 def error_text(body: bytes) -> str:
-    """What an error reply says, as one line of at most 300 characters; never raises."""
+    """Returns the message of an error reply as one line; never raises."""
     text = body[:4000].decode(errors="replace")
     try:
-        found = json.loads(text)
-        found = found.get("error", found)
-        found = found.get("message", found) if isinstance(found, dict) else found
-        text = found if isinstance(found, str) else json.dumps(found)
+        content = json.loads(text)
+        content = content.get("error", content)
+        content = content.get("message", content) if isinstance(content, dict) else content
+        text = content if isinstance(content, str) else json.dumps(content)
     except (ValueError, AttributeError, RecursionError):
-        pass  # not JSON, or no object: as it is
+        pass  # not JSON, or no object: the text as it is
     return " ".join(text.split())
 
 
 def _parse(body: bytes) -> Any:
+    """Parses JSON.
+
+    Raises:
+      ChatReplyError: it is none.
+    """
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ReplyError(f"truncated or malformed JSON of {len(body)} bytes ({error})") from error
+        raise ChatReplyError(
+            f"truncated or malformed JSON of {len(body)} bytes ({error})"
+        ) from error
 
 
-def _expect(value: Any, kind: type, where: str) -> Any:
+def _expect(value: Any, kind: type[_T], where: str) -> _T:
+    """Returns the value if it is of this type.
+
+    Raises:
+      ChatReplyError: it is not.
+    """
     if not isinstance(value, kind):
         got = "nothing" if value is None else type(value).__name__
-        raise ReplyError(f"{where}: got {got}, expected {kind.__name__}")
+        raise ChatReplyError(f"{where}: got {got}, expected {kind.__name__}")
     return value
 
 
 def _check_ids(
     reply: dict[str, Any], headers: Mapping[str, str], request_id: str, model: str
 ) -> None:
-    for place in (headers.get("x-request-id"), reply.get("id")):
-        found = REQUEST_ID.findall(place) if isinstance(place, str) else []
-        if any(other != request_id for other in found):
-            raise ReplyError(f"answer to another request: got {found[0]}, expected {request_id}")
-    by = reply.get("model")
-    if isinstance(by, str) and by != model and not by.startswith(f"{model}-"):
-        raise ReplyError(f"answer by another model: got {by[:100]!r}, expected {model!r}")
+    """Checks that a reply belongs to its request.
+
+    Raises:
+      ChatReplyError: it answers another request or comes from another model.
+    """
+    for field in (headers.get("x-request-id"), reply.get("id")):
+        echoed = REQUEST_ID.findall(field) if isinstance(field, str) else []
+        if any(echoed_id != request_id for echoed_id in echoed):
+            raise ChatReplyError(
+                f"answer to another request: got {echoed[0]}, expected {request_id}"
+            )
+    name = reply.get("model")
+    # Hosted services append the date of the model's version.
+    if isinstance(name, str) and name != model and not name.startswith(f"{model}-"):
+        raise ChatReplyError(f"answer by another model: got {name[:100]!r}, expected {model!r}")
 
 
 def _candidates(logprobs: Any) -> tuple[tuple[Candidate, ...], ...]:
-    """Candidates of every token, at least one."""
+    """Parses the candidates of all tokens, at least one."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content:
-        raise ReplyError("no log-probs: the server must support logprobs and top_logprobs")
+        raise ChatReplyError("no log-probs: the server must support logprobs and top_logprobs")
     return tuple(_token(row, f"logprobs.content[{i}]") for i, row in enumerate(content))
 
 
 def _token(row: Any, where: str) -> tuple[Candidate, ...]:
-    """Candidates of one token; it counts too where it is not listed among the likeliest."""
+    """Parses the candidates of one token, including the token itself if it is not listed."""
     rows = _expect(_expect(row, dict, where).get("top_logprobs"), list, f"{where}.top_logprobs")
     if not rows:
-        raise ReplyError("no log-probs: top_logprobs is empty")
-    found = [_candidate(candidate) for candidate in rows]
-    if row.get("token") not in {candidate.token for candidate in found}:
-        found.append(_candidate(row))
-    total = sum(math.exp(candidate.logprob) for candidate in found)
+        raise ChatReplyError("no log-probs: top_logprobs is empty")
+    candidates = [_candidate(candidate) for candidate in rows]
+    if row.get("token") not in {candidate.token for candidate in candidates}:
+        candidates.append(_candidate(row))
+    total = sum(math.exp(candidate.logprob) for candidate in candidates)
     if total > 1.0 + SURPLUS:
-        raise ReplyError(f"log-probs: probabilities of the candidates sum to {total:.4g}")
-    return tuple(found)
+        raise ChatReplyError(f"log-probs: probabilities of the candidates sum to {total:.4g}")
+    return tuple(candidates)
 
 
 def _candidate(row: Any) -> Candidate:
+    """Parses one candidate; a log-prob slightly above 0 becomes 0."""
     row = _expect(row, dict, "a candidate")
     token, logprob = row.get("token"), row.get("logprob")
     if type(logprob) not in (int, float) or not logprob <= SURPLUS:  # also true for NaN
-        raise ReplyError(f"log-probs: got {logprob!r}, expected a number of at most 0")
+        raise ChatReplyError(f"log-probs: got {logprob!r}, expected a number of at most 0")
     return Candidate(_expect(token, str, "a candidate's token"), min(float(logprob), 0.0))

@@ -206,5 +206,5 @@ def test_minus_infinity_is_a_probability_and_other_oddities_are_not():
     assert read(float("-inf")) == (("Yes", float("-inf")),)
     assert read(0) == (("Yes", 0.0),)
     for odd in (float("inf"), float("nan"), 1.0, None, "0.5", True):
-        with pytest.raises(replies.ReplyError, match="expected a number"):
+        with pytest.raises(replies.ChatReplyError, match="expected a number"):
             read(odd)
