@@ -204,7 +204,8 @@ def yes_no_probs(
     last = jnp.sum(mask, axis=1) - 1
     at_end = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     probabilities = jax.nn.softmax(policy.text_logits(model, params, at_end)[:, 0], axis=-1)
-    return tuple(jnp.sum(probabilities[:, ids], axis=-1) for ids in (yes, no))
+    yes_probs, no_probs = (jnp.sum(probabilities[:, ids], axis=-1) for ids in (yes, no))
+    return yes_probs, no_probs
 
 
 def _spellings(tokenizer: Tokenizer, word: str) -> list[int]:

@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from alphagrpo_jax.rewards.verifiers.spelling import (
 )
 
 
-def normalized_tokens(tokenizer: object) -> list[str]:
+def normalized_tokens(tokenizer: Any) -> list[str]:
     """Returns what each token spells, normalized: "Yes" and " yes" are both "yes"."""
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
     return [normalize_word(text) for text in texts]
@@ -52,8 +53,11 @@ def candidates(logits: Tensor, top_k: int | None) -> Tensor:
     return torch.zeros_like(probabilities).scatter(-1, best.indices, best.values)
 
 
-def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, object]:
+def load(path: str | Path, device: str, dtype: str) -> tuple[Any, Any]:
     """Loads (model, processor) from a local folder.
+
+    Their classes depend on the folder; transformers gives them no common type with `generate` or
+    an image processor.
 
     Raises:
       VerifierLoadError: no such folder, no image processor or chat template in it, damaged or
@@ -72,9 +76,10 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[torch.nn.Module, ob
         )
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        model, loading = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
+        model, loading = loaded  # a pair because of output_loading_info
     except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise VerifierLoadError(_explain(folder, error)) from error
     if loading["missing_keys"]:  # transformers only warns, and leaves random numbers in them

@@ -17,7 +17,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,11 +80,11 @@ class Passes:
       way: one of `WAYS`.
     """
 
-    def __init__(self, model: torch.nn.Module, processor: object, *, shared_prefix: bool) -> None:
+    def __init__(self, model: Any, processor: Any, *, shared_prefix: bool) -> None:
         """Chooses the cheapest way that the model allows; warns if it is not "packed".
 
         Args:
-          model: an image-text-to-text model.
+          model: an image-text-to-text model of transformers.
           processor: its processor, whose tokenizer pads on the right.
           shared_prefix: False always takes "separate".
         """

@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -288,7 +289,7 @@ class Batcher:
 
     def _forward(
         self, questions: list[ImageQuestion]
-    ) -> list[tuple[list[int], torch.Tensor] | RequestError]:
+    ) -> Sequence[tuple[list[int], torch.Tensor] | RequestError]:
         """Returns a reply or an error for every question; runs on the model's thread."""
         try:
             return self._answer(questions)

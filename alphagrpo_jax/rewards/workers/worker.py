@@ -130,6 +130,9 @@ class Worker:
         """Sends a message and waits for the reply; kills a process that takes too long."""
         # A timer that kills, instead of `poll` with a timeout: `send` blocks if the process stops
         # reading, and `recv` if it writes half a reply. Killing also works on a stopped process.
+        process, connection = self._process, self._connection
+        if process is None or connection is None:
+            raise WorkerDiedError("the worker has no process; start it first")
         expired = threading.Event()
 
         def expire() -> None:
@@ -140,11 +143,11 @@ class Worker:
         timer.daemon = True
         timer.start()
         try:
-            self._connection.send(message)
-            return self._connection.recv()
+            connection.send(message)
+            return connection.recv()
         except Exception as error:  # a closed pipe, or a reply that cannot be unpickled
             self.kill()
-            code = self._process.wait()
+            code = process.wait()
             if expired.is_set():
                 raise WorkerTimeoutError(f"no answer within {seconds:.1f} s") from error
             raise WorkerDiedError(f"worker process ended with code {code} ({error!r})") from error
@@ -156,8 +159,8 @@ class Worker:
         # The child must find "callable" verifiers wherever the caller does ("" is the current one).
         search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         threads = dict.fromkeys(_THREAD_VARIABLES, str(self._threads))
-        threads["TOKENIZERS_PARALLELISM"] = "false"
-        return {**os.environ, **threads, "PYTHONPATH": search_path}
+        fixed = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": search_path}
+        return {**os.environ, **threads, **fixed}
 
 
 def serve(descriptor: int, parent: int) -> None:

@@ -187,9 +187,10 @@ class ChatClient:
         """Retries until there is a reply, the attempts are used up, or the time is over."""
         failures: list[tuple[Endpoint, ChatError]] = []
         end = time.monotonic() + total
+        out_of_time = tenacity.stop_before_delay(total)
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(self._again),
-            stop=tenacity.stop_any(self._is_last, tenacity.stop_before_delay(total)),
+            stop=lambda state: self._is_last(state) or out_of_time(state),
             wait=tenacity.wait_exponential_jitter(
                 multiplier=self._backoff, max=total, jitter=self._backoff
             ),

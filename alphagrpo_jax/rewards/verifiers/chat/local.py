@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pydantic
@@ -54,9 +55,10 @@ class HFChat:
                 if causal
                 else transformers.AutoModelForImageTextToText
             )
-            self._model, loading = kind.from_pretrained(
+            loaded: Any = kind.from_pretrained(  # a pair because of output_loading_info
                 folder, local_files_only=True, dtype=dtype, output_loading_info=True
             )
+            self._model, loading = loaded
             source = transformers.AutoTokenizer if causal else transformers.AutoProcessor
             templates = source.from_pretrained(folder, local_files_only=True)
         except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

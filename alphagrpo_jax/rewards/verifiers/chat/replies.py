@@ -73,14 +73,14 @@ def read_completion(
     reason = choice.get("finish_reason")
     counts = reply.get("usage")
     usage = counts.items() if isinstance(counts, dict) else ()
-    tokens = _candidates(choice.get("logprobs")) if want_candidates else ()
+    tokens = _candidates(choice.get("logprobs")) if want_candidates else None
     return Completion(
         text=_expect(text, str, "choices[0].message.content"),
         finish_reason=reason if isinstance(reason, str) else None,
-        candidates=tokens[0] if want_candidates else None,
+        candidates=tokens[0] if tokens else None,
         usage={name: count for name, count in usage if type(count) is int},
         endpoint=endpoint,
-        later=tokens[1:],
+        later=tokens[1:] if tokens else (),
     )
 
 
