@@ -159,13 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.chat(body)
 
     def chat(self, body: dict) -> None:
-        asked, fault = read_request(body), self.state.next_fault()
-        row = {key: value for key, value in asked.items() if key != "pixels"}
+        request, fault = read_request(body), self.state.next_fault()
+        row = {key: value for key, value in request.items() if key != "pixels"}
         row |= {"fault": fault, "id": self.headers["X-Request-Id"], "p_yes": None}
         row["together"] = self.state.together
-        if asked["pixels"] is not None:
-            image = asked["pixels"]
-            p_yes = truth(image, asked["question"])
+        if request["pixels"] is not None:
+            image = request["pixels"]
+            p_yes = truth(image, request["question"])
             row["image"] = digest(image)
             if fault in (None, "slow"):
                 row["p_yes"] = p_yes
@@ -203,9 +203,9 @@ def read_request(body: dict) -> dict:
     """System text, question and image of a chat request."""
     system = [m["content"] for m in body["messages"] if m["role"] == "system"]
     content = body["messages"][-1]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    texts = [part["text"] for part in parts if part["type"] == "text"]
-    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    texts = [item["text"] for item in items if item["type"] == "text"]
+    urls = [item["image_url"]["url"] for item in items if item["type"] == "image_url"]
     pixels = None
     if urls:
         data = base64.b64decode(urls[0].partition(",")[2])

@@ -80,8 +80,8 @@ def ask(url, content, **headers):
     """The reply to a chat request; `content` is its body, or changes of a good one."""
     if isinstance(content, dict):
         image = np.zeros((8, 8, 3), np.uint8)
-        asked = openai.messages(openai.data_url(image), QUESTIONS[0], AUDIT_INSTRUCTION)
-        content = json.dumps({"model": "verifier", "messages": asked, "max_tokens": 1} | content)
+        messages = openai.messages(openai.data_url(image), QUESTIONS[0], AUDIT_INSTRUCTION)
+        content = json.dumps({"model": "verifier", "messages": messages, "max_tokens": 1} | content)
     headers = {"Authorization": f"Bearer {KEY}"} | headers
     with httpx2.Client(trust_env=False, timeout=60) as client:
         return client.post(f"{url}/chat/completions", content=content, headers=headers)
@@ -92,32 +92,32 @@ def test_answers_are_those_of_the_verifier(url, direct, images):
     verifier = OpenAIVerifier([url], "verifier", api_key_env="SERVE_KEY", top_logprobs=top)
     for image in images:
         expected = direct.answer(image, QUESTIONS)
-        found = verifier.answer(image, QUESTIONS)
-        for one, other in zip(found, expected, strict=True):
-            assert one.p_yes == pytest.approx(other.p_yes, abs=1e-5)
+        answers = verifier.answer(image, QUESTIONS)
+        for answer, truth in zip(answers, expected, strict=True):
+            assert answer.p_yes == pytest.approx(truth.p_yes, abs=1e-5)
     verifier.close()
 
 
 def test_few_candidates_give_what_they_give_directly(url, few, images):
     verifier = OpenAIVerifier([url], "verifier", api_key_env="SERVE_KEY")
-    found = verifier.answer(images[1], QUESTIONS)
-    for one, other in zip(found, few.answer(images[1], QUESTIONS), strict=True):
-        assert one.p_yes == pytest.approx(other.p_yes, abs=1e-5)
+    answers = verifier.answer(images[1], QUESTIONS)
+    for answer, truth in zip(answers, few.answer(images[1], QUESTIONS), strict=True):
+        assert answer.p_yes == pytest.approx(truth.p_yes, abs=1e-5)
     verifier.close()
 
 
 def test_ratings_are_those_of_the_verifier(url, direct, images):
     question = "How well does the image match the prompt: a red square?"
     verifier = OpenAIVerifier([url], "verifier", api_key_env="SERVE_KEY")
-    (found,) = verifier.rate(images[1], [question])
+    (rating,) = verifier.rate(images[1], [question])
     (expected,) = direct.rate(images[1], [question])
-    assert found.value == pytest.approx(expected.value, abs=0.05)  # 20 candidates instead of all
+    assert rating.value == pytest.approx(expected.value, abs=0.05)  # 20 candidates instead of all
     verifier.close()
 
 
 def test_a_longer_reply_is_the_greedy_text(url, direct, images):
-    asked = openai.messages(openai.data_url(images[1]), QUESTIONS[0], RATE_INSTRUCTION)
-    content = {"messages": asked, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    messages = openai.messages(openai.data_url(images[1]), QUESTIONS[0], RATE_INSTRUCTION)
+    content = {"messages": messages, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
     reply = ask(url, content).json()
     tokens, logits = direct.generate(images[1], QUESTIONS[0], RATE_INSTRUCTION, 4)
     choice = reply["choices"][0]
@@ -147,8 +147,8 @@ def test_the_request_id_comes_back(url):
     assert strange.headers["x-request-id"] != "two words"
 
 
-def content(*parts):
-    return [{"role": "user", "content": list(parts)}]
+def content(*items):
+    return [{"role": "user", "content": list(items)}]
 
 
 TEXT = {"type": "text", "text": "Is it?"}
@@ -190,9 +190,9 @@ def test_bad_requests_are_explained(url, body, words):
 
 def test_control_tokens_in_a_question_are_refused(url):
     url_of_image = openai.data_url(np.zeros((8, 8, 3), np.uint8))
-    asked = openai.messages(url_of_image, "Is it IMAGE yes?", AUDIT_INSTRUCTION)
-    asked[1]["content"][1]["text"] = "Is it <image> yes?"  # another client would send it
-    reply = ask(url, {"messages": asked})
+    messages = openai.messages(url_of_image, "Is it IMAGE yes?", AUDIT_INSTRUCTION)
+    messages[1]["content"][1]["text"] = "Is it <image> yes?"  # another client would send it
+    reply = ask(url, {"messages": messages})
     assert reply.status_code == 400
     assert "control tokens ['<image>']" in reply.json()["error"]["message"]
 
@@ -214,14 +214,14 @@ def test_health_models_and_metrics(url):
         after = metrics(client.get(f"{root}/metrics").text)
         assert client.get(f"{root}/health").json()["status"] == "ok"
         assert client.get(f"{url}/models").json()["data"][0]["id"] == "verifier"
-        shown = client.get(f"{root}/metrics").text
+        metrics_text = client.get(f"{root}/metrics").text
     failed = 'verifier_failures_total{kind="bad_request"}'
     assert after["verifier_requests_total"] - before["verifier_requests_total"] == 2
     assert after[failed] - before.get(failed, 0) == 1
     assert after["verifier_questions"] - before["verifier_questions"] == 1
     assert after["verifier_model_seconds"] > before["verifier_model_seconds"]
     assert after["verifier_queue_length"] == 0
-    assert KEY not in shown
+    assert KEY not in metrics_text
 
 
 def metrics(text):
@@ -232,10 +232,10 @@ def metrics(text):
 def test_many_at_once_all_get_their_own_answers(url, few, images):
     verifier = OpenAIVerifier([url], "verifier", api_key_env="SERVE_KEY", concurrency=16)
     questions = [f"Is there a {word} square?" for word in ("red", "blue", "green", "white")] * 4
-    found = {}
+    answers = {}
 
     def run(number):
-        found[number] = verifier.answer(images[number], questions)
+        answers[number] = verifier.answer(images[number], questions)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
     for thread in threads:
@@ -244,8 +244,8 @@ def test_many_at_once_all_get_their_own_answers(url, few, images):
         thread.join()
     for number in (0, 1):
         expected = few.answer(images[number], questions)
-        for one, other in zip(found[number], expected, strict=True):
-            assert one.p_yes == pytest.approx(other.p_yes, abs=1e-5)
+        for answer, truth in zip(answers[number], expected, strict=True):
+            assert answer.p_yes == pytest.approx(truth.p_yes, abs=1e-5)
     verifier.close()
 
 
@@ -259,8 +259,8 @@ def test_a_signal_ends_it_in_order(number):
 
 
 def test_a_port_in_use_and_a_missing_model_are_explained(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as socket_in_use:
+        port = str(socket_in_use.getsockname()[1])
         assert serve_verifier.main(["--model", "package:verifier", "--port", port]) == 1
     assert f"error: cannot listen on --host=127.0.0.1 --port={port}" in capsys.readouterr().err
     assert serve_verifier.main(["--model", "nowhere", "--port", "0"]) == 1
@@ -316,7 +316,9 @@ def test_batches_hold_one_image_and_a_bad_question_fails_alone():
         batcher = serving.Batcher(model, max_batch=3, max_queue=9, seconds=60.0)
         running = asyncio.create_task(batcher.run())
         texts = [("one", "a"), ("three", "b"), ("bad", "a"), ("four", "a"), ("five", "a")]
-        tasks = [asyncio.create_task(batcher.ask(question(*each))) for each in texts]
+        tasks = [
+            asyncio.create_task(batcher.ask(question(*text_and_group))) for text_and_group in texts
+        ]
         model.go.set()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         exploded = await asyncio.gather(batcher.ask(question("explode")), return_exceptions=True)
@@ -343,20 +345,20 @@ def test_health_says_when_a_pass_does_not_end():
         batcher = serving.Batcher(model, max_batch=1, max_queue=9, seconds=0.05)
         service = serve_verifier.Service(model, batcher, name="blocked", key="", max_logprobs=20)
         running = asyncio.create_task(batcher.run())
-        seen = [await service.health(None)]
-        asked = asyncio.create_task(batcher.ask(question("one")))
+        health = [await service.health(None)]
+        task = asyncio.create_task(batcher.ask(question("one")))
         while not batcher.stuck:
             await asyncio.sleep(0.01)
-        seen.append(await service.health(None))
+        health.append(await service.health(None))
         model.go.set()
-        await asked
-        seen.append(await service.health(None))
+        await task
+        health.append(await service.health(None))
         running.cancel()
-        return seen
+        return health
 
-    found = asyncio.run(scenario())
-    assert [reply.status_code for reply in found] == [200, 503, 200]
-    assert json.loads(found[1].body)["status"] == "stuck"
+    health = asyncio.run(scenario())
+    assert [reply.status_code for reply in health] == [200, 503, 200]
+    assert json.loads(health[1].body)["status"] == "stuck"
 
 
 def test_a_full_queue_and_a_long_wait_are_refused():

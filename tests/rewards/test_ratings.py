@@ -28,7 +28,7 @@ def test_answers_and_ratings_of_one_sample_come_together(tmp_path):
     with make_pool(tmp_path, cache_size=9, audit_path=str(audit)) as pool:
         pool.submit("both", picture(0), ASKED, RATED)
         pool.submit("rated", picture(20), [], RATED * 2)
-        found = pool.gather(["both", "rated"])
+        results = pool.gather(["both", "rated"])
         pool.submit("again", picture(0), ASKED[:1], RATED)
         again = pool.gather(["again"])["again"]
         # The same words, once to be rated and once to be answered: two different things.
@@ -36,10 +36,10 @@ def test_answers_and_ratings_of_one_sample_come_together(tmp_path):
         words = pool.gather(["words"])["words"]
         counters = pool.counters()
     truth = tuple(pool_fakes.truth(picture(0), [*ASKED, *RATED]))
-    assert found["both"].p_yes == truth[:2]
-    assert found["both"].ratings == (10.0 * truth[2],)
-    assert found["rated"].p_yes == ()
-    assert len(found["rated"].ratings) == 2
+    assert results["both"].p_yes == truth[:2]
+    assert results["both"].ratings == (10.0 * truth[2],)
+    assert results["rated"].p_yes == ()
+    assert len(results["rated"].ratings) == 2
     assert (again.p_yes, again.ratings) == (truth[:1], (10.0 * truth[2],))
     assert (words.p_yes, words.ratings) == (truth[2:], ())
     assert (counters["cached"], counters["questions"]) == (1, 6)
@@ -63,9 +63,9 @@ def test_a_wrong_rating_is_never_taken(tmp_path):
     with make_pool(tmp_path) as pool:
         for fault in messages:
             pool.submit(fault, picture(fault), ASKED, RATED)
-        found = pool.gather(messages)
+        results = pool.gather(messages)
         counters = pool.counters()
-    for fault, scored in found.items():
+    for fault, scored in results.items():
         assert (scored.valid, scored.p_yes, scored.ratings) == (False, None, ()), fault
         assert scored.attempts == 2
         assert re.search(messages[fault], scored.failure)

@@ -28,7 +28,7 @@ class Answers:
         self.submitted.append((sample_id, int(image[0, 0, 0]), list(questions), list(rated)))
 
     def gather(self, ids):
-        return {each: self.answers[each] for each in list(ids)}
+        return {sample_id: self.answers[sample_id] for sample_id in list(ids)}
 
 
 def scored(*p_yes):
@@ -46,25 +46,25 @@ def test_rewards_of_a_batch():
     scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, options, first=0)
     assert pool.submitted[1] == ("b", 2, record.question_texts, [])
     texts = ["<think> x </think>", "<think> y </think>", "no form"]
-    found = scoring.gather(pool, ["a", "b", "c"], [record] * 3, [texts], options)
-    assert found.reward[0] == pytest.approx(math.sqrt(0.7 * 0.4))
-    assert np.isnan(found.reward[1])
-    text, image = scoring.totals(found, options)
+    rewards = scoring.gather(pool, ["a", "b", "c"], [record] * 3, [texts], options)
+    assert rewards.reward[0] == pytest.approx(math.sqrt(0.7 * 0.4))
+    assert np.isnan(rewards.reward[1])
+    text, image = scoring.totals(rewards, options)
     assert text is image
     assert np.isnan(text[1])
-    assert found.reward[2] == 0.0
-    assert found.format.tolist() == [1.0, 1.0, 0.0]
-    assert text[0] == pytest.approx(found.reward[0] + 0.5)
-    assert found.valid.tolist() == [True, False, True]
-    assert found.failures == {"server away": 1}
-    metrics = found.metrics()
-    assert metrics["reward/mean"] == pytest.approx(found.reward[0] / 2)
+    assert rewards.reward[2] == 0.0
+    assert rewards.format.tolist() == [1.0, 1.0, 0.0]
+    assert text[0] == pytest.approx(rewards.reward[0] + 0.5)
+    assert rewards.valid.tolist() == [True, False, True]
+    assert rewards.failures == {"server away": 1}
+    metrics = rewards.metrics()
+    assert metrics["reward/mean"] == pytest.approx(rewards.reward[0] / 2)
     assert metrics["reward/semantic"] == pytest.approx(0.35)
     assert metrics["reward/quality"] == pytest.approx(0.7)
     assert metrics["reward/format"] == 0.5
     assert metrics["reward/valid_fraction"] == pytest.approx(2 / 3)
-    assert found.p_yes == ((0.9, 0.5, 0.4), (), (0.0, 0.0, 1.0))
-    assert found.reasons == (None, "server away", None)
+    assert rewards.p_yes == ((0.9, 0.5, 0.4), (), (0.0, 0.0, 1.0))
+    assert rewards.reasons == (None, "server away", None)
     assert metrics["reward/tag/Existence"] == pytest.approx((0.9 + 0.5) / 4)
     assert metrics["reward/tag/Texture"] == pytest.approx(0.7)
     assert metrics["question/saturated_fraction"] == pytest.approx(3 / 6)
@@ -74,9 +74,9 @@ def test_rewards_of_a_batch():
 def test_without_texts_there_is_no_format_reward():
     record = parse_record(tiny_world.record("a circle"))
     options = reward_options(aggregate="mean", score="binary", format_weight=0.0)
-    found = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], (), options)
-    assert found.reward[0] == 0.75
-    assert scoring.totals(found, options)[0][0] == 0.75
+    rewards = scoring.gather(Answers({0: scored(0.9, 0.2, 0.6)}), [0], [record], (), options)
+    assert rewards.reward[0] == 0.75
+    assert scoring.totals(rewards, options)[0][0] == 0.75
 
 
 def test_samples_without_a_verdict_are_invalid_and_say_why():
@@ -84,12 +84,13 @@ def test_samples_without_a_verdict_are_invalid_and_say_why():
     options = reward_options(aggregate="mean", score="binary", format_weight=0.0)
     outcomes = Answers({0: scored(0.9, 0.2, 0.6), 1: FAILED, 2: scored(0.9, 0.2, 0.6)})
     before = scoring.gather(outcomes, range(3), records, (), options)
-    found = scoring.without(before, np.array([True, True, False]), "no verdict")
-    assert found.valid.tolist() == [False, False, True]
-    assert found.reasons == ("no verdict", before.reasons[1], None)
-    assert found.failures == {before.reasons[1]: 1, "no verdict": 1}
-    untold = dataclasses.replace(before, reasons=())  # as rewards by rule have it
-    assert scoring.without(untold, np.array([True, False, False]), "x").reasons == ("x", None, None)
+    rewards = scoring.without(before, np.array([True, True, False]), "no verdict")
+    assert rewards.valid.tolist() == [False, False, True]
+    assert rewards.reasons == ("no verdict", before.reasons[1], None)
+    assert rewards.failures == {before.reasons[1]: 1, "no verdict": 1}
+    without_reasons = dataclasses.replace(before, reasons=())  # as rewards by rule have it
+    rewards = scoring.without(without_reasons, np.array([True, False, False]), "x")
+    assert rewards.reasons == ("x", None, None)
 
 
 def test_all_invalid_has_no_mean():
@@ -126,14 +127,14 @@ def test_dependencies_count_if_asked_for():
         options = reward_options(
             aggregate="mean", score="confidence", format_weight=0.0, dependencies=dependencies
         )
-        found = scoring.gather(pool, [0], [record], (), options)
-        assert found.semantic[0] == pytest.approx(semantic)
-        assert found.quality[0] == pytest.approx(quality)
-        assert found.reward[0] == pytest.approx((semantic + quality) / 2)
-        assert found.valid[0]
+        rewards = scoring.gather(pool, [0], [record], (), options)
+        assert rewards.semantic[0] == pytest.approx(semantic)
+        assert rewards.quality[0] == pytest.approx(quality)
+        assert rewards.reward[0] == pytest.approx((semantic + quality) / 2)
+        assert rewards.valid[0]
 
 
-def made(reward, form):
+def rewards_of(reward, form):
     nothing = np.zeros(len(reward))
     valid = np.ones(len(reward), bool)
     return scoring.Rewards(np.array(reward), nothing, nothing, np.array(form), valid, {})
@@ -141,14 +142,14 @@ def made(reward, form):
 
 def test_the_form_may_count_for_the_text_alone():
     options = reward_options(aggregate="mean", score="confidence", format_weight=0.5, isolate=True)
-    text, image = scoring.totals(made([0.2, 0.4], [1.0, 0.0]), options)
+    text, image = scoring.totals(rewards_of([0.2, 0.4], [1.0, 0.0]), options)
     np.testing.assert_allclose(text, [0.7, 0.4])
     np.testing.assert_allclose(image, [0.2, 0.4])
 
 
 def test_a_judged_reflection_is_half_of_what_the_form_adds():
     options = reward_options(aggregate="mean", score="confidence", format_weight=1.0)
-    scores = made([0.2, 0.4, 0.6], [1.0, 1.0, 0.0])
+    scores = rewards_of([0.2, 0.4, 0.6], [1.0, 1.0, 0.0])
     text, image = scoring.totals(
         scores, options, reward=np.array([0.1, 0.4, 0.6]), reflection=np.array([1.0, 0.0, 0.0])
     )
@@ -160,12 +161,12 @@ def test_answers_are_rewarded_by_rule():
     fields = {"prompt": "Is it red?", "answer": ["yes", "it is"]}
     records = [parse_record(fields, form="answer")] * 4
     answers = ["Yes.", "no", " it is ", "yes and no"]
-    found = scoring.answer_scores(records, answers, [["<think> a </think>"] * 3 + ["b"]])
-    assert found.reward.tolist() == [1.0, 0.0, 1.0, 0.0]
-    assert found.format.tolist() == [1.0, 1.0, 1.0, 0.0]
-    assert found.valid.all()
-    assert found.metrics()["reward/mean"] == 0.5
-    assert math.isnan(found.metrics()["reward/semantic"])
+    rewards = scoring.answer_scores(records, answers, [["<think> a </think>"] * 3 + ["b"]])
+    assert rewards.reward.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert rewards.format.tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert rewards.valid.all()
+    assert rewards.metrics()["reward/mean"] == 0.5
+    assert math.isnan(rewards.metrics()["reward/semantic"])
 
 
 def rated(*ratings, p_yes=()):
@@ -180,12 +181,12 @@ def test_holistic_scores_ask_for_ratings_only():
     scoring.submit(pool, [0, 1, 2], images, [record] * 3, options, first=0)
     match = "How well does the image match the prompt: a {circle}?"
     assert pool.submitted[0] == (0, 0, [], [match, "How well is the image drawn?"])
-    found = scoring.gather(pool, [0, 1, 2], [record] * 3, (), options)
-    assert found.reward[:2].tolist() == [pytest.approx(math.sqrt(40.0) / 10), 0.0]
-    assert (found.semantic[0], found.quality[0]) == (0.8, 0.5)
-    assert found.valid.tolist() == [True, True, False]
-    assert found.ratings == ((8.0, 5.0), (0.0, 10.0), ())
-    metrics = found.metrics()
+    rewards = scoring.gather(pool, [0, 1, 2], [record] * 3, (), options)
+    assert rewards.reward[:2].tolist() == [pytest.approx(math.sqrt(40.0) / 10), 0.0]
+    assert (rewards.semantic[0], rewards.quality[0]) == (0.8, 0.5)
+    assert rewards.valid.tolist() == [True, True, False]
+    assert rewards.ratings == ((8.0, 5.0), (0.0, 10.0), ())
+    metrics = rewards.metrics()
     assert not any("tag" in name or "saturated" in name for name in metrics)
 
 
@@ -195,8 +196,8 @@ def test_the_least_of_several_ratings_counts():
         score="holistic", rate_semantic=("a?", "b?"), rate_quality=("c?", "d?", "e?")
     )
     pool = Answers({0: rated(9.0, 4.0, 10.0, 9.0, 8.0)})
-    found = scoring.gather(pool, [0], [record], (), options)
-    assert found.reward[0] == pytest.approx(math.sqrt(4.0 * 8.0) / 10)
+    rewards = scoring.gather(pool, [0], [record], (), options)
+    assert rewards.reward[0] == pytest.approx(math.sqrt(4.0 * 8.0) / 10)
 
 
 def test_several_scores_are_averaged_by_weight():
@@ -209,13 +210,13 @@ def test_several_scores_are_averaged_by_weight():
     scoring.submit(pool, [0], images, [record], options, first=0)
     assert pool.submitted[0][2] == record.question_texts
     assert len(pool.submitted[0][3]) == 2
-    found = scoring.gather(pool, [0, 1], [record] * 2, (), options)
-    parts = {"confidence": 0.6, "binary": 0.75, "holistic": 0.6}
-    assert {name: values[0] for name, values in found.by_score.items()} == pytest.approx(parts)
-    assert found.reward[0] == pytest.approx((0.6 + 0.5 * 0.75 + 2.5 * 0.6) / 4.0)
-    assert found.valid.tolist() == [True, False]
-    assert (found.semantic[0], found.quality[0]) == (pytest.approx(0.6), pytest.approx(0.6))
-    assert found.metrics()["reward/score/binary"] == pytest.approx(0.75)
+    rewards = scoring.gather(pool, [0, 1], [record] * 2, (), options)
+    by_score = {"confidence": 0.6, "binary": 0.75, "holistic": 0.6}
+    assert {name: values[0] for name, values in rewards.by_score.items()} == pytest.approx(by_score)
+    assert rewards.reward[0] == pytest.approx((0.6 + 0.5 * 0.75 + 2.5 * 0.6) / 4.0)
+    assert rewards.valid.tolist() == [True, False]
+    assert (rewards.semantic[0], rewards.quality[0]) == (pytest.approx(0.6), pytest.approx(0.6))
+    assert rewards.metrics()["reward/score/binary"] == pytest.approx(0.75)
 
 
 def test_the_scores_of_the_configuration_arrive():
@@ -239,5 +240,5 @@ def test_binary_tags_count_right_answers():
     record = parse_record(tiny_world.record("a circle"))
     options = reward_options(aggregate="mean", score="binary", format_weight=0.0)
     pool = Answers({0: scored(0.9, 0.2, 0.6), 1: scored(0.51, 0.6, 0.1)})
-    found = scoring.gather(pool, [0, 1], [record] * 2, (), options)
-    assert found.tags == {"Existence": 0.75, "Texture": 0.5}
+    rewards = scoring.gather(pool, [0, 1], [record] * 2, (), options)
+    assert rewards.tags == {"Existence": 0.75, "Texture": 0.5}

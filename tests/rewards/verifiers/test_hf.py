@@ -66,18 +66,18 @@ def test_p_yes_is_the_share_of_yes_among_yes_and_no(verifier, image):
 
 
 def test_answers_do_not_depend_on_the_load(verifier, image):
-    other = 255 - image
+    inverse = 255 - image
     first = verifier.answer(image, QUESTIONS)
-    verifier.answer(other, QUESTIONS * 5)
+    verifier.answer(inverse, QUESTIONS * 5)
     torch.randn(300, 300) @ torch.randn(300, 300)
     assert verifier.answer(image, QUESTIONS) == first  # bit for bit
-    assert verifier.answer(other, QUESTIONS) != first
+    assert verifier.answer(inverse, QUESTIONS) != first
 
 
 def test_batches_are_cut_at_max_batch(llava_folder, image):
-    whole = HFVerifier(llava_folder).answer(image, QUESTIONS)
+    uncut = HFVerifier(llava_folder).answer(image, QUESTIONS)
     cut = HFVerifier(llava_folder, max_batch=2).answer(image, QUESTIONS)
-    np.testing.assert_allclose([a.p_yes for a in cut], [a.p_yes for a in whole], atol=1e-6)
+    np.testing.assert_allclose([a.p_yes for a in cut], [a.p_yes for a in uncut], atol=1e-6)
 
 
 def test_neither_yes_nor_no_is_a_failure(llava_folder, image):
@@ -227,12 +227,12 @@ def test_ten_as_two_tokens_is_rated_by_what_follows_the_one(split_ten, image, wa
     texts = [verifier.tokenizer.decode([i]).strip("# ") for i in range(len(verifier.tokenizer))]
     spelt = [[i for i, text in enumerate(texts) if text == str(n)] for n in range(10)]
     digits = [i for i, text in enumerate(texts) if text[:1].isdigit()]
-    one = verifier.tokenizer.convert_tokens_to_ids("1")
-    found = verifier.rate(image, QUESTIONS)
-    for question, rating in zip(QUESTIONS, found, strict=True):
+    digit_one = verifier.tokenizer.convert_tokens_to_ids("1")
+    ratings = verifier.rate(image, QUESTIONS)
+    for question, rating in zip(QUESTIONS, ratings, strict=True):
         inputs = verifier.passes.inputs(image, [verifier.passes.prompt(question, RATE_INSTRUCTION)])
         longer = inputs | {
-            "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[one]])], 1),
+            "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[digit_one]])], 1),
             "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.int64),
         }
         with torch.inference_mode():

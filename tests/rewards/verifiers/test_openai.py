@@ -44,23 +44,23 @@ def reply(*rows, text="", later=()):
 
 def test_answers_are_the_shares_of_yes_for_the_very_pixels(server, image):
     server.behave()
-    found = verifier_of(server, concurrency=2).answer(image, QUESTIONS)
-    for question, answer in zip(QUESTIONS, found, strict=True):
+    answers = verifier_of(server, concurrency=2).answer(image, QUESTIONS)
+    for question, answer in zip(QUESTIONS, answers, strict=True):
         assert answer.failure is None
         assert answer.p_yes == pytest.approx(bad_server.truth(image, question), abs=1e-12)
     sent = server.log()[-3:]
     assert {row["question"] for row in sent} == set(QUESTIONS)
     assert {row["image"] for row in sent} == {bad_server.digest(image)}
-    asked = {(r["system"], r["max_tokens"], r["temperature"], r["top_logprobs"]) for r in sent}
-    assert asked == {(AUDIT_INSTRUCTION, 1, 0.0, 5)}
+    requests = {(r["system"], r["max_tokens"], r["temperature"], r["top_logprobs"]) for r in sent}
+    assert requests == {(AUDIT_INSTRUCTION, 1, 0.0, 5)}
 
 
 def test_questions_go_out_together(server, image):
     verifier = verifier_of(server, concurrency=20)
     server.behave("slow")
     before = len(server.log())
-    found = verifier.answer(image, [f"Is it {number}?" for number in range(20)])
-    assert all(answer.p_yes is not None for answer in found)
+    answers = verifier.answer(image, [f"Is it {number}?" for number in range(20)])
+    assert all(answer.p_yes is not None for answer in answers)
     rows = server.log()[before:]
     assert max(row["together"] for row in rows) > 1
 
@@ -68,9 +68,9 @@ def test_questions_go_out_together(server, image):
 def test_failures_are_stated_question_by_question(server, image):
     verifier = verifier_of(server, concurrency=1, max_attempts=1)
     server.behave("neither", after=1, times=1)
-    found = verifier.answer(image, QUESTIONS)
-    assert [answer.p_yes is None for answer in found] == [False, True, False]
-    assert found[1].failure.startswith("neither yes nor no among the candidates ['Maybe', 'It']")
+    answers = verifier.answer(image, QUESTIONS)
+    assert [answer.p_yes is None for answer in answers] == [False, True, False]
+    assert answers[1].failure.startswith("neither yes nor no among the candidates ['Maybe', 'It']")
     server.behave("nan")
     assert "got nan" in verifier.answer(image, QUESTIONS)[0].failure
 
@@ -78,9 +78,9 @@ def test_failures_are_stated_question_by_question(server, image):
 def test_a_stalled_server_costs_no_more_than_the_answer_deadline(server, image):
     verifier = verifier_of(server, question_seconds=0.2, answer_seconds=0.5, concurrency=1)
     server.behave("stall")
-    found = verifier.answer(image, QUESTIONS)  # else this takes for ever
-    assert all(answer.p_yes is None for answer in found)
-    assert "no reply within 0.2 s" in found[0].failure
+    answers = verifier.answer(image, QUESTIONS)  # else this takes for ever
+    assert all(answer.p_yes is None for answer in answers)
+    assert "no reply within 0.2 s" in answers[0].failure
     server.behave()
 
 
@@ -94,11 +94,11 @@ HOSTILE = (
 @pytest.mark.parametrize("question", HOSTILE)
 def test_hostile_questions_travel_as_data(server, image, question):
     server.behave()
-    (found,) = verifier_of(server).answer(image, [question])
+    (answer,) = verifier_of(server).answer(image, [question])
     sent = server.log()[-1]
     assert sent["question"] == question
     assert sent["system"] == AUDIT_INSTRUCTION
-    assert found.p_yes == pytest.approx(bad_server.truth(image, question), abs=1e-12)
+    assert answer.p_yes == pytest.approx(bad_server.truth(image, question), abs=1e-12)
 
 
 CONTROL = (
@@ -130,8 +130,8 @@ def test_questions_with_control_tokens_are_not_sent(server, image, text):
 def test_text_never_outweighs_log_probs():
     rows = ("Yes", 0.1), ("No", 0.3), ("yes, surely", 0.4), ("Not", 0.1)
     for fallback in (False, True):
-        found = openai.read_answer(reply(*rows, text="yes"), text_fallback=fallback)
-        assert found.p_yes == pytest.approx(0.25)
+        answer = openai.read_answer(reply(*rows, text="yes"), text_fallback=fallback)
+        assert answer.p_yes == pytest.approx(0.25)
 
 
 def test_spellings_are_summed():
@@ -143,17 +143,17 @@ def test_spellings_are_summed():
         ("▁No", 0.1),
         ("yesterday", 0.3),
     )
-    found = openai.read_answer(reply(*rows), text_fallback=False)
-    assert found.p_yes == pytest.approx(0.4 / 0.6)
+    answer = openai.read_answer(reply(*rows), text_fallback=False)
+    assert answer.p_yes == pytest.approx(0.4 / 0.6)
 
 
 @pytest.mark.parametrize(
     ("text", "p_yes"), [(" Yes.", 1.0), ("NO", 0.0), ("yes and no", None), ("I say yes", None)]
 )
 def test_the_text_counts_only_if_allowed_and_exactly_yes_or_no(text, p_yes):
-    found = reply(("Well", 0.9), text=text)
-    assert openai.read_answer(found, text_fallback=True).p_yes == p_yes
-    assert openai.read_answer(found, text_fallback=False).p_yes is None
+    text_only = reply(("Well", 0.9), text=text)
+    assert openai.read_answer(text_only, text_fallback=True).p_yes == p_yes
+    assert openai.read_answer(text_only, text_fallback=False).p_yes is None
 
 
 def test_ratings_are_expected_values():
@@ -173,8 +173,8 @@ def test_ratings_are_expected_values():
 
 def test_ratings_are_asked_for_with_enough_candidates(server, image):
     server.behave()
-    (found,) = verifier_of(server).rate(image, ["How well is it drawn?"])
-    assert found.value is None  # the honest server says yes or no
+    (rating,) = verifier_of(server).rate(image, ["How well is it drawn?"])
+    assert rating.value is None  # the honest server says yes or no
     sent = server.log()[-1]
     assert (sent["system"], sent["top_logprobs"]) == (RATE_INSTRUCTION, 20)
 
@@ -205,9 +205,9 @@ def test_a_server_may_start_later(tmp_path, monkeypatch, image):
         server.kill()
         later = threading.Timer(0.3, server.start)
         later.start()
-        found = verifier_of(server, start_seconds=30.0).answer(image, QUESTIONS)
+        answers = verifier_of(server, start_seconds=30.0).answer(image, QUESTIONS)
         later.join()
-    assert all(answer.p_yes is not None for answer in found)
+    assert all(answer.p_yes is not None for answer in answers)
 
 
 def test_a_server_that_others_can_stand_in_for_may_come_later(tmp_path, image):

@@ -38,7 +38,7 @@ def ask(passes_: Passes, way: str, image: np.ndarray, *args) -> torch.Tensor:
 @pytest.mark.parametrize("replies", [None, (30, 31, 30)])
 def test_all_ways_are_the_same_as_single_questions(ways, image, instruction, replies):
     assert ways.way == "packed"
-    alone = torch.cat(
+    single = torch.cat(
         [
             ask(ways, "separate", image, [q], instruction, replies and replies[i : i + 1])
             for i, q in enumerate(QUESTIONS)
@@ -46,23 +46,23 @@ def test_all_ways_are_the_same_as_single_questions(ways, image, instruction, rep
     )
     for way in passes.WAYS:
         got = ask(ways, way, image, QUESTIONS, instruction, replies)
-        torch.testing.assert_close(got, alone, atol=1e-5, rtol=0)
-    assert (alone[0] - alone[1]).abs().max() > 0.01
+        torch.testing.assert_close(got, single, atol=1e-5, rtol=0)
+    assert (single[0] - single[1]).abs().max() > 0.01
 
 
 def test_other_image_sizes_keep_their_own_beginnings(ways, image):
     larger = np.random.default_rng(1).integers(0, 256, (64, 80, 3)).astype(np.uint8)
-    for shown in (image, larger, image):
-        packed = ask(ways, "packed", shown, QUESTIONS, AUDIT_INSTRUCTION)
-        separate = ask(ways, "separate", shown, QUESTIONS, AUDIT_INSTRUCTION)
+    for picture in (image, larger, image):
+        packed = ask(ways, "packed", picture, QUESTIONS, AUDIT_INSTRUCTION)
+        separate = ask(ways, "separate", picture, QUESTIONS, AUDIT_INSTRUCTION)
         torch.testing.assert_close(packed, separate, atol=1e-5, rtol=0)
 
 
 def test_what_was_asked_before_changes_no_bit(llava_folder, ways, image):
-    other = 255 - image
-    for shown in (other, image, other):
-        ask(ways, "packed", shown, QUESTIONS[:2], AUDIT_INSTRUCTION)
-        ask(ways, "packed", shown, QUESTIONS[1:], "Look.")
+    inverse = 255 - image
+    for picture in (inverse, image, inverse):
+        ask(ways, "packed", picture, QUESTIONS[:2], AUDIT_INSTRUCTION)
+        ask(ways, "packed", picture, QUESTIONS[1:], "Look.")
     after = ask(ways, "packed", image, QUESTIONS, AUDIT_INSTRUCTION)
     fresh = HFVerifier(llava_folder).passes.logits(image, QUESTIONS, AUDIT_INSTRUCTION)
     assert torch.equal(after, fresh)
@@ -106,20 +106,20 @@ def test_a_model_without_a_cache_is_asked_separately_and_says_so(llava_folder, i
     forward = type(model).forward
 
     def without_cache(**inputs):
-        found = forward(model, **(inputs | {"past_key_values": None, "use_cache": False}))
-        found.past_key_values = None
-        return found
+        output = forward(model, **(inputs | {"past_key_values": None, "use_cache": False}))
+        output.past_key_values = None
+        return output
 
     model.forward = without_cache
     with caplog.at_level(logging.WARNING):
         chosen = Passes(model, processor, shared_prefix=True)
     assert chosen.way == "separate"
     assert caplog.text.count("takes the slower way 'separate'") == 1
-    asked = image, QUESTIONS, AUDIT_INSTRUCTION
+    request = image, QUESTIONS, AUDIT_INSTRUCTION
     del model.forward
-    normal = Passes(model, processor, shared_prefix=False).logits(*asked)
+    normal = Passes(model, processor, shared_prefix=False).logits(*request)
     model.forward = without_cache
-    torch.testing.assert_close(chosen.logits(*asked), normal, atol=1e-5, rtol=0)
+    torch.testing.assert_close(chosen.logits(*request), normal, atol=1e-5, rtol=0)
 
 
 def test_image_tokens_that_follow_the_content_are_not_packed(llava_folder, monkeypatch, caplog):
@@ -128,7 +128,7 @@ def test_image_tokens_that_follow_the_content_are_not_packed(llava_folder, monke
 
     def by_content(self, images=None, text=None, **options):
         if images is not None and np.any(images[0][0]):
-            text = [each.replace("<|user|>", "<|user|> a") for each in text]
+            text = [prompt.replace("<|user|>", "<|user|> a") for prompt in text]
         return original(self, images=images, text=text, **options)
 
     monkeypatch.setattr(type(processor), "__call__", by_content)
@@ -140,9 +140,9 @@ def test_pixels_come_from_the_whole_processor_where_the_image_alone_gives_others
     llava_folder, image, monkeypatch
 ):
     model, processor = load(llava_folder, "cpu", "float32")
-    asked = image, QUESTIONS, AUDIT_INSTRUCTION
-    expected = Passes(model, processor, shared_prefix=False).logits(*asked)
+    request = image, QUESTIONS, AUDIT_INSTRUCTION
+    expected = Passes(model, processor, shared_prefix=False).logits(*request)
     monkeypatch.setattr(Passes, "_pixels", lambda *_: {"pixel_values": torch.zeros(1, 3, 48, 48)})
     chosen = Passes(model, processor, shared_prefix=True)
     assert chosen.way == "packed"
-    torch.testing.assert_close(chosen.logits(*asked), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(chosen.logits(*request), expected, atol=1e-5, rtol=0)

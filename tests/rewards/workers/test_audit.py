@@ -32,19 +32,19 @@ def read(path):
 
 def within(seconds, call):
     """What a call returns or raises; fails if it does neither in time."""
-    found = []
+    outcomes = []
 
     def run():
         try:
-            found.append(call())
+            outcomes.append(call())
         except Exception as error:
-            found.append(error)
+            outcomes.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert found, f"no end within {seconds} s"
-    return found[0]
+    assert outcomes, f"no end within {seconds} s"
+    return outcomes[0]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
@@ -78,9 +78,9 @@ def test_an_unexpected_error_costs_the_sample_and_the_worker_but_no_wait(tmp_pat
         pool.wait_ready()
         pool._workers[0].ask = lambda *_: 1 / 0
         pool.submit(0, picture(0), QUESTIONS)
-        found = within(60, lambda: pool.gather([0]))
-        assert not found[0].valid
-        assert "unexpected ZeroDivisionError" in found[0].failure
+        results = within(60, lambda: pool.gather([0]))
+        assert not results[0].valid
+        assert "unexpected ZeroDivisionError" in results[0].failure
         pool.submit(1, picture(1), QUESTIONS)
         assert "no verifier worker is left" in within(60, lambda: pool.gather([1]))[1].failure
         counters = pool.counters()
@@ -100,8 +100,8 @@ def test_remembered_answers_are_in_the_log_too(tmp_path):
     assert second["sample"] == "remembered"
     assert (tuple(second["p_yes"]), tuple(second["ratings"])) == (scored.p_yes, scored.ratings)
     assert tuple(second["p_yes"]) == tuple(pool_fakes.truth(picture(3), QUESTIONS))
-    same = ("image", "questions", "rated", "p_yes", "ratings", "failure")
-    assert [first[key] for key in same] == [second[key] for key in same]
+    equal_keys = ("image", "questions", "rated", "p_yes", "ratings", "failure")
+    assert [first[key] for key in equal_keys] == [second[key] for key in equal_keys]
 
 
 def test_a_torn_row_swallows_no_other(tmp_path):

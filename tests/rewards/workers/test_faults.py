@@ -34,7 +34,7 @@ def server(folder):
 
 
 @pytest.fixture(scope="module")
-def other(folder):
+def second_server(folder):
     with BadServer(folder, "second") as server:
         yield server
 
@@ -101,13 +101,13 @@ def check_accounts(audit, servers, images, outcomes):
         assert (row["p_yes"] is None) != (row["failure"] is None)
         if row["p_yes"] is not None:
             image = bad_server.digest(by_key[row["image"]])
-            given = [answered[image, question] for question in row["questions"]]
-            assert row["p_yes"] == pytest.approx(given, abs=1e-9)
+            answers = [answered[image, question] for question in row["questions"]]
+            assert row["p_yes"] == pytest.approx(answers, abs=1e-9)
     for image, outcome in zip(images, outcomes, strict=True):
         rows = [row for row in audit if row["image"] == ledger.image_key(image)]
-        given = [tuple(row["p_yes"]) for row in rows if row["p_yes"] is not None]
-        assert outcome.valid == bool(given)
-        assert outcome.p_yes == (given[0] if given else None)
+        answers = [tuple(row["p_yes"]) for row in rows if row["p_yes"] is not None]
+        assert outcome.valid == bool(answers)
+        assert outcome.p_yes == (answers[0] if answers else None)
         assert len(rows) == outcome.attempts
         if outcome.valid:
             assert outcome.p_yes == pytest.approx(truths(image), abs=1e-9)
@@ -200,30 +200,30 @@ def test_a_server_that_wants_long_pauses_is_not_waited_for(server, folder):
     assert "HTTP status 503" in outcome.failure or "no endpoint is available" in outcome.failure
 
 
-def test_another_endpoint_takes_over_within_a_worker(server, other, folder):
+def test_another_endpoint_takes_over_within_a_worker(server, second_server, folder):
     server.behave("500")
-    other.behave()
+    second_server.behave()
     images = pictures(8)
-    with pool_of(folder, "both", server, other) as pool:
+    with pool_of(folder, "both", server, second_server) as pool:
         outcomes = score(pool, images)
         check_books(pool.counters())
     server.behave()
     assert all(outcome.valid for outcome in outcomes)
-    check_accounts(read_audit(folder, "both"), [server, other], images, outcomes)
+    check_accounts(read_audit(folder, "both"), [server, second_server], images, outcomes)
 
 
-def test_another_worker_takes_over(server, other, folder):
+def test_another_worker_takes_over(server, second_server, folder):
     server.behave("nan")
-    other.behave()
+    second_server.behave()
     images = pictures(10)
-    factories = [factory_of(server), factory_of(other)]
+    factories = [factory_of(server), factory_of(second_server)]
     with pool_of(folder, "beside", factories=factories, max_attempts=4) as pool:
         pool.wait_ready()
         outcomes = score(pool, images)
         check_books(pool.counters())
     server.behave()
     assert {outcome.worker for outcome in outcomes} == {1}
-    check_accounts(read_audit(folder, "beside"), [server, other], images, outcomes)
+    check_accounts(read_audit(folder, "beside"), [server, second_server], images, outcomes)
 
 
 def test_a_server_that_dies_and_comes_back(folder):
@@ -286,13 +286,13 @@ def test_a_key_appears_nowhere(fault, server, folder, monkeypatch, caplog, capfd
     name = f"key {fault}"
     with pool_of(folder, name, server, verifier={"api_key_env": "FAULTS_KEY"}) as pool:
         (outcome,) = score(pool, pictures(1))
-        shown = [repr(outcome), str(pool.counters()), repr(vars(pool))]
+        texts = [repr(outcome), str(pool.counters()), repr(vars(pool))]
     server.behave()
     assert not outcome.valid
     assert "[key]" in outcome.failure
-    shown += [caplog.text, *capfd.readouterr()]
-    shown += [path.read_text() for path in folder.iterdir() if path.is_file()]
-    assert not any(KEY in text or ESCAPED in text for text in shown)
+    texts += [caplog.text, *capfd.readouterr()]
+    texts += [path.read_text() for path in folder.iterdir() if path.is_file()]
+    assert not any(KEY in text or ESCAPED in text for text in texts)
 
 
 def test_a_missing_key_is_reported_by_its_name(server, folder):
@@ -301,18 +301,18 @@ def test_a_missing_key_is_reported_by_its_name(server, folder):
     assert "NO_SUCH_KEY, which api_key_env names, is not set" in outcome.failure
 
 
-def test_rewards_do_not_depend_on_order_time_or_number_of_workers(server, other, folder):
+def test_rewards_do_not_depend_on_order_time_or_number_of_workers(server, second_server, folder):
     """Sync and async give the same numbers: whoever answers, whenever, in whatever order."""
     server.behave()
-    other.behave("slow", every=2)
+    second_server.behave("slow", every=2)
     images = pictures(12)
     with pool_of(folder, "one", server) as pool:  # synchronous: one after another
-        one = []
+        in_turn = []
         for image in images:
-            one += [score(pool, [image])[0].p_yes]
-    factories = [factory_of(server), factory_of(other)]
+            in_turn += [score(pool, [image])[0].p_yes]
+    factories = [factory_of(server), factory_of(second_server)]
     with pool_of(folder, "two", factories=factories) as pool:  # all at once, backwards, by two
         for number in reversed(range(len(images))):
             pool.submit(number, images[number], QUESTIONS)
-        two = pool.gather(range(len(images)))
-    assert [two[number].p_yes for number in range(len(images))] == one
+        at_once = pool.gather(range(len(images)))
+    assert [at_once[number].p_yes for number in range(len(images))] == in_turn

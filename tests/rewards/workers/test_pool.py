@@ -63,10 +63,10 @@ def test_a_worker_that_dies_or_hangs_costs_one_attempt(tmp_path, fault):
     with make_pool(tmp_path, attempt_seconds=3.0, total_seconds=60.0) as pool:
         pool.wait_ready()
         pool.submit("bad", picture(1, fault, times=1), QUESTIONS)
-        others = list(range(2, 8))
-        for number in others:
+        other_ids = list(range(2, 8))
+        for number in other_ids:
             pool.submit(number, picture(number), QUESTIONS)
-        results = pool.gather(others)
+        results = pool.gather(other_ids)
         assert pool.counters()["timeouts"] == 0  # the others did not wait for the one that hangs
         bad = pool.gather(["bad"])["bad"]
         counters = pool.counters()
@@ -154,8 +154,8 @@ def test_audit_log_has_an_answer_for_every_reward_and_only_those(tmp_path):
         counters = pool.counters()
     rows = [json.loads(line) for line in audit.read_text().splitlines()]
     assert len(rows) == counters["attempts"]
-    given = {row["sample"]: tuple(row["p_yes"]) for row in rows if row["p_yes"] is not None}
-    assert given == {str(n): scored.p_yes for n, scored in results.items() if scored.valid}
+    audited = {row["sample"]: tuple(row["p_yes"]) for row in rows if row["p_yes"] is not None}
+    assert audited == {str(n): scored.p_yes for n, scored in results.items() if scored.valid}
     assert counters["invalid"] == 6
     check_books(counters)
 
@@ -296,13 +296,13 @@ def test_workers_end_when_their_parent_is_killed(run_python, tmp_path):
         "print(*[worker.pid for worker in pool._workers], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = run_python("-c", program, PYTHONPATH=os.pathsep.join(sys.path))
-    pids = [int(word) for word in done.stdout.split()]
+    process = run_python("-c", program, PYTHONPATH=os.pathsep.join(sys.path))
+    pids = [int(word) for word in process.stdout.split()]
     assert len(pids) == 2
     end = time.monotonic() + 8
-    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < end:
+    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not left
+    assert not alive
 
 
 def is_alive(pid):

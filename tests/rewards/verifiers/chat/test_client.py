@@ -120,27 +120,27 @@ def test_a_pause_longer_than_the_deadline_is_not_waited_for(client, server):
 
 def test_another_server_takes_over(server, tmp_path):
     server.behave()
-    with BadServer(tmp_path) as other, client_of(other, server) as client:
-        other.behave("401")
+    with BadServer(tmp_path) as second, client_of(second, server) as client:
+        second.behave("401")
         assert {client.complete(MESSAGES).endpoint for _ in range(6)} == {server.url}
-        assert {row["fault"] for row in other.log()} == {"401"}
+        assert {row["fault"] for row in second.log()} == {"401"}
 
 
 def test_a_server_that_comes_back_is_used_again(server, tmp_path):
     server.behave()
-    with BadServer(tmp_path) as other, client_of(other, server) as client:
-        other.kill()
+    with BadServer(tmp_path) as second, client_of(second, server) as client:
+        second.kill()
         assert {client.complete(MESSAGES).endpoint for _ in range(4)} == {server.url}
-        other.start()
+        second.start()
         threading.Event().wait(0.2)
-        assert other.url in {client.complete(MESSAGES).endpoint for _ in range(20)}
+        assert second.url in {client.complete(MESSAGES).endpoint for _ in range(20)}
 
 
 def test_load_is_shared(server, tmp_path):
     server.behave("slow")
     answered = []
-    with BadServer(tmp_path) as other, client_of(other, server) as client:
-        other.behave("slow")
+    with BadServer(tmp_path) as second, client_of(second, server) as client:
+        second.behave("slow")
 
         def ask():
             answered.append(client.complete(MESSAGES).endpoint)
@@ -150,7 +150,7 @@ def test_load_is_shared(server, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-    assert sorted(answered.count(url) for url in (server.url, other.url)) == [6, 6]
+    assert sorted(answered.count(url) for url in (server.url, second.url)) == [6, 6]
 
 
 def test_a_key_is_sent_and_shown_nowhere(server, monkeypatch, caplog, capfd):
@@ -160,16 +160,16 @@ def test_a_key_is_sent_and_shown_nowhere(server, monkeypatch, caplog, capfd):
     with client_of(server, api_key_env="TEST_KEY", max_attempts=2) as client:
         with pytest.raises(ChatError, match=r"not allowed: Bearer \[key\]") as caught:
             client.complete(MESSAGES)
-        shown = [str(caught.value), repr(caught.value), repr(client), caplog.text]
-        shown += [repr(caught.value.__cause__), str(client.health()), *capfd.readouterr()]
-    assert not any(KEY in text for text in shown)
+        texts = [str(caught.value), repr(caught.value), repr(client), caplog.text]
+        texts += [repr(caught.value.__cause__), str(client.health()), *capfd.readouterr()]
+    assert not any(KEY in text for text in texts)
 
 
 def test_models_says_what_each_endpoint_serves(server):
     with ChatClient([server.url, "http://127.0.0.1:9/v1"], bad_server.MODEL) as client:
-        found = client.models()
-    assert found[server.url] == [bad_server.MODEL]
-    assert found["http://127.0.0.1:9/v1"].kind == "connection"
+        models = client.models()
+    assert models[server.url] == [bad_server.MODEL]
+    assert models["http://127.0.0.1:9/v1"].kind == "connection"
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ def test_a_server_that_failed_rests_ever_longer_and_is_forgiven(three, clock):
         rests.append(a.rests_until - clock.now)
         assert three.pick() in (b, c)
         assert not three.health()[a.url]
-    for number, rest in enumerate(rests):
+    for number, seconds in enumerate(rests):
         low = min(0.5 * 2.0**number, LONGEST_REST)
-        assert low <= rest <= min(1.5 * 2.0**number, LONGEST_REST)
+        assert low <= seconds <= min(1.5 * 2.0**number, LONGEST_REST)
     three.succeeded(a)
     assert all(three.health().values())
 

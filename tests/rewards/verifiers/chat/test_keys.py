@@ -18,10 +18,10 @@ def test_what_may_be_a_key_itself_is_never_shown(capsys, tmp_path):
     files = ["--input", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out.jsonl")]
     llm = ["--llm", "openai:http://127.0.0.1:9/v1", "--model", "m", "--api-key-env", KEY]
     assert decompose.main([*files, *llm]) == 2
-    shown = capsys.readouterr()
-    assert "expected capital letters" in shown.err
+    output = capsys.readouterr()
+    assert "expected capital letters" in output.err
     written = [path.read_text() for path in tmp_path.iterdir()]
-    assert not any(KEY in text for text in (str(caught.value), *shown, *written))
+    assert not any(KEY in text for text in (str(caught.value), *output, *written))
 
 
 def test_a_blank_variable_is_no_key(monkeypatch):
@@ -45,8 +45,8 @@ def test_a_blank_variable_is_no_key(monkeypatch):
 def test_a_key_is_hidden_however_json_spells_it(spelt):
     for encoding in ("utf-8", "utf-16-le"):
         body = f'{{"a": ["x {spelt} y", 0.1, NaN]}}'.encode(encoding)
-        found = json.loads(keys.hidden_in_reply(body, KEY))
-        assert found["a"][:2] == ["x [key] y", 0.1]
+        content = json.loads(keys.hidden_in_reply(body, KEY))
+        assert content["a"][:2] == ["x [key] y", 0.1]
     assert keys.hidden(f"cut: {spelt}", KEY) == "cut: [key]"
 
 
@@ -54,11 +54,11 @@ def test_a_key_is_hidden_however_json_spells_it(spelt):
     "body", [b"plain \xff", b'{"a": "\\ud800 \\u00e4 \xc3\xa4"}', b"{no", b"["]
 )
 def test_replies_without_the_key_say_what_they_said(body):
-    found = keys.hidden_in_reply(body, KEY)
+    content = keys.hidden_in_reply(body, KEY)
     try:
-        assert json.loads(found) == json.loads(body)
+        assert json.loads(content) == json.loads(body)
     except ValueError:
-        assert found == body
+        assert content == body
     assert keys.hidden_in_reply(body, "") is body
 
 

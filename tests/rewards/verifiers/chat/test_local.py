@@ -68,15 +68,15 @@ def test_a_reply_is_the_greedy_continuation_of_the_templated_chat(causal_folder)
     assert expected[-1] == 1, "the seed gives a reply that ends"
     assert len(expected) > 3, "the seed gives a reply of some words"
     chat = HFChat(causal_folder, device="cpu", dtype="auto", max_tokens=20)
-    shown = [WORDS[token] for token in expected[:-1] if token > 1]
-    assert chat.complete(CHAT).split() == shown
+    words = [WORDS[token] for token in expected[:-1] if token > 1]
+    assert chat.complete(CHAT).split() == words
     replies = []
     threads = [threading.Thread(target=lambda: replies.append(chat.complete(CHAT))) for _ in "123"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [reply.split() for reply in replies] == [shown] * 3
+    assert [reply.split() for reply in replies] == [words] * 3
 
 
 def test_a_reply_that_is_cut_is_none(causal_folder):
