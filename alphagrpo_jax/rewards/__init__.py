@@ -1,5 +1,5 @@
-"""Rewards: question records, a pool of verifier workers, and how answers become numbers.
+"""Rewards: verifier pools, verifiers, and the formulas that turn answers into numbers.
 
-Host side: numpy in, numpy out. A reward is a number in [0, 1] that verifiers gave, or it is
-invalid; it is never made up.
+Host side: numpy in, numpy out. A reward is a number in [0, 1] computed from verifiers' answers, or
+it is invalid; no number is ever made up.
 """

@@ -1,4 +1,4 @@
-"""DVReward (AlphaGRPO, arXiv 2605.12495): P(yes) of atomic questions -> a reward in [0, 1]."""
+"""DVReward (AlphaGRPO, arXiv 2605.12495): turns P(yes) of atomic questions into a reward."""
 
 import math
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ INVALID = Reward(math.nan, math.nan, math.nan, valid=False)
 def dependent(scores: np.ndarray, parents: Sequence[Sequence[int]]) -> np.ndarray:
     """Lets a question count only if the questions that it depends on hold.
 
-    `0 if any(scores[p] <= 1/2 for p in parents[i]) else scores[i]`. Direct parents count, by their
-    own scores: what fails here is not handed on to grandchildren (the reference rule of the
+    `0 if any(scores[p] <= 1/2 for p in parents[i]) else scores[i]`. Only direct parents count, by
+    their unmodified scores: a failure is not inherited by grandchildren (the reference rule of the
     Davidsonian scene graph, Cho et al., arXiv 2310.18235; there a score is 0 or 1).
 
     Args:
       scores: float64[Q], in [0, 1].
-      parents: per question the indexes of those that it depends on.
+      parents: per question the indexes of the questions that it depends on.
     Returns:
       float64[Q].
     Raises:
-      ValueError: another number of lists than of questions, or an index that is none of theirs.
+      ValueError: the numbers of lists and of questions differ, or an index is out of range.
     """
     if len(parents) != len(scores):
         raise ValueError(f"got {len(parents)} lists of parents for {len(scores)} questions")
@@ -69,8 +69,8 @@ def dvreward(
       semantic, quality: P(yes) per question. One of the two may be empty: the reward is then the
         other's mean, and the empty one's mean is NaN.
       score, aggregate: see above.
-      parents: per question, the semantic ones first, the indexes of those that must hold for it to
-        count, see `dependent`; None: every question counts by itself.
+      parents: per question, the semantic ones first, the indexes of the questions that must hold
+        for it to count (see `dependent`); None: every question counts.
     Returns:
       `Reward`; `INVALID` if any answer is missing or there are no questions.
     Raises:

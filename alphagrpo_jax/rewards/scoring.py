@@ -23,7 +23,7 @@ ELSEWHERE = "judged on another host"
 
 
 class VerifierPool(Protocol):
-    """Pool of verifiers that answer questions about images: `pool.Pool`, or the policy itself."""
+    """Answers questions about images: `workers.pool.Pool` or `workers.in_process.InProcessPool`."""
 
     def submit(
         self,
@@ -32,11 +32,11 @@ class VerifierPool(Protocol):
         questions: Sequence[str],
         rated: Sequence[str] = (),
     ) -> None:
-        """Takes a sample, see `pool.Pool.submit`."""
+        """Queues a sample; see `workers.pool.Pool.submit`."""
         ...
 
     def gather(self, sample_ids: Iterable[Hashable]) -> dict[Hashable, ledger.VerifierResult]:
-        """Hands out outcomes, see `pool.Pool.gather`."""
+        """Waits for samples and returns their results; see `workers.pool.Pool.gather`."""
         ...
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def viescore(semantic: Sequence[float], quality: Sequence[float]) -> float:
-    """`sqrt(min(semantic) min(quality)) / 10`.
+    """Computes `sqrt(min(semantic) min(quality)) / 10`.
 
     Args:
       semantic: semantic-consistency sub-scores, 0 to 10 each, at least one.

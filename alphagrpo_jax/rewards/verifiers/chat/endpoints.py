@@ -74,8 +74,8 @@ class Endpoints:
         if started > endpoint.last_failure:
             endpoint.last_failure = now
             endpoint.failures += 1
-            rest = self._backoff.seconds(endpoint.failures)
-            endpoint.rests_until = now + min(rest, LONGEST_REST * self._rest_seconds)
+            seconds = self._backoff.seconds(endpoint.failures)
+            endpoint.rests_until = now + min(seconds, LONGEST_REST * self._rest_seconds)
         if retry_after is not None:
             endpoint.rests_until = max(endpoint.rests_until, now + retry_after)
 
