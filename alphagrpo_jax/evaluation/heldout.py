@@ -150,8 +150,8 @@ def evaluate(
             }
         row |= _means(list(metrics.values()))
     if distributed.is_primary():
-        with_images = {name: each for name, each in sampled.items() if each.images is not None}
-        write_samples(run, with_images, step, label or sample_label(step), (update_row or {}) | row)
+        known_row = {**(update_row or {}), **row}
+        write_samples(run, sampled, step, label or sample_label(step), known_row)
     return row
 
 

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from alphagrpo_jax.evaluation.metrics import Evaluation
 from alphagrpo_jax.rewards import curves, report
 from alphagrpo_jax.runtime import images as images_lib
@@ -27,7 +29,7 @@ def write_samples(
 
     Args:
       run: the run.
-      evaluations: with images, by task.
+      evaluations: by task; those without images have no grid.
       step: updates done.
       label: of the files.
       row: metrics of the step, which are no row of metrics.jsonl yet.
@@ -35,23 +37,23 @@ def write_samples(
     folder, mixed = run.workdir / metrics_lib.SAMPLES, run.config.task == "mixed"
     pages = {}
     for name, evaluation in evaluations.items():
+        if evaluation.images is None:
+            continue
         file = f"{label}_{name}" if mixed else label
         captions = evaluation.captions[: run.config.log.samples]
-        metrics_lib.write_samples(folder, file, evaluation.images[: len(captions)], captions)
-        pages[name] = _task_report(run, name, evaluation, step)
+        images = evaluation.images[: len(captions)]
+        metrics_lib.write_samples(folder, file, images, captions)
+        pages[name] = _task_report(run, name, evaluation, images, step)
         replace_text(folder / f"{file}.html", report.to_html(pages[name]))
-    if pages:
-        first, *_ = pages.values()
-        rows = [row for page in pages.values() for row in page.rows]
-        run_rows = _rows_until(run.workdir, step, row)
-        page = report.Report(
-            f"{run.config.task}, step {step}",
-            first.how,
-            tuple(rows),
-            panels=curves.panels(run_rows),
-            changes=tuple(changes(run_rows)),
-        )
-        replace_text(run.workdir / metrics_lib.REPORT, report.to_html(page))
+    run_rows = _rows_until(run.workdir, step, row)
+    run_report = report.Report(
+        f"{run.config.task}, step {step}",
+        next((page.how for page in pages.values()), ""),
+        tuple(image_row for page in pages.values() for image_row in page.rows),
+        panels=curves.panels(run_rows),
+        changes=tuple(changes(run_rows)),
+    )
+    replace_text(run.workdir / metrics_lib.REPORT, report.to_html(run_report))
 
 
 def _rows_until(workdir: pathlib.Path, step: int, row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -59,9 +61,9 @@ def _rows_until(workdir: pathlib.Path, step: int, row: Mapping[str, Any]) -> lis
     rows = metrics_lib.read_rows(workdir / metrics_lib.METRICS)
     logged = {logged_row["step"]: logged_row for logged_row in rows if logged_row["step"] <= step}
     values = {
-        key: value
+        key: float(value)
         for key, value in row.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if not isinstance(value, str) and value is not None and math.isfinite(value)
     }
     return [
         *(logged[number] for number in logged if number < step),
@@ -69,13 +71,15 @@ def _rows_until(workdir: pathlib.Path, step: int, row: Mapping[str, Any]) -> lis
     ]
 
 
-def _task_report(run: Run, name: str, evaluation: Evaluation, step: int) -> report.Report:
+def _task_report(
+    run: Run, name: str, evaluation: Evaluation, images: np.ndarray, step: int
+) -> report.Report:
     """Explains the images of a sample grid by the answers that made their rewards."""
-    captions = evaluation.captions[: run.config.log.samples]
+    captions = evaluation.captions[: len(images)]
     scoring_options = run.tasks[name].scoring
     rows = report.rows(
         [f"{name} {number}" for number in range(len(captions))],
-        [images_lib.data_url(image) for image in evaluation.images[: len(captions)]],
+        [images_lib.data_url(image) for image in images],
         evaluation.records,
         evaluation.rewards,
         scoring_options,

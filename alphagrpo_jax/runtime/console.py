@@ -56,7 +56,7 @@ class Console:
 
     def __enter__(self) -> "Console":
         if self._rewrites:
-            above = _Above(self)
+            above = _Above(self, self._stream)
             self._redirection.enter_context(contextlib.redirect_stderr(above))
             handler = logging.get_absl_handler().python_handler  # has its stream since its import
             if handler.stream is self._stream:
@@ -225,16 +225,19 @@ class _Phase:
 class _Above:
     """A stand-in for `sys.stderr` while a console rewrites a line of it."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, stream: TextIO) -> None:
+        self._console, self._stream = console, stream
 
     def write(self, text: str) -> int:
         """Writes above the progress line."""
         self._console.print_above(text)
         return len(text)
 
+    def flush(self) -> None:
+        """Does nothing more: the console writes at once."""
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._console._stream, name)
+        return getattr(self._stream, name)
 
 
 def seconds_words(seconds: float) -> str:

@@ -170,6 +170,14 @@ def test_a_run_opens_with_its_curves_and_asks_for_nothing_else(three):
     assert "<svg" not in report.to_html(three)  # the report of a folder has no curves
 
 
+def test_a_run_without_images_has_its_curves_alone():
+    row = {"step": 0, "eval/reward/mean": 0.5}
+    text = report.to_html(report.Report("ti2t, step 0", "", (), panels=curves.panels([row])))
+    assert "<svg" in text
+    assert "Samples" not in text
+    assert "images" not in Page(text).words
+
+
 def test_columns_break_no_words(three):
     style = report.to_html(three).partition("<style>")[2].partition("</style>")[0]
     assert "anywhere" not in style
