@@ -254,7 +254,7 @@ def test_a_missing_verifier_is_one_message_before_the_model_is_loaded(
         flags += ["--checkpoint", str(folder)]
     assert generate.main([*flags, "--keep", keep]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("generate: 'nowhere/at/all' names ")
+    assert message.startswith("error: 'nowhere/at/all' names ")
     assert message.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
 

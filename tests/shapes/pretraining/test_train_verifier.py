@@ -270,7 +270,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("changes", "message"),
     [
         ({"seed": 1}, "seed: the run has 0, this start 1"),
         ({"joint_lr": 1e-3}, "joint_lr: the run has 0.003, this start 0.001"),
