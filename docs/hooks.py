@@ -58,19 +58,19 @@ def sections() -> list[Section]:
     finally:
         sys.path.remove(str(ROOT))
     schemas = pydantic.TypeAdapter(Config).json_schema()
-    single, found = Section("", "", []), []
+    without_section, with_section = Section("", "", []), []
     for name, kind in _fields(Config):
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             rows = list(_rows(f"{name}.", kind, default[name], schemas["$defs"]))
-            found.append(Section(name, _joined(kind.__doc__ or ""), rows))
+            with_section.append(Section(name, _joined(kind.__doc__ or ""), rows))
         else:
-            single.rows.append(_row("", Config, name, schemas, default[name]))
-    return [single, *found]
+            without_section.rows.append(_row("", Config, name, schemas, default[name]))
+    return [without_section, *with_section]
 
 
 def fields_markdown() -> str:
     """The tables of all sections, as Markdown."""
-    parts = []
+    tables = []
     for section in sections():
         title = f"`{section.name}`" if section.name else "Fields without a section"
         lines = [f"### {title}", ""]
@@ -80,8 +80,8 @@ def fields_markdown() -> str:
         for row in section.rows:
             cells = (f"`{row.key}`", _code(row.default), row.values, row.description)
             lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def _fields(section: type) -> list[tuple[str, Any]]:
@@ -159,8 +159,8 @@ def on_files(files: Any, config: Any) -> Any:
 
     for name, source in PAGES.items():
         text = (ROOT / source).read_text().replace("](docs/", "](")
-        for page, other in PAGES.items():
-            text = text.replace(f"]({other})", f"]({page})")
+        for linked, file in PAGES.items():
+            text = text.replace(f"]({file})", f"]({linked})")
         files.append(File.generated(config, name, content=text))
     return files
 

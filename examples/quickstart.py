@@ -69,12 +69,12 @@ def score_an_image(workdir: pathlib.Path) -> float:
     """Draws a held-out prompt with the trained policy and scores the image; returns the reward."""
     record = read_jsonl(ASSETS / "data" / "heldout.jsonl")[0]
     policy = inference.from_run(workdir)
-    drawn = inference.generate_images(policy, record.prompt, think=True, count=1, seed=0)
-    print(f"{record.prompt!r}: the policy thinks {drawn.texts[0]!r}")
+    generated = inference.generate_images(policy, record.prompt, think=True, count=1, seed=0)
+    print(f"{record.prompt!r}: the policy thinks {generated.texts[0]!r}")
 
     verifier = HFVerifier(ASSETS / "verifier", num_threads=1)
     questions = record.asked_semantic + record.asked_quality
-    answers = verifier.answer(drawn.images[0], questions)
+    answers = verifier.answer(generated.images[0], questions)
     p_yes = [answer.p_yes for answer in answers]  # None where the verifier gave no answer
     for question, p in zip(questions, p_yes, strict=True):
         print(f"  {question} P(yes) = {p}")
@@ -83,7 +83,7 @@ def score_an_image(workdir: pathlib.Path) -> float:
 
     # DVReward is the geometric mean of the two means; without an answer there is no reward.
     if reward.valid:
-        means = [np.mean(np.array(part, float)) for part in (p_yes[:count], p_yes[count:])]
+        means = [np.mean(np.array(values, float)) for values in (p_yes[:count], p_yes[count:])]
         assert math.isclose(reward.reward, math.sqrt(means[0] * means[1]))
     print(f"  reward {reward.reward:.3f}: semantic {reward.semantic:.3f}, {reward.quality:.3f}")
     return reward.reward

@@ -79,9 +79,9 @@ def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentPa
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         module = importlib.import_module(name)
-        with pytest.raises(AskedError) as asked:
+        with pytest.raises(AskedError) as raised:
             module.main()
-    return asked.value.args[0]
+    return raised.value.args[0]
 
 
 @every_page
@@ -103,19 +103,19 @@ def test_commands_exist(page: pathlib.Path):
 def test_commands_have_the_flags_that_they_are_shown_with(page: pathlib.Path, monkeypatch):
     config = grpo.get_config()
     for name, words in commands_in(page.read_text()):
-        shown = " ".join((name, *words))
+        command = " ".join((name, *words))
         flags = {word.split("=")[0] for word in words if word.startswith("--")}
         if name == "alphagrpo_jax.train":
             for flag in flags - {"--config", "--workdir", "--config.FIELD"}:
                 field = operator.attrgetter(flag.removeprefix("--config."))
-                assert field(config) is not None, f"{shown}: no {flag}"
+                assert field(config) is not None, f"{command}: no {flag}"
             continue
         parser = parser_of(name, monkeypatch)
-        known = {option for action in parser._actions for option in action.option_strings}
-        assert flags <= known, f"{shown}: no flags {sorted(flags - known)}"
+        declared = {option for action in parser._actions for option in action.option_strings}
+        assert flags <= declared, f"{command}: no flags {sorted(flags - declared)}"
         required = [set(a.option_strings) for a in parser._actions if a.required]
         missing = [sorted(options) for options in required if options and not options & flags]
-        assert "--help" in flags or not missing, f"{shown}: lacks {missing}"
+        assert "--help" in flags or not missing, f"{command}: lacks {missing}"
 
 
 @every_page
@@ -228,7 +228,7 @@ def test_architecture_names_every_part():
 def test_architecture_has_the_floors_that_are_checked():
     text = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.+) \|$", text, re.MULTILINE)
-    floors = [set(re.sub(r"`|/`|the ", "", parts).split(", ")) for _, parts in rows]
+    floors = [set(re.sub(r"`|/`|the ", "", units).split(", ")) for _, units in rows]
     assert floors == list(FLOORS)
 
 

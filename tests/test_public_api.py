@@ -34,8 +34,8 @@ def test_names_come_from_the_modules_that_type_checkers_see():
 
 def test_importing_the_package_loads_neither_jax_nor_torch(run_python):
     code = "import sys, alphagrpo_jax; print(sorted({'jax', 'numpy', 'torch'} & set(sys.modules)))"
-    done = run_python("-c", code)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    process = run_python("-c", code)
+    assert (process.returncode, process.stdout.strip()) == (0, "[]"), process.stderr
 
 
 def test_every_public_name_is_documented():

@@ -24,11 +24,11 @@ def test_loss_by_hand_is_that_of_the_library():
 
 @pytest.mark.slow
 def test_quickstart_trains_scores_and_computes_a_loss(run_python, tmp_path: pathlib.Path):
-    done = run_python(str(SCRIPT), str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
+    process = run_python(str(SCRIPT), str(tmp_path / "run"))
+    assert process.returncode == 0, process.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert rows[1]["text/ratio_max_dev"] == rows[1]["image/ratio_max_dev"] == 0.0
-    last = done.stdout.splitlines()[-1].split()
+    last = process.stdout.splitlines()[-1].split()
     assert math.isclose(float(last[1].rstrip(",")), float(last[4]), abs_tol=1e-6)
-    assert "P(yes) = " in done.stdout
+    assert "P(yes) = " in process.stdout
