@@ -1,70 +1,54 @@
 """What ends a training: a bug keeps its traceback, and what the machine refuses is one message."""
 
-import subprocess
-import sys
-
+import numpy as np
 import pytest
-from conftest import TESTS
+
+from alphagrpo_jax import advantage, prompts
+from alphagrpo_jax.runtime.metrics import MetricsLog
+
+
+def broken_arrays(*_, **__):
+    return np.zeros(2) + np.zeros(3)
+
+
+def broken_order(*_, **__):
+    return list(zip([1], [], strict=True))
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device", "metrics.jsonl")
+
 
 BUGS = {
+    # The code, for whoever has imported the function.
     "advantage": (
-        "from alphagrpo_jax.advantage import group_advantage\n"
-        "def broken(*_, **__): return np.zeros(2) + np.zeros(3)\n"
-        "group_advantage.__code__ = broken.__code__\n",  # whoever has imported it
+        (advantage.group_advantage, "__code__", broken_arrays.__code__),
+        "in broken_arrays",
         "ValueError: operands could not be broadcast",
     ),
     "prompts": (
-        "from alphagrpo_jax import prompts as stage\n"
-        "def broken(*_, **__): return list(zip([1], [], strict=True))\n"
-        "stage.order = broken\n",
+        (prompts, "order", broken_order),
+        "in broken_order",
         "ValueError: zip() argument 2 is shorter",
     ),
 }
-FULL_DISK = (
-    "from alphagrpo_jax.runtime.metrics import MetricsLog\n"
-    "def write(*_): raise OSError(28, 'No space left on device', 'metrics.jsonl')\n"
-    "MetricsLog.write = write\n"
-)
-TRAIN = (
-    "import sys\n"
-    "import numpy as np\n"
-    "{patch}"
-    "from absl import app\n"
-    "from alphagrpo_jax import train\n"
-    "app.run(train.command, argv=sys.argv, flags_parser=train.parse_flags)\n"
-)
-
-
-def train(world, environment, patch: str, workdir) -> tuple[int, str]:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", TRAIN.format(patch=patch)),
-            *(f"--config={TESTS / 'tiny_world.py'}", f"--workdir={workdir}"),
-        ],
-        cwd=world,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("stage", sorted(BUGS))
-def test_a_bug_in_a_stage_keeps_its_traceback(world, environment, stage):
-    patch, message = BUGS[stage]
-    code, printed = train(world, environment, patch, world / f"bug_{stage}")
+def test_a_bug_in_a_stage_keeps_its_traceback(run, world, monkeypatch, stage):
+    patch, function, message = BUGS[stage]
+    monkeypatch.setattr(*patch)
+    code, printed = run(world / f"bug_{stage}")
     assert code == 1, printed
     assert "Traceback (most recent call last)" in printed
-    assert ", in broken" in printed
+    assert function in printed
     assert message in printed.splitlines()[-1]
     assert "error: " not in printed
 
 
-def test_a_full_disk_is_one_message(world, environment):
-    code, printed = train(world, environment, FULL_DISK, world / "full")
+def test_a_full_disk_is_one_message(run, world, monkeypatch):
+    monkeypatch.setattr(MetricsLog, "write", full_disk)
+    code, printed = run(world / "full")
     assert code == 1, printed
     assert "error: [Errno 28] No space left on device: 'metrics.jsonl'; the run's folder" in printed
     assert "run the same command again: it continues from the last checkpoint" in printed
