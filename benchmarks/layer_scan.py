@@ -26,6 +26,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache, layers, lora, mot, siglip
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.bagel_config import BagelConfig
+from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import SpecialTokens, Tokenizer
 
@@ -144,12 +145,16 @@ def config_of(sizes: str) -> BagelConfig:
     return BagelConfig.from_folder(folder, Tokenizer.from_folder(folder).special)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer_scan")
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(prog="python -m benchmarks.layer_scan")
     parser.add_argument("--sizes", nargs="*", default=["tests", "package:umm"])
     parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Times both ways for every model of `--sizes` and prints a table."""
     jax.config.update("jax_enable_compilation_cache", False)  # noqa: FBT003
     print(f"{'sizes':<12} {'function':<15} {'':<8} {'scan_layers':>12} {'nn.scan':>9} {'ratio':>6}")
     for sizes in options.sizes:
@@ -165,9 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with through_linen():
                     linen.append(seconds(bound, params, argument))
             for index, phase in enumerate(("trace", "compile")):
-                a, b = (statistics.median(run[index] for run in runs) for runs in (ours, linen))
+                a, b = (statistics.median(times[index] for times in runs) for runs in (ours, linen))
                 print(f"{sizes:<12} {name:<15} {phase:<8} {a:>11.3f}s {b:>8.3f}s {b / a:>6.2f}")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
 
 
 if __name__ == "__main__":
