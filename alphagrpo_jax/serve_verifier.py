@@ -45,18 +45,21 @@ class Metrics:
     """Counters and gauges that /metrics shows."""
 
     def __init__(self, batcher: Batcher) -> None:
-        self.registry = CollectorRegistry()
-        registry = {"registry": self.registry}
-        self.requests = Counter("verifier_requests", "chat requests received", **registry)
-        self.failures = Counter("verifier_failures", "chat requests failed", ["kind"], **registry)
-        self.seconds = Histogram("verifier_request_seconds", "from request to reply", **registry)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("verifier_requests", "chat requests received", registry=registry)
+        self.failures = Counter(
+            "verifier_failures", "chat requests failed", ["kind"], registry=registry
+        )
+        self.seconds = Histogram(
+            "verifier_request_seconds", "from request to reply", registry=registry
+        )
         gauges = {
             "verifier_queue_length": ("questions that wait", lambda: len(batcher)),
             "verifier_questions": ("questions that the model answered", lambda: batcher.questions),
             "verifier_model_seconds": ("time the model took", lambda: batcher.busy_seconds),
         }
         for name, (meaning, read) in gauges.items():
-            Gauge(name, meaning, **registry).set_function(read)
+            Gauge(name, meaning, registry=registry).set_function(read)
 
     def text(self) -> bytes:
         """Returns them in Prometheus' text format."""
