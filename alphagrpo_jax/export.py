@@ -44,7 +44,9 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
         raise AccessError(f"{out} exists and is not an empty folder; give another --out")
     policy = inference.from_run(run, model_path=model_path)
     base = merged_weights(policy)
-    loaded = dataclasses.replace(policy.loaded, dtypes=policy.loaded.dtypes | memory_dtypes(base))
+    loaded = dataclasses.replace(
+        policy.loaded, dtypes={**policy.loaded.dtypes, **memory_dtypes(base)}
+    )
     save_model(folder, loaded, base=base, dtype=dtype)
     return policy.step
 

@@ -133,14 +133,17 @@ def run(options: argparse.Namespace) -> None:
         pathlib.Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     policy = open_policy(options, config)
     if options.ask is not None:
+        assert image is not None  # `parse_flags` refuses --ask without --image
         think, answer = inference.answer_question(policy, image, options.ask, seed=options.seed)
         print(f"thinks: {think}\n{answer}")
         return
+    assert options.out is not None  # `parse_flags` refuses an image without --out
     out = pathlib.Path(options.out)
     if options.refine:
         _refine(policy, options, image, record, out)
         return
     if options.edit is not None:
+        assert image is not None
         generated = inference.edit_image(
             policy, image, options.edit, count=options.n, seed=options.seed
         )

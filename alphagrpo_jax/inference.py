@@ -5,8 +5,8 @@ Generates images of a prompt, edits images, answers questions about them, and re
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ def refine(
     record: Record | None,
     image: Image.Image | None,
     seed: int,
-) -> Iterator[Round]:
+) -> Generator[Round, None, None]:
     """Generates an image, then `rounds` times reflects on it and generates it anew.
 
     Yields every round as soon as it is done; round 0 is the first image. The last round that is
@@ -179,7 +179,7 @@ def refine(
         raise ValueError(f"got keep={keep!r}, expected one of {KEEP_MODES}")
     if keep != "last" and record is None:
         raise ValueError(f"keep={keep!r} needs a verifier and a record with questions for it")
-    rater = None if keep == "last" else _ImageRater(policy, record)
+    rater = None if keep == "last" or record is None else _ImageRater(policy, record)
     try:
         current = best = None
         for number in range(rounds + 1):
@@ -197,7 +197,8 @@ def refine(
                 except UserError:
                     yield new  # its image is finished and costs nothing more
                     raise
-            is_best = rater is None or best is None or new.reward > best.reward
+            # With a rater every round has a reward.
+            is_best = rater is None or best is None or new.reward > best.reward  # pyright: ignore[reportOperatorIssue]
             new = new._replace(is_kept=is_best)
             best = new if is_best else best
             current = best if keep == "gated" else new
@@ -246,9 +247,10 @@ def run_task(
     size = min(batch, len(rows))
     for first in range(0, len(rows), size):
         batch_rows = np.arange(first, first + size) % len(rows)
-        text = TextBlock(tokens[batch_rows], mask[batch_rows])
+        text = TextBlock.from_host(tokens[batch_rows], mask[batch_rows])
         image = None if images is None else image_block(loaded, images[batch_rows])
-        inputs = tuple(text if kind == tasks.TEXT else image for kind in task.inputs)
+        # `task.inputs` names an image only where `images` were passed.
+        inputs: Any = tuple(text if kind == tasks.TEXT else image for kind in task.inputs)
         trajectories, generated = _sample(
             policy, spec, inputs, seed=seed, first=first, temperature=temperature
         )

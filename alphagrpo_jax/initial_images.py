@@ -44,9 +44,11 @@ def take(
     batches = []
     for task in prompts.tasks_at(run.config, step):
         if task.refines:
-            while position.queue.count < count:
+            queue = position.queue
+            assert queue is not None  # made at the start of a run with a refining task
+            while queue.count < count:
                 _fill(run, params, key, step, position, task.name)
-            batches.append(position.queue.take(count))
+            batches.append(queue.take(count))
     return batches
 
 
@@ -77,6 +79,7 @@ def _fill(
             f"step {step}: none of the {valid.size} initial images of task {name} has a reward; "
             "mend the verifier, then run the same command again"
         )
+    assert position.queue is not None
     position.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]], lowest[at])
     position.positions[name] += srr.queue_prompts
 
@@ -113,6 +116,7 @@ def sample_initial_images(
       uint8[P, K, Hpx, Wpx, 3].
     """
     config, fns = run.config, run.initial.fns
+    assert fns is not None  # made at the start of a run with a refining task
     images_per_prompt = config.srr.initial_images
     prompts_at_once = config.rollout.micro_batch // images_per_prompt
     tokens, mask = prompts.tokenize(
@@ -124,7 +128,7 @@ def sample_initial_images(
     launched = []
     for first in range(0, len(records), prompts_at_once):
         rows = slice(first, first + prompts_at_once)
-        prefix = fns.prefill(params, (TextBlock(tokens[rows], mask[rows]),))
+        prefix = fns.prefill(params, (TextBlock.from_host(tokens[rows], mask[rows]),))
         number = jnp.int32(first * images_per_prompt)
         _, images = fns.generate(params, prefix, key, number, no_window, greedy)
         launched.append(images)

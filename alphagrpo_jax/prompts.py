@@ -99,6 +99,7 @@ class PromptSet(NamedTuple):
                 text = next(texts)
                 blocks.append(TextBlock(text.tokens[rows], text.mask[rows]))
             else:
+                assert images is not None  # the caller passes them to tasks with such an input
                 blocks.append(images)
         return tuple(blocks)
 
@@ -168,12 +169,13 @@ def load(
     builder = PromptRecords(source=path, form=form, data_dir=str(folder))
     with _quiet():
         builder.download_and_prepare()
-        rows = builder.as_data_source(split=SPLIT)
+        # A decorator of tfds hides the parameters.
+        rows = builder.as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]
     records = tuple(parse_record(json.loads(row["record"]), form=form) for row in rows)
     if own_images:
         digest = check_images(path, records, digest)
     texts = tuple(
-        TextBlock(
+        TextBlock.from_host(
             *tokenize(
                 [_filled(template, record) for record in records],
                 tokenizer,
@@ -372,4 +374,4 @@ def image_block(loaded: LoadedModel, images: np.ndarray) -> ImageBlock:
     if images_lib.fitted_size(width, height, sizes) != (width, height):
         resized = [images_lib.resize(Image.fromarray(image), sizes) for image in images]
         vit_images = np.stack([np.asarray(image) for image in resized])
-    return ImageBlock(images, vit_images)
+    return ImageBlock.from_host(images, vit_images)

@@ -49,6 +49,7 @@ def submit_reflections(run: Run, rollout: RolloutBatch) -> None:
         questions = formats.reflection_questions(
             rollout.records[index].prompt, rollout.texts[0][index]
         )
+        assert batch.images is not None  # a refining task has input images
         image = batch.images[index // config.train.group_size]
         run.verifier.submit((*rollout.sample_ids[index], "reflection"), image, questions)
 
@@ -108,7 +109,8 @@ def reflection_scores(run: Run, rollout: RolloutBatch) -> np.ndarray | None:
     rows = distributed.own_rows(len(rollout.sample_ids))
     results = run.verifier.gather((*rollout.sample_ids[row], "reflection") for row in rows)
     scores = [
-        float(min(result.p_yes) > 0.5) if result.valid else np.nan for result in results.values()
+        float(min(result.p_yes) > 0.5) if result.valid and result.p_yes is not None else np.nan
+        for result in results.values()
     ]
     return distributed.merge_rows(np.array(scores), len(rollout.sample_ids))
 

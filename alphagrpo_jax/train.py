@@ -136,7 +136,9 @@ def main(config: Config, workdir: pathlib.Path, console: Console | None = None) 
             emergency.release()
             with timer("update"):
                 state, metrics = update.step(run, state, rollouts, old, advantages, step)
-            row = step_row(config, rollouts, rewards, advantages, metrics) | timer.metrics()
+            row: dict[str, Any] = (
+                step_row(config, rollouts, rewards, advantages, metrics) | timer.metrics()
+            )
             with timer("eval"):
                 if heldout.is_due(config, config.eval.every, step):
                     emergency.hold(state, step, position, row)
@@ -173,7 +175,7 @@ def step_row(
     rewards: Sequence[BatchRewards],
     advantages: Sequence[BatchAdvantages],
     metrics: update.UpdateMetrics,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Merges the metrics of an update's batches and of the update itself into one row."""
     batch_metrics = [
         reward_batch.metrics | rollout_batch.metrics | advantage_batch.text.metrics | update_metrics
@@ -195,7 +197,7 @@ def evaluate(
     label: str | None = None,
     stop: StopFlag | None = None,
     update_row: Mapping[str, Any] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Evaluates a train state; see `heldout.evaluate`."""
     params = run.sampling_params(state)
     verifiers.follow(run.verifier, params)

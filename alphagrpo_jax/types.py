@@ -11,7 +11,7 @@ log-prob is a mean over the latent, a text log-prob is one token's.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,11 @@ class TextBlock:
     tokens: jax.Array  # int32[B, T]
     mask: jax.Array  # bool[B, T]
 
+    @classmethod
+    def from_host(cls, tokens: np.ndarray, mask: np.ndarray) -> "TextBlock":
+        """Wraps host arrays as they are; jit moves them to the devices."""
+        return cls(cast(jax.Array, tokens), cast(jax.Array, mask))
+
 
 @struct.dataclass
 class ImageBlock:
@@ -37,6 +42,11 @@ class ImageBlock:
 
     pixels: jax.Array  # uint8[B, Hpx, Wpx, 3], for the VAE
     vit_pixels: jax.Array  # uint8[B, hpx, wpx, 3], for the ViT
+
+    @classmethod
+    def from_host(cls, pixels: np.ndarray, vit_pixels: np.ndarray) -> "ImageBlock":
+        """Wraps host arrays as they are; jit moves them to the devices."""
+        return cls(cast(jax.Array, pixels), cast(jax.Array, vit_pixels))
 
 
 @struct.dataclass

@@ -189,6 +189,7 @@ def _most_uncertain(
     for k in range(len(tokens)):
         by_batch = []
         for batch in batches:
+            assert batch.entropy is not None  # kept where a fraction of tokens is selected
             arrays = (batch.entropy[k], batch.batch.rollout.texts[k].scored, batch.batch.valid)
             entropy, scored, valid = distributed.to_host(arrays)
             by_batch.append(entropy[scored & valid[:, None]])
@@ -237,6 +238,7 @@ def _task_gradient(
             accumulated = (
                 micro_batch if accumulated is None else run.fns.accumulate(accumulated, micro_batch)
             )
+    assert accumulated is not None  # a task of an update has at least one batch
     return accumulated
 
 

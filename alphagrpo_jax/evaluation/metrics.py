@@ -70,6 +70,7 @@ def evaluate_images(
     for rows, filled in _micro_batches(len(records), micro_batch):
         count = rows.stop - rows.start
         sampled = sample(filled, rows.start)
+        assert sampled.images is not None  # of tasks that draw
         images = sampled.images[:count]
         for pool in (verifier, second) if second else (verifier,):
             scoring.submit(
@@ -131,7 +132,7 @@ def refinement_metrics(
         (check(image_before, record), check(image_after, record))
         for image_before, image_after, record in zip(before, after, records, strict=True)
     ]
-    pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
+    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
     if not pairs:
         return {}
     shares = np.array([[np.mean(list(facts.values())) for facts in pair] for pair in pairs])
@@ -179,12 +180,14 @@ def summarize(
     checked = np.array([image_facts is not None for image_facts in facts], bool)
     if not checked.any():
         return metrics
-    exact = np.array([known and all(facts[index].values()) for index, known in enumerate(checked)])
-    values = [value for index in np.flatnonzero(checked) for value in facts[index].values()]
+    exact = np.array(
+        [image_facts is not None and all(image_facts.values()) for image_facts in facts]
+    )
+    values = [value for image_facts in facts if image_facts for value in image_facts.values()]
     metrics["exact_all"] = float(exact[checked].mean())
     metrics["exact_facts"] = float(np.mean(values))
     groups: dict[str, list[int]] = {}
-    for index in np.flatnonzero(checked):
+    for index in map(int, np.flatnonzero(checked)):
         extra = records[index].extra
         if "kind" not in extra:
             continue

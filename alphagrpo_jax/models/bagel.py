@@ -1,7 +1,7 @@
 """BAGEL: one decoder that reads text and images, writes text and draws latents."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,10 @@ class Bagel(nn.Module):
     dtype: Any = jnp.float32  # compute dtype
     remat: str = "none"  # key of layers.REMAT_POLICIES
     unroll: int = 1  # layers per iteration of the scan
+
+    if TYPE_CHECKING:  # Flax makes modules hashable, its type information does not say so
+
+        def __hash__(self) -> int: ...
 
     def setup(self) -> None:
         cfg, dtype = self.config, self.dtype

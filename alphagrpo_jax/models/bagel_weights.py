@@ -151,7 +151,7 @@ def read_weights(
       WeightsError: an unreadable file; or tensors missing, unexpected or of another shape, all
         of them in one message.
     """
-    shapes = base_shapes(model)  # pyright: ignore[reportArgumentType] Flax modules are hashable
+    shapes = base_shapes(model)
     table = entries(shapes)
     put = put_on_device or (lambda _, array: jnp.asarray(array))
     with contextlib.ExitStack() as stack:

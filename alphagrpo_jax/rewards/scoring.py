@@ -98,7 +98,7 @@ class Rewards:
 def submit(
     pool: VerifierPool,
     sample_ids: Sequence[Hashable],
-    images: Sequence[np.ndarray],
+    images: Sequence[np.ndarray] | np.ndarray,
     records: Sequence[Record],
     options: RewardOptions,
     *,

@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)  # what follows is no flag
         spelled = [self._with_hyphens(word) for word in words[:end]]
-        return super().parse_known_args(spelled + words[end:], namespace)
+        # The stub is generic over the namespace: with None it is argparse's own.
+        return super().parse_known_args(spelled + words[end:], namespace)  # pyright: ignore[reportReturnType]
 
     def _with_hyphens(self, word: str) -> str:
         name, equals, value = word.partition("=")

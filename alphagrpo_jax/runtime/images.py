@@ -51,9 +51,10 @@ def fitted_size(width: int, height: int, sizes: ImageSizes) -> tuple[int, int]:
 
 
 def _scaled(width: int, height: int, scale: float, stride: int) -> tuple[int, int]:
-    return tuple(
-        max(stride, round(round(side * scale) / stride) * stride) for side in (width, height)
-    )
+    def scaled(side: int) -> int:
+        return max(stride, round(round(side * scale) / stride) * stride)
+
+    return scaled(width), scaled(height)
 
 
 def resize(image: Image.Image, sizes: ImageSizes) -> Image.Image:

@@ -54,8 +54,9 @@ class Tokenizer:
         """
         self._backend = backend
         self.files = files
-        ids = {name: backend.token_to_id(token) for name, token in SPECIAL.items()}
-        missing = [SPECIAL[name] for name, value in ids.items() if value is None]
+        found_ids = {name: backend.token_to_id(token) for name, token in SPECIAL.items()}
+        ids = {name: value for name, value in found_ids.items() if value is not None}
+        missing = [token for name, token in SPECIAL.items() if name not in ids]
         if missing:
             raise TokenizerError(
                 f"the tokenizer in {where} lacks the special tokens {missing}; expected "
@@ -148,7 +149,8 @@ def _from_vocabulary(files: dict[str, bytes]) -> tokenizers.Tokenizer:
     vocabulary = json.loads(files["vocab.json"])
     lines = files["merges.txt"].decode("utf-8").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    # Lines that are no pair are the library's to refuse.
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))  # pyright: ignore[reportArgumentType]
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

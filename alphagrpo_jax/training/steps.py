@@ -209,7 +209,9 @@ def _input_shapes(shared: _Shared, task: tasks.Task) -> tuple[TextBlock | ImageB
         if kind == tasks.TEXT:
             added = prompts.added_tokens(next(templates), loaded.tokenizer)
             shape = (count, config.rollout.prompt_tokens + added)
-            block = TextBlock(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool)))
+            # Shapes in place of arrays.
+            leaves: Any = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool)]
+            block = TextBlock(*leaves)
         else:
             image = jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)
             block = jax.eval_shape(_bind(image_block, loaded.model), image)
