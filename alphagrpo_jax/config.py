@@ -79,7 +79,7 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16"]
     """Number format of the frozen weights and of the forward pass."""
     remat: Literal["none", "dots", "full"]
-    """What a layer's backward pass computes again instead of storing it: nothing, all but the
+    """Values that a layer's backward pass computes again instead of storing them: none, all but the
     matrix products, or everything."""
     height: int = Field(ge=16, le=4096)
     """Height of a generated image, in pixels."""
@@ -101,7 +101,7 @@ class LoraOptions:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class PoolOptions:
-    """How a pool of verifier processes works."""
+    """Deadlines, retries and threads of a pool of verifier processes."""
 
     threads: int = Field(ge=1, le=1024)
     """Compute threads of each process; fixed, so that answers are the same whatever the load."""
@@ -119,7 +119,7 @@ class PoolOptions:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class VerifierOptions(PoolOptions):
-    """Which verifier answers the questions about an image, and where it runs."""
+    """The verifier that answers the questions about an image, and where it runs."""
 
     kind: Literal["hf", "openai", "callable", "self"]
     """"hf": a Hugging Face model in local processes; "openai": chat servers only; "callable": a
@@ -148,7 +148,7 @@ class VerifierOptions(PoolOptions):
     top_k: int = Field(ge=0, le=1 << 20)
     """Number of candidates of the first token that count for P(yes); 0 counts all."""
     text_fallback: bool
-    """Whether a text that is exactly yes or no counts as 1 or 0 where no candidate is."""
+    """Count a text that is exactly yes or no as 1 or 0 where no candidate is."""
     second: str
     """Another verifier that rates held-out images beside the first: its path, or
     openai:URL[,URL...] for chat servers that serve `model`; "" for none."""
@@ -158,28 +158,28 @@ class VerifierOptions(PoolOptions):
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class RewardOptions:
-    """How answers about an image, and the form of the texts before it, become a reward."""
+    """The reward, from answers about an image and the form of the texts before it."""
 
     aggregate: Aggregate
-    """How the semantic and the quality mean are combined: "geometric" and "mean" of the two, or
+    """Combination of the semantic and the quality mean: "geometric" and "mean" of the two, or
     "pooled", the mean over all questions."""
     score: Score
-    """What an answer counts: "confidence" is P(yes), "binary" 1 where P(yes) > 1/2, and "holistic"
+    """Value of an answer: "confidence" is P(yes), "binary" 1 where P(yes) > 1/2, and "holistic"
     replaces the questions by ratings from 0 to 10."""
     extra_scores: tuple[Score, ...]
     """Further scores that are averaged with `score`."""
     extra_weights: tuple[Annotated[float, Field(gt=0.0, lt=1e6)], ...]
     """Weights of `extra_scores`, one each; that of `score` is 1."""
     rate_semantic: tuple[str, ...]
-    """What the holistic score rates as semantic consistency; {prompt} stands for the prompt."""
+    """Questions that the holistic score rates for semantic consistency; {prompt} is filled in."""
     rate_quality: tuple[str, ...]
-    """What the holistic score rates as perceptual quality."""
+    """Questions that the holistic score rates for perceptual quality."""
     dependencies: bool
-    """Whether a question counts only if the questions that it depends on hold."""
+    """Count a question only if the questions that it depends on hold."""
     format_weight: float = Field(ge=0.0, le=100.0)
     """Weight of the format reward (0 or 1) that is added for the form of the think text."""
     isolate: bool
-    """Whether the format reward counts for the text steps alone."""
+    """Count the format reward for the text steps alone."""
     max_invalid_fraction: float = Field(ge=0.0, le=1.0)
     """Largest share of an update's samples without a reward; above it the run stops."""
 
@@ -248,7 +248,7 @@ class Guidance:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class ImageOptions:
-    """How an image is sampled."""
+    """Sampling of an image."""
 
     num_points: int = Field(ge=2, le=1000)
     """Noise levels of the schedule, one more than velocity evaluations."""
@@ -268,14 +268,14 @@ class ImageOptions:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class RolloutOptions(ImageOptions):
-    """How trajectories are sampled in training."""
+    """Sampling of trajectories in training."""
 
     prompt_tokens: int = Field(ge=3, le=1 << 20)
     """Tokens to which prompts are padded, the two delimiters included; longer ones are refused."""
     text_tokens: int = Field(ge=1, le=1 << 20)
     """Most new tokens of a think text, the closing delimiter included."""
     shared_noise: bool
-    """Whether the images of a group start from the same noise."""
+    """Start the images of a group from the same noise."""
     temperature: float = Field(ge=1e-6, le=100.0)
     """Temperature of the texts' tokens."""
     top_p: float = Field(ge=1e-6, le=1.0)
@@ -283,7 +283,7 @@ class RolloutOptions(ImageOptions):
     micro_batch: int = Field(ge=1, le=1 << 20)
     """Trajectories that are sampled at a time."""
     merge_lora: bool
-    """Whether the adapters are folded into a copy of the weights while sampling."""
+    """Fold the adapters into a copy of the weights while sampling."""
     edit_guidance: Guidance
     """Guidance of images that are made behind another: edits and refinements."""
 
@@ -293,7 +293,7 @@ class SrrOptions:
     """Self-reflective refinement: where the images come from that the policy repairs."""
 
     source: Literal["drawn", "record"]
-    """Where initial images come from: the policy, or the records' own images."""
+    """Source of initial images: sampled by the policy, or the records' own."""
     initial_images: int = Field(ge=1, le=1 << 20)
     """Initial images that are sampled per prompt."""
     queue_prompts: int = Field(ge=1, le=1 << 20)
@@ -303,19 +303,19 @@ class SrrOptions:
     text_tokens: int = Field(ge=1, le=1 << 20)
     """Most new tokens of a reflection, the closing delimiter included."""
     choice: InitialChoice
-    """Which initial image is repaired: that of the lowest reward, or one drawn by
+    """Choice of the initial image to repair: that of the lowest reward, or one drawn by
     softmax(1 - reward)."""
     rectification: Rectification
     """Reward of a refinement that is no better than its initial image: the lowest initial reward
     ("released"), the group's lowest ("paper"), or its own ("none")."""
     reflection_format: Literal["none", "rule", "verifier"]
-    """Who judges the form of a reflection: nobody, the rule of the shapes world, or the
+    """Judge of the form of a reflection: nobody, the rule of the shapes world, or the
     verifier."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class MixedOptions:
-    """Which tasks a run of task "mixed" trains."""
+    """The tasks that a run of task "mixed" trains."""
 
     tasks: tuple[str, ...]
     """Names of the tasks."""
@@ -340,14 +340,14 @@ class TrainOptions:
     updates_per_batch: int = Field(ge=1, le=1000)
     """Optimizer steps per batch of trajectories."""
     trainable: Literal["lora", "full"]
-    """What is trained: adapters, or the parameters that `full_targets` names."""
+    """Trained part: adapters, or the parameters that `full_targets` names."""
     full_targets: Annotated[str, AfterValidator(_check_pattern)]
     """Regular expression over parameter paths: what "full" trains."""
     old_logprob: Literal["recompute", "self"]
     """Log-probs that the ratio divides by: computed by a pass before the update, or the policy's
     own, exact for one optimizer step per batch."""
     context_gradient: bool
-    """Whether the gradient flows through the contexts of the trained steps."""
+    """Let the gradient flow through the contexts of the trained steps."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
@@ -361,7 +361,7 @@ class LossOptions:
     text_loss_weight: float = Field(ge=0.0, le=1e6)
     """Weight of a text step, relative to all stochastic steps of the image behind it together."""
     level: Literal["sequence", "token"]
-    """Whether a text has one ratio (its mean log-ratio) or one per token."""
+    """One ratio per text (of its mean log-ratio), or one per token."""
     clip_low: float = Field(ge=0.0, le=1.0)
     """Distance below 1 at which a text's ratio is clipped."""
     clip_high: float = Field(ge=0.0, le=1e6)
@@ -377,12 +377,12 @@ class LossOptions:
     image_beta: float = Field(ge=0.0, le=1e6)
     """Weight of the image steps' KL to the pretrained model."""
     report_kl: bool
-    """Whether both KL terms are metrics even where their weight is 0; costs one more pass."""
+    """Compute both KL terms as metrics even where their weight is 0; costs one more pass."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class AdvantageOptions:
-    """How rewards become advantages: A = (reward - baseline) / (scale + 1e-4)."""
+    """Advantages from rewards: A = (reward - baseline) / (scale + 1e-4)."""
 
     std: Literal["global_raw", "global_centered", "group", "none"]
     """Scale: standard deviation of the raw rewards of all samples, of group-centred rewards, or
@@ -453,14 +453,14 @@ class CheckpointOptions:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class LogOptions:
-    """What a run writes beside its metrics."""
+    """Sample grids, TensorBoard events and the progress line of a run."""
 
     samples: int = Field(ge=1, le=4096)
     """Held-out images in a sample grid."""
     tensorboard: bool
-    """Whether TensorBoard events are written."""
+    """Write TensorBoard events."""
     progress: bool
-    """Whether a progress line is shown."""
+    """Show phases and a progress line on stderr."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

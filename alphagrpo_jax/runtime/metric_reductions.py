@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Reduction(NamedTuple):
-    """How the values of one metric become one number."""
+    """Ways to reduce the values of one metric to one number."""
 
     micro_batches: Literal["sum", "max"]
     batches: Literal["mean", "max"]  # also of the texts, or of the images, of a trajectory

@@ -26,7 +26,7 @@ class TaskContext(NamedTuple):
 
 
 class InitialImagesContext(NamedTuple):
-    """How initial images of refining tasks are sampled and scored: as task t2i."""
+    """Functions and options for initial images of refining tasks; they are those of task t2i."""
 
     fns: SampleFns | None  # several images per prompt; None: the records' own, or no such task
     eval_fns: SampleFns | None  # one per prompt
@@ -34,7 +34,7 @@ class InitialImagesContext(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What does not change during a run."""
+    """Everything that stays the same during a run."""
 
     config: Config
     loaded: LoadedModel

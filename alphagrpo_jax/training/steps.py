@@ -139,7 +139,7 @@ def _needs_initial(config: Config, task: tasks.Task) -> bool:
 
 
 class _Shared(NamedTuple):
-    """What all jitted functions of a run share."""
+    """Arguments that all jitted functions of a run share."""
 
     config: Config
     loaded: LoadedModel

@@ -1,4 +1,4 @@
-"""Where the rows of a run go: metrics.jsonl, TensorBoard and the console."""
+"""Writes the rows of a run to metrics.jsonl, TensorBoard and the console."""
 
 import os
 from collections.abc import Mapping
