@@ -233,7 +233,7 @@ def velocity(
     Returns:
       float32[B, M, C].
     """
-    hidden = _decode_uncached(model, params, *_latent_block(model, params, ctx, x, sigma, grid))
+    hidden = _decode_uncached(model, params, _latent_block(model, params, ctx, x, sigma, grid))
     return call(model, params, "read_velocity", hidden.gen)
 
 
@@ -269,7 +269,7 @@ def packed_velocity(
     version = np.concatenate([np.repeat(numbers, 2), np.repeat(numbers, latents)])
     self_mask = jnp.asarray(version[None, :, None] == version[None, None, :])
     positions, _ = _image_geometry(ctx, len(version))
-    hidden = _decode_uncached(model, params, ctx, tokens, positions, self_mask)
+    hidden = _decode_uncached(model, params, _Block(ctx, tokens, positions, self_mask))
     return call(model, params, "read_velocity", hidden.gen).reshape(x.shape)
 
 
@@ -407,15 +407,9 @@ def _decode(
     return hidden, Segment(k, v, jnp.ones(positions.shape, bool))
 
 
-def _decode_uncached(
-    model: Bagel,
-    params: PolicyParams,
-    ctx: Context,
-    tokens: Tokens,
-    positions: jax.Array,
-    self_mask: jax.Array,
-) -> Tokens:
+def _decode_uncached(model: Bagel, params: PolicyParams, block: _Block) -> Tokens:
     """Runs new tokens over a context without keeping their keys and values."""
+    ctx, tokens, positions, self_mask = block
     masks = (*(segment.valid[:, None] for segment in ctx.segments), self_mask)
     hidden, _ = call(
         model, params, "decode", tokens, positions, ctx.segments, masks, keep_cache=False
