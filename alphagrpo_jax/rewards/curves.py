@@ -47,7 +47,7 @@ class Dot(NamedTuple):
     words: str
 
 
-class Line(NamedTuple):
+class PlottedLine(NamedTuple):
     """A curve."""
 
     label: str
@@ -65,7 +65,7 @@ class Panel(NamedTuple):
     title: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[PlottedLine, ...]
 
 
 def panels(rows: Sequence[Mapping[str, Any]]) -> tuple[Panel, ...]:
@@ -160,7 +160,7 @@ def _panel(
         smoothed = "eval/" not in series[label] and len(curve) >= MIN_SMOOTHED
         plotted = smooth(curve) if smoothed else curve
         lines.append(
-            Line(
+            PlottedLine(
                 label=label,
                 value=f"{curve[-1][1]:.3f}",
                 color=list(series).index(label) % FRAME.colors,

@@ -28,7 +28,7 @@ CSV_FIELDS = (
 )  # fmt: skip
 
 
-class Line(NamedTuple):
+class AnswerLine(NamedTuple):
     """One question about an image, and its answer."""
 
     kind: str  # "semantic", "quality" or "rating"
@@ -53,7 +53,7 @@ class Row:
     semantic: float | None
     quality: float | None
     failure: str | None  # why there is no reward
-    lines: tuple[Line, ...]  # empty if there is no reward
+    lines: tuple[AnswerLine, ...]  # empty if there is no reward
     by_score: Mapping[str, float]  # empty where there is only one score
     think: str | None = None
     exact: bool | None = None  # the exact checker's verdict
@@ -222,17 +222,19 @@ def to_json(report: Report) -> str:
 FORMATS = {".html": to_html, ".csv": to_csv, ".json": to_json}  # by a file's ending
 
 
-def _lines(record: Record, scores: Rewards, index: int, options: RewardOptions) -> tuple[Line, ...]:
+def _lines(
+    record: Record, scores: Rewards, index: int, options: RewardOptions
+) -> tuple[AnswerLine, ...]:
     answers, ratings = scores.p_yes[index], scores.ratings[index]
     questions = record.asked_questions if answers else []
     cut = len(record.asked_semantic)
     lines = [
-        Line("semantic" if at < cut else "quality", question.tag, question.text, p)
+        AnswerLine("semantic" if at < cut else "quality", question.tag, question.text, p)
         for at, (question, p) in enumerate(zip(questions, answers, strict=True))
     ]
     tags = ["semantic"] * len(options.rate_semantic) + ["quality"] * len(options.rate_quality)
     rated = zip(tags, rating_questions(options, record), ratings, strict=False)
-    return (*lines, *(Line("rating", *rating) for rating in rated))
+    return (*lines, *(AnswerLine("rating", *rating) for rating in rated))
 
 
 def _finite(value: float) -> float | None:

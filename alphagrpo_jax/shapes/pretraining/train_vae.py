@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-class AttentionBlock(nn.Module):
+class TorchAttentionBlock(nn.Module):
     """Single-head self-attention over all pixels."""
 
     def __init__(self, channels: int) -> None:
@@ -106,7 +106,7 @@ def _middle(channels: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
             "block_1": ResidualBlock(channels, channels),
-            "attn_1": AttentionBlock(channels),
+            "attn_1": TorchAttentionBlock(channels),
             "block_2": ResidualBlock(channels, channels),
         }
     )
