@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy import ndimage
@@ -162,9 +162,14 @@ def _has_foreign(
     return int(areas.sum()) >= MIN_FOREIGN
 
 
+def _label(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels connected areas from 1: int32[H, W] and their number."""
+    return cast(tuple[np.ndarray, int], ndimage.label(mask, _ALL_NEIGHBORS))
+
+
 def _pieces(color: np.ndarray, solid: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """Cuts an image into connected pieces of one color: (mask bool[H, W], color index)."""
-    labels, count = ndimage.label(solid, _ALL_NEIGHBORS)
+    labels, count = _label(solid)
     result = []
     for label in range(1, count + 1):
         mask = labels == label
@@ -177,7 +182,7 @@ def _pieces(color: np.ndarray, solid: np.ndarray) -> list[tuple[np.ndarray, int]
             result.append((mask, int(color_sizes.argmax())))
             continue
         for index in piece_colors:
-            sublabels, subcount = ndimage.label(mask & (color == index), _ALL_NEIGHBORS)
+            sublabels, subcount = _label(mask & (color == index))
             sizes = np.bincount(sublabels.ravel(), minlength=subcount + 1)
             large = [i for i in range(1, subcount + 1) if sizes[i] >= MIN_PIECE]
             result += [(sublabels == i, int(index)) for i in large]
@@ -248,7 +253,7 @@ def _recognize(
     image: np.ndarray, alpha: np.ndarray, mask: np.ndarray, color: int
 ) -> list[scenes.SceneObject | None]:
     """Recognizes the objects that a piece consists of; None for one of no known shape."""
-    core = ndimage.binary_erosion(mask, _ALL_NEIGHBORS)
+    core = np.asarray(ndimage.binary_erosion(mask, _ALL_NEIGHBORS))
     value = np.median(image[core if core.sum() >= 4 else mask], 0)
     if np.linalg.norm(value - _COLOR_TABLE[color]) > COLOR_DISTANCE:
         return [None]

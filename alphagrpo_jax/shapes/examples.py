@@ -166,7 +166,7 @@ def answer_example(rng: np.random.Generator) -> AnswerExample:
     if rng.random() < 1 / 3:
         question, words = questions.open_question(scene, rng)
         return AnswerExample(question, scene, think, words)
-    sound = dict.fromkeys(questions.QUALITY, True)
+    sound: dict[str, bool] = dict.fromkeys(questions.QUALITY, True)
     type_ = pick(rng, questions.SEMANTIC)
     query = questions.sample_query(scene, type_, rng)
     wording = int(rng.integers(len(questions.WORDINGS[query.form])))

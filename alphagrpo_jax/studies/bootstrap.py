@@ -81,7 +81,9 @@ def gains(
     for name in dict.fromkeys(groups):
         rows = np.flatnonzero(names == name)
         paired = after[:, rows].astype(np.float64) - before[rows]
-        result[name] = Gain(float(paired.mean()), resample(paired, labels[rows], runs, rng))
+        result[name] = Gain(
+            float(paired.mean()), resample(paired, labels[rows].tolist(), runs, rng)
+        )
     result["plain"] = _mean([gain for name, gain in result.items() if name.startswith("plain/")])
     result["all"] = _mean([result["plain"], result["implied"]])
     return result

@@ -224,7 +224,7 @@ def _write(figure: Figure, out: pathlib.Path) -> None:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=pathlib.Path, action="append", default=[])
     parser.add_argument("--out", type=pathlib.Path, help="picture of the curves")
     parser.add_argument("--samples", type=pathlib.Path, help="run whose drawings are shown")

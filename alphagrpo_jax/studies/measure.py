@@ -17,7 +17,7 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def sample_images(
             loaded.tokenizer.wrap(records[i % len(records)]["prompt"])
             for i in range(first, first + size)
         ]
-        block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
+        block = TextBlock.from_host(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
         images = sample(policy_.params, block, key, jnp.int32(first), jnp.float32(temperature))
         yield from distributed.to_host(images)[: len(records) - first]
 
@@ -112,7 +112,7 @@ def heldout_records(per_type: int, implied: int) -> list[dict]:
     return plain + make(implied, kinds=("implied",))
 
 
-def exact_shares(images: Sequence[np.ndarray], records: Sequence[Mapping]) -> dict[str, float]:
+def exact_shares(images: Iterable[np.ndarray], records: Sequence[Mapping]) -> dict[str, float]:
     """Computes the share of images in which all facts hold, by kind and type of prompt."""
     verdicts = collections.defaultdict(list)
     for image, record in zip(images, records, strict=True):
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", default="package:umm")
     add("--config", type=pathlib.Path, default=config_checks.DEFAULT_CONFIG)

@@ -64,16 +64,15 @@ def score_images(
         extra_weights=(1.0, 1.0),
     )
     for number in tqdm.trange(len(images), desc="judging"):
-        row = slice(number, number + 1)
-        scoring.submit(pool, [number], images[row], records[row], options, first=0)
+        scoring.submit(pool, [number], [images[number]], [records[number]], options, first=0)
     rewards = scoring.gather(pool, range(len(images)), records, (), options)
     index = np.flatnonzero(rewards.valid)
-    p_yes = [rewards.p_yes[row] for row in index]
+    p_yes = [rewards.p_yes[row] for row in index.tolist()]
     scores = {name: values[index] for name, values in rewards.by_score.items()}
     scores[DEPENDENT] = np.array(
         [
             dvreward(*records[row].split(answers), parents=records[row].asked_parents).reward
-            for row, answers in zip(index, p_yes, strict=True)
+            for row, answers in zip(index.tolist(), p_yes, strict=True)
         ]
     )
     return ScoredImages(index, scores, p_yes, rewards.failures)
@@ -150,7 +149,7 @@ def ranking(records: Sequence[Mapping], exact: np.ndarray, scored: ScoredImages,
     for kind in ("all", *sorted(set(kinds))):
         of_kind = (kinds == kind) | (kind == "all")
         counts = {
-            name: pair_counts(prompts[of_kind], exact[of_kind], values[of_kind])
+            name: pair_counts(prompts[of_kind].tolist(), exact[of_kind], values[of_kind])
             for name, values in scored.scores.items()
         }
         figures[kind] = {name: share(pairs, seed) for name, pairs in counts.items()}
@@ -224,7 +223,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--drawings", type=Path, required=True, help=".npz file that measure --drawings wrote")
     add("--verifier", default="package:verifier", help="a folder or package:NAME")

@@ -276,7 +276,7 @@ def study(args: argparse.Namespace) -> dict:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--run", type=pathlib.Path, action="append", required=True)
     parser.add_argument("--name", default="default", help="of this set of runs")

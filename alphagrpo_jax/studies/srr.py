@@ -193,7 +193,7 @@ def _run(text: str) -> tuple[str, pathlib.Path]:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, help="folder of the raw results")
     add("--run", type=_run, action="append", default=[], help="NAME=FOLDER of a finished run")

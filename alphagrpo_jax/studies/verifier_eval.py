@@ -316,7 +316,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="verifier folder")
     add("--images", type=int, default=1000, help="clean, and as many imperfect")

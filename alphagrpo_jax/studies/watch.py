@@ -101,7 +101,7 @@ def watch(command: Sequence[str]) -> CommandUsage:
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", nargs="+", help="after --")
     return parser.parse_args(arguments)
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.runtime import cli
@@ -83,7 +84,7 @@ class ClassTokens:
 
 
 def align_loss(
-    model: nn.Module,
+    model: LlavaForConditionalGeneration,
     probes: packed.Probes,
     words: ClassTokens,
     patches: Tensor,
@@ -103,7 +104,7 @@ def align_loss(
 
 
 def losses(
-    model: nn.Module,
+    model: LlavaForConditionalGeneration,
     probes: packed.Probes,
     words: ClassTokens,
     prefix: Tensor,
@@ -132,7 +133,11 @@ def losses(
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, encoder: BatchEncoder, prefix: Tensor, seed: int, images: int
+    model: LlavaForConditionalGeneration,
+    encoder: BatchEncoder,
+    prefix: Tensor,
+    seed: int,
+    images: int,
 ) -> tuple[list[str], Tensor, Tensor]:
     """Answers questions about fresh training images.
 
@@ -352,7 +357,7 @@ def train(
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=1500)

@@ -105,7 +105,7 @@ def vocabulary(seed: int = 0, draws: int = 2000) -> set[str]:
     """Collects the words of questions, prompts and instructions from `draws` random scenes."""
     rng = np.random.default_rng(seed)
     texts = [AUDIT_INSTRUCTION, RATE_INSTRUCTION, RATE_PROMPT, RATE_QUALITY]
-    sound = dict.fromkeys(questions.QUALITY, True)
+    sound: dict[str, bool] = dict.fromkeys(questions.QUALITY, True)
     for _ in range(draws):
         scene = examples.train_scene(rng)
         texts += [text for text, *_ in questions.sample_questions(scene, sound, rng, 8)]

@@ -6,6 +6,7 @@ question tokens, S prefix tokens, H heads, D width.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Probes(nn.Module):
 
 def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
     """Encodes float32[N, 3, h, w] in [-1, 1] as projected features float32[N, patches, D]."""
-    output = model.model.get_image_features(pixels, vision_feature_layer=-1)
+    output: Any = model.model.get_image_features(pixels, vision_feature_layer=-1)
     return torch.stack(list(output.pooler_output))
 
 
@@ -51,21 +52,21 @@ def embed_prefix(model: LlavaForConditionalGeneration, tokens: Tensor, patches: 
     return embedded.masked_scatter(is_image, patches)
 
 
-def _project(layer: nn.Module, states: Tensor) -> Tensor:
+def _project(layer: Any, states: Tensor) -> Tensor:
     """Projects to queries, keys and values side by side, before rotation: float32[..., 3 D]."""
     attention, normed = layer.self_attn, layer.input_layernorm(states)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     return torch.cat([projection(normed) for projection in projections], -1)
 
 
-def _heads(layer: nn.Module, projected: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple:
+def _heads(layer: Any, projected: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple:
     """Splits float32[N, L, 3 D] into rotated query and key, and value: float32[N, H, L, D/H]."""
     size = layer.self_attn.head_dim
     query, key, value = projected.unflatten(2, (3, -1, size)).permute(2, 0, 3, 1, 4)
     return *apply_rotary_pos_emb(query, key, *rotary), value
 
 
-def _finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+def _finish(layer: Any, states: Tensor, attended: Tensor) -> Tensor:
     """Applies output projection and feed-forward of one layer, both float32[..., D]."""
     states = states + layer.self_attn.o_proj(attended)
     return states + layer.mlp(layer.post_attention_layernorm(states))
