@@ -443,7 +443,7 @@ class EvalOptions:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class CheckpointOptions:
-    """When the run's state is saved."""
+    """Times at which the run's state is saved."""
 
     every: int = Field(ge=0, le=1 << 40)
     """Updates between two checkpoints; 0 saves at the end only."""

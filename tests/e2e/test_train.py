@@ -328,7 +328,7 @@ def test_eight_devices(run_process, world, rows):
         (["--wrkdir=x"], "wrkdir"),
         (["surplus"], "unexpected arguments"),
         (["--config.mesh.data=2"], "needs 2 devices, but there are 1"),
-        (["--config.lora.targets=("], "lora.targets: '(' is no regular expression"),
+        (["--config.lora.targets=("], "lora.targets: got '(', expected a regular expression"),
     ],
 )
 def test_wrong_usage_is_refused_with_two(run, world, arguments, message):
