@@ -35,7 +35,7 @@ class ConfigError(UsageError):
 
 
 def check_key_name(name: str) -> str:
-    """Refuses what cannot be the name of an environment variable that holds a key.
+    """Refuses a text that cannot be the name of an environment variable.
 
     It may be the key itself, given in the wrong place, so no message shows it.
 
@@ -385,7 +385,7 @@ class AdvantageOptions:
     """Advantages from rewards: A = (reward - baseline) / (scale + 1e-4)."""
 
     std: Literal["global_raw", "global_centered", "group", "none"]
-    """Scale: standard deviation of the raw rewards of all samples, of group-centred rewards, or
+    """Scale: standard deviation of the raw rewards of all samples, of group-centered rewards, or
     per group; "none" does not divide."""
     baseline: Literal["group", "initial", "anchor"]
     """Baseline: mean of the group's rewards, reward of the initial image that the group refines, or

@@ -229,7 +229,7 @@ def _check_sizes(config: Config) -> None:
 
 
 def _check_tasks(config: Config) -> None:
-    """Checks what single tasks, or several of them, need."""
+    """Checks the fields that tasks, alone or mixed, need."""
     mixed, srr = config.mixed, config.srr
     if config.task == "mixed":
         unknown = sorted(set(mixed.tasks) - set(TASKS))
@@ -285,7 +285,7 @@ def _check_tasks(config: Config) -> None:
 
 
 def _check_reward(config: Config) -> None:
-    """Checks what the scores need that the reward is made of."""
+    """Checks the fields that the reward's scores need."""
     reward = config.reward
     scores, weights = reward.scores, reward.extra_weights
     if len(set(scores)) < len(scores):
@@ -314,7 +314,7 @@ def _check_reward(config: Config) -> None:
 
 
 def _check_verifier(config: Config) -> None:
-    """Checks what endpoints need, and what needs endpoints."""
+    """Checks the fields that endpoints need, and that endpoints are there where needed."""
     verifier = config.verifier
     if verifier.kind == "self":
         if verifier.endpoints or verifier.audit:

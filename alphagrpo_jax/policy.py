@@ -291,7 +291,7 @@ def guided_velocity(
       x: float32[B, M, C].
       sigma: float32[B].
       grid: token rows and columns.
-      guidance: scales, interval, renormalisation.
+      guidance: scales, interval, renormalization.
       active: True if sigma lies in the guidance interval, where that is known statically; None:
         decided per row on the device, at the price of evaluating all branches.
     Returns:

@@ -124,10 +124,12 @@ def _values(field: Mapping[str, Any]) -> str:
         return f"{len(items)} times {inner}" if "prefixItems" in field else f"list of {inner}"
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
     text = names.get(field.get("type", ""), "any")
-    low, high = field.get("minimum"), field.get("maximum")
-    if low is None and high is None:
-        return text
-    limits = (("from", low), ("to", high))
+    limits = (
+        ("from", field.get("minimum")),
+        ("above", field.get("exclusiveMinimum")),
+        ("to", field.get("maximum")),
+        ("below", field.get("exclusiveMaximum")),
+    )
     words = [f"{word}\u00a0{_number(limit)}" for word, limit in limits if limit is not None]
     return " ".join((text, *words))
 

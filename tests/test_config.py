@@ -100,6 +100,8 @@ def test_values_arrive():
         ({"log__progress": 1}, r"config\.log\.progress: got 1, expected bool"),
         ({"model__path": None}, r"config\.model\.path: got None, expected str"),
         ({"loss__level": "word"}, r"level: got 'word', expected one of \('sequence', 'token'\)"),
+        ({"advantage__std": "local"}, r"advantage\.std: got 'local', expected one of"),
+        ({"advantage__baseline": "best"}, r"advantage\.baseline: got 'best', expected one of"),
         ({"mixed__tasks": ("rt2i", 3)}, r"config\.mixed\.tasks\[1\]: got 3, expected str"),
         (
             {"mixed__weights": (1.0, -1.0)},

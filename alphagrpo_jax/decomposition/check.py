@@ -103,7 +103,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _repetition_problems(
     record: Record, number: int, first_lines: dict[tuple[str, str], int]
 ) -> Iterator[_Problem]:
-    """Yields what an earlier line has too.
+    """Yields a problem for each prompt or id that an earlier line has too.
 
     Args:
       record: on the line.

@@ -73,7 +73,7 @@ def negation_fault(question: str, prompt: str) -> str | None:
 
 
 def wording_doubt(question: str, prompt: str) -> str | None:
-    """Returns what looks wrong with a question's wording but need not be, or None."""
+    """Returns a suspicion about a question's wording, or None."""
     question = question.strip()
     if not question.endswith("?"):
         return "does not end with a question mark"

@@ -316,7 +316,7 @@ def retry_messages(reply: str, error: str) -> list[Message]:
 
 
 def _without_control_tokens(text: str) -> str:
-    """Takes the marks off control tokens, which a server would obey as such."""
+    """Strips the marks of control tokens, so that no server obeys them."""
     tokens = control_tokens(text)
     text = unicodedata.normalize("NFKC", text) if tokens else text
     for token in tokens:

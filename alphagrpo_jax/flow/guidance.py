@@ -1,4 +1,4 @@
-"""Classifier-free guidance over two dropped conditions, with renormalisation."""
+"""Classifier-free guidance over two dropped conditions, with renormalization."""
 
 import chex
 import jax
@@ -32,7 +32,7 @@ def combine(
 
     `global`, `channel`: `u = v_t + s_t (v - v_t)`; if `s_i > 1`: `u = v_i + s_i (u - v_i)`;
     result `u clip(|v| / (|u| + 1e-8), renorm_min, 1)`.
-    `text_channel`: the text-guided `u` is renormalised first, then `v_i + s_i (u - v_i)`.
+    `text_channel`: the text-guided `u` is renormalized first, then `v_i + s_i (u - v_i)`.
     Norms are over one sample's whole latent (`global`) or its last axis; gradients flow through
     every branch and through the norms. A sample's result does not depend on its neighbours.
 
@@ -41,7 +41,7 @@ def combine(
       v_text: float[B, M, C] with the text dropped; unused (may be None) if `text_scale <= 1`.
       v_image: float[B, M, C] with the image dropped; unused (may be None) unless both scales
         exceed 1.
-      guidance: scales and renormalisation; its interval is not applied here, see `is_active`.
+      guidance: scales and renormalization; its interval is not applied here, see `is_active`.
     Returns:
       float32[B, M, C].
     Raises:

@@ -1,7 +1,7 @@
 """One sampling step: deterministic (ODE), Flow-SDE, or Flow-CPS, with transition log-probs.
 
 All arithmetic is float32 whatever the model's dtype. A log-prob here is the *mean* over a sample's
-latent elements (M x C), and leaves out the normalising constants, which are equal for all policies.
+latent elements (M x C), and leaves out the normalizing constants, which are equal for all policies.
 `sigma` arguments are float32[] (one level for the batch) or float32[B].
 """
 

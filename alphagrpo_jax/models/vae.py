@@ -49,7 +49,7 @@ class VAEConfig:
         if odd:
             raise InputError(
                 f"vae_config.json: ch * ch_mult = {[self.ch * m for m in odd]} must be multiples "
-                f"of {NORM_GROUPS} (group normalisation)"
+                f"of {NORM_GROUPS} (group normalization)"
             )
 
 
@@ -58,7 +58,7 @@ class Conv(ReadsParams, nn.Conv):
 
 
 class GroupNorm(ReadsParams, nn.GroupNorm):
-    """Group normalisation over the last axis."""
+    """Group normalization over the last axis."""
 
 
 def _norm(name: str, dtype: Any) -> GroupNorm:

@@ -199,7 +199,7 @@ def totals(
     reward: np.ndarray | None = None,
     reflection: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes what the advantages of text and of image steps compare, float64[N] each.
+    """Computes the totals that the advantages of text and of image steps compare, float64[N] each.
 
     It is the reward plus the weighted format reward, for both, or with `isolate` for the text
     alone. With a judged reflection the text's is `reward + 0.5 mean(format, reflection)` and the

@@ -126,7 +126,7 @@ def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
     `top_p`; the likeliest is always kept (Holtzman et al. 2020).
 
     Args:
-      log_p: float32[B, V], normalised.
+      log_p: float32[B, V], normalized.
       top_p: in (0, 1].
     Returns:
       bool[B, V].

@@ -143,7 +143,7 @@ class EmergencyCheckpoint:
             raise
 
     def _save(self) -> None:
-        """Writes the waiting row, marked as such, and the checkpoint, where there is news."""
+        """Writes the pending row and the snapshot as a checkpoint, if they are new."""
         if self._snapshot is None or self._snapshot[1] in (0, self._saves.latest()):
             return
         state, step, position, row = self._snapshot

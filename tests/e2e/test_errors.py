@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alphagrpo_jax import advantage, prompts
+from alphagrpo_jax import advantage, prompts, update
 from alphagrpo_jax.runtime.metrics import MetricsLog
 
 
@@ -23,6 +23,11 @@ BUGS = {
     # The code, for whoever has imported the function.
     "advantage": (
         (advantage.group_advantage, "__code__", broken_arrays.__code__),
+        "in broken_arrays",
+        "ValueError: operands could not be broadcast",
+    ),
+    "update": (
+        (update, "_apply", broken_arrays),
         "in broken_arrays",
         "ValueError: operands could not be broadcast",
     ),

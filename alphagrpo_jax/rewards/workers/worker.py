@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from alphagrpo_jax.rewards import verifiers
 from alphagrpo_jax.rewards.verifiers.base import Verifier
+from alphagrpo_jax.runtime.errors import UserError
 
 Factory = tuple[str, Mapping[str, Any]]  # (kind, options), see `verifiers.build`
 # A program of its own rather than `multiprocessing`, which would import the caller's main module.
@@ -189,6 +191,7 @@ def _build(
     try:
         verifier = verifiers.build(kind, options)
     except Exception as error:  # whatever it is, the parent's message should say it
+        _print_bug(error)
         connection.send(("failed", f"{type(error).__name__}: {error}"))
         return None
     connection.send(("ready", None))
@@ -211,7 +214,19 @@ def _answer(
             pairs += [(_plain(rating.value), rating.failure) for rating in ratings]
         return "answers", pairs
     except Exception as error:  # fails this attempt only; the process and its model stay
+        _print_bug(error)
         return "error", f"{type(error).__name__}: {error}"
+
+
+_printed: set[str] = set()  # bugs whose traceback this process has printed
+
+
+def _print_bug(error: Exception) -> None:
+    """Prints the traceback of an error that is no user's, once per message: attempts repeat."""
+    message = f"{type(error).__name__}: {error}"
+    if not isinstance(error, UserError) and message not in _printed:
+        _printed.add(message)
+        traceback.print_exception(error)
 
 
 def _plain(number: Any) -> float | None:

@@ -228,14 +228,18 @@ def test_cache_answers_the_same_image_and_questions_without_asking(tmp_path):
     check_books(counters)
 
 
-def test_a_verifier_that_cannot_be_built_is_reported_at_once():
+def test_a_verifier_that_cannot_be_built_is_reported_at_once(capfd):
     with (
         start_pool(("callable", {"target": "pool_fakes:broken"})) as pool,
         pytest.raises(PoolError, match="no weights in /nowhere"),
     ):
         pool.wait_ready()
+    printed = capfd.readouterr().err
+    assert "Traceback" in printed  # a bug of the verifier: whoever wrote it sees the line
+    assert "in broken" in printed
     with start_pool(("nonsense", {})) as pool, pytest.raises(PoolError, match="got verifier kind"):
         pool.wait_ready()
+    assert "Traceback" not in capfd.readouterr().err  # a user's error is its message
 
 
 def test_a_process_that_dies_while_starting_is_given_up():

@@ -22,6 +22,7 @@ import tenacity
 from alphagrpo_jax.rewards.verifiers.chat import keys, replies
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import Endpoint, Endpoints
 from alphagrpo_jax.rewards.verifiers.chat.replies import Completion
+from alphagrpo_jax.runtime.backoff import Backoff
 from alphagrpo_jax.runtime.errors import UsageError, UserError
 
 MAX_REPLY_BYTES = 16 * 2**20
@@ -191,9 +192,7 @@ class ChatClient:
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(self._again),
             stop=lambda state: self._is_last(state) or out_of_time(state),
-            wait=tenacity.wait_exponential_jitter(
-                multiplier=self._backoff, max=total, jitter=self._backoff
-            ),
+            wait=Backoff(self._backoff, longest_seconds=total),
             reraise=True,
         )
         try:
