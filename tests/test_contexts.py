@@ -229,7 +229,13 @@ def inputs_of(loaded, config, events):
     return tuple(blocks)
 
 
-@pytest.mark.parametrize("name", LISTS)
+SLOW_LISTS = ("refinement", "two turns")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_LISTS)) for name in LISTS],
+)
 def test_contexts_are_those_computed_from_nothing(setting, name):
     loaded, config = setting
     events = LISTS[name]

@@ -222,6 +222,7 @@ def test_rounds_before_a_verifier_that_fails_are_kept(run_folder, tmp_path, caps
     assert log["kept"] == 0
 
 
+@pytest.mark.slow
 def test_guidance_changes_edits(run_folder, picture, tmp_path, capsys):
     given = ["--checkpoint", str(run_folder), "--image", str(picture), "--edit", "a red circle"]
     written = {}

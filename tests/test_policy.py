@@ -202,6 +202,7 @@ def test_a_zero_adapter_is_the_base_and_merging_is_the_adapter(
     assert np.abs(outputs[2] - outputs[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_adapter_gradient_matches_finite_differences(adapter: PolicyParams):
     x, sigma = latents(2), jnp.array([0.8, 0.3])
 
@@ -240,7 +241,7 @@ def test_a_detached_context_gives_no_gradient_to_its_text(params: PolicyParams):
         assert rows[20] == 0
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "dots"])
 def test_remat_and_unroll_change_nothing(params: PolicyParams, remat: str):
     def gradient(model):
         def loss(p):

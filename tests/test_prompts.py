@@ -50,7 +50,7 @@ def test_a_bad_line_is_named(tmp_path, tokenizer):
 
 def test_prompts_beyond_the_bucket_are_named(tokenizer):
     with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than the prompt bucket of 8"):
-        prompts.tokenise(["a red circle", "x" * 40], tokenizer, bucket=8)
+        prompts.tokenize(["a red circle", "x" * 40], tokenizer, bucket=8)
 
 
 def test_tensorflow_is_not_needed():

@@ -209,6 +209,7 @@ class Journal:
             if not line.strip():
                 continue
             record = self._parse_line(line, number, by_index)
+            assert record.original_index is not None  # `_parse_line` has looked it up
             if record.original_index in self.done:
                 raise JournalError(
                     f"{self.path}:{number}: a second record of original_index "

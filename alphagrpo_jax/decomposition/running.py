@@ -170,8 +170,8 @@ def report(prompts: Prompts, journal: Journal, run: RunSummary) -> dict[str, Any
         "repaired": sum(any(origin.get("repairs", {}).values()) for origin in origins),
         "repairs_by_stage": dict(sorted(repairs.items())),
         "partly_invalid": [
-            {"line": record.original_index + 1, "prompt": record.prompt, "faults": origin["faults"]}
-            for record, origin in zip(journal.done.values(), origins, strict=True)
+            {"line": index + 1, "prompt": record.prompt, "faults": origin["faults"]}
+            for (index, record), origin in zip(journal.done.items(), origins, strict=True)
             if "faults" in origin
         ],
         "failed": len(failed),

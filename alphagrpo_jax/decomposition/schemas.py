@@ -112,7 +112,7 @@ class TagOf(_Form):
     """The tag of one semantic question."""
 
     id: Id
-    tag: Literal[SEMANTIC_TAGS]
+    tag: Literal[SEMANTIC_TAGS]  # pyright: ignore[reportInvalidTypeForm] (read by pydantic)
 
 
 class TagsOf(_Form):
@@ -125,7 +125,7 @@ class QualityQuestion(_Form):
     """A question of how well the image is made."""
 
     question: QuestionLine
-    tag: Literal[QUALITY_TAGS]
+    tag: Literal[QUALITY_TAGS]  # pyright: ignore[reportInvalidTypeForm] (read by pydantic)
 
 
 class QualityQuestions(_Form):

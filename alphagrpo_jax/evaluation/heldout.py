@@ -208,6 +208,8 @@ def evaluate_task(
     )
     if initial is None:
         return evaluation
+    assert input_images is not None  # a refining task starts from images
+    assert evaluation.images is not None
     refined = refinement_metrics(records, input_images, evaluation.images, check)
     named = {f"{prefix}/{key}": value for key, value in refined.items()}
     return evaluation._replace(metrics=evaluation.metrics | named)
@@ -230,14 +232,16 @@ def evaluate_initial_images(
     if config.srr.source == "record":
         images = run.tasks[name].data.heldout.images(rows, run.image_size)
 
-        def sample(batch: np.ndarray, first: int) -> Sampled:
+        def read_images(batch: np.ndarray, first: int) -> Sampled:
             del first
             return Sampled(images[batch], (), [])
 
+        sample: SampleFn = read_images
     else:
         key = jax.random.fold_in(jax.random.key(config.eval.seed), 1)
         inputs = _prompt_inputs(run, records)
         fns, plain, count = run.initial.eval_fns, TASKS["t2i"], len(rows)
+        assert fns is not None  # made at the start of a run with a refining task
         sample = _sample_fn(run, params, fns, key, inputs, plain, 0.0, stop, total=count)
     evaluation = evaluate_images(
         sample,
@@ -317,7 +321,7 @@ def _prompt_inputs(run: Run, records: Sequence[Record]) -> InputsFn:
         run.loaded.tokenizer,
         bucket=run.config.rollout.prompt_tokens,
     )
-    return lambda batch: (TextBlock(tokens[batch], mask[batch]),)
+    return lambda batch: (TextBlock.from_host(tokens[batch], mask[batch]),)
 
 
 def _means(task_metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -253,7 +253,7 @@ def _recognize(
     image: np.ndarray, alpha: np.ndarray, mask: np.ndarray, color: int
 ) -> list[scenes.SceneObject | None]:
     """Recognizes the objects that a piece consists of; None for one of no known shape."""
-    core = np.asarray(ndimage.binary_erosion(mask, _ALL_NEIGHBORS))
+    core = np.asarray(ndimage.binary_erosion(mask, _ALL_NEIGHBORS), bool)
     value = np.median(image[core if core.sum() >= 4 else mask], 0)
     if np.linalg.norm(value - _COLOR_TABLE[color]) > COLOR_DISTANCE:
         return [None]

@@ -33,6 +33,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_operations_are_those_that_the_compiler_counts():
     """One layer: the compiler counts the body of a loop once."""
     llm = tiny_world.LLM | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
@@ -88,6 +89,7 @@ def test_the_command(tmp_path, capsys):
     assert figures["draw/flops_share"] == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_some_functions_alone(tmp_path, capsys):
     folder = tiny_world.write_model(tmp_path / "model")
     assert policy_speed.main([f"--sizes={folder}", *SMALL, "--only=pre", "--unroll=2"]) == 0

@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 
+import pytest
 import tiny_world
 
 TESTS = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_one_update_on_eight_devices_equals_one_device(run_python, tmp_path):
     tiny_world.write_model(tmp_path / "model")
     path = f"{TESTS.parent}{os.pathsep}{TESTS}"

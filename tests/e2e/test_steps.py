@@ -61,7 +61,11 @@ def world(tmp_path_factory) -> pathlib.Path:
     return tiny_world.write_all(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+# The list of two turns compiles longest.
+PARAMS = (*NAMES[:-1], pytest.param(NAMES[-1], marks=pytest.mark.slow))
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def step(request, world):
     """Everything about one step of a task, its adapters moved away from zero."""
     tasks.TASKS[SECOND_LOOK.name] = SECOND_LOOK

@@ -18,7 +18,7 @@ MIXED = (
 )
 KINDS = {"srr": SRR, "mixed": MIXED}
 FAILS_AFTER = 52  # images: in the second step of the mixed run
-FIRST_STEP_OF_SRR = 20  # images: TODO
+FIRST_STEP_OF_SRR = 20  # images: in the first step of the srr run
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -258,6 +258,7 @@ SEVERAL_UPDATES = (
 )
 
 
+@pytest.mark.slow
 def test_plain_images_and_full_weights(run, world, rows):
     short = ("--config.train.steps=2", "--config.optimizer.decay_steps=1")
     code, errors = run(world / "plain", *PLAIN_IMAGES, *short)
@@ -273,6 +274,7 @@ def test_plain_images_and_full_weights(run, world, rows):
     assert second["update/grad_norm"] > 0.0
 
 
+@pytest.mark.slow
 def test_several_updates_per_batch(run, world, rows):
     code, errors = run(world / "several", *SEVERAL_UPDATES, "--config.train.steps=1")
     assert code == 0, errors
@@ -287,6 +289,7 @@ def test_several_updates_per_batch(run, world, rows):
         assert gap == pytest.approx(0.5 - each["eval/reward/mean"])
 
 
+@pytest.mark.slow
 def test_the_policy_as_its_own_verifier(run, world, rows):
     tiny_world.write_model(world / "speaks", words=("yes", "no"))
     alone = (

@@ -97,7 +97,7 @@ def test_old_scores_are_the_new_ones_bit_for_bit(setting):
     assert metrics["logp/rollout_update_max_abs_diff"] < 1e-4
 
 
-@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("level", ["sequence", pytest.param("token", marks=pytest.mark.slow)])
 def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level):
     loss = dataclasses.replace(setting.spec.loss, level=level)
     whole = dataclasses.replace(setting.spec, loss=loss)
@@ -157,6 +157,7 @@ def test_gradient_against_finite_differences(setting):
     assert slope == pytest.approx(expected, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_context_gradient_gives_the_same_scores_and_another_gradient(setting):
     flowing = dataclasses.replace(setting.spec, rebuild_contexts=True)
     detached, _, scores = gradient_of(setting, setting.spec)

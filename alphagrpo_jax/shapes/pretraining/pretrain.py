@@ -33,7 +33,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def train_step(state: PretrainState, frozen, batch, prompts, scale, key, *, mode
     )
     updates, opt_state = optimizer(recipe).update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: scale * u, updates)
-    params = optax.apply_updates(state.params, updates)
+    params: dict = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
     decay = jnp.minimum(EMA_DECAY, (state.step + 1) / (state.step + 10))
     average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -158,7 +158,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
             recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             adam_b2=0.98,
-            muon_weight_dimension_numbers=matrices,
+            muon_weight_dimension_numbers=matrices,  # pyright: ignore[reportArgumentType]
             consistent_rms=0.2,
         ),
     )
@@ -190,7 +190,7 @@ def write_start_model(
     bagel_weights.save_model(out, random, dtype="bfloat16")
 
 
-def prefetch_batches(make: Callable[[int], dict], steps: range) -> Iterator[dict]:
+def prefetch_batches(make: Callable[[int], dict], steps: range) -> Generator[dict, None, None]:
     """Yields the batches of these steps, which a helper process makes a few steps ahead."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as helper:

@@ -43,7 +43,7 @@ def _system_contexts(systems: Context, which: jax.Array) -> Context:
     ctx = kv_cache.take(systems, jnp.maximum(which - 1, 0))
     (segment,) = ctx.segments
     present = which > 0
-    segment = segment.replace(valid=segment.valid & present[:, None])
+    segment = dataclasses.replace(segment, valid=segment.valid & present[:, None])
     return Context((segment,), jnp.where(present, ctx.rope, 0))
 
 
@@ -70,7 +70,7 @@ def text_nll(
     nll = -jnp.sum(log_probs.log_prob) / jnp.sum(log_probs.mask)
     *past, text_segment = ctx.segments
     rope = before + jnp.sum(texts["visible"], axis=1, dtype=jnp.int32)
-    return Context((*past, text_segment.replace(valid=texts["visible"])), rope), nll
+    return Context((*past, dataclasses.replace(text_segment, valid=texts["visible"])), rope), nll
 
 
 def flow_error(
@@ -119,7 +119,7 @@ def image_contexts(
     start = ctx.rope
     ctx = policy.extend_vae(model, params, ctx, latents, GRID)
     *past, block = ctx.segments
-    block = block.replace(valid=block.valid & has_target[:, None])
+    block = dataclasses.replace(block, valid=block.valid & has_target[:, None])
     ctx = Context((*past, block), jnp.where(has_target, ctx.rope, start))
     patches = patchify(pixels(batch["source"]), model.config.vit.patch_size)
     ctx = policy.extend_vit(model, params, ctx, patches, model.config.vit_grid(SIDE, SIDE))

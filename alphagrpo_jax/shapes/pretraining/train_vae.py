@@ -120,8 +120,11 @@ def _level(inputs: int, outputs: int, blocks: int, resample: str) -> nn.ModuleDi
     return level
 
 
-def _run_level(level: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-    for block in level["block"]:
+def _run_level(level: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    assert isinstance(level, nn.ModuleDict)  # from `_level`
+    blocks = level["block"]
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks:
         x = block(x)
     for name in ("downsample", "upsample"):
         if name in level:
@@ -314,8 +317,9 @@ def train(
     options |= {"start": str(start), "latent_noise": latent_noise, "crowded": crowded}
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)
-    average = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)
+    # torch declares no `to` with a memory format alone.
+    model = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    average = AutoEncoder(CONFIG).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     trained = (model if latent_noise is None else model.decoder).parameters()
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     stateful = {"model": model, "average": average, "optimizer": optimizer}

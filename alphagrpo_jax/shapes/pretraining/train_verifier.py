@@ -91,7 +91,9 @@ def align_loss(
     batch: VerifierBatch,
 ) -> Tensor:
     """Computes the loss that aligns patch features with their shape's and color's embeddings."""
-    table = F.normalize(model.get_input_embeddings().weight, dim=-1)
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    table = F.normalize(embeddings, dim=-1)
     features = F.normalize(patches, dim=-1).flatten(0, 1)
     nothing = F.normalize(probes.nothing, dim=-1)
     loss = patches.new_zeros(())
@@ -145,7 +147,7 @@ def validate(
       Each question's type, its truth bool[K], and its logit of yes less that of no, float32[K].
     """
     rng = np.random.default_rng(seed)
-    yes, no = encoder.tokenizer.convert_tokens_to_ids(["yes", "no"])
+    yes, no = (encoder.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
     types, truths, margins = [], [], []
     for _ in range(images):
         example = verifier_data.sample_labeled_image(rng)
@@ -297,7 +299,7 @@ class Trainer:
         prefix = self.prefixes["rate" if self.asks_for_ratings else "ask"]
         batch = self.sample_batch()
         terms = losses(self.model, self.probes, self.words, prefix, batch, self.stage)
-        total = sum(terms.values())
+        total = sum(terms.values(), start=torch.zeros(()))
         if not torch.isfinite(total):
             raise FloatingPointError(f"loss is {total} at step {self.step} of {self.stage}")
         total.backward()

@@ -114,7 +114,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),  # pyright: ignore[reportCallIssue]
         image_seq_length=PATCHES * PATCHES,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -133,7 +133,9 @@ def initialize(model: LlavaForConditionalGeneration) -> None:
         # Near the identity, a word attends to patches whose features resemble its embedding.
         if "language_model" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
             value.mul_(0.2).add_(torch.eye(WIDTH))
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    torch.nn.init.normal_(embedding, std=0.5)
     torch.nn.init.normal_(model.lm_head.weight, std=0.02)
     embeddings = model.model.vision_tower.embeddings
     # Detail within a patch is amplified against its mean color, which would drown faint noise.

@@ -124,8 +124,10 @@ def question_states(
             attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             prefix = _finish(layer, prefix, attended.transpose(1, 2).flatten(2))
         projected = spread(_project(layer, states)).view(images, count * length, -1)
-        heads = [head.unflatten(2, (count, length)) for head in _heads(layer, projected, rotary)]
-        attended = _question_attention(*heads, shared)
+        query, key, value = (
+            head.unflatten(2, (count, length)) for head in _heads(layer, projected, rotary)
+        )
+        attended = _question_attention(query, key, value, shared)
         attended = attended.permute(0, 2, 3, 1, 4).reshape(questions.numel(), -1)
         states = _finish(layer, states, attended[real])
         after.append(states)

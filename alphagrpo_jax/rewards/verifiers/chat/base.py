@@ -41,4 +41,5 @@ class LanguageModelError(UserError, RuntimeError):
 
     def __init__(self, message: str, *, kind: Kind, retryable: bool) -> None:
         super().__init__(message)
-        self.kind, self.retryable = kind, retryable
+        self.kind: Kind = kind
+        self.retryable = retryable
