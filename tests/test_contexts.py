@@ -263,6 +263,12 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
             return policy.extend_image(loaded.model, params, ctx, floats(given.pixels))
         return policy.extend_text(loaded.model, params, ctx, given.tokens, given.mask)[0]
 
+    @functools.cache  # contexts share beginnings
+    def context_of(*wanted):
+        if not wanted:
+            return kv_cache.empty(4)
+        return extend(context_of(*wanted[:-1]), events[wanted[-1]], blocks[wanted[-1]])
+
     probe = jax.random.normal(jax.random.key(1), (4, 4, loaded.config.latent_width))
     look = jax.jit(functools.partial(policy.velocity, loaded.model, grid=(2, 2)))
     before = by_the_table(events)
@@ -270,9 +276,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
         for nodes, wanted in zip(
             (step.gen, step.cfg_text, step.cfg_img), before[step.event], strict=True
         ):
-            ctx = kv_cache.empty(4)
-            for event in wanted:
-                ctx = extend(ctx, events[event], blocks[event])
+            ctx = context_of(*wanted)
             found = trajectory.context(drawn.pieces, nodes, 4)
             np.testing.assert_array_equal(found.rope, ctx.rope)
             level = jnp.full(4, 0.7)
