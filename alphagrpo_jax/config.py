@@ -6,8 +6,9 @@ that it can be a static argument of `jax.jit`. The default values stand in confi
 it.
 """
 
+import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -51,6 +52,66 @@ def check_key_name(name: str) -> str:
             "under that name"
         )
     return name
+
+
+# Fields of a chat request that the client sets itself: another value would change what is read.
+CLIENT_FIELDS = frozenset(
+    {
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "model",
+        "n",
+        "response_format",
+        "seed",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_logprobs",
+    }
+)
+
+
+def extra_fields(text: str) -> dict[str, Any]:
+    """Parses further fields of a chat request.
+
+    Args:
+      text: a JSON object, or "" for none.
+    Raises:
+      ConfigError: it is no JSON object, or it has a field that the client sets itself.
+    """
+    expected = 'expected a JSON object such as {"chat_template_kwargs": {"enable_thinking": false}}'
+    try:
+        fields = json.loads(text, parse_constant=_refuse_constant) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"got {text[:80]!r}, which is not JSON ({error}); {expected}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"got {text[:80]!r}, {expected}")
+    if taken := sorted(CLIENT_FIELDS & fields.keys()):
+        raise ConfigError(
+            f"got the fields {taken}, which the client sets itself; leave them out "
+            "(verifier.model, max_tokens and top_logprobs are options of their own)"
+        )
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuses NaN and the infinities, which are not JSON."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_extra_body(text: str) -> str:
+    """Refuses what `extra_fields` does."""
+    extra_fields(text)
+    return text
+
+
+def _check_instruction(text: str) -> str:
+    """Refuses a blank instruction."""
+    if not text.strip():
+        raise ValueError(f"got {text!r}, expected a text that tells the verifier how to answer")
+    return text
 
 
 def _check_pattern(pattern: str) -> str:
@@ -133,8 +194,11 @@ class VerifierOptions(PoolOptions):
     """Name that the chat servers serve; it must be the model of the local processes."""
     api_key_env: Annotated[str, AfterValidator(check_key_name)]
     """Environment variable that holds the key of the chat servers; "" sends none."""
-    concurrency: int = Field(ge=1, le=1024)
-    """Most questions about one image that go to the chat servers at once."""
+    extra_body: Annotated[str, AfterValidator(_check_extra_body)]
+    """Further fields of every request to a chat server, a JSON object as text, sent as they are;
+    "" for none."""
+    concurrency: int = Field(ge=1, le=4096)
+    """Most requests in flight, over all images and chat servers."""
     question_seconds: float = Field(ge=1e-3, le=1e6)
     """Longest time for one request to a chat server, in seconds."""
     top_logprobs: int = Field(ge=1, le=1 << 20)
@@ -147,6 +211,15 @@ class VerifierOptions(PoolOptions):
     """Number format of a Hugging Face verifier's weights, or auto for that of its folder."""
     top_k: int = Field(ge=0, le=1 << 20)
     """Number of candidates of the first token that count for P(yes); 0 counts all."""
+    instruction: Annotated[str, AfterValidator(_check_instruction)]
+    """System turn of every yes/no question; answers under different instructions are not
+    comparable."""
+    min_mass: float = Field(ge=1e-6, le=1.0)
+    """P(yes) + P(no) of the token that is read, below which the question has no answer."""
+    read: Literal["first", "after_thinking"]
+    """Token that is read: the first of the reply, or the first behind the end of its thinking."""
+    max_tokens: int = Field(ge=1, le=1 << 20)
+    """Most tokens of a reply whose thinking comes first; without meaning for read="first"."""
     text_fallback: bool
     """Count a text that is exactly yes or no as 1 or 0 where no candidate is."""
     second: str

@@ -24,7 +24,17 @@ from alphagrpo_jax.tasks import IMAGE, TASKS
 # What may differ when a run is resumed.
 RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "verifier.audit")
 # Fields that came after the first runs, and the values by which those runs went.
-LATER = {"verifier.cache_size": 0}
+LATER = {
+    "verifier.cache_size": 0,
+    "verifier.extra_body": "",
+    "verifier.instruction": (
+        "You are a strict image auditor. Answer only yes or no. "
+        "If a subject of the question is absent, answer no."
+    ),
+    "verifier.min_mass": 1e-3,
+    "verifier.read": "first",
+    "verifier.max_tokens": 2048,
+}
 
 CONFIG = pydantic.TypeAdapter(Config)
 Location = tuple[str | int, ...]  # a field of the configuration, or an element of its list

@@ -34,7 +34,8 @@ def verifier() -> ConfigDict:
     config.endpoints = ()
     config.model = ""
     config.api_key_env = ""
-    config.concurrency = 8
+    config.extra_body = ""
+    config.concurrency = 64
     config.question_seconds = 30.0
     config.top_logprobs = 5
     config.workers = 2
@@ -42,6 +43,13 @@ def verifier() -> ConfigDict:
     config.device = "cpu"
     config.dtype = "float32"
     config.top_k = 0
+    config.instruction = (
+        "You are a strict image auditor. Answer only yes or no. "
+        "If a subject of the question is absent, answer no."
+    )
+    config.min_mass = 0.2
+    config.read = "first"
+    config.max_tokens = 2048
     config.text_fallback = False
     config.attempt_seconds = 60.0
     config.total_seconds = 600.0

@@ -8,6 +8,7 @@ import pytest
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import ConfigError
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from configs import grpo
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -90,6 +91,13 @@ def test_values_arrive():
             },
             r"question_seconds=99\.0 is more than",
         ),
+        ({"verifier__extra_body": "{"}, r"verifier\.extra_body: got '\{', which is not JSON"),
+        ({"verifier__extra_body": "[1]"}, r"extra_body: got '\[1\]', expected a JSON object"),
+        ({"verifier__extra_body": '{"a": NaN}'}, "NaN is no JSON number"),
+        ({"verifier__extra_body": '{"n": 2, "top_p": 1}'}, r"got the fields \['n'\], which the c"),
+        ({"verifier__instruction": " "}, r"verifier\.instruction: got ' ', expected a text"),
+        ({"verifier__min_mass": 1.5}, r"verifier\.min_mass: got 1\.5"),
+        ({"verifier__read": "last"}, r"verifier\.read: got 'last', expected one of"),
         ({"verifier__second": "openai:http://a/v1"}, r"need verifier\.model"),
         ({"verifier__cache_size": -1}, r"verifier\.cache_size: got -1"),
         ({"data": 3}, "expected a section"),
@@ -173,3 +181,8 @@ def test_only_some_fields_may_differ_on_resume():
     message = r"loss\.level: the run has 'sequence'.*'token'\n  seed: "
     with pytest.raises(ConfigError, match=message):
         config_lib.check_resumable(other, saved)
+
+
+def test_the_default_instruction_is_the_one_that_runs_before_it_had():
+    default = config_lib.read_config().verifier.instruction
+    assert default == AUDIT_INSTRUCTION == config_lib.LATER["verifier.instruction"]

@@ -104,6 +104,11 @@ def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
         "start_seconds": ENDPOINT_SHARE * verifier.start_seconds,
         "top_logprobs": verifier.top_logprobs,
         "text_fallback": verifier.text_fallback,
+        "instruction": verifier.instruction,
+        "min_mass": verifier.min_mass,
+        "read": verifier.read,
+        "max_tokens": verifier.max_tokens,
+        "extra_body": verifier.extra_body,
     }
     return "openai", options
 

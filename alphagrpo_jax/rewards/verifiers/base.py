@@ -13,6 +13,8 @@ class Answer(NamedTuple):
 
     p_yes: float | None  # P(yes) / (P(yes) + P(no)), in [0, 1]
     failure: str | None = None
+    mass: float | None = None  # P(yes) + P(no) of the token read, in [0, 1]; None if unknown
+    permanent: bool = False  # no verifier could answer: the question is not asked again
 
 
 class Rating(NamedTuple):

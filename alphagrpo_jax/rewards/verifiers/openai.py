@@ -13,12 +13,13 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import tenacity
 from PIL import Image
 
+from alphagrpo_jax.config import extra_fields
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError, checked_image
 from alphagrpo_jax.rewards.verifiers.chat.client import ChatClient, ChatError
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
@@ -58,6 +59,11 @@ class OpenAIVerifier:
         backoff_seconds: float = 0.2,
         top_logprobs: int = 5,
         text_fallback: bool = False,
+        instruction: str = AUDIT_INSTRUCTION,
+        min_mass: float = MIN_MASS,
+        read: Literal["first", "after_thinking"] = "first",
+        max_tokens: int = 2048,
+        extra_body: str = "",
     ) -> None:
         """Waits until one of the endpoints serves the model.
 
@@ -79,6 +85,11 @@ class OpenAIVerifier:
             beyond them do not count.
           text_fallback: if neither yes nor no is a candidate, a text that is exactly yes or no
             counts as 1 or 0, and one that is exactly a number as that rating.
+          instruction: system turn of every yes/no question.
+          min_mass: P(yes) + P(no) below which a question has no answer.
+          read: token that is read, the first or the first behind the end of the thinking.
+          max_tokens: most tokens of a reply with read="after_thinking".
+          extra_body: further fields of every request, a JSON object as text.
         Raises:
           ValueError: wrong endpoints, model, key or numbers.
           VerifierLoadError: no endpoint answers in time, or one serves other models only.
@@ -99,6 +110,9 @@ class OpenAIVerifier:
         )
         self._answer_seconds, self._top = answer_seconds, top_logprobs
         self._text_fallback = text_fallback
+        self._instruction, self._min_mass = instruction, min_mass
+        self._read, self._max_tokens = read, max_tokens
+        self._extra = extra_fields(extra_body)
         self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "question")
         try:
             self._await_servers(start_seconds, must_serve=must_serve)
@@ -115,13 +129,13 @@ class OpenAIVerifier:
         tokens = FALLBACK_TOKENS if self._text_fallback else 1
 
         def read(reply: Completion) -> Answer:
-            return read_answer(reply, text_fallback=self._text_fallback)
+            return read_answer(reply, text_fallback=self._text_fallback, min_mass=self._min_mass)
 
         def fail(reason: str) -> Answer:
             return Answer(None, reason)
 
         options = {"max_tokens": tokens, "top_logprobs": self._top}
-        return self._ask(image, questions, AUDIT_INSTRUCTION, options, read, fail)
+        return self._ask(image, questions, self._instruction, options, read, fail)
 
     def rate(self, image: np.ndarray, questions: Sequence[str]) -> list[Rating]:
         """Rates by the expected value over the numbers 0 to 10; see `read_rating`.
@@ -266,17 +280,18 @@ def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
     return [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
 
 
-def read_answer(reply: Completion, *, text_fallback: bool) -> Answer:
+def read_answer(reply: Completion, *, text_fallback: bool, min_mass: float = MIN_MASS) -> Answer:
     """Computes P(yes) / (P(yes) + P(no)) over the first token's candidates.
 
     Args:
       reply: with log-probs; all spellings of a word are summed.
       text_fallback: if neither is a candidate, a text that is exactly yes or no counts as 1 or 0.
+      min_mass: P(yes) + P(no) below which neither counts as a candidate.
     """
     candidates = reply.candidates or ()
     yes, no = (_mass(candidates, word) for word in ("yes", "no"))
-    if yes + no >= MIN_MASS:
-        return Answer(yes / (yes + no))
+    if yes + no >= min_mass:
+        return Answer(yes / (yes + no), mass=min(yes + no, 1.0))
     text = normalize_word(reply.text)
     if text_fallback and text in ("yes", "no"):
         return Answer(float(text == "yes"))
