@@ -9,7 +9,8 @@ An image belongs to the record that its file name says: ID.png, where ID is the 
 NUMBER.png, the place of the record in the file, counted from 0. Several images of one record are
 ID_0.png, ID_1.png, ... or NUMBER_0.png, ... The ending of --out (.html, .csv or .json) says in what
 form the report is written; an image that the verifier cannot judge has a stated failure in it, and
-no score.
+no score. Files that are no images, or of a format that is not read, are named. Of an animation or
+of several pages the first is read, and such files are named too.
 
 Exit codes: 0 done, 1 a failure explained in one message, also if more images than --allow-failures
 have no score (the report is written all the same), 2 wrong usage.
@@ -35,10 +36,10 @@ from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.records import Record, read_jsonl
+from alphagrpo_jax.runtime.texts import printable
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import verifiers as verifiers_lib
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 QUEUE_SECONDS = 1e6  # many images wait for long; no rollout waits for them
 REPORT_SIDE = 512  # pixels; larger images are made smaller in the report, never for the verifier
 
@@ -89,8 +90,10 @@ def match_images(paths: Sequence[pathlib.Path], records: Sequence[Record]) -> Im
     )
 
 
-def list_images(folder: str) -> list[pathlib.Path]:
-    """Lists the image files of a folder, sorted by name.
+def list_images(folder: str) -> tuple[list[pathlib.Path], list[str]]:
+    """Lists the image files of a folder, sorted by name, and the names of what else is in it.
+
+    Hidden files are left out of both.
 
     Raises:
       InputError: no such folder, or no images in it.
@@ -98,10 +101,18 @@ def list_images(folder: str) -> list[pathlib.Path]:
     path = pathlib.Path(folder)
     if not path.is_dir():
         raise InputError(f"--images {folder}: expected a folder of images, there is none")
-    paths = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+    endings = images_lib.readable_endings()
+    contents = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    paths = [file for file in contents if file.suffix.lower() in endings and not file.is_dir()]
+    passed_over = [
+        f"{file.name}/" if file.is_dir() else file.name for file in contents if file not in paths
+    ]
     if not paths:
-        raise InputError(f"--images {folder}: got no image in it, expected files {ENDINGS}")
-    return paths
+        got = f"got {passed_over[:5]}" if passed_over else "got an empty folder"
+        raise InputError(
+            f"--images {folder}: no image in it: {got}, expected files {', '.join(endings)}"
+        )
+    return paths, passed_over
 
 
 def verifier_config(options: argparse.Namespace) -> Config:
@@ -143,7 +154,8 @@ def score(options: argparse.Namespace) -> report.Report:
       ConfigError: flags that do not go together.
       PoolError: the verifier cannot be started.
     """
-    paths, records = list_images(options.images), read_jsonl(options.records)
+    paths, passed_over = list_images(options.images)
+    records = read_jsonl(options.records)
     matched = match_images(paths, records)
     if not matched.pairs:
         raise InputError(
@@ -153,7 +165,7 @@ def score(options: argparse.Namespace) -> report.Report:
         )
     config = verifier_config(options)
     reward_options = options_lib.scoring_options(config, tasks.TASKS["t2i"])
-    rows, readable, urls = [], [], []
+    rows, readable, urls, first_pages = [], [], [], []
     with verifiers_lib.make_pool(config) as pool:
         pool.wait_ready()
         for path, number in matched.pairs:
@@ -162,6 +174,8 @@ def score(options: argparse.Namespace) -> report.Report:
             except UserError as error:
                 rows.append(_unreadable(path, records[number], str(error)))
                 continue
+            if images_lib.count_pages(path) > 1:
+                first_pages.append(path.name)
             pixels = np.asarray(image)
             scoring.submit(pool, [path.name], [pixels], [records[number]], reward_options, first=0)
             readable.append((path.name, records[number]))
@@ -178,6 +192,8 @@ def score(options: argparse.Namespace) -> report.Report:
         records_without_image=tuple(
             _record_name(number, records[number]) for number in matched.records
         ),
+        files_passed_over=tuple(passed_over),
+        first_pages=tuple(first_pages),
     )
 
 
@@ -189,14 +205,11 @@ def summary(scored: report.Report) -> str:
         f"  {tag.kind:9}{tag.tag or 'untagged':14}{tag.count:6} questions, mean {tag.mean:.3f}"
         for tag in scored.tags
     ]
-    for title, names in (
-        ("images without a record", scored.images_without_record),
-        ("records without an image", scored.records_without_image),
-    ):
-        if names:
-            more = ", ..." if len(names) > 5 else ""
-            lines.append(f"{len(names)} {title}: {', '.join(names[:5])}{more}")
-    return "\n".join(lines)
+    for heading, names in scored.name_lists:
+        more = ", ..." if len(names) > 5 else ""
+        lines.append(f"{heading} ({len(names)}): {', '.join(names[:5])}{more}")
+    # A file's name may be bytes that are no UTF-8, which cannot be printed.
+    return printable("\n".join(lines))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The score command: matching, reports, and what is said about bad input."""
 
 import json
+import os
 import pathlib
 
 import bad_server
@@ -85,7 +86,31 @@ def test_a_report_holds_what_the_verifier_said(folder, capsys):
     assert found["records_without_image"] == ["2: shape 2"]
     printed = capsys.readouterr().out
     assert "3 images, mean reward" in printed
-    assert "1 records without an image: 2: shape 2" in printed
+    assert "Records without an image (1): 2: shape 2" in printed
+    assert found["files_passed_over"] == ["notes.txt"]
+    assert "Files passed over (1): notes.txt" in printed
+
+
+def test_files_that_are_passed_over_and_first_pages_are_named(folder, capsys):
+    images = folder / "images"
+    pages = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    pages[0].save(images / "2.TIFF", save_all=True, append_images=pages[1:])
+    for name in ("1_2.heic", "1_3.psd", ".hidden"):
+        (images / name).write_text("x")
+    (images / "more").mkdir()
+    (images / os.fsdecode(b"\xff.txt")).write_text("x")  # a name that UTF-8 cannot hold
+    for ending in (".json", ".html", ".csv"):
+        assert score.main(flags(folder, f"report{ending}")) == 0
+    found = json.loads((folder / "report.json").read_text())
+    assert found["files_passed_over"] == ["1_2.heic", "1_3.psd", "more/", "\udcff.txt"]
+    assert found["first_pages"] == ["2.TIFF"]
+    assert "2.TIFF" in {image["name"] for image in found["images"]}
+    printed = capsys.readouterr().out
+    assert "Files passed over (4): 1_2.heic, 1_3.psd, more/, \\udcff.txt" in printed
+    assert "Images of several pages, the first was read (1): 2.TIFF" in printed
+    page = (folder / "report.html").read_text()
+    assert "1_2.heic" in page
+    assert "the first was read" in page
 
 
 def test_an_unreadable_image_costs_only_itself(folder, capsys):
@@ -119,7 +144,10 @@ def test_an_endpoint_that_gives_no_answer_is_stated(folder, tmp_path, capsys):
     ("change", "message"),
     [
         (lambda f: (f / "images").rename(f / "elsewhere"), "expected a folder of images"),
-        (lambda f: [p.unlink() for p in (f / "images").iterdir()], "got no image in it"),
+        (
+            lambda f: [p.unlink() for p in (f / "images").iterdir()],
+            "no image in it: got an empty folder",
+        ),
         (lambda f: (f / "records.jsonl").write_text("{no\n"), "records.jsonl:1: "),
         (lambda f: (f / "records.jsonl").unlink(), "no file of question records"),
         (lambda f: (f / "report.html").mkdir(), "is a folder"),

@@ -21,6 +21,7 @@ from alphagrpo_jax.rewards.curves import FRAME, SMOOTH, Panel
 from alphagrpo_jax.rewards.scoring import HOLISTIC, Rewards, rating_questions, score_weights
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.results import Change
+from alphagrpo_jax.runtime.texts import printable
 
 TEMPLATE = "report.html.jinja"
 CSV_FIELDS = (
@@ -78,6 +79,8 @@ class Report:
     rows: tuple[Row, ...]
     images_without_record: tuple[str, ...] = ()
     records_without_image: tuple[str, ...] = ()
+    files_passed_over: tuple[str, ...] = ()  # of the folder, that are no images that can be read
+    first_pages: tuple[str, ...] = ()  # images of several pages, of which the first was read
     panels: tuple[Panel, ...] = ()  # learning curves, of a run's report alone
     changes: tuple[Change, ...] = ()  # held-out results before and after, likewise
 
@@ -96,6 +99,17 @@ class Report:
     def failed(self) -> int:
         """Counts the images without a reward."""
         return sum(row.total is None for row in self.rows)
+
+    @property
+    def name_lists(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Returns headings with the names that stand under them, those without names left out."""
+        lists = [
+            ("Images without a record", self.images_without_record),
+            ("Records without an image", self.records_without_image),
+            ("Files passed over", self.files_passed_over),
+            ("Images of several pages, the first was read", self.first_pages),
+        ]
+        return [(heading, names) for heading, names in lists if names]
 
     @property
     def smoothed(self) -> bool:
@@ -180,7 +194,7 @@ def describe(options: RewardOptions) -> str:
 
 def to_html(report: Report) -> str:
     """Renders a self-contained page: curves if there are any, then images, the worst first."""
-    return _clean(_template().render(report=report, frame=FRAME, smooth=SMOOTH))
+    return printable(_template().render(report=report, frame=FRAME, smooth=SMOOTH))
 
 
 def to_csv(report: Report) -> str:
@@ -193,7 +207,7 @@ def to_csv(report: Report) -> str:
         image_cells = (row.name, row.prompt, *numbers, row.failure or "")
         for line in row.lines or (("", "", "", ""),):
             writer.writerow((*image_cells, *line))
-    return _clean(file.getvalue())
+    return printable(file.getvalue())
 
 
 def to_json(report: Report) -> str:
@@ -214,6 +228,8 @@ def to_json(report: Report) -> str:
         "tags": [tag._asdict() for tag in report.tags],
         "images_without_record": list(report.images_without_record),
         "records_without_image": list(report.records_without_image),
+        "files_passed_over": list(report.files_passed_over),
+        "first_pages": list(report.first_pages),
         "images": images,
     }
     return json.dumps(summary, indent=1, allow_nan=False) + "\n"
@@ -251,8 +267,3 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(TEMPLATE)
-
-
-def _clean(text: str) -> str:
-    """Replaces halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

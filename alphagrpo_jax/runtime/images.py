@@ -1,18 +1,33 @@
 """Reads and resizes images by BAGEL's rule; converts between uint8 and [-1, 1]."""
 
 import base64
-import binascii
 import dataclasses
 import io
+import re
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from alphagrpo_jax.runtime.errors import MissingFileError, UserError
 
 MAX_PIXELS = 14 * 14 * 9 * 1024  # largest image of either transform
+MAX_FILE_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # Pillow's own limit: more may be an attack
+DATA_URL_HEAD = re.compile(r"data:image/[\w.+-]+(;[\w.+=-]+)*;base64", re.ASCII | re.IGNORECASE)
+# Formats that are read: endings, and the feature that Pillow needs for them. Its other formats stay
+# shut: some start programs (EPS), and none is what a drawing comes in.
+FORMATS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "PNG": ((".png", ".apng"), None),
+    "JPEG": ((".jpg", ".jpeg", ".jpe", ".jfif"), None),
+    "WEBP": ((".webp",), "webp"),
+    "BMP": ((".bmp", ".dib"), None),
+    "GIF": ((".gif",), None),
+    "TIFF": ((".tif", ".tiff"), None),
+    "PPM": ((".ppm", ".pgm", ".pbm", ".pnm"), None),
+    "AVIF": ((".avif",), "avif"),
+}
 
 
 class ImageError(UserError, ValueError):
@@ -62,32 +77,73 @@ def resize(image: Image.Image, sizes: ImageSizes) -> Image.Image:
     return image.resize(fitted_size(*image.size, sizes), Image.Resampling.BICUBIC)
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """Reads an image file, upright (EXIF); transparency is laid on white.
+def readable_formats() -> tuple[str, ...]:
+    """Returns Pillow's names of the formats that are read: all of `FORMATS` that it can decode."""
+    return tuple(
+        name
+        for name, (_, feature) in FORMATS.items()
+        # Older versions of Pillow do not know all features.
+        if feature is None or (feature in features.modules and features.check(feature))
+    )
 
+
+def readable_endings() -> tuple[str, ...]:
+    """Returns the endings of files that are read, such as ".png"."""
+    return tuple(ending for name in readable_formats() for ending in FORMATS[name][0])
+
+
+def open_rgb(source: str | Path | bytes, *, max_pixels: int = MAX_FILE_PIXELS) -> Image.Image:
+    """Reads an image upright (EXIF) as RGB; every command and server reads images by this.
+
+    Transparency is laid on white; of 16 bits the upper 8 count. Of several pages or pictures of an
+    animation the first is read (see `count_pages`).
+
+    Args:
+      source: a file, or its contents.
+      max_pixels: most pixels of an image; a small file may hold a very large one.
     Raises:
       MissingFileError: no such file.
-      ImageError: not an image, cut short, or of so many pixels that it may be an attack.
+      ImageError: not an image, cut short, or of too many pixels.
     """
-    return _read(path, str(path))
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), f"the image ({len(source)} bytes)", max_pixels)
+    return _read(source, str(source), max_pixels)
 
 
-def from_data_url(url: str) -> Image.Image:
+def count_pages(path: str | Path) -> int:
+    """Counts the pages or pictures in an image file that `open_rgb` reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=readable_formats()) as image:
+            return getattr(image, "n_frames", 1)
+
+
+def from_data_url(url: str, *, max_pixels: int = MAX_FILE_PIXELS) -> Image.Image:
     """Reads the image in a `data:image/...;base64,...` URL, as `open_rgb` reads a file.
 
     Raises:
       ImageError: not such a URL, or not an image.
     """
+    return _read(io.BytesIO(data_url_content(url)), f"{url[:40]}...", max_pixels)
+
+
+def data_url_content(url: str) -> bytes:
+    """Decodes a `data:image/...;base64,...` URL.
+
+    What follows `image/` does not matter: `jpg` is common, and the contents tell the format.
+
+    Raises:
+      ImageError: not such a URL.
+    """
     head, _, body = url.partition(",")
-    try:
-        content = base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise ImageError(f"{url[:40]!r}... is no data: URL in base64 ({error})") from error
-    if not head.startswith("data:image/") or not head.endswith(";base64"):
+    if DATA_URL_HEAD.fullmatch(head) is None:
         raise ImageError(
             f"got a URL that starts with {head[:40]!r}, expected data:image/...;base64"
         )
-    return _read(io.BytesIO(content), f"{head[:40]},...")
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except ValueError as error:  # binascii.Error, or letters that are not ASCII
+        raise ImageError(f"{url[:40]!r}... is no data: URL in base64 ({error})") from error
 
 
 def data_url(image: np.ndarray) -> str:
@@ -97,25 +153,33 @@ def data_url(image: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _read(source: str | Path | io.BytesIO, name: str) -> Image.Image:
+def _read(source: str | Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(source)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+            image = Image.open(source, formats=readable_formats())
+        if image.width * image.height > max_pixels:  # before they are decoded
+            raise ImageError(
+                f"{name} is too large ({image.width}x{image.height} pixels, at most {max_pixels} "
+                "in all); give a smaller image"
+            )
+        image.load()
+        if image.format == "PPM" and image.mode == "I":  # Pillow scales it to 16 bits
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise MissingFileError(f"no image file at {name}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(f"{name} is too large ({error}); give a smaller image") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+    except ImageError as error:
+        if str(error).startswith(name):
+            raise
+        raise ImageError(f"{name}: {error}; give a PNG or JPEG file") from error
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
+        # What Pillow raises for damaged files.
         raise ImageError(
             f"{name} is not a readable image ({error}); give a PNG or JPEG file"
         ) from error
-    try:
-        return to_rgb(upright)
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}; give a PNG or JPEG file") from error
 
 
 def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -139,21 +203,35 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image to RGB; transparency is laid on white.
 
     Raises:
-      ImageError: floating-point values, whose range is not known.
+      ImageError: floating-point values, whose range is not known, or colors that Pillow cannot
+        convert.
     """
     if image.mode == "F":
         raise ImageError("got floating-point pixels, expected 8 or 16 bits per channel")
     if image.mode.startswith("I"):  # Pillow's own conversion cuts off what exceeds 8 bits
-        values = np.asarray(image)
-        if image.mode.startswith("I;16") or values.max() > 255:
-            values = values >> 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image.convert("RGB")
+        return _from_integers(image)
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGB", image.size, (255, 255, 255))
+            white.paste(image, mask=image.getchannel("A"))
+            return white
+        return image.convert("RGB")
+    except ValueError as error:  # e.g. LAB
+        raise ImageError(f"got pixels of the mode {image.mode!r} ({error})") from error
+
+
+def _from_integers(image: Image.Image) -> Image.Image:
+    """Converts gray values of 16 or 32 bits to RGB by their upper 8 of 16 bits."""
+    values = np.asarray(image)
+    pixels = values
+    if image.mode.startswith("I;16") or values.max() > 255:
+        pixels = values >> 8
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")  # of a PNG: one gray value
+    if isinstance(transparent, int):
+        pixels = np.where(values == transparent, np.uint8(255), pixels)
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def to_float(image: np.ndarray | Image.Image) -> np.ndarray:

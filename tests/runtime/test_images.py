@@ -1,18 +1,23 @@
-"""Resize rule and conversions."""
+"""Resize rule, reading of files and bytes, and conversions."""
+
+import base64
+import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from alphagrpo_jax.runtime.images import (
     ImageSizes,
     both_sizes,
+    count_pages,
     data_url,
     fitted,
     fitted_size,
     from_data_url,
     grid,
     open_rgb,
+    readable_endings,
     to_float,
     to_rgb,
     to_uint8,
@@ -167,3 +172,126 @@ def test_data_urls_there_and_back():
 def test_bad_data_urls(url, message):
     with pytest.raises(ValueError, match=message):
         from_data_url(url)
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    """The contents of an image file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def hidden(mode: str, **options) -> bytes:
+    """A PNG whose second pixel is black and transparent, the first one red or light."""
+    if mode == "P":
+        image = Image.new("P", (2, 1))
+        image.putpalette([255, 0, 0, 0, 0, 0])
+        image.putpixel((1, 0), 1)
+        return encoded(image, "PNG", transparency=1)
+    if mode == "I;16":
+        image = Image.fromarray(np.array([[200 << 8, 0]], np.uint16))
+        return encoded(image, "PNG", transparency=0)
+    values = {"RGBA": [(255, 0, 0, 255), (0, 0, 0, 0)], "LA": [(200, 255), (0, 0)],
+              "RGB": [(255, 0, 0), (0, 0, 0)], "L": [200, 0]}[mode]  # fmt: skip
+    image = Image.new(mode, (2, 1))
+    for x, value in enumerate(values):
+        image.putpixel((x, 0), value)
+    return encoded(image, "PNG", **options)
+
+
+@pytest.mark.parametrize(
+    ("contents", "first"),
+    [
+        (hidden("RGBA"), [255, 0, 0]),
+        (hidden("LA"), [200, 200, 200]),
+        (hidden("P"), [255, 0, 0]),
+        (hidden("RGB", transparency=(0, 0, 0)), [255, 0, 0]),
+        (hidden("L", transparency=0), [200, 200, 200]),
+        (hidden("I;16"), [200, 200, 200]),
+    ],
+    ids=["rgba", "grey and alpha", "palette", "a color", "a grey", "16 bits"],
+)
+def test_what_is_transparent_is_white_whatever_color_hides_there(contents, first):
+    assert np.asarray(open_rgb(contents)).tolist() == [[first, [255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("contents", "pixel"),
+    [
+        (encoded(Image.fromarray(np.full((1, 2), 200 << 8, np.uint16)), "PNG"), 200),
+        (encoded(Image.fromarray(np.full((1, 2), 200 << 8, np.uint16)), "TIFF"), 200),
+        (b"P5 2 1 65535 " + bytes([0, 200] * 2), 0),  # nearly black: all values below 256
+        (b"P5 2 1 65535 " + bytes([200, 0] * 2), 200),
+        (encoded(Image.new("CMYK", (2, 1), (0, 0, 0, 55)), "TIFF"), 200),
+        (encoded(Image.new("L", (2, 1), 200), "BMP"), 200),
+    ],
+    ids=["16-bit PNG", "16-bit TIFF", "dark 16-bit PGM", "16-bit PGM", "CMYK", "grey"],
+)
+def test_files_of_any_depth(contents, pixel):
+    assert np.asarray(open_rgb(contents)).tolist() == [[[pixel] * 3] * 2]
+
+
+@pytest.mark.parametrize(("code", "size"), [(1, (4, 2)), (3, (4, 2)), (5, (2, 4)), (8, (2, 4))])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_files_and_bytes_and_urls_are_read_alike_and_upright(tmp_path, code, size, form):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 4, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = code
+    contents = encoded(Image.fromarray(noise), form, exif=exif)
+    (tmp_path / "x").write_bytes(contents)
+    image = open_rgb(tmp_path / "x")
+    assert image.size == size
+    url = f"data:image/{form.lower()};base64," + base64.b64encode(contents).decode()
+    for again in (open_rgb(contents), from_data_url(url)):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(again))
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 4])
+def test_thin_images_keep_their_shape(tmp_path, height):
+    noise = np.random.default_rng(height).integers(0, 256, (height, 50, 3), np.uint8)
+    path = saved(tmp_path, Image.fromarray(noise))
+    np.testing.assert_array_equal(np.asarray(open_rgb(path)), noise)
+    np.testing.assert_array_equal(np.asarray(from_data_url(data_url(noise))), noise)
+
+
+def test_avif_is_read_where_pillow_can():
+    has_avif = features.check("avif")
+    assert (".avif" in readable_endings()) == has_avif
+    if not has_avif:
+        pytest.skip("this build of Pillow has no AVIF")
+    pixels = np.asarray(open_rgb(encoded(Image.new("RGB", (8, 8), (200, 30, 30)), "AVIF")))
+    assert np.abs(pixels.astype(int) - (200, 30, 30)).max() < 8
+
+
+@pytest.mark.parametrize(("name", "form"), [("x.tiff", "TIFF"), ("x.gif", "GIF")])
+def test_the_first_of_several_pages_is_read(tmp_path, name, form):
+    pages = [Image.new("L", (3, 2), value) for value in (10, 90, 200)]
+    path = saved(tmp_path, pages[0], name, format=form, save_all=True, append_images=pages[1:])
+    assert np.asarray(open_rgb(path))[0, 0].tolist() == [10, 10, 10]
+    assert count_pages(path) == 3
+    assert count_pages(saved(tmp_path, pages[0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (encoded(Image.new("F", (3, 3)), "TIFF"), "floating-point pixels"),
+        (encoded(Image.new("RGB", (3, 3)), "EPS"), "is not a readable image"),  # runs programs
+        (encoded(Image.new("RGB", (11, 10)), "PNG"), "11x10 pixels, at most 100 in all"),
+        (b"", "is not a readable image"),
+    ],
+    ids=["floats", "eps", "too many pixels", "empty"],
+)
+def test_bytes_that_cannot_be_read_are_explained(contents, message):
+    with pytest.raises(ValueError, match=message):
+        open_rgb(contents, max_pixels=100)
+
+
+@pytest.mark.parametrize(
+    "head", ["image/jpg", "image/pjpeg", "IMAGE/JPEG", "image/x-png", "image/png;charset=utf-8"]
+)
+def test_common_spellings_of_data_urls(head):
+    image = np.random.default_rng(0).integers(0, 256, (9, 70, 3), np.uint8)
+    body = base64.encodebytes(encoded(Image.fromarray(image), "PNG")).decode()  # in lines
+    assert "\n" in body.strip()
+    np.testing.assert_array_equal(np.asarray(from_data_url(f"data:{head};base64,{body}")), image)
