@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from alphagrpo_jax.rewards.verifiers.base import Answer, Rating
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Score
 
 
 def truth(image: np.ndarray, questions: list[str]) -> list[float]:
@@ -124,3 +124,59 @@ class Rater(Fake):
         fault = int(image[0, 0, 0])
         honest = [Rating(rating) for rating in ratings(image, questions)]
         return RATING_FAULTS[fault](honest) if fault in RATING_FAULTS else honest
+
+
+def true_scores(images: list[np.ndarray], prompts: list[str]) -> list[float]:
+    """What an honest scorer says: any number, here between -300 and 300."""
+    pairs = zip(images, prompts, strict=True)
+    return [float(image.mean()) - 3.0 * len(prompt) for image, prompt in pairs]
+
+
+def _raise_score(honest: list[Score]) -> list[Score]:
+    raise RuntimeError("the model is on fire")
+
+
+def _die_scoring(honest: list[Score]) -> list[Score]:
+    os._exit(3)
+
+
+def _hang_scoring(honest: list[Score]) -> list[Score]:
+    time.sleep(1000)
+    return honest
+
+
+SCORE_FAULTS = {
+    31: lambda honest: [Score(float("nan"))] * len(honest),
+    32: lambda honest: [Score(float("-inf"))] * len(honest),
+    33: lambda honest: [Score(None, "no text in the image")] * len(honest),
+    34: lambda honest: [*honest, Score(1.0)],
+    35: lambda honest: [],
+    36: lambda honest: None,
+    37: _raise_score,
+    38: _die_scoring,
+    39: _hang_scoring,
+}
+
+
+class Scorer:
+    """Scores honestly, unless the red value of the first pixel is one of `SCORE_FAULTS`.
+
+    It then fails every time, or as often as the green value says, as `Fake` does.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._fake = Fake(folder)
+
+    def score(self, images: list[np.ndarray], prompts: list[str]) -> list[Score]:
+        honest = [Score(value) for value in true_scores(images, prompts)]
+        fault, times, number = (int(value) for value in images[0][0, 0])
+        if fault in SCORE_FAULTS and (not times or self._fake._claim(number, times)):
+            return SCORE_FAULTS[fault](honest)
+        return honest
+
+
+class AnswersAndScores(Scorer):
+    """A verifier that scores too."""
+
+    def answer(self, image: np.ndarray, questions: list[str]) -> list[Answer]:
+        return self._fake.answer(image, questions)

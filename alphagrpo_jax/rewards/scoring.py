@@ -31,6 +31,7 @@ class VerifierPool(Protocol):
         image: np.ndarray,
         questions: Sequence[str],
         rated: Sequence[str] = (),
+        scored: Sequence[str] = (),
     ) -> None:
         """Queues a sample; see `workers.pool.Pool.submit`."""
         ...

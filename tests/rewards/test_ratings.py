@@ -55,7 +55,7 @@ def test_a_wrong_rating_is_never_taken(tmp_path):
         21: r"question 2: got a rating of 10.5, expected a number in \[0, 10\]",
         22: "got a rating of nan",
         23: "no number",
-        24: "got 2 answers, expected 3",
+        24: "got 0 ratings, expected 1",
         25: "the model is on fire",
         6: "got 1 answers, expected 2",  # ratings do not make up for it
         7: "got 3 answers, expected 2",
@@ -76,9 +76,9 @@ def test_a_verifier_that_cannot_rate_says_so(tmp_path):
     with make_pool(tmp_path, target="pool_fakes:Fake") as pool:
         pool.submit(0, picture(0), ASKED, RATED)
         scored = pool.gather([0])[0]
-        with pytest.raises(ValueError, match="expected a list of at least 1"):
+        with pytest.raises(ValueError, match="expected lists, and at least 1 text"):
             pool.submit(1, picture(0), [], [])
-        with pytest.raises(ValueError, match="expected a list of at least 1"):
+        with pytest.raises(ValueError, match="expected lists, and at least 1 text"):
             pool.submit(1, picture(0), ASKED, "How well?")
     assert not scored.valid
     assert "rate" in scored.failure

@@ -1,11 +1,13 @@
-"""Interfaces of verifiers: models that answer questions about an image, or rate it."""
+"""Interfaces of verifiers: models that answer questions about an image, or rate or score it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from alphagrpo_jax.runtime.errors import UserError
+
+Kind = Literal["question", "rating", "score"]  # of a text that is asked about an image
 
 
 class Answer(NamedTuple):
@@ -22,6 +24,48 @@ class Rating(NamedTuple):
 
     value: float | None  # expected value over the numbers 0 to 10, in [0, 10]
     failure: str | None = None
+
+
+class Score(NamedTuple):
+    """How well an image fits its prompt, or the reason why that is not known.
+
+    Exactly one of the two is None.
+    """
+
+    value: float | None  # any finite number, higher is better
+    failure: str | None = None
+    permanent: bool = False  # True: no attempt at this image and prompt can succeed
+
+
+class VerifierRequest(NamedTuple):
+    """Everything that is asked about one image."""
+
+    questions: tuple[str, ...] = ()  # answered by yes or no
+    rated: tuple[str, ...] = ()  # questions that ask for a number from 0 to 10
+    scored: tuple[str, ...] = ()  # prompts that the image is scored by
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts, in the order of their answers."""
+        return (*self.questions, *self.rated, *self.scored)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each of `texts`."""
+        counts: dict[Kind, int] = {
+            "question": len(self.questions),
+            "rating": len(self.rated),
+            "score": len(self.scored),
+        }
+        return tuple(kind for kind, count in counts.items() for _ in range(count))
+
+    def numbers_of(self, kind: Kind, numbers: Sequence[float]) -> tuple[float, ...]:
+        """Returns those of the numbers, one per text, that belong to texts of one kind."""
+        return tuple(
+            number
+            for text_kind, number in zip(self.kinds, numbers, strict=True)
+            if text_kind == kind
+        )
 
 
 class VerifierLoadError(UserError, RuntimeError):
@@ -57,6 +101,25 @@ class Verifier(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """Scores images by their prompts; equal images and prompts give equal scores.
+
+    A scorer lives in worker processes of its own, as a verifier does. A verifier may have the
+    method as well.
+    """
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
+        """Scores each image by its prompt, in order.
+
+        Args:
+          images: N of uint8[H, W, 3] RGB, which may differ in size.
+          prompts: N.
+        Returns:
+          One `Score` per image. The pool books an exception as a failed attempt.
+        """
+        ...
+
+
 class BatchVerifier(Verifier, Protocol):
     """Answers about many images at once, in this process (`workers.in_process`)."""
 
@@ -71,6 +134,10 @@ class BatchVerifier(Verifier, Protocol):
         Returns:
           N lists, one `Answer` per question.
         """
+        ...
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
+        """Scores each image by its prompt; see `Scorer.score`. All images have one size."""
         ...
 
 

@@ -11,6 +11,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from alphagrpo_jax.rewards.verifiers.base import Kind, VerifierRequest
 from alphagrpo_jax.rewards.workers.audit import AuditLog
 
 # The two equations hold at every moment; the fault tests check them after every kind of failure.
@@ -41,6 +42,7 @@ class VerifierResult:
     worker: int | None  # index of the worker that answered; None if cached or not valid
     latency_s: float  # from submission to outcome
     ratings: tuple[float, ...] = ()  # in [0, 10], one per question that asks for a rating
+    scores: tuple[float, ...] = ()  # finite, one per prompt that the image is scored by
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,8 +51,7 @@ class Job:
 
     sample_id: Hashable
     image: np.ndarray  # uint8[H, W, 3]
-    questions: tuple[str, ...]  # the yes/no questions, then those that ask for a rating
-    rating_count: int  # number of questions that ask for a rating
+    request: VerifierRequest
     image_key: str  # see `image_key`
     submitted: float
     deadline: float  # no attempt starts later
@@ -61,19 +62,15 @@ class Job:
     failure: str = "no worker was free"
 
     @property
-    def yes_no_count(self) -> int:
-        """Number of yes/no questions, which come first."""
-        return len(self.questions) - self.rating_count
+    def keys(self) -> list[tuple[str, Kind, str]]:
+        """Cache keys, one per text: image, kind, text.
 
-    @property
-    def keys(self) -> list[tuple[str, bool, str]]:
-        """Cache keys, one per question: image, True if a rating is asked for, question.
-
-        Both kinds may use the same words, but a rating is never an answer.
+        Several kinds may use the same words, but a rating is never an answer.
         """
+        request = self.request
         return [
-            (self.image_key, number >= self.yes_no_count, question)
-            for number, question in enumerate(self.questions)
+            (self.image_key, kind, text)
+            for kind, text in zip(request.kinds, request.texts, strict=True)
         ]
 
 
@@ -139,7 +136,7 @@ class Ledger:
         return None
 
     def answered(self, job: Job, worker: int, numbers: tuple[float, ...], seconds: float) -> None:
-        """Books a successful attempt; `numbers` holds one per question, in their order."""
+        """Books a successful attempt; `numbers` holds one per text of the request, in order."""
         self._book_attempt(job, worker, seconds, numbers=numbers, failure=None)
         self.counters["questions"] += len(numbers)
         self._finish(job, numbers, worker)
@@ -212,13 +209,14 @@ class Ledger:
         self.counters["invalid" if numbers is None else "answered"] += 1
         self.under_way.discard(job.sample_id)
         self.results[job.sample_id] = VerifierResult(
-            p_yes=None if numbers is None else numbers[: job.yes_no_count],
+            p_yes=None if numbers is None else job.request.numbers_of("question", numbers),
             valid=numbers is not None,
             failure=job.failure if numbers is None else None,
             attempts=job.attempts,
             worker=worker,
             latency_s=time.monotonic() - job.submitted,
-            ratings=() if numbers is None else numbers[job.yes_no_count :],
+            ratings=() if numbers is None else job.request.numbers_of("rating", numbers),
+            scores=() if numbers is None else job.request.numbers_of("score", numbers),
         )
         if numbers is not None and self._cache_size:
             for key, number in zip(job.keys, numbers, strict=True):
@@ -253,21 +251,23 @@ class Ledger:
         """Writes a row of the audit log; `worker` is None where the answers are cached."""
         if self._audit is None:
             return
+        request = job.request
         row = {
             "sample": str(job.sample_id),
             "image": job.image_key,
-            "questions": job.questions[: job.yes_no_count],
+            "questions": request.questions,
             "worker": worker,
             "attempt": job.attempts,
-            "p_yes": numbers and numbers[: job.yes_no_count],
+            "p_yes": numbers and request.numbers_of("question", numbers),
             "failure": failure,
             "cached": worker is None,
         }
-        if job.rating_count:
-            row |= {
-                "rated": job.questions[job.yes_no_count :],
-                "ratings": numbers and numbers[job.yes_no_count :],
-            }
+        if request.rated:
+            ratings = numbers and request.numbers_of("rating", numbers)
+            row |= {"rated": request.rated, "ratings": ratings}
+        if request.scored:
+            scores = numbers and request.numbers_of("score", numbers)
+            row |= {"scored": request.scored, "scores": scores}
         try:
             self._audit.write(row)
         except OSError as error:

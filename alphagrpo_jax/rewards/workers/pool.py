@@ -9,6 +9,7 @@ restarted; one that fails repeatedly pauses. No worker holds up the others.
 
 import logging
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Hashable, Iterable, Sequence
@@ -16,7 +17,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 
 from alphagrpo_jax.config import PoolOptions
-from alphagrpo_jax.rewards.verifiers.base import checked_image
+from alphagrpo_jax.rewards.verifiers.base import VerifierRequest, checked_image
 from alphagrpo_jax.rewards.workers import ledger as ledger_lib
 from alphagrpo_jax.rewards.workers import worker as worker_lib
 from alphagrpo_jax.rewards.workers.audit import AuditLog
@@ -25,6 +26,13 @@ from alphagrpo_jax.runtime.backoff import Backoff
 from alphagrpo_jax.runtime.errors import UserError
 
 LONGEST_PAUSE = 50.0  # of a worker that fails repeatedly, in units of backoff_seconds
+LARGEST = sys.float_info.max
+# By kind of text: the answer's name, its least and largest value, and both in words.
+RANGES = {
+    "question": ("P(yes) =", 0.0, 1.0, "a number in [0, 1]"),
+    "rating": ("a rating of", 0.0, 10.0, "a number in [0, 10]"),
+    "score": ("a score of", -LARGEST, LARGEST, "a finite number"),
+}
 
 _LOG = logging.getLogger(__name__)
 
@@ -110,6 +118,7 @@ class Pool:
         image: np.ndarray,
         questions: Sequence[str],
         rated: Sequence[str] = (),
+        scored: Sequence[str] = (),
     ) -> None:
         """Queues a sample; blocks while `capacity` samples are under way.
 
@@ -117,17 +126,19 @@ class Pool:
           sample_id: the key for `gather`; any hashable.
           image: uint8[H, W, 3], copied.
           questions: yes/no questions, e.g. `Record.question_texts`.
-          rated: questions that ask for a number from 0 to 10; the sample is valid only if all
-            questions of both kinds have an answer.
+          rated: questions that ask for a number from 0 to 10.
+          scored: prompts that a scorer scores the image by. The sample is valid only if all texts
+            of the three kinds have an answer.
         Raises:
-          ValueError: wrong image or questions, or the id is in use.
+          ValueError: wrong image or texts, or the id is in use.
           PoolError: the pool is closed, or the audit log cannot be written.
         """
         image = checked_image(image, f"sample {sample_id!r}: ").copy()
-        if isinstance(questions, str) or isinstance(rated, str) or not (questions or rated):
+        texts = (questions, rated, scored)
+        if any(isinstance(text, str) for text in texts) or not any(texts):
             raise ValueError(
-                f"sample {sample_id!r}: got questions {questions!r} and {rated!r}, expected a list "
-                "of at least 1"
+                f"sample {sample_id!r}: got questions {questions!r}, {rated!r} to be rated and "
+                f"prompts {scored!r}, expected lists, and at least 1 text"
             )
         key = ledger_lib.image_key(image)
         with self._changed:
@@ -138,8 +149,7 @@ class Pool:
             job = ledger_lib.Job(
                 sample_id=sample_id,
                 image=image,
-                questions=(*questions, *rated),
-                rating_count=len(rated),
+                request=VerifierRequest(tuple(questions), tuple(rated), tuple(scored)),
                 image_key=key,
                 submitted=now,
                 deadline=now + self._options.total_seconds,
@@ -287,9 +297,9 @@ class Pool:
         started = time.monotonic()
         try:
             answers = self._workers[index].ask(
-                job.image, job.questions, job.rating_count, self._options.attempt_seconds
+                job.image, job.request, self._options.attempt_seconds
             )
-            numbers = _checked_answers(answers, len(job.questions), job.rating_count)
+            numbers = _checked_answers(answers, job.request)
         except worker_lib.WorkerTimeoutError as error:
             self._settle_failure(index, job, "timeouts", str(error), started)
             return False
@@ -372,7 +382,7 @@ class Pool:
 
 
 class _BadAnswerError(Exception):
-    """The answers are not one number in [0, 1] per question, or in [0, 10] per rating."""
+    """The answers are not one number per text, or one is outside the range of its kind."""
 
 
 class _GivenUpError(Exception):
@@ -394,22 +404,22 @@ def _check_factories(factories: Sequence[worker_lib.Factory]) -> None:
 
 
 def _checked_answers(
-    answers: Sequence[tuple[float | None, str | None]], expected: int, rating_count: int
+    answers: Sequence[tuple[float | None, str | None]], request: VerifierRequest
 ) -> tuple[float, ...]:
-    """Returns the numbers of a worker's answers, the last `rating_count` of which are ratings.
+    """Returns the numbers of a worker's answers, one per text of the request.
 
     Raises:
-      _BadAnswerError: their number differs from `expected`, or one is no probability or rating.
+      _BadAnswerError: there are too many or too few, or one is outside `RANGES`.
     """
-    if len(answers) != expected:
-        raise _BadAnswerError(f"got {len(answers)} answers, expected {expected}")
+    if len(answers) != len(request.texts):
+        raise _BadAnswerError(f"got {len(answers)} answers, expected {len(request.texts)}")
     numbers = []
-    for position, (number, failure) in enumerate(answers):
-        is_rating = position >= expected - rating_count
-        most, kind = (10.0, "a rating of") if is_rating else (1.0, "P(yes) =")
+    for position, (kind, (number, failure)) in enumerate(zip(request.kinds, answers, strict=True)):
+        name, low, high, expected = RANGES[kind]
         # The comparison is false for NaN too.
-        if failure is not None or number is None or not 0.0 <= number <= most:
-            reason = failure or f"got {kind} {number}, expected a number in [0, {most:.0f}]"
-            raise _BadAnswerError(f"question {position}: {reason}")
+        if failure is not None or number is None or not low <= number <= high:
+            raise _BadAnswerError(
+                f"question {position}: {failure or f'got {name} {number}, expected {expected}'}"
+            )
         numbers.append(number)
     return tuple(numbers)

@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from alphagrpo_jax.rewards import verifiers
-from alphagrpo_jax.rewards.verifiers.base import Verifier
+from alphagrpo_jax.rewards.verifiers.base import Verifier, VerifierRequest
 from alphagrpo_jax.runtime.errors import UserError
 
 Factory = tuple[str, Mapping[str, Any]]  # (kind, options), see `verifiers.build`
@@ -95,20 +95,19 @@ class Worker:
             raise WorkerBuildError(value)
 
     def ask(
-        self, image: np.ndarray, questions: Sequence[str], rating_count: int, seconds: float
+        self, image: np.ndarray, request: VerifierRequest, seconds: float
     ) -> list[tuple[float | None, str | None]]:
         """Returns the verifier's answers as (number, failure) pairs, unchecked.
 
         Args:
           image: uint8[H, W, 3].
-          questions: yes/no questions first, then those that ask for a rating.
-          rating_count: number of questions that ask for a rating.
+          request: the texts, at least one.
           seconds: deadline, after which the process is killed.
         Raises:
           WorkerError: the verifier raised.
           WorkerDiedError, WorkerTimeoutError: see the classes.
         """
-        kind, value = self._exchange((image, list(questions), rating_count), seconds)
+        kind, value = self._exchange((image, request), seconds)
         if kind != "answers":
             raise WorkerError(value)
         return value
@@ -198,20 +197,29 @@ def _build(
     return verifier
 
 
-def _answer(
-    verifier: Verifier, image: np.ndarray, questions: list[str], rating_count: int
-) -> tuple[str, Any]:
-    """Returns ("answers", (number, failure) pairs), or ("error", message)."""
-    yes_no_count = len(questions) - rating_count
+def _answer(verifier: Any, image: np.ndarray, request: VerifierRequest) -> tuple[str, Any]:
+    """Returns ("answers", (number, failure) pairs), or ("error", message).
+
+    Args:
+      verifier: a `Verifier` or `Scorer` with the methods that the request's kinds need.
+      image: uint8[H, W, 3].
+      request: the texts.
+    """
+    questions, rated, scored = (list(texts) for texts in request)
     try:
-        answers = verifier.answer(image, questions[:yes_no_count]) if yes_no_count else []
+        answers = verifier.answer(image, questions) if questions else []
         pairs = [(_plain(answer.p_yes), answer.failure) for answer in answers]
-        # Checked here too: too few answers and too many ratings would add up to the right number.
-        if len(pairs) != yes_no_count:
-            return "error", f"got {len(pairs)} answers, expected {yes_no_count}"
-        if rating_count:
-            ratings = verifier.rate(image, questions[yes_no_count:])
-            pairs += [(_plain(rating.value), rating.failure) for rating in ratings]
+        # Checked here too: too few of one kind and too many of another add up to the right number.
+        if len(pairs) != len(questions):
+            return "error", f"got {len(pairs)} answers, expected {len(questions)}"
+        ratings = verifier.rate(image, rated) if rated else []
+        if len(ratings) != len(rated):
+            return "error", f"got {len(ratings)} ratings, expected {len(rated)}"
+        pairs += [(_plain(rating.value), rating.failure) for rating in ratings]
+        scores = verifier.score([image] * len(scored), scored) if scored else []
+        if len(scores) != len(scored):
+            return "error", f"got {len(scores)} scores, expected {len(scored)}"
+        pairs += [(_plain(score.value), score.failure) for score in scores]
         return "answers", pairs
     except Exception as error:  # fails this attempt only; the process and its model stay
         _print_bug(error)

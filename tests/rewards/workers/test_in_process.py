@@ -66,7 +66,7 @@ def test_one_failed_question_makes_its_sample_invalid_and_no_other(pool):
 
 def test_refuses_wrong_samples(pool):
     for questions, rated in (([], ()), ("Is it?", ()), (["Is it?"], ["How well?"])):
-        with pytest.raises(ValueError, match="expected a list of yes/no questions only"):
+        with pytest.raises(ValueError, match="expected a list of yes/no questions or of prompts"):
             pool.submit("x", picture(1), questions, rated)
     with pytest.raises(ValueError, match=r"sample 'x': got an image float32\[2, 2, 3\], expected"):
         pool.submit("x", picture(1).astype(np.float32), QUESTIONS)

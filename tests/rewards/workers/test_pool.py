@@ -325,7 +325,7 @@ def test_refuses_wrong_samples(tmp_path):
     with make_pool(tmp_path, workers=1) as pool:
         with pytest.raises(ValueError, match=r"got an image float64\[4, 4, 3\]"):
             pool.submit(0, np.zeros((4, 4, 3)), QUESTIONS)
-        with pytest.raises(ValueError, match="expected a list of at least 1"):
+        with pytest.raises(ValueError, match="expected lists, and at least 1 text"):
             pool.submit(0, picture(0), [])
         with pytest.raises(ValueError, match="expected ids submitted"):
             pool.gather([0])
