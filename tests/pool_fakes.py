@@ -117,6 +117,11 @@ def dies_at_once() -> Fake:
     os._exit(7)
 
 
+def never_starts() -> Fake:
+    time.sleep(1000)
+    raise AssertionError("nobody waits for so long")
+
+
 class Rater(Fake):
     """As `Fake`, and rates; `RATING_FAULTS` says which images it rates wrongly, every time."""
 

@@ -24,6 +24,7 @@ from alphagrpo_jax.rewards.workers.audit import AuditLog
 from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.backoff import Backoff
 from alphagrpo_jax.runtime.errors import UserError
+from alphagrpo_jax.runtime.stopping import LOOK_SECONDS, StopRequest
 
 LONGEST_PAUSE = 50.0  # of a worker that fails repeatedly, in units of backoff_seconds
 LARGEST = sys.float_info.max
@@ -56,6 +57,7 @@ class Pool:
         max_restarts: int = 5,
         backoff_seconds: float = 0.2,
         audit_path: str | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """Starts the workers in the background; `wait_ready` waits for them.
 
@@ -67,6 +69,7 @@ class Pool:
           max_restarts: of one worker without an answer in between; then it is given up.
           backoff_seconds: before the first retry; doubles, with jitter of +-50%.
           audit_path: JSON Lines of every attempt and every cached answer; None for none.
+          stop: ends waits for the workers once it is overdue.
         Raises:
           ValueError: there is no factory, or one cannot be pickled.
           OSError: the audit log cannot be opened.
@@ -74,12 +77,15 @@ class Pool:
         _check_factories(factories)
         self._options, self._capacity, self._max_restarts = options, capacity, max_restarts
         self._longest_pause = LONGEST_PAUSE * backoff_seconds
+        self._stop = StopRequest() if stop is None else stop
+        self._first_start_ends = time.monotonic() + options.start_seconds
         audit = None if audit_path is None else AuditLog(audit_path)
         # Guards the ledger and the next three; notified at every change that someone may wait for.
         self._changed = threading.Condition()
         self._ledger = ledger_lib.Ledger(cache_size=options.cache_size, audit=audit)
         self._ready: set[int] = set()  # workers that have started at least once
         self._lost: dict[int, str] = {}  # workers given up, and why
+        self._failures: dict[int, str] = {}  # why a worker last failed; written by its own thread
         self._closing = False
         self._backoff = Backoff(backoff_seconds)
         self._workers = [
@@ -104,11 +110,13 @@ class Pool:
 
         Raises:
           PoolError: all workers were given up, or the pool is closed.
+          StoppedError: a stop ended the wait.
         """
         with self._changed:
             while len(self._ready | self._lost.keys()) < len(self._workers):
                 self._check_open()
-                self._changed.wait()
+                self._stop.check()
+                self._changed.wait(LOOK_SECONDS)
             if self._all_lost():
                 raise PoolError(self._lost_message())
 
@@ -168,6 +176,7 @@ class Pool:
           ValueError: an id that was not submitted, or was gathered before.
           PoolError: the pool was closed before all had a result, or the audit log cannot be
             written: the pool returns no number that is not in the log.
+          StoppedError: a stop ended the wait.
         """
         sample_ids = list(dict.fromkeys(sample_ids))
         with self._changed:
@@ -180,9 +189,10 @@ class Pool:
                 )
             while not ledger.under_way.isdisjoint(sample_ids):
                 self._check_open()
+                self._stop.check()
                 # Callers expire samples too: all workers may be busy with one that hangs.
                 if not ledger.expire():
-                    self._changed.wait(ledger.seconds_to_next_event())
+                    self._wait_as_caller()
             # Again: the last row may have failed to be written since.
             self._check_audit()
             return {sample_id: ledger.results.pop(sample_id) for sample_id in sample_ids}
@@ -242,20 +252,30 @@ class Pool:
         """Starts the worker's process; returns False if that failed and may be tried again.
 
         Raises:
-          _GivenUpError: too many failures, or its verifier could not be built at the first start.
+          _GivenUpError: too many failures, or its verifier could not be built at the first start
+            or not within `start_seconds`.
         """
+        reason = self._failures.get(index)
         if failures > self._max_restarts:
-            raise _GivenUpError(f"it failed {failures} times in a row")
+            raise _GivenUpError(f"it failed {failures} times in a row, last: {reason}")
+        seconds = self._options.start_seconds
         if failures:
             self._pause(self._backoff.seconds(failures))
+        if index not in self._ready:
+            seconds = self._first_start_ends - time.monotonic()
+            if seconds <= 0:
+                raise _GivenUpError(
+                    f"it did not start within {self._options.start_seconds:.1f} s: {reason}"
+                )
         try:
-            self._workers[index].start(self._options.start_seconds)
+            self._workers[index].start(seconds)
         except (
             worker_lib.WorkerBuildError,
             worker_lib.WorkerDiedError,
             worker_lib.WorkerTimeoutError,
             OSError,
         ) as error:
+            self._failures[index] = str(error)
             # At the first start a failed build is a wrong path or setting, which no retry mends;
             # later it is an accident, e.g. memory that another process took.
             if isinstance(error, worker_lib.WorkerBuildError) and index not in self._ready:
@@ -323,6 +343,7 @@ class Pool:
             if self._closing:
                 return  # the pool itself killed the worker: not a failure of the sample
             self._ledger.failed(job, index, kind, failure, now - started)
+            self._failures[index] = failure
             _LOG.warning("sample %r: %s", job.sample_id, job.failure)
             if job.attempts >= self._options.max_attempts or now >= job.deadline:
                 self._ledger.reject(job)
@@ -357,12 +378,21 @@ class Pool:
     # Called with the lock held.
 
     def _wait_for_room(self) -> None:
-        """Waits until fewer than `capacity` samples are under way."""
+        """Waits until fewer than `capacity` samples are under way.
+
+        A stop ends the wait, but not by an error: only `gather` is a place where all processes
+        of a run can leave together.
+        """
         self._check_open()
-        while len(self._ledger.under_way) >= self._capacity:
+        while len(self._ledger.under_way) >= self._capacity and not self._stop.overdue:
             if not self._ledger.expire():
-                self._changed.wait(self._ledger.seconds_to_next_event())
+                self._wait_as_caller()
             self._check_open()
+
+    def _wait_as_caller(self) -> None:
+        """Waits until something may have changed, or it is time to look for a stop."""
+        seconds = self._ledger.seconds_to_next_event()
+        self._changed.wait(LOOK_SECONDS if seconds is None else min(seconds, LOOK_SECONDS))
 
     def _check_open(self) -> None:
         if self._closing:

@@ -11,6 +11,7 @@ import pytest
 from default_options import start_pool
 
 from alphagrpo_jax.rewards.workers.pool import PoolError
+from alphagrpo_jax.runtime.stopping import StoppedError, StopRequest
 
 QUESTIONS = ["Is there a circle?", "Is it red?"]
 FAST = {"attempt_seconds": 20.0, "backoff_seconds": 0.01, "total_seconds": 60.0}
@@ -169,7 +170,7 @@ def test_a_worker_that_dies_every_time_is_given_up_and_samples_become_invalid(tm
         after = pool.gather(["after"])["after"]
         counters = pool.counters()
     assert not any(scored.valid for scored in (*results.values(), after))
-    assert after.failure.startswith("no verifier worker is left: it failed 3 times in a row")
+    assert after.failure.startswith("no verifier worker is left: it failed 3 times in a row, last")
     assert counters["lost_workers"] == 1
     assert counters["starts"] == 3
     check_books(counters)
@@ -246,8 +247,39 @@ def test_a_process_that_dies_while_starting_is_given_up():
     mortal = ("callable", {"target": "pool_fakes:dies_at_once"})
     with (
         start_pool(mortal, workers=1, max_restarts=1, backoff_seconds=0.01) as pool,
-        pytest.raises(PoolError, match="failed 2 times in a row"),
+        pytest.raises(PoolError, match=r"failed 2 times in a row, last: .* ended with code 7"),
     ):
+        pool.wait_ready()
+
+
+def test_a_verifier_that_never_starts_is_told_with_the_reason_after_the_time_for_it():
+    """Not once more for each restart."""
+    slow = ("callable", {"target": "pool_fakes:never_starts"})
+    begun = time.monotonic()
+    with (
+        start_pool(slow, start_seconds=3.0, backoff_seconds=0.01) as pool,
+        pytest.raises(PoolError, match=r"did not start within 3\.0 s: no answer within"),
+    ):
+        pool.wait_ready()
+    assert time.monotonic() - begun < 30.0
+
+
+def test_a_stop_ends_waits_for_workers(tmp_path):
+    """While they start, while they answer, and while the pool is full."""
+    stop, hanging = StopRequest(grace_seconds=60.0), picture(1, HANG, times=9)
+    with make_pool(tmp_path, capacity=1, attempt_seconds=900.0, stop=stop) as pool:
+        pool.wait_ready()
+        pool.submit("answered", picture(2), QUESTIONS)
+        pool.gather(["answered"])
+        pool.submit("hangs", hanging, QUESTIONS)
+        timer = threading.Timer(0.5, stop.hurry)
+        timer.start()
+        pool.submit("beyond capacity", hanging, QUESTIONS)  # `gather` is the place to leave
+        assert stop.requested
+        with pytest.raises(StoppedError):
+            pool.gather(["hangs", "beyond capacity"])
+    never = ("callable", {"target": "pool_fakes:never_starts"})
+    with start_pool(never, start_seconds=900.0, stop=stop) as pool, pytest.raises(StoppedError):
         pool.wait_ready()
 
 
