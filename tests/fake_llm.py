@@ -78,13 +78,13 @@ def _tuples(data: dict) -> dict:
 
 
 def _questions(data: dict) -> dict:
-    names = {each["id"]: each["tuple"].split("(")[1].rstrip(")") for each in data["tuples"]}
+    names = {fact["id"]: fact["tuple"].split("(")[1].rstrip(")") for fact in data["tuples"]}
     names = {n: CONTROL.sub("", name) for n, name in names.items()}  # which no question may hold
     return {"questions": [{"id": n, "question": f"Is there a {w}?"} for n, w in names.items()]}
 
 
 def _dependencies(data: dict) -> dict:
-    ids = [each["id"] for each in data["questions"]]
+    ids = [question["id"] for question in data["questions"]]
     return {"dependencies": [{"id": n, "parents": ids[:1] if n != ids[0] else []} for n in ids]}
 
 
@@ -93,9 +93,9 @@ def verdicts(data: dict, *names: str, wrong: dict[int, str] | None = None) -> di
     wrong = wrong or {}
     return {
         "verdicts": [
-            {"id": each["id"], "reason": "as told"}
-            | {name: wrong.get(each["id"]) != name for name in names}
-            for each in data["questions"]
+            {"id": question["id"], "reason": "as told"}
+            | {name: wrong.get(question["id"]) != name for name in names}
+            for question in data["questions"]
         ]
     }
 
@@ -108,7 +108,7 @@ RULES: dict[str, Callable[[dict], dict]] = {
     "dependencies": _dependencies,
     "validation": lambda data: verdicts(data, *SEMANTIC_CHECKS),
     "tags": lambda data: {
-        "tags": [{"id": each["id"], "tag": "Existence"} for each in data["questions"]]
+        "tags": [{"id": question["id"], "tag": "Existence"} for question in data["questions"]]
     },
     "quality": lambda data: {
         "questions": [

@@ -75,9 +75,9 @@ def test_through_a_server(files, capsys):
     record = read_jsonl(files[3])[0]
     assert record.semantic[1].dependency == (0,)
     assert record.extra[PROVENANCE]["by"] == "openai:fake"
-    found = report(files)
-    assert (found["written"], found["failed"], found["not_tried"]) == (12, 0, 0)
-    assert found["written_by"] == {"openai:fake": 12}
+    run_report = report(files)
+    assert (run_report["written"], run_report["failed"], run_report["not_tried"]) == (12, 0, 0)
+    assert run_report["written_by"] == {"openai:fake": 12}
     assert "records of 12 of 12 prompts" in capsys.readouterr().out
 
 
@@ -127,22 +127,22 @@ def test_killed_in_the_middle_and_resumed(files, torn):
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        done = [json.loads(line) for line in lines_of(files)]
+        written = [json.loads(line) for line in lines_of(files)]
         lost = []
         if torn:  # the kill came while the fifth line was being written
             content = pathlib.Path(files[3]).read_bytes()
             pathlib.Path(files[3]).write_bytes(content[:-torn])
-            lost = [done.pop()["prompt"]]
+            lost = [written.pop()["prompt"]]
         gate.open.set()
         before = len(model.asked)
         assert decompose.main(served(files, url)) == 0
     again = {prompt for _, prompt in model.asked[before:]}
-    assert again == set(PROMPTS) - {each["prompt"] for each in done}
+    assert again == set(PROMPTS) - {record["prompt"] for record in written}
     assert set(lost) <= again
     assert_complete(files)
-    kept = {record.prompt: record.to_json() for record in read_jsonl(files[3])}
-    for each in done:
-        assert kept[each["prompt"]] == each
+    final = {record.prompt: record.to_json() for record in read_jsonl(files[3])}
+    for record in written:
+        assert final[record["prompt"]] == record
     assert report(files)["written"] == 12
 
 
@@ -168,17 +168,17 @@ def test_a_signal_stops_cleanly_and_the_same_command_continues(files, number):
 
 
 def test_a_stop_gives_up_prompts_that_need_further_requests(files):
-    seen = threading.Event()
+    received = threading.Event()
 
     class Flag(decompose.StopFlag):
         def _handle(self, number, frame):
             super()._handle(number, frame)
-            seen.set()
+            received.set()
 
     def hook(stage, data, number):
-        if stage == "questions" and not seen.is_set():
+        if stage == "questions" and not received.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
-            assert seen.wait(PATIENCE_SECONDS)
+            assert received.wait(PATIENCE_SECONDS)
 
     model = FakeModel(hook)
     with fake_llm.serve(model) as url, pytest.MonkeyPatch.context() as patch:
@@ -208,15 +208,15 @@ def test_repaired_invalid_and_failed_prompts_are_reported(files, capsys):
         error = capsys.readouterr().err
         assert "error: 1 prompts failed, at most 0 allowed" in error
         assert decompose.main([*arguments, "--allow-failures", "1"]) == 0
-    found = report(files)
-    assert (found["written"], found["failed"], found["not_tried"]) == (11, 1, 0)
-    assert (found["repaired"], found["repairs_by_stage"]) == (1, {"tags": 1})
-    assert found["decomposed_again"] == 2
-    assert found["failed_by_stage"] == {"questions": 1}
-    (failed,) = found["failed_prompts"]
+    run_report = report(files)
+    assert (run_report["written"], run_report["failed"], run_report["not_tried"]) == (11, 1, 0)
+    assert (run_report["repaired"], run_report["repairs_by_stage"]) == (1, {"tags": 1})
+    assert run_report["decomposed_again"] == 2
+    assert run_report["failed_by_stage"] == {"questions": 1}
+    (failed,) = run_report["failed_prompts"]
     assert (failed["line"], failed["prompt"], failed["stage"]) == (4, PROMPTS[3], "questions")
     assert "begins with 'OK'" in failed["reason"]
-    (partial,) = found["partly_invalid"]
+    (partial,) = run_report["partly_invalid"]
     assert partial["line"] == 3
     assert partial["faults"][0]["fault"] == "not asked for by the prompt (as told)"
     out = capsys.readouterr().out
@@ -257,7 +257,7 @@ def test_a_dead_model_stops_the_run(files, capsys):
 def test_prompts_that_the_model_refuses_for_good_do_not_hold_up_the_others(files):
     """Interrupted behind six of them, the same command does all the rest."""
     refused, cut = PROMPTS[:6], PROMPTS[6]
-    others = PROMPTS[7:]
+    accepted = PROMPTS[7:]
 
     def hook(stage, data, number):
         if data["prompt"] in refused:
@@ -265,7 +265,7 @@ def test_prompts_that_the_model_refuses_for_good_do_not_hold_up_the_others(files
         return "CUT" if data["prompt"] == cut else None
 
     gate = Gate(free=1)
-    model = FakeModel(lambda *asked: hook(*asked) or gate(*asked))
+    model = FakeModel(lambda *call: hook(*call) or gate(*call))
     with fake_llm.serve(model) as url:
         process = start(served(files, url))
         wait_for(lambda: len(lines_of(files)) == 1 and gate.held >= 1)
@@ -273,11 +273,14 @@ def test_prompts_that_the_model_refuses_for_good_do_not_hold_up_the_others(files
         process.communicate()
         gate.open.set()
         assert decompose.main(served(files, url, "--allow-failures", "7")) == 0
-    assert [record.prompt for record in read_jsonl(files[3])] == others
-    found = report(files)
-    assert (found["written"], found["failed"], found["not_tried"]) == (5, 7, 0)
-    assert found["failed_by_kind"] == {"refused": 6, "cut": 1}
-    kinds = {each["prompt"]: (each["kind"], each["reason"]) for each in found["failed_prompts"]}
+    assert [record.prompt for record in read_jsonl(files[3])] == accepted
+    run_report = report(files)
+    assert (run_report["written"], run_report["failed"], run_report["not_tried"]) == (5, 7, 0)
+    assert run_report["failed_by_kind"] == {"refused": 6, "cut": 1}
+    kinds = {
+        failure["prompt"]: (failure["kind"], failure["reason"])
+        for failure in run_report["failed_prompts"]
+    }
     assert kinds[cut][0] == "cut"
     assert "raise --max-tokens" in kinds[cut][1]
     for prompt in refused:
@@ -291,9 +294,9 @@ def test_a_server_that_fails_at_everything_is_silence(files, status, monkeypatch
     monkeypatch.setattr(endpoints, "LONGEST_REST", 0.0)
     with fake_llm.serve(FakeModel(lambda *_: f"HTTP {status}")) as url:
         assert decompose.main(served(files, url)) == 1
-    found = report(files)
-    assert set(found["failed_by_kind"]) == {"silent"}
-    assert found["not_tried"] > 0
+    run_report = report(files)
+    assert set(run_report["failed_by_kind"]) == {"silent"}
+    assert run_report["not_tried"] > 0
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -304,7 +307,7 @@ def test_servers_decode_by_the_schema_if_asked_to(files, flag):
     if not flag:
         assert set(model.formats) == {None}
         return
-    sent = [each["json_schema"]["schema"] for each in model.formats]
+    sent = [form["json_schema"]["schema"] for form in model.formats]
     assert len(sent) == 7 * len(PROMPTS)
     for stage in texts.STAGES:
         assert sent.count(schemas.json_schema(stage.form)) >= len(PROMPTS)
@@ -329,11 +332,11 @@ def test_the_key_is_sent_and_never_shown(files, monkeypatch, capsys):
     with fake_llm.serve(FakeModel(), key=key) as url:
         assert decompose.main(served(files, url, *flags)) == 0
     with fake_llm.serve(FakeModel(lambda *_: key), key=key) as url:  # a model that tells it
-        other = [*files[:3], f"{files[3]}.other"]
-        assert decompose.main(served(other, url, *flags, "--attempts", "1")) == 1
-    shown = capsys.readouterr()
+        other_files = [*files[:3], f"{files[3]}.other"]
+        assert decompose.main(served(other_files, url, *flags, "--attempts", "1")) == 1
+    captured = capsys.readouterr()
     written = [path.read_text() for path in pathlib.Path(files[3]).parent.iterdir()]
-    for text in (shown.out, shown.err, *written):
+    for text in (captured.out, captured.err, *written):
         assert key not in text
 
 
@@ -378,8 +381,8 @@ def test_the_grammar_needs_no_model(tmp_path, capsys):
     source.write_text("two red circles\na photo of a cat\na blue square above a cross\n")
     arguments = ["--input", str(source), "--output", str(out), "--llm", "shapes"]
     assert decompose.main(arguments) == 1
-    shown = capsys.readouterr()
-    assert "line 2: grammar: got 'a photo of a cat'" in shown.out
+    captured = capsys.readouterr()
+    assert "line 2: grammar: got 'a photo of a cat'" in captured.out
     assert decompose.main([*arguments, "--allow-failures", "1"]) == 0
     records = read_jsonl(out)
     assert [record.prompt for record in records] == [

@@ -114,12 +114,12 @@ def test_generate_writes_a_grid_and_prints_the_texts(
 
 def test_one_image_is_the_first_of_many(run_folder: pathlib.Path):
     policy = inference.from_run(run_folder)
-    one = inference.generate_images(policy, "a red circle", think=False, count=1, seed=7)
+    single = inference.generate_images(policy, "a red circle", think=False, count=1, seed=7)
     many = inference.generate_images(policy, "a red circle", think=False, count=3, seed=7)
-    other = inference.generate_images(policy, "a red circle", think=False, count=1, seed=8)
-    assert one.texts == []
-    np.testing.assert_allclose(one.images[0].astype(int), many.images[0].astype(int), atol=1)
-    assert np.any(one.images != other.images)
+    other_seed = inference.generate_images(policy, "a red circle", think=False, count=1, seed=8)
+    assert single.texts == []
+    np.testing.assert_allclose(single.images[0].astype(int), many.images[0].astype(int), atol=1)
+    assert np.any(single.images != other_seed.images)
     assert np.any(many.images[0] != many.images[1])
 
 
@@ -151,11 +151,11 @@ def picture(tmp_path_factory) -> pathlib.Path:
 
 def test_an_image_is_edited_and_asked_about(run_folder, picture, tmp_path, capsys):
     out = tmp_path / "edited.png"
-    given = ["--checkpoint", str(run_folder), "--image", str(picture)]
-    assert generate.main([*given, "--edit", "a red circle", "--out", str(out)]) == 0
+    flags = ["--checkpoint", str(run_folder), "--image", str(picture)]
+    assert generate.main([*flags, "--edit", "a red circle", "--out", str(out)]) == 0
     assert Image.open(out).size == (96, 96)
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
-    assert generate.main([*given, "--ask", "a red circle"]) == 0
+    assert generate.main([*flags, "--ask", "a red circle"]) == 0
     assert capsys.readouterr().out.startswith("thinks: ")
 
 
@@ -165,41 +165,41 @@ def test_an_image_is_refined(keep, run_folder, picture, tmp_path, capsys):
     records.write_text(json.dumps(tiny_world.record("a red circle")) + "\n")
     flags = ["--checkpoint", str(run_folder), "--prompt", "a red circle", "--out", str(out)]
     extra = [] if keep == "last" else ["--record", str(records)]
-    given = ["--image", str(picture)] if keep == "gated" else []
-    assert generate.main([*flags, "--refine", "2", "--keep", keep, *extra, *given]) == 0
+    image_flags = ["--image", str(picture)] if keep == "gated" else []
+    assert generate.main([*flags, "--refine", "2", "--keep", keep, *extra, *image_flags]) == 0
     names = sorted(path.name for path in tmp_path.glob("x*.png"))
     assert names == ["x.png", "x_0.png", "x_1.png", "x_2.png"]
     printed = capsys.readouterr().out
-    kept = int(printed.splitlines()[-1].split("kept round ")[1][0])
+    kept_round = int(printed.splitlines()[-1].split("kept round ")[1][0])
     log = json.loads((tmp_path / "x_rounds.json").read_text())
-    assert [each["image"] for each in log["rounds"]] == names[1:]
-    assert all(each["text"] in printed for each in log["rounds"])
-    assert all(each["text"] for each in log["rounds"][1:])
-    assert (log["kept"], log["keep"]) == (kept, keep)
-    assert out.read_bytes() == (tmp_path / f"x_{kept}.png").read_bytes()
+    assert [entry["image"] for entry in log["rounds"]] == names[1:]
+    assert all(entry["text"] in printed for entry in log["rounds"])
+    assert all(entry["text"] for entry in log["rounds"][1:])
+    assert (log["kept"], log["keep"]) == (kept_round, keep)
+    assert out.read_bytes() == (tmp_path / f"x_{kept_round}.png").read_bytes()
     if keep == "last":
-        assert kept == 2
+        assert kept_round == 2
         assert "without a verifier" in printed
         assert "(verifier:" not in printed
-        assert [each["reward"] for each in log["rounds"]] == [None] * 3
+        assert [entry["reward"] for entry in log["rounds"]] == [None] * 3
     else:
-        rewards = [float(part.split(")")[0]) for part in printed.split("(verifier: ")[1:]]
+        rewards = [float(piece.split(")")[0]) for piece in printed.split("(verifier: ")[1:]]
         assert len(rewards) == 3
-        assert rewards[kept] == max(rewards)
-        assert rewards == [round(each["reward"], 3) for each in log["rounds"]]
+        assert rewards[kept_round] == max(rewards)
+        assert rewards == [round(entry["reward"], 3) for entry in log["rounds"]]
         assert "by the verifier tiny_verifiers:Honest" in printed
 
 
 def test_rounds_before_a_verifier_that_fails_are_kept(run_folder, tmp_path, capsys, monkeypatch):
     class Fails:
-        asked = 0
+        calls = 0
 
         def __init__(self, policy, record):
             pass
 
         def __call__(self, image):
-            Fails.asked += 1
-            if Fails.asked == 3:
+            Fails.calls += 1
+            if Fails.calls == 3:
                 raise InputError("the verifier gave no answer: timeout")
             return 0.5
 
@@ -218,22 +218,22 @@ def test_rounds_before_a_verifier_that_fails_are_kept(run_folder, tmp_path, caps
     assert names == ["x.png", "x_0.png", "x_1.png", "x_2.png", "x_rounds.json"]
     assert out.read_bytes() == (tmp_path / "x_0.png").read_bytes()
     log = json.loads((tmp_path / "x_rounds.json").read_text())
-    assert [each["reward"] for each in log["rounds"]] == [0.5, 0.5, None]
+    assert [entry["reward"] for entry in log["rounds"]] == [0.5, 0.5, None]
     assert log["kept"] == 0
 
 
 @pytest.mark.slow
 def test_guidance_changes_edits(run_folder, picture, tmp_path, capsys):
-    given = ["--checkpoint", str(run_folder), "--image", str(picture), "--edit", "a red circle"]
+    flags = ["--checkpoint", str(run_folder), "--image", str(picture), "--edit", "a red circle"]
     written = {}
     for text, image in (("1.5", "1"), ("8", "1"), ("1.5", "8")):
         out = tmp_path / f"{text}_{image}.png"
         scales = ["--text-guidance", text, "--image-guidance", image]
-        assert generate.main([*given, "--out", str(out), *scales]) == 0
+        assert generate.main([*flags, "--out", str(out), *scales]) == 0
         written[out.read_bytes()] = out
     assert len(written) == 3
     off = ["--text-guidance", "1", "--image-guidance", "2"]
-    assert generate.main([*given, "--out", str(tmp_path / "x.png"), *off]) == 2
+    assert generate.main([*flags, "--out", str(tmp_path / "x.png"), *off]) == 2
     assert "give --text-guidance above 1 as well" in capsys.readouterr().err
 
 

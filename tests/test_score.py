@@ -27,23 +27,25 @@ def records(*ids):
 
 
 def matched(names, ids):
-    found = score.match_images([pathlib.Path(name) for name in names], records(*ids))
-    return {path.name: number for path, number in found.pairs}, found.images, found.records
+    matches = score.match_images([pathlib.Path(name) for name in names], records(*ids))
+    return {path.name: number for path, number in matches.pairs}, matches.images, matches.records
 
 
 def test_by_id_or_place_one_or_several():
     names = ["cat.png", "cat_0.png", "cat_1.jpg", "2.png", "0002_3.png", "9.png", "dog.png"]
-    pairs, images, left = matched(names, [None, "cat", None, "bird"])
+    pairs, images, without_image = matched(names, [None, "cat", None, "bird"])
     assert pairs == {"cat.png": 1, "cat_0.png": 1, "cat_1.jpg": 1, "2.png": 2, "0002_3.png": 2}
     assert images == ["9.png", "dog.png"]
-    assert left == [0, 3]
+    assert without_image == [0, 3]
 
 
 def test_whole_ids_go_first_and_ids_before_places():
-    pairs, images, left = matched(["a_1.png", "1.png", "0.png", "_1.png"], ["a", "a_1", "0", "1"])
+    pairs, images, without_image = matched(
+        ["a_1.png", "1.png", "0.png", "_1.png"], ["a", "a_1", "0", "1"]
+    )
     assert pairs == {"a_1.png": 1, "1.png": 3, "0.png": 2}
     assert images == ["_1.png"]
-    assert left == [0]
+    assert without_image == [0]
 
 
 def test_equal_ids_are_refused():
@@ -66,24 +68,24 @@ def folder(tmp_path):
 
 def flags(folder, out, *more):
     files = ("--images", folder / "images", "--records", folder / "records.jsonl")
-    return [str(each) for each in (*files, "--out", folder / out, *(more or HONEST))]
+    return [str(value) for value in (*files, "--out", folder / out, *(more or HONEST))]
 
 
 def test_a_report_holds_what_the_verifier_said(folder, capsys):
     (folder / "images" / "stray.png").write_bytes((folder / "images" / "0.png").read_bytes())
     (folder / "images" / "notes.txt").write_text("no image")
     assert score.main(flags(folder, "new/report.json")) == 0
-    found = json.loads((folder / "new" / "report.json").read_text())
-    assert {image["name"] for image in found["images"]} == {"0.png", "1_0.png", "1_1.png"}
-    for image in found["images"]:
+    report = json.loads((folder / "new" / "report.json").read_text())
+    assert {image["name"] for image in report["images"]} == {"0.png", "1_0.png", "1_1.png"}
+    for image in report["images"]:
         pixels = np.asarray(Image.open(folder / "images" / image["name"]))
-        asked = [line["question"] for line in image["lines"]]
-        honest = [answer.p_yes for answer in tiny_verifiers.Honest().answer(pixels, asked)]
+        questions = [line["question"] for line in image["lines"]]
+        honest = [answer.p_yes for answer in tiny_verifiers.Honest().answer(pixels, questions)]
         assert [line["value"] for line in image["lines"]] == honest
         semantic, quality = np.mean(honest[:2]), honest[2]
         assert image["total"] == pytest.approx(np.sqrt(semantic * quality))
-    assert found["images_without_record"] == ["stray.png"]
-    assert found["records_without_image"] == ["2: shape 2"]
+    assert report["images_without_record"] == ["stray.png"]
+    assert report["records_without_image"] == ["2: shape 2"]
     printed = capsys.readouterr().out
     assert "3 images, mean reward" in printed
     assert "Records without an image (1): 2: shape 2" in printed
@@ -114,8 +116,8 @@ def test_files_that_are_passed_over_and_first_pages_are_named(folder, capsys):
 
 
 def test_an_unreadable_image_costs_only_itself(folder, capsys):
-    whole = (folder / "images" / "0.png").read_bytes()
-    (folder / "images" / "2.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "images" / "0.png").read_bytes()
+    (folder / "images" / "2.png").write_bytes(content[: len(content) // 2])
     assert score.main(flags(folder, "report.html")) == 1
     errors = capsys.readouterr().err
     assert "1 of 4 images have no score" in errors

@@ -23,42 +23,44 @@ from alphagrpo_jax.types import TextBlock, UpdateBatch
 
 
 def numbers(config, mesh, root, stored=None):
-    """The stored rollout (drawn here if None), and everything that is compared, as numpy."""
+    """The stored rollout (sampled here if None), and everything that is compared, as numpy."""
     with jax.set_mesh(mesh):
         loaded = setup.load_policy(config, mesh)
         optimizer = make_optimizer(config.optimizer)
         state = setup.initial_state(config, loaded.base, optimizer, mesh)
-        whole = compile_fns(config, loaded, state, optimizer, mesh)
-        steps = whole.tasks["rt2i"]
+        fns = compile_fns(config, loaded, state, optimizer, mesh)
+        steps = fns.tasks["rt2i"]
         rows = [loaded.tokenizer.wrap(text) for text in tiny_world.WORDS[:2]]
         block = TextBlock(*loaded.tokenizer.batch(rows, config.rollout.prompt_tokens))
-        weights = whole.weights(loaded.base, state.trainable)
-        given = steps.train.prefill(weights, (block,))
+        weights = fns.weights(loaded.base, state.trainable)
+        prefix = steps.train.prefill(weights, (block,))
         ints = (jnp.int32(0), jnp.int32(config.eval.num_points))
-        drawn, _ = steps.train.generate(weights, given, jax.random.key(3), *ints, jnp.float32(0.0))
+        greedy, _ = steps.train.generate(
+            weights, prefix, jax.random.key(3), *ints, jnp.float32(0.0)
+        )
         if stored is None:
             window = (jnp.int32(0), jnp.int32(1))
             stored, _ = steps.train.generate(
-                weights, given, jax.random.key(4), *window, jnp.float32(1.0)
+                weights, prefix, jax.random.key(4), *window, jnp.float32(1.0)
             )
             stored = jax.tree.map(np.asarray, stored)
-        placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), stored, drawn)
+        placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), stored, greedy)
         advantage = jnp.array([1.0, -1.0, 0.5, -0.5, 0.25, 1.5, -2.0, 0.1])
         batch = UpdateBatch(placed, advantage, advantage, jnp.ones(8, bool))
         totals = steps.count(batch, None)
-        part = jnp.int32(0)
-        new, pullback = steps.forward(state.trainable, loaded.base, placed, part)
+        micro_batch = jnp.int32(0)
+        new, pullback = steps.forward(state.trainable, loaded.base, placed, micro_batch)
         gradient, metrics = steps.backward(
-            pullback, new, None, None, batch, part, totals, jnp.float32(1.0)
+            pullback, new, None, None, batch, micro_batch, totals, jnp.float32(1.0)
         )
-        found = {"scores": new, "gradient": gradient, "metrics": metrics}
-        found |= {"greedy tokens": drawn.texts[0].tokens, "ode": drawn.images[0].latents}
-        found = jax.tree.map(np.asarray, found)
+        compared = {"scores": new, "gradient": gradient, "metrics": metrics}
+        compared |= {"greedy tokens": greedy.texts[0].tokens, "ode": greedy.images[0].latents}
+        compared = jax.tree.map(np.asarray, compared)
         attention = gradient["language_model"]["layers"]["self_attn"]
         spread = len(attention["q_proj"]["a"].sharding.device_set)
-        after, _ = whole.apply_gradient(state, gradient, metrics)
-        found["updated"] = jax.tree.map(np.asarray, after.trainable)
-    return stored, found, spread
+        after, _ = fns.apply_gradient(state, gradient, metrics)
+        compared["updated"] = jax.tree.map(np.asarray, after.trainable)
+    return stored, compared, spread
 
 
 def largest_difference(first, second):
@@ -74,11 +76,11 @@ def main(root: pathlib.Path) -> None:
     config.train.micro_batch = config.rollout.micro_batch = 8
     config.optimizer.eps = 1.0  # else Adam's first step is the sign of the gradient, even of noise
     config = config_lib.from_config_dict(config)
-    one = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-    eight = sharding.make_mesh(2, 2, 2)
-    stored, first, _ = numbers(config, one, root)
+    one_device = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    eight_devices = sharding.make_mesh(2, 2, 2)
+    stored, first, _ = numbers(config, one_device, root)
     on_eight = dataclasses.replace(config, mesh=MeshOptions(data=2, fsdp=2, tensor=2))
-    _, second, devices = numbers(on_eight, eight, root, stored)
+    _, second, devices = numbers(on_eight, eight_devices, root, stored)
     differences = {name: largest_difference(first[name], second[name]) for name in first}
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(first["gradient"]))
     sys.stdout.write(json.dumps({"devices": devices, "scale": scale} | differences) + "\n")

@@ -15,14 +15,14 @@ def test_one_update_on_eight_devices_equals_one_device(run_python, tmp_path):
     tiny_world.write_model(tmp_path / "model")
     path = f"{TESTS.parent}{os.pathsep}{TESTS}"
     script = str(TESTS / "e2e" / "device_numbers.py")
-    done = run_python(script, str(tmp_path), devices=8, timeout=1800, PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["devices"] == 8
-    assert found["scale"] > 1e-4
-    assert found["scores"] < 1e-4
-    assert found["ode"] < 1e-3
-    assert found["gradient"] < 1e-3 * found["scale"]
-    assert found["metrics"] < 1e-3
-    assert found["greedy tokens"] == 0
-    assert found["updated"] < 1e-5  # the optimizer's eps is large, see device_numbers.py
+    process = run_python(script, str(tmp_path), devices=8, timeout=1800, PYTHONPATH=path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    comparison = json.loads(process.stdout.splitlines()[-1])
+    assert comparison["devices"] == 8
+    assert comparison["scale"] > 1e-4
+    assert comparison["scores"] < 1e-4
+    assert comparison["ode"] < 1e-3
+    assert comparison["gradient"] < 1e-3 * comparison["scale"]
+    assert comparison["metrics"] < 1e-3
+    assert comparison["greedy tokens"] == 0
+    assert comparison["updated"] < 1e-5  # the optimizer's eps is large, see device_numbers.py

@@ -49,17 +49,17 @@ def train(run, world, server):
 
 def check_audit(audit, server):
     """Every number that the pool got was given by the server for that image and question."""
-    given = {}
+    served = {}
     for row in server.log():
         if row["p_yes"] is not None:
-            given[row["image"], row["question"]] = row["p_yes"]
+            served[row["image"], row["question"]] = row["p_yes"]
     numbers = 0
     for row in audit:
         assert (row["p_yes"] is None) != (row["failure"] is None)
         if row["p_yes"] is not None:
-            asked = [given[row["image"], question] for question in row["questions"]]
-            assert row["p_yes"] == pytest.approx(asked, abs=1e-9)
-            numbers += len(asked)
+            expected = [served[row["image"], question] for question in row["questions"]]
+            assert row["p_yes"] == pytest.approx(expected, abs=1e-9)
+            numbers += len(expected)
     assert numbers > 0
 
 
@@ -71,17 +71,17 @@ def check_rewards(audit, rows):
         sample = ast.literal_eval(row["sample"])
         if row["p_yes"] is not None:
             yes = np.array(row["p_yes"])  # two questions of meaning, one of quality
-            own = rewards.setdefault(sample[:-1], [])
-            own.append(np.sqrt(yes[:2].mean() * yes[2]))
+            sample_rewards = rewards.setdefault(sample[:-1], [])
+            sample_rewards.append(np.sqrt(yes[:2].mean() * yes[2]))
             sizes.setdefault(sample[:-1], []).append(sample[-1])
     for row in rows[1:]:
         assert sorted(sizes[row["step"], 0]) == list(range(8))
         assert row["reward/mean"] == pytest.approx(np.mean(rewards[row["step"], 0]), abs=1e-12)
     for prefix in ("eval", "eval_greedy"):
-        told = [row[f"{prefix}/reward/mean"] for row in rows if f"{prefix}/reward/mean" in row]
-        found = np.reshape(rewards[(prefix,)], (len(told), -1)).mean(axis=1)
+        reported = [row[f"{prefix}/reward/mean"] for row in rows if f"{prefix}/reward/mean" in row]
+        expected = np.reshape(rewards[(prefix,)], (len(reported), -1)).mean(axis=1)
         assert sizes[(prefix,)]
-        assert told == pytest.approx(found, abs=1e-12)
+        assert reported == pytest.approx(expected, abs=1e-12)
 
 
 def check_no_key(world, workdir, printed):

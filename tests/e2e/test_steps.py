@@ -48,12 +48,12 @@ class BrightnessPool:
         self.samples[sample_id] = (image, tuple(questions))
 
     def gather(self, ids):
-        found = {}
-        for each in ids:
-            image, asked = self.samples[each]
-            answers = tuple(answer.p_yes for answer in self.honest.answer(image, asked))
-            found[each] = Answered(answers, True, None, 1, 0, 0.0)
-        return found
+        results = {}
+        for sample_id in ids:
+            image, questions = self.samples[sample_id]
+            answers = tuple(answer.p_yes for answer in self.honest.answer(image, questions))
+            results[sample_id] = Answered(answers, True, None, 1, 0, 0.0)
+        return results
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,11 @@ def one_step(world, name):
         data = setup.load_data(config, loaded, world / "cache")
         optimizer = make_optimizer(config.optimizer)
         state = setup.initial_state(config, loaded.base, optimizer, mesh)
-        moved = jax.tree.map(
+        trainable = jax.tree.map(
             lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
             state.trainable,
         )
-        state = state.replace(trainable=moved)
+        state = state.replace(trainable=trainable)
         fns = steps_lib.compile_fns(config, loaded, state, optimizer, mesh)
         run = context.make_run(config, loaded, data, fns, BrightnessPool(), world)
         position, params = prompts.start_position(config), run.sampling_params(state)
@@ -155,9 +155,9 @@ def test_members_of_a_group_share_what_is_given_and_nothing_else(step):
             members = np.asarray(leaf).reshape(2, group, *leaf.shape[1:])
             assert (members == members[:, :1]).all()
     if step["name"] == "srr":
-        given = np.asarray(trajectories.inputs[0].pixels).reshape(2, group, 32, 32, 3)
-        np.testing.assert_array_equal(given[:, 0], step["batch"].images)
-        assert (given[0, 0] != given[1, 0]).any()
+        images = np.asarray(trajectories.inputs[0].pixels).reshape(2, group, 32, 32, 3)
+        np.testing.assert_array_equal(images[:, 0], step["batch"].images)
+        assert (images[0, 0] != images[1, 0]).any()
         latents = np.asarray(trajectories.images[0].latents)
         assert np.abs(latents[0] - latents[1]).max() > 0.1
 
@@ -173,14 +173,14 @@ def test_every_step_is_trained(step):
     plan = tasks.plan(tasks.TASKS[step["name"]].events)
     assert len(step["rollout"].texts) == len(plan.text_steps)
     assert len(step["rollout"].trajectories.images) == len(plan.image_steps)
-    found, samples = step["by_log_prob"]
-    assert len(found.text_log_prob) == len(plan.text_steps)
-    for own, sample in zip(found.text_log_prob, samples, strict=True):
-        assert (own != 0.0)[sample.scored].all()
-        assert not own[~sample.scored].any()
-    assert len(found.image_log_prob) == len(plan.image_steps)
-    for own in found.image_log_prob:
-        assert (own != 0.0).all()
+    log_prob_gradient, samples = step["by_log_prob"]
+    assert len(log_prob_gradient.text_log_prob) == len(plan.text_steps)
+    for text_gradient, sample in zip(log_prob_gradient.text_log_prob, samples, strict=True):
+        assert (text_gradient != 0.0)[sample.scored].all()
+        assert not text_gradient[~sample.scored].any()
+    assert len(log_prob_gradient.image_log_prob) == len(plan.image_steps)
+    for image_gradient in log_prob_gradient.image_log_prob:
+        assert (image_gradient != 0.0).all()
     assert step["rewards"].valid.all()
 
 
@@ -188,9 +188,9 @@ def test_every_text_counts_in_the_metrics(step):
     samples = step["rollout"].trajectories.texts
     lengths = [np.asarray(sample.scored).sum(axis=1).mean() for sample in samples]
     cut = [np.asarray(sample.truncated).mean() for sample in samples]
-    found = step["rollout"].metrics
-    assert found["text/length"] == pytest.approx(np.mean(lengths))
-    assert found["text/truncated_fraction"] == pytest.approx(np.mean(cut))
+    metrics = step["rollout"].metrics
+    assert metrics["text/length"] == pytest.approx(np.mean(lengths))
+    assert metrics["text/truncated_fraction"] == pytest.approx(np.mean(cut))
 
 
 def test_a_cut_answer_counts_though_no_think_text_was_cut():
@@ -198,8 +198,8 @@ def test_a_cut_answer_counts_though_no_think_text_was_cut():
         scored = np.ones((4, 3), bool)
         return TextSample(None, None, scored, None, np.array(truncated))
 
-    found = rollout._text_metrics([sample([False] * 4), sample([True, True, False, False])])
-    assert found == {"text/length": 3.0, "text/truncated_fraction": 0.25}
+    metrics = rollout._text_metrics([sample([False] * 4), sample([True, True, False, False])])
+    assert metrics == {"text/length": 3.0, "text/truncated_fraction": 0.25}
 
 
 def test_the_worst_initial_image_is_repaired(step):
@@ -211,14 +211,18 @@ def test_the_worst_initial_image_is_repaired(step):
         key: run.verifier.samples[key] for key in run.verifier.samples if key[0] == "initial"
     }
     assert len(samples) == 12  # six prompts with two images each
-    for place, row in enumerate(batch.rows):
+    for index, row in enumerate(batch.rows):
         record = run.tasks["srr"].data.train.records[row]
-        own = [image for image, asked in samples.values() if asked == tuple(record.question_texts)]
-        found = [dvreward(*record.split(
+        images = [
+            image
+            for image, questions in samples.values()
+            if questions == tuple(record.question_texts)
+        ]
+        rewards = [dvreward(*record.split(
             [answer.p_yes for answer in run.verifier.honest.answer(image, record.question_texts)]
-        )).reward for image in own]  # fmt: skip
-        assert batch.initial.reward[place] == pytest.approx(min(found))
-        np.testing.assert_array_equal(batch.images[place], own[int(np.argmin(found))])
+        )).reward for image in images]  # fmt: skip
+        assert batch.initial.reward[index] == pytest.approx(min(rewards))
+        np.testing.assert_array_equal(batch.images[index], images[int(np.argmin(rewards))])
 
 
 class NoFns:
@@ -246,7 +250,7 @@ def test_own_initial_images_are_those_of_the_files(world):
                 np.testing.assert_array_equal(batch.images[index], np.asarray(image))
             record = data["srr"].train.records[row]
             answers = run.verifier.honest.answer(batch.images[index], record.question_texts)
-            expected = dvreward(*record.split([each.p_yes for each in answers])).reward
+            expected = dvreward(*record.split([answer.p_yes for answer in answers])).reward
             assert batch.initial.reward[index] == pytest.approx(expected)
             assert batch.initial.lowest[index] == batch.initial.reward[index]
     assert prompts_seen == set(range(6))
@@ -282,12 +286,12 @@ class FixedPool:
         self.answers = answers
 
     def gather(self, ids):
-        found = {}
-        for each in ids:
-            own = self.answers[each]
-            failure = None if own else "server away"
-            found[each] = Answered(own, own is not None, failure, 1, 0, 0.0)
-        return found
+        results = {}
+        for sample_id in ids:
+            answers = self.answers[sample_id]
+            failure = None if answers else "server away"
+            results[sample_id] = Answered(answers, answers is not None, failure, 1, 0, 0.0)
+        return results
 
 
 def test_a_reflection_is_well_formed_if_every_verdict_is_yes():
@@ -384,7 +388,7 @@ def test_tasks_are_drawn_by_weight_and_by_the_step_alone():
     config.task, config.mixed.tasks, config.mixed.batches = "mixed", ("rt2i", "ti2t"), 2
     config.mixed.weights = (3.0, 1.0)
     parsed = config_lib.from_config_dict(config)
-    drawn = [task.name for at in range(1, 2001) for task in prompts.tasks_at(parsed, at)]
-    assert drawn.count("rt2i") / len(drawn) == pytest.approx(0.75, abs=0.03)
+    names = [task.name for at in range(1, 2001) for task in prompts.tasks_at(parsed, at)]
+    assert names.count("rt2i") / len(names) == pytest.approx(0.75, abs=0.03)
     again = [task.name for task in prompts.tasks_at(parsed, 7)]
-    assert again == drawn[12:14]
+    assert again == names[12:14]

@@ -22,7 +22,7 @@ FIRST_STEP_OF_SRR = 20  # images: in the first step of the srr run
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def whole(request, run, world):
+def full_run(request, run, world):
     """A run without interruption, and its arguments."""
     arguments = KINDS[request.param]
     code, errors = run(world / request.param, *arguments)
@@ -30,32 +30,32 @@ def whole(request, run, world):
     return world / request.param, arguments
 
 
-def test_rows(whole, rows):
-    workdir, arguments = whole
-    found = rows(workdir)[1:]
-    for row in found:
+def test_rows(full_run, rows):
+    workdir, arguments = full_run
+    step_rows = rows(workdir)[1:]
+    for row in step_rows:
         assert row["logp/rollout_update_max_abs_diff"] < 1e-4
         assert row.get("text/ratio_max_dev", 0.0) <= 1e-6
         assert row.get("image/ratio_max_dev", 0.0) <= 1e-6
         assert row["reward/valid_fraction"] == 1.0
     evaluated = rows(workdir)[0]
     if arguments == SRR:
-        parts = [evaluated[f"eval/initial/reward/{name}"] for name in ("mean", "format")]
-        assert 0.0 < parts[0] < 1.0
-        assert parts[1] == 0.0  # first images come without a think text
-        assert all(0.0 < row["srr/initial_reward"] < 1.0 for row in found)
-        assert all(0.0 <= row["srr/improved_fraction"] <= 1.0 for row in found)
+        initial = [evaluated[f"eval/initial/reward/{name}"] for name in ("mean", "format")]
+        assert 0.0 < initial[0] < 1.0
+        assert initial[1] == 0.0  # first images come without a think text
+        assert all(0.0 < row["srr/initial_reward"] < 1.0 for row in step_rows)
+        assert all(0.0 <= row["srr/improved_fraction"] <= 1.0 for row in step_rows)
         return
-    assert any("srr/srr/initial_reward" in row for row in found)
-    assert any("ti2t/reward/mean" in row for row in found)
-    assert all(row["update/skipped"] in (0, 1) for row in found)
+    assert any("srr/srr/initial_reward" in row for row in step_rows)
+    assert any("ti2t/reward/mean" in row for row in step_rows)
+    assert all(row["update/skipped"] in (0, 1) for row in step_rows)
     assert {"rt2i/eval/reward/mean", "ti2t/eval/exact_all", "eval/reward/mean"} <= set(evaluated)
     pictures = {path.name for path in (workdir / "samples").glob("step_000000*.png")}
     assert pictures == {f"step_000000_{name}.png" for name in ("rt2i", "srr", "ti2i")}
 
 
-def test_nothing_compiles_after_the_first_step_of_a_kind(whole):
-    workdir, arguments = whole
+def test_nothing_compiles_after_the_first_step_of_a_kind(full_run):
+    workdir, arguments = full_run
     lines = (workdir / "metrics.jsonl").read_text().splitlines()[1:]
     counts = [json.loads(line)["time/compilations"] for line in lines]
     if arguments == SRR:
@@ -63,31 +63,31 @@ def test_nothing_compiles_after_the_first_step_of_a_kind(whole):
         return
     rows = [json.loads(line) for line in lines]
     names = ("rt2i", "srr", "ti2i", "ti2t")
-    seen: set[str] = set()
+    trained: set[str] = set()
     for before, row in itertools.pairwise(rows):
-        seen |= {name for name in names if f"{name}/reward/mean" in before}
-        new = {name for name in names if f"{name}/reward/mean" in row} - seen
+        trained |= {name for name in names if f"{name}/reward/mean" in before}
+        new = {name for name in names if f"{name}/reward/mean" in row} - trained
         # A task's first batch compiles; so does the first sum of several tasks' gradients.
         grew = row["time/compilations"] > before["time/compilations"]
-        assert not grew or new or len(seen) == 1
+        assert not grew or new or len(trained) == 1
 
 
-def test_the_queue_waits_in_the_checkpoint(whole):
+def test_the_queue_waits_in_the_checkpoint(full_run):
     """Of six initial images four are repaired after two batches."""
-    workdir, _ = whole
+    workdir, _ = full_run
     path = workdir / "checkpoints" / "2" / "progress" / "metadata"
     progress = json.loads(path.read_text())
-    waiting, drawn = len(progress["queue"]["row"]), progress["positions"]["srr"]
+    waiting, position = len(progress["queue"]["row"]), progress["positions"]["srr"]
     assert waiting in (0, 2, 4)
-    assert drawn > 0
-    assert drawn % 6 == 0
+    assert position > 0
+    assert position % 6 == 0
     if len(progress["positions"]) == 1:
-        assert (waiting, drawn) == (2, 6)
+        assert (waiting, position) == (2, 6)
 
 
-@pytest.mark.parametrize("whole", ["srr"], indirect=True)
-def test_interrupted_in_the_middle_of_the_queue_equals_uninterrupted(whole, run, world, rows):
-    workdir, arguments = whole
+@pytest.mark.parametrize("full_run", ["srr"], indirect=True)
+def test_interrupted_in_the_middle_of_the_queue_equals_uninterrupted(full_run, run, world, rows):
+    workdir, arguments = full_run
     resumed = workdir.with_name("srr_interrupted")
     (world / "signal.json").write_text(json.dumps([signal.SIGTERM, FIRST_STEP_OF_SRR]))
     code, errors = run(resumed, *arguments, *tiny_world.INTERRUPTS)
@@ -98,13 +98,13 @@ def test_interrupted_in_the_middle_of_the_queue_equals_uninterrupted(whole, run,
     assert rows(resumed) == rows(workdir)
 
 
-@pytest.mark.parametrize("whole", ["mixed"], indirect=True)
+@pytest.mark.parametrize("full_run", ["mixed"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_process_stopped_and_resumed_equals_uninterrupted(
-    number, whole, start, run, rows, wait_for_step
+    number, full_run, start, run, rows, wait_for_step
 ):
     """SIGTERM in the second step; SIGKILL as soon as the checkpoint of that step is there."""
-    workdir, arguments = whole
+    workdir, arguments = full_run
     resumed = workdir.with_name(f"mixed_{number.name}")
     process, saved = start(resumed, *arguments), resumed / "checkpoints" / "2"
     if number == signal.SIGTERM:
@@ -123,25 +123,25 @@ def test_a_process_stopped_and_resumed_equals_uninterrupted(
     assert rows(resumed) == rows(workdir)
 
 
-@pytest.mark.parametrize("whole", ["mixed"], indirect=True)
-def test_an_error_leaves_the_queue_as_it_was_before_the_step(whole, run, world, rows):
-    workdir, arguments = whole
-    other, limit = workdir.with_name(f"{workdir.name}_failed"), world / "tires_after"
+@pytest.mark.parametrize("full_run", ["mixed"], indirect=True)
+def test_an_error_leaves_the_queue_as_it_was_before_the_step(full_run, run, world, rows):
+    workdir, arguments = full_run
+    failed, limit = workdir.with_name(f"{workdir.name}_failed"), world / "tires_after"
     limit.write_text(str(FAILS_AFTER))
-    code, errors = run(other, *arguments, *tiny_world.TIRES)
+    code, errors = run(failed, *arguments, *tiny_world.TIRES)
     limit.unlink()
     assert code == 1, errors
     assert "step 2" in errors
-    assert [path.name for path in (other / "checkpoints").iterdir()] == ["1"]
-    code, errors = run(other, *arguments, *tiny_world.TIRES)
+    assert [path.name for path in (failed / "checkpoints").iterdir()] == ["1"]
+    code, errors = run(failed, *arguments, *tiny_world.TIRES)
     assert code == 0, errors
-    assert rows(other) == rows(workdir)
+    assert rows(failed) == rows(workdir)
 
 
 def test_own_initial_images(run, world, rows):
-    own = ("--config.srr.source=record", "--config.train.steps=1")
+    flags = ("--config.srr.source=record", "--config.train.steps=1")
     data = ("--config.data.train=edits.jsonl", "--config.data.heldout=edits.jsonl")
-    code, errors = run(world / "own", *SRR, *own, *data)
+    code, errors = run(world / "own", *SRR, *flags, *data)
     assert code == 0, errors
     first, row = rows(world / "own")
     assert 0.0 < row["srr/initial_reward"] < 1.0

@@ -14,7 +14,7 @@ from alphagrpo_jax.rewards.workers import ledger
 
 
 @pytest.fixture(scope="module")
-def whole(run, world):
+def full_run(run, world):
     """A run of four steps without interruption."""
     workdir = world / "whole"
     code, errors = run(workdir)
@@ -22,49 +22,49 @@ def whole(run, world):
     return workdir
 
 
-def test_the_run_folder(whole, rows):
-    names = {path.name for path in whole.iterdir()}
+def test_the_run_folder(full_run, rows):
+    names = {path.name for path in full_run.iterdir()}
     assert {"config.json", "metrics.jsonl", "samples", "checkpoints", "DONE"} <= names
     assert "report.html" in names
-    found = rows(whole)
-    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
-    assert [("eval/reward/mean" in row) for row in found] == [True, False, True, False, True]
-    assert [("eval_greedy/reward/mean" in row) for row in found] == [True, *[False] * 3, True]
-    assert [("state/digest" in row) for row in found] == [False, False, True, False, True]
-    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"2", "4"}
-    pictures = sorted(path.name for path in (whole / "samples").glob("*.png"))
+    logged = rows(full_run)
+    assert [row["step"] for row in logged] == [0, 1, 2, 3, 4]
+    assert [("eval/reward/mean" in row) for row in logged] == [True, False, True, False, True]
+    assert [("eval_greedy/reward/mean" in row) for row in logged] == [True, *[False] * 3, True]
+    assert [("state/digest" in row) for row in logged] == [False, False, True, False, True]
+    assert {path.name for path in (full_run / "checkpoints").iterdir()} == {"2", "4"}
+    pictures = sorted(path.name for path in (full_run / "samples").glob("*.png"))
     assert pictures == ["step_000000.png", "step_000002.png", "step_000004.png"]
-    config = json.loads((whole / "config.json").read_text())
+    config = json.loads((full_run / "config.json").read_text())
     assert config["rollout"]["window_range"] == [0, 3]
 
 
-def test_the_samples_are_explained(whole, rows):
+def test_the_samples_are_explained(full_run, rows):
     for step in (0, 2, 4):
-        page = (whole / "samples" / f"step_{step:06d}.html").read_text()
-        captions = json.loads((whole / "samples" / f"step_{step:06d}.json").read_text())
+        page = (full_run / "samples" / f"step_{step:06d}.html").read_text()
+        captions = json.loads((full_run / "samples" / f"step_{step:06d}.json").read_text())
         assert page.count("data:image/png;base64,") == len(captions) == 2
-        told = [float(number) for number in re.findall(r"reward <b>([0-9.]+)</b>", page)]
+        page_rewards = [float(number) for number in re.findall(r"reward <b>([0-9.]+)</b>", page)]
         rewards = sorted(caption["reward"] for caption in captions)  # worst first
-        assert told == pytest.approx(rewards, abs=1e-3)  # both are rounded
+        assert page_rewards == pytest.approx(rewards, abs=1e-3)  # both are rounded
         assert all(f"Is there {caption['prompt']}?" in page for caption in captions)
-    newest = (whole / "report.html").read_text()
+    newest = (full_run / "report.html").read_text()
     assert "rt2i, step 4" in newest
     start, end = newest.index("<section>"), newest.index("<h2>Samples</h2>")
     curves = newest[start:end]
     assert newest[:start] + newest[end:].removeprefix("<h2>Samples</h2>\n") == page
     assert curves.count("<svg") == 1  # the tiny world has no exact checker
-    last = rows(whole)[-1]
+    last = rows(full_run)[-1]
     assert f"held-out, step 4: {last['eval/reward/mean']:.3f}" in curves
     assert f"in training {last['reward/mean']:.3f}" in curves
-    for row in rows(whole):
+    for row in rows(full_run):
         prefix = "" if row["step"] else "eval/"
         tags = {name for name in row if name.startswith(f"{prefix}reward/tag/")}
         assert tags == {f"{prefix}reward/tag/{tag}" for tag in ("Existence", "Texture")}
         assert 0.0 <= row[f"{prefix}question/saturated_fraction"] <= 1.0
 
 
-def test_first_ratios_are_one_and_rewards_are_those_of_the_verifier(whole, rows):
-    for row in rows(whole)[1:]:
+def test_first_ratios_are_one_and_rewards_are_those_of_the_verifier(full_run, rows):
+    for row in rows(full_run)[1:]:
         assert row["text/ratio_max_dev"] == 0.0
         assert row["image/ratio_max_dev"] == 0.0
         assert row["logp/rollout_update_max_abs_diff"] < 1e-4
@@ -74,19 +74,19 @@ def test_first_ratios_are_one_and_rewards_are_those_of_the_verifier(whole, rows)
         assert row["reward/total"] == pytest.approx(row["reward/mean"] + row["reward/format"])
 
 
-def test_nothing_compiles_after_the_first_step(whole):
-    lines = (whole / "metrics.jsonl").read_text().splitlines()
+def test_nothing_compiles_after_the_first_step(full_run):
+    lines = (full_run / "metrics.jsonl").read_text().splitlines()
     counts = [json.loads(line)["time/compilations"] for line in lines[1:]]
     assert len(set(counts)) == 1
 
 
-def test_a_finished_run_says_so(run_process, whole):
+def test_a_finished_run_says_so(run_process, full_run):
     """In a process of its own, which shows exit code 0."""
-    before = (whole / "metrics.jsonl").read_text()
-    code, errors = run_process(whole)
+    before = (full_run / "metrics.jsonl").read_text()
+    code, errors = run_process(full_run)
     assert code == 0
     assert "is finished: 4 steps are done" in errors
-    assert (whole / "metrics.jsonl").read_text() == before
+    assert (full_run / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_finished_run_says_so(run_process, whole):
     ids=["in the first step", "in the first evaluation"],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
-    number, images, last, run, world, whole, rows
+    number, images, last, run, world, full_run, rows
 ):
     workdir = world / f"interrupted_{number.name}"
     (world / "signal.json").write_text(json.dumps([number, images]))
@@ -104,13 +104,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert "the same command continues" in errors
     assert f"stopping after this step ({number.name})" in errors
     assert not (workdir / "DONE").exists()
-    assert rows(workdir) == ([] if last is None else rows(whole)[: last + 1])
+    assert rows(workdir) == ([] if last is None else rows(full_run)[: last + 1])
     code, errors = run(workdir, *tiny_world.INTERRUPTS)
     assert code == 0, errors
-    assert rows(workdir) == rows(whole)
+    assert rows(workdir) == rows(full_run)
 
 
-def test_two_workers_one_slow_and_one_dying_give_the_updates_of_one(run, world, whole, rows):
+def test_two_workers_one_slow_and_one_dying_give_the_updates_of_one(run, world, full_run, rows):
     """Who answers, when and in what order changes no bit: the digests of the states are equal."""
     uneven = (
         "--config.verifier.path=tiny_verifiers:DiesOnce",
@@ -122,46 +122,50 @@ def test_two_workers_one_slow_and_one_dying_give_the_updates_of_one(run, world, 
     assert (world / "verifier_died").exists()
     audit = [json.loads(line) for line in (world / "dies.jsonl").read_text().splitlines()]
     assert {row["worker"] for row in audit if row["p_yes"]} == {0, 1}
-    assert rows(world / "dies") == rows(whole)
+    assert rows(world / "dies") == rows(full_run)
     lines = (world / "dies" / "metrics.jsonl").read_text().splitlines()[1:]
     counted = [
         {name: json.loads(line)[f"time/pool/{name}"] for name in ledger.COUNTERS} for line in lines
     ]
     assert all(row["submitted"] == row["answered"] >= 8 for row in counted)
     assert sum(row["deaths"] for row in counted) == sum(row["retries"] for row in counted) == 1
-    untroubled = (whole / "metrics.jsonl").read_text().splitlines()[1:]
+    untroubled = (full_run / "metrics.jsonl").read_text().splitlines()[1:]
     assert all(json.loads(line)["time/pool/retries"] == 0 for line in untroubled)
 
 
-def test_a_verifier_that_fails_for_good_costs_nothing_that_is_done(run, world, whole, rows):
+def test_a_verifier_that_fails_for_good_costs_nothing_that_is_done(run, world, full_run, rows):
     """It fails in the second step, in the evaluation after it, and in that at the end."""
     workdir, limit = world / "tired", world / "tires_after"
     # Images: 6 in the first evaluation and the last, 3 in the other one, 8 in every update.
-    for images, saved, owes in ((6 + 8 + 2, 1, False), (8 + 1, 2, True), (3 + 8 + 8 + 1, 4, True)):
+    for images, saved, is_pending in (
+        (6 + 8 + 2, 1, False),
+        (8 + 1, 2, True),
+        (3 + 8 + 8 + 1, 4, True),
+    ):
         limit.write_text(str(images))
         code, errors = run(workdir, *tiny_world.TIRES)
         assert code == 1, errors
         assert "have no reward" in errors
         assert str(saved) in {path.name for path in (workdir / "checkpoints").iterdir()}
-        found = rows(workdir)
-        assert [row["step"] for row in found] == list(range(saved + 1))
-        assert ("eval/pending" in found[-1]) == owes
+        logged = rows(workdir)
+        assert [row["step"] for row in logged] == list(range(saved + 1))
+        assert ("eval/pending" in logged[-1]) == is_pending
         assert not (workdir / "DONE").exists()
     limit.unlink()
     code, errors = run(workdir, *tiny_world.TIRES)
     assert code == 0, errors
-    assert rows(workdir) == rows(whole)
+    assert rows(workdir) == rows(full_run)
     assert (workdir / "DONE").exists()
 
 
-def test_a_start_that_failed_binds_nobody(run, world, whole, rows):
+def test_a_start_that_failed_binds_nobody(run, world, full_run, rows):
     workdir, short = world / "mistyped", "--config.train.steps=0"
     code, errors = run(workdir, short, "--config.verifier.path=tiny_verifiers:Honets")
     assert code == 1
     assert "Honets" in errors
     code, errors = run(workdir, short)
     assert code == 0, errors
-    assert rows(workdir) == rows(whole)[:1]
+    assert rows(workdir) == rows(full_run)[:1]
     assert json.loads((workdir / "config.json").read_text())["verifier"]["path"].endswith("Honest")
 
 
@@ -173,14 +177,14 @@ def test_samples_without_an_answer_are_left_out(run, world, rows):
     )
     code, errors = run(world / "sometimes", *mute, "--config.train.steps=4")
     assert code == 0, errors
-    found = rows(world / "sometimes")[1:]
-    assert min(row["reward/valid_fraction"] for row in found) < 1.0
-    assert all(0.0 < row["reward/mean"] < 1.0 for row in found)  # never scored 0
+    logged = rows(world / "sometimes")[1:]
+    assert min(row["reward/valid_fraction"] for row in logged) < 1.0
+    assert all(0.0 < row["reward/mean"] < 1.0 for row in logged)  # never scored 0
 
 
 @pytest.mark.slow
 def test_killed_behind_its_checkpoint_and_resumed_equals_uninterrupted(
-    start, run, world, whole, rows, wait_for_step
+    start, run, world, full_run, rows, wait_for_step
 ):
     """The row of step 3 is written, its checkpoint is not: the step is done again."""
     workdir = world / "killed"
@@ -190,17 +194,17 @@ def test_killed_behind_its_checkpoint_and_resumed_equals_uninterrupted(
     process.communicate()
     code, errors = run(workdir)
     assert code == 0, errors
-    assert rows(workdir) == rows(whole)
+    assert rows(workdir) == rows(full_run)
 
 
-def test_more_steps_continue_a_finished_run(run, world, whole, rows):
+def test_more_steps_continue_a_finished_run(run, world, full_run, rows):
     workdir = world / "longer"
     code, errors = run(workdir, "--config.train.steps=2")
     assert code == 0, errors
     assert (workdir / "DONE").exists()
     code, errors = run(workdir, "--config.train.steps=4")
     assert code == 0, errors
-    assert rows(workdir)[-1] == rows(whole)[-1]
+    assert rows(workdir)[-1] == rows(full_run)[-1]
     code, errors = run(workdir, "--config.train.steps=3")  # behind the end
     assert code == 0
     assert "is finished: 4 steps are done" in errors
@@ -222,19 +226,19 @@ def test_more_steps_continue_a_run_that_is_compiled_as_users_do(run_process, wor
     assert rows(workdir)[-1] == rows(world / "optimised")[-1]
 
 
-def test_no_steps_only_evaluate(run, world, whole, rows):
+def test_no_steps_only_evaluate(run, world, full_run, rows):
     code, errors = run(world / "nothing", "--config.train.steps=0")
     assert code == 0, errors
-    assert rows(world / "nothing") == rows(whole)[:1]
-    kept = [whole / name for name in ("metrics.jsonl", "config.json", "DONE")]
-    before = [path.read_text() for path in kept]
-    code, errors = run(whole, "--config.train.steps=0")
+    assert rows(world / "nothing") == rows(full_run)[:1]
+    paths = [full_run / name for name in ("metrics.jsonl", "config.json", "DONE")]
+    before = [path.read_text() for path in paths]
+    code, errors = run(full_run, "--config.train.steps=0")
     assert code == 0, errors
-    assert [path.read_text() for path in kept] == before
-    found = json.loads((whole / "evaluation.json").read_text())
-    last = rows(whole)[-1]
-    assert found["eval/reward/mean"] == last["eval/reward/mean"]
-    assert found["step"] == 4
+    assert [path.read_text() for path in paths] == before
+    evaluation = json.loads((full_run / "evaluation.json").read_text())
+    last = rows(full_run)[-1]
+    assert evaluation["eval/reward/mean"] == last["eval/reward/mean"]
+    assert evaluation["step"] == 4
 
 
 PLAIN_IMAGES = (
@@ -283,25 +287,25 @@ def test_several_updates_per_batch(run, world, rows):
     assert row["update/learning_rate"] == pytest.approx(0.75e-2)  # of the second of the two
     assert row["text/kl"] > 0.0  # of the second: the first has moved the policy
     assert row["image/kl"] > 0.0  # only reported
-    for each in rows(world / "several"):
-        assert each["eval/second/mean"] == 0.5
-        gap = each["eval/second_minus_reward"]
-        assert gap == pytest.approx(0.5 - each["eval/reward/mean"])
+    for logged in rows(world / "several"):
+        assert logged["eval/second/mean"] == 0.5
+        gap = logged["eval/second_minus_reward"]
+        assert gap == pytest.approx(0.5 - logged["eval/reward/mean"])
 
 
 @pytest.mark.slow
 def test_the_policy_as_its_own_verifier(run, world, rows):
     tiny_world.write_model(world / "speaks", words=("yes", "no"))
-    alone = (
+    flags = (
         "--config.model.path=speaks",
         "--config.verifier.kind=self",
         "--config.rollout.prompt_tokens=40",  # the bucket of the questions too
     )
-    code, errors = run(world / "self", *alone, "--config.train.steps=2")
+    code, errors = run(world / "self", *flags, "--config.train.steps=2")
     assert code == 0, errors
-    found = rows(world / "self")
-    assert found[0]["eval/reward/valid_fraction"] == 1.0
-    for row in found[1:]:
+    logged = rows(world / "self")
+    assert logged[0]["eval/reward/valid_fraction"] == 1.0
+    for row in logged[1:]:
         assert row["reward/valid_fraction"] == 1.0
         assert 0.0 < row["reward/mean"] < 1.0
         assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0
@@ -378,12 +382,12 @@ def test_a_folder_that_cannot_be_written(run_process, world):
     assert "cannot be written" in errors
 
 
-def test_another_configuration_is_refused(run, whole):
-    before = (whole / "metrics.jsonl").read_text()
-    code, errors = run(whole, "--config.seed=7")
+def test_another_configuration_is_refused(run, full_run):
+    before = (full_run / "metrics.jsonl").read_text()
+    code, errors = run(full_run, "--config.seed=7")
     assert code == 2
     assert "seed: the run has 0, this start 7" in errors
-    assert (whole / "metrics.jsonl").read_text() == before
+    assert (full_run / "metrics.jsonl").read_text() == before
 
 
 def test_invalid_rewards_stop_the_run_and_are_never_invented(run, world):
@@ -407,14 +411,14 @@ def test_equal_rewards_skip_the_update(run, world, rows):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(run, world, tmp_path, rows):
     shutil.copytree(world / "model", tmp_path / "model")
-    own = (f"--config.model.path={tmp_path / 'model'}", "--config.checkpoint.every=1")
-    code, errors = run(tmp_path / "run", *own, "--config.train.steps=1")
+    flags = (f"--config.model.path={tmp_path / 'model'}", "--config.checkpoint.every=1")
+    code, errors = run(tmp_path / "run", *flags, "--config.train.steps=1")
     assert code == 0, errors
     before = rows(tmp_path / "run")
     loaded = tiny_world.model()
     head = {"kernel": np.full_like(loaded.base["lm_head"]["kernel"], np.nan)}
     save_model(tmp_path / "model", loaded, base=loaded.base | {"lm_head": head})
-    code, errors = run(tmp_path / "run", *own, "--config.train.steps=3")
+    code, errors = run(tmp_path / "run", *flags, "--config.train.steps=3")
     assert code == 1
     assert "step 2: the loss (nan)" in errors
     assert "the update was not applied" in errors
