@@ -89,7 +89,7 @@ def test_a_report_holds_what_the_verifier_said(folder, capsys):
     printed = capsys.readouterr().out
     assert "3 images, mean reward" in printed
     assert "Records without an image (1): 2: shape 2" in printed
-    assert found["files_passed_over"] == ["notes.txt"]
+    assert report["files_passed_over"] == ["notes.txt"]
     assert "Files passed over (1): notes.txt" in printed
 
 
@@ -103,10 +103,10 @@ def test_files_that_are_passed_over_and_first_pages_are_named(folder, capsys):
     (images / os.fsdecode(b"\xff.txt")).write_text("x")  # a name that UTF-8 cannot hold
     for ending in (".json", ".html", ".csv"):
         assert score.main(flags(folder, f"report{ending}")) == 0
-    found = json.loads((folder / "report.json").read_text())
-    assert found["files_passed_over"] == ["1_2.heic", "1_3.psd", "more/", "\udcff.txt"]
-    assert found["first_pages"] == ["2.TIFF"]
-    assert "2.TIFF" in {image["name"] for image in found["images"]}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["files_passed_over"] == ["1_2.heic", "1_3.psd", "more/", "\udcff.txt"]
+    assert report["first_pages"] == ["2.TIFF"]
+    assert "2.TIFF" in {image["name"] for image in report["images"]}
     printed = capsys.readouterr().out
     assert "Files passed over (4): 1_2.heic, 1_3.psd, more/, \\udcff.txt" in printed
     assert "Images of several pages, the first was read (1): 2.TIFF" in printed
