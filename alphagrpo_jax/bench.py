@@ -202,12 +202,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(prog="python -m alphagrpo_jax.bench", description=__doc__)
     parser.add_argument("--config", default=config_checks.DEFAULT_CONFIG, help="a Python file")
-    parser.add_argument("--steps", type=int, default=5, help="repetitions; medians are shown")
+    parser.add_argument("--steps", type=cli.COUNT, default=5, help="repetitions; medians are shown")
     parser.add_argument("--out", help="a JSON file for the figures")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
     python -m alphagrpo_jax.decompose --input prompts.txt --output train.jsonl --llm shapes
     python -m alphagrpo_jax.decompose --input prompts.txt --output train.jsonl \
         --llm openai:http://127.0.0.1:8000/v1 --model Qwen3-30B --api-key-env KEY --concurrency 16
-    python -m alphagrpo_jax.decompose --check train.jsonl
+    python -m alphagrpo_jax.decompose --check train.jsonl --verifier package:verifier
 
 The input is a text file with one prompt per line, or a *.jsonl file of objects with "prompt" (and
 maybe "id"). Stopped or killed at any moment, the same command continues; prompts that failed are
@@ -25,7 +25,9 @@ from alphagrpo_jax.decomposition.pipeline import TRIES, DecompositionError
 from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import InputError
+from alphagrpo_jax.runtime.paths import model_folder
 from alphagrpo_jax.runtime.stopping import StopFlag
+from alphagrpo_jax.runtime.texts import printable
 from alphagrpo_jax.shapes import grammar
 
 
@@ -100,19 +102,35 @@ def decompose(options: argparse.Namespace) -> int:
     return cli.DONE
 
 
-def check_file(path: str) -> int:
-    """Prints the findings about a file of records; returns the exit code."""
-    findings, count = check.check_file(path)
+def check_file(path: str, verifier: str | None) -> int:
+    """Prints the findings about a file of records; returns the exit code.
+
+    Args:
+      path: of the file.
+      verifier: a folder, package:NAME or ORG/NAME of the verifier that is to be asked; None: it is
+        not known.
+    Raises:
+      VerifierLoadError, MissingFileError: there is no such verifier.
+    """
+    refusal = None
+    if verifier is not None:
+        # PyTorch takes seconds to load; no other use of this command needs it.
+        from alphagrpo_jax.rewards.verifiers.prompt_limits import PromptLimits
+
+        refusal = PromptLimits.from_folder(model_folder(verifier)).refusal
+    findings, count = check.check_file(path, refusal)
     errors = sum(finding.severity == "error" for finding in findings)
     for finding in findings:
-        print(finding)
+        print(printable(str(finding)))
     print(f"{path}: {count} records, {errors} errors, {len(findings) - errors} warnings")
     return cli.FAILED if errors else cli.DONE
 
 
 def run(options: argparse.Namespace) -> int:
     """Checks a file or decomposes prompts, as the flags say; returns the exit code."""
-    return check_file(options.check) if options.check else decompose(options)
+    if options.check:
+        return check_file(options.check, options.verifier)
+    return decompose(options)
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,32 +144,39 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--input", help="prompts, one per line, or *.jsonl")
     add("--output", help="the file of records to write or to continue")
     add("--check", metavar="FILE", help="only check this file of records")
+    add("--verifier", metavar="PATH", help="of --check: the verifier (a folder, package:NAME or "
+        "ORG/NAME) that is to be asked; finds questions that it cannot be asked")  # fmt: skip
     add("--llm", default="shapes", help="openai:URL[,URL...], hf:FOLDER or shapes (the default)")
     add("--model", default="", help="of openai: the name that the servers know it by")
     add("--api-key-env", default="", help="of openai: environment variable that holds the key")
     add("--timeout-seconds", type=float, default=120.0, help="of openai: of one request")
-    add("--max-tokens", type=int, default=4096, help="of one reply")
+    add("--max-tokens", type=cli.COUNT, default=4096, help="of one reply")
     json_help = "of openai: servers decode by each reply's JSON schema, where they can"
     add("--json-schema", action="store_true", help=json_help)
     add("--device", default="cpu", help="of hf")
     add("--dtype", default="auto", help="of hf: float32, bfloat16 or auto")
-    add("--concurrency", type=int, default=8, help="prompts under way at once")
+    add("--concurrency", type=cli.COUNT, default=8, help="prompts under way at once")
     add("--requests-per-minute", type=float, default=0.0, help="to the model; 0: no limit")
-    add("--attempts", type=int, default=TRIES, help="decompositions of a prompt, at most")
-    add("--allow-failures", type=int, default=0, help="failed prompts above which the code is 1")
+    add("--attempts", type=cli.COUNT, default=TRIES, help="decompositions of a prompt, at most")
+    add(
+        "--allow-failures",
+        type=cli.AMOUNT,
+        default=0,
+        help="failed prompts above which the code is 1",
+    )
     options = parser.parse_args(arguments)
     if options.check is not None:
         if options.input or options.output:
             parser.error("--check stands alone: it reads one file and writes none")
         return options
+    if options.verifier is not None:
+        parser.error("--verifier needs --check FILE")
     if not (options.input and options.output):
         parser.error("--input and --output are needed (or --check FILE)")
-    if min(options.concurrency, options.attempts, options.max_tokens) < 1:
-        parser.error("--concurrency, --attempts and --max-tokens must be at least 1")
     if options.timeout_seconds <= 0:
         parser.error("--timeout-seconds must be positive")
-    if options.requests_per_minute < 0 or options.allow_failures < 0:
-        parser.error("--requests-per-minute and --allow-failures must not be negative")
+    if options.requests_per_minute < 0:
+        parser.error("--requests-per-minute must not be negative")
     served = options.llm.startswith("openai:")
     if served and not options.model:
         parser.error("--llm openai:URL needs --model NAME")

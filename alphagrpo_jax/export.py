@@ -35,7 +35,8 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
       out: a new or empty folder.
       model_path: see `inference.from_run`.
       dtype: of all tensors; None: each tensor's in memory, so that nothing is rounded (the
-        pretrained folder's may be coarser than what was trained).
+        pretrained folder's may be coarser than what was trained). The two position tables have the
+        dtype that the model computes in.
     Raises:
       AccessError: `out` holds something.
     """
@@ -44,9 +45,7 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
         raise AccessError(f"{out} exists and is not an empty folder; give another --out")
     policy = inference.from_run(run, model_path=model_path)
     base = merged_weights(policy)
-    loaded = dataclasses.replace(
-        policy.loaded, dtypes={**policy.loaded.dtypes, **memory_dtypes(base)}
-    )
+    loaded = dataclasses.replace(policy.loaded, dtypes=memory_dtypes(base, policy.loaded.model))
     save_model(folder, loaded, base=base, dtype=dtype)
     return policy.step
 

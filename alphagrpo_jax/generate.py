@@ -33,7 +33,10 @@ from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.files import replace_text
+from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
+from alphagrpo_jax.runtime.texts import is_writable
+from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.shapes import grammar
 from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training import verifiers as verifiers_lib
@@ -127,6 +130,8 @@ def run(options: argparse.Namespace) -> None:
     rates = options.refine and options.keep != "last"
     record = find_questions(options) if rates else None
     config = read_config(options)
+    text = options.prompt or options.edit or options.ask
+    inference.check_text(text, Tokenizer.from_folder(resolve(config.model.path)))
     if rates:
         verifiers_lib.verifier_factories(config)
     if options.out is not None:
@@ -229,12 +234,14 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ask", help="a question about --image")
     add("--out", help=f"the image to write: a name with {', '.join(FORMATS)}")
     add("--think", action="store_true", help="write a think text before each image")
-    add("--n", type=int, default=1, help="how many images")
-    add("--refine", type=int, default=0, help="how often the image is looked at and repaired")
+    add("--n", type=cli.COUNT, default=1, help="how many images")
+    add(
+        "--refine", type=cli.AMOUNT, default=0, help="how often the image is looked at and repaired"
+    )
     add("--keep", choices=inference.KEEP_MODES, default="last", help="which round's image")
     add("--record", help="a file of records with questions about the prompt, for --keep")
     add("--verifier", help="a folder or package:NAME, for --keep, instead of the configuration's")
-    add("--seed", type=int, default=0)
+    add("--seed", type=cli.SEED, default=0)
     add("--checkpoint", help="a run's folder: its newest checkpoint draws")
     add(
         "--config", default=config_checks.DEFAULT_CONFIG, help="without --checkpoint; a Python file"
@@ -242,16 +249,14 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="a folder or package:NAME, instead of the configuration's")
     add("--temperature", type=float, help="of texts; 0 is greedy")
     add("--top-p", type=float, help="of texts")
-    add("--num-points", type=int, help="of the schedule: one more than steps")
+    add("--num-points", type=cli.COUNT, help="of the schedule: one more than steps")
     add("--text-guidance", type=float, help="scale, of edits and repairs too; at most 1 is off")
     add("--image-guidance", type=float, help="scale of edits and repairs; needs text guidance")
     options = parser.parse_args(arguments)
-    top_p = 1.0 if options.top_p is None else options.top_p
-    if options.n < 1 or (options.num_points or 2) < 2 or not 0 < top_p <= 1 or options.refine < 0:
-        parser.error(
-            "--n must be at least 1, --num-points at least 2, --top-p in (0, 1], --refine not "
-            "negative"
-        )
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        parser.error("--top-p must be in (0, 1]")
+    if options.num_points == 1:
+        parser.error("--num-points must be at least 2")
     if (options.temperature or 0) < 0:
         parser.error("--temperature must not be negative")
     _check_usage(parser, options)
@@ -263,6 +268,9 @@ def _check_usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     if len(actions) != 1:
         parser.error(f"give one of --prompt, --edit and --ask, got {actions or 'none'}")
     (action,) = actions
+    text = vars(options)[action]
+    if not text.strip() or not is_writable(text):
+        parser.error(f"--{action}: got {text!r}, expected a text in UTF-8 that is not empty")
     if action in ("edit", "ask") and options.image is None:
         parser.error(f"--{action} needs --image")
     if action == "prompt" and options.image is not None and not options.refine:

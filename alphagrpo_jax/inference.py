@@ -24,6 +24,8 @@ from alphagrpo_jax.runtime import checkpoint, distributed, sharding
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
 from alphagrpo_jax.runtime.records import Record
+from alphagrpo_jax.runtime.texts import is_writable
+from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling.trajectory import RolloutSpec, sample_trajectories
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
@@ -241,6 +243,8 @@ def run_task(
     """
     config, loaded = policy.config, policy.loaded
     spec = options_lib.eval_spec(config, loaded, task)
+    for text in text_inputs:
+        check_text(text, loaded.tokenizer)
     rows = [loaded.tokenizer.wrap(task.texts[0].format(prompt=text)) for text in text_inputs]
     tokens, mask = loaded.tokenizer.batch(rows, max(map(len, rows)))
     image_batches, texts = [], [[] for _ in spec.plan.text_steps]
@@ -311,11 +315,32 @@ def _sample_texts(
     return decode_steps(policy.loaded.tokenizer, trajectories)
 
 
+def check_text(text: str, tokenizer: Tokenizer) -> None:
+    """Checks a prompt, a wish or a question to the policy.
+
+    Raises:
+      InputError: it is empty, UTF-8 cannot hold it, or it holds a special token of the policy.
+    """
+    if not text.strip():
+        raise InputError(f"got the text {text!r}, expected one that is not empty")
+    if not is_writable(text):
+        raise InputError(
+            f"got the text {text!r}, which holds bytes or half of a character that UTF-8 cannot "
+            "hold; write the whole character"
+        )
+    if tokens := tokenizer.control_tokens(text):
+        raise InputError(
+            f"got the control tokens {tokens} in the text {text!r}, which the policy reads as ends "
+            "of turns or images; expected plain text: take them out"
+        )
+
+
 def _prompt_inputs(
     policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int
 ) -> tuple[RolloutSpec, tuple[TextBlock | ImageBlock, ...]]:
     """Returns the spec of a rollout of `count` rows, and the inputs of one prompt."""
     loaded, task = policy.loaded, tasks.TASKS[name]
+    check_text(text, loaded.tokenizer)
     spec = options_lib.eval_spec(policy.config, loaded, task)
     spec = dataclasses.replace(spec, rows_per_prompt=count)
     row = loaded.tokenizer.wrap(task.texts[0].format(prompt=text))
@@ -344,7 +369,7 @@ def _sample(
     temperature: float,
     first: int = 0,
 ) -> tuple[Rollout, jax.Array | None]:
-    return _sample_trajectories(
+    trajectories, images = _sample_trajectories(
         policy.loaded.model,
         policy.params,
         inputs,
@@ -354,3 +379,22 @@ def _sample(
         jnp.float32(temperature),
         spec=spec,
     )
+    _check_finite(trajectories)
+    return trajectories, images
+
+
+def _check_finite(trajectories: Rollout) -> None:
+    """Refuses samples that would show as black images or arbitrary texts.
+
+    Raises:
+      InputError: a latent or a log-prob is NaN or infinite.
+    """
+    arrays = {"the images": [sample.latents for sample in trajectories.images]}
+    arrays["the texts' log-probs"] = [sample.log_prob for sample in trajectories.texts]
+    for name, samples in arrays.items():
+        if not all(bool(jnp.isfinite(sample).all()) for sample in samples):
+            raise InputError(
+                f"{name} are not finite (NaN or infinite), expected numbers; the weights are "
+                "broken (model.path, --checkpoint), or a guidance scale or temperature is extreme: "
+                "nothing is written"
+            )

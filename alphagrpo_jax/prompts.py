@@ -17,9 +17,10 @@ from PIL import Image
 from alphagrpo_jax import tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import LoadedModel
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
-from alphagrpo_jax.runtime.records import Record, parse_record, read_jsonl
+from alphagrpo_jax.runtime.records import Record, numbered_lines, parse_record, read_jsonl
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.tasks import TEXT, Task
 from alphagrpo_jax.types import (
@@ -172,6 +173,7 @@ def load(
         # A decorator of tfds hides the parameters.
         rows = builder.as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]
     records = tuple(parse_record(json.loads(row["record"]), form=form) for row in rows)
+    check_control_tokens(path, records, task, tokenizer)
     if own_images:
         digest = check_images(path, records, digest)
     texts = tuple(
@@ -195,23 +197,58 @@ def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> 
       ValueError: some are missing or unreadable; one message that lists them by line.
     """
     problems, total = [], hashlib.sha256(digest.encode())
-    with path.open("rb") as lines:
-        numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    for number, record in zip(numbers, records, strict=True):
+    for (number, _), record in zip(numbered_lines(path), records, strict=True):
         try:
             image = record_image(path.parent, record, None)
             total.update(f"{image.shape}".encode() + image.tobytes())
         except UserError as error:
             problems.append(f"  {path}:{number}: {error}")
     if problems:
-        more = len(problems) - MAX_REPORTED
-        tail = f"\n  ... and {more} more" if more > 0 else ""
         raise InputError(
             f"{len(problems)} of {len(records)} records have no readable image:\n"
-            + "\n".join(problems[:MAX_REPORTED])
-            + tail
+            + _listed(problems)
         )
     return total.hexdigest()
+
+
+def check_control_tokens(
+    path: pathlib.Path, records: Sequence[Record], task: Task, tokenizer: Tokenizer
+) -> None:
+    """Refuses records whose texts a model would read as more than text.
+
+    In the fields that enter the policy's context no token may be one of its own special tokens. As
+    ratings ask about them, they and the questions may hold none that verifiers are known to have.
+
+    Raises:
+      InputError: there are some; one message that lists them by line.
+    """
+    names = sorted({name for text in task.texts for name in re.findall(r"\{(\w+)\}", text)})
+    problems, total = [], 0
+    for (number, _), record in zip(numbered_lines(path), records, strict=True):
+        fields = {"prompt": record.prompt, **record.extra}
+        texts = [(name, str(fields[name])) for name in names if name in fields]
+        tokens = {
+            where: sorted({*control_tokens(text), *tokenizer.control_tokens(text)})
+            for where, text in texts
+        }
+        tokens |= {f"question {text!r}": control_tokens(text) for text in record.question_texts}
+        faults = [
+            f"  {path}:{number}: {where}: {names}" for where, names in tokens.items() if names
+        ]
+        problems += faults
+        total += bool(faults)
+    if problems:
+        raise InputError(
+            f"{total} of {len(records)} records hold control tokens, which a model reads as ends "
+            f"of turns or images; expected plain texts: take them out\n{_listed(problems)}"
+        )
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """Lists the first of some problems, each a line."""
+    more = len(problems) - MAX_REPORTED
+    tail = f"\n  ... and {more} more" if more > 0 else ""
+    return "\n".join(problems[:MAX_REPORTED]) + tail
 
 
 def added_tokens(template: str, tokenizer: Tokenizer) -> int:

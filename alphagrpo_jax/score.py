@@ -283,22 +283,25 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "or callable:MODULE:FUNCTION")  # fmt: skip
     add("--model", default="", help="of openai: the name that the servers know it by")
     add("--api-key-env", default="", help="of openai: environment variable that holds the key")
-    add("--workers", type=int, default=2, help="verifier processes")
+    add("--workers", type=cli.COUNT, default=2, help="verifier processes")
     add("--device", default="cpu", help="of a local verifier")
     add("--dtype", default="float32", help="of its weights: float32, bfloat16 or auto")
-    add("--attempts", type=int, default=4, help="at an image, until it has no score")
-    add("--cache-size", type=int, default=0, help="answers that are remembered, for folders "
+    add("--attempts", type=cli.COUNT, default=4, help="at an image, until it has no score")
+    add("--cache-size", type=cli.AMOUNT, default=0, help="answers that are remembered, for folders "
         "in which images come more than once")  # fmt: skip
     add("--score", choices=get_args(Score), default="confidence")
     add("--aggregate", choices=get_args(Aggregate), default="geometric")
     add("--dependencies", action="store_true", help="a question counts only if those that it "
         "depends on hold")  # fmt: skip
-    add("--allow-failures", type=int, default=0, help="failed images above which the code is 1")
+    add(
+        "--allow-failures",
+        type=cli.AMOUNT,
+        default=0,
+        help="failed images above which the code is 1",
+    )
     options = parser.parse_args(arguments)
     if pathlib.Path(options.out).suffix.lower() not in report.FORMATS:
         parser.error(f"--out {options.out}: expected a name that ends in {[*report.FORMATS]}")
-    if options.allow_failures < 0:
-        parser.error("--allow-failures must not be negative")
     if options.verifier.startswith("openai:") and not options.model:
         parser.error("--verifier openai:URL needs --model NAME")
     return options

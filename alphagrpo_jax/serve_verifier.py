@@ -210,24 +210,31 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face model folder, ORG/NAME of the "
         "hub, or package:NAME")  # fmt: skip
-    add("--port", type=int, default=8000, help="0: any free one")
+    add("--port", type=cli.integer(0, 65535), default=8000, help="0: any free one")
     add("--host", default="127.0.0.1", help="0.0.0.0: all of this machine's addresses")
     add("--name", help="of the model, as clients call it; default: the last part of --model")
     add("--device", default="cpu", help="cpu or cuda")
     add("--dtype", default="float32", help="of the weights, or auto for the folder's own")
-    add("--threads", type=int, help="CPU threads of the model; default: PyTorch's choice")
-    add("--max-batch", type=int, default=64, help="questions per pass; 1: the same bits always")
-    add("--max-queue", type=int, default=1024, help="questions that may wait before 503 is said")
+    add("--threads", type=cli.COUNT, help="CPU threads of the model; default: PyTorch's choice")
+    add(
+        "--max-batch",
+        type=cli.COUNT,
+        default=64,
+        help="questions per pass; 1: the same bits always",
+    )
+    add(
+        "--max-queue",
+        type=cli.COUNT,
+        default=1024,
+        help="questions that may wait before 503 is said",
+    )
     add("--max-wait", type=float, default=60.0, help="seconds that a question may wait, and a pass "
         "take until /health says 503")  # fmt: skip
-    add("--max-logprobs", type=int, default=20, help="most candidates of a token")
+    add("--max-logprobs", type=cli.COUNT, default=20, help="most candidates of a token")
     add("--api-key-env", default="", help="environment variable with the key clients must send")
     options = parser.parse_args(arguments)
-    counts = (options.max_batch, options.max_queue, options.max_logprobs, options.threads or 1)
-    if min(counts) < 1:
-        parser.error("--max-batch, --max-queue, --max-logprobs and --threads must be at least 1")
-    if not 0 <= options.port < 65536 or not options.max_wait > 0:
-        parser.error("--port must be between 0 and 65535, --max-wait positive")
+    if not options.max_wait > 0:
+        parser.error("--max-wait must be positive")
     try:
         read_key(options.api_key_env)
     except UsageError as error:

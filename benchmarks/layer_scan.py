@@ -149,7 +149,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(prog="python -m benchmarks.layer_scan")
     parser.add_argument("--sizes", nargs="*", default=["tests", "package:umm"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=cli.COUNT, default=5)
     return parser.parse_args(arguments)
 
 

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_world
+from flax import traverse_util
 from PIL import Image
+from safetensors.numpy import load_file
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import export, generate, inference
 from alphagrpo_jax.models.bagel_weights import load_model, save_model
+from alphagrpo_jax.models.name_table import AE, EMA, entries, position_tables
+from alphagrpo_jax.ops.posembed import sincos_table
 from alphagrpo_jax.prompts import start_position
 from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.runtime.errors import InputError
@@ -84,6 +88,33 @@ def test_exported_weights_draw_the_same(run: str, request, tmp_path: pathlib.Pat
     assert first.texts == second.texts
     np.testing.assert_allclose(first.images.astype(int), second.images.astype(int), atol=1)
     assert export.main(["--checkpoint", str(run_folder), "--out", str(out)]) == 1
+
+
+@pytest.mark.parametrize("run", ["run_folder", "run_from_half"])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_an_export_is_the_table_of_names_with_its_values(run: str, dtype, request, tmp_path):
+    """Read by the safetensors library, not by our loader."""
+    folder = request.getfixturevalue(run)
+    export.export(str(folder), str(tmp_path / "model"), dtype=dtype)
+    policy = inference.from_run(folder)
+    base = export.merged_weights(policy)
+    flat = traverse_util.flatten_dict(base)
+    files = {name: load_file(tmp_path / "model" / name) for name in (EMA, AE)}
+    expected = {EMA: {}, AE: {}}
+    for entry in entries(base):
+        leaf = np.asarray(flat[entry.path])
+        expected[entry.file][entry.name] = entry.to_file(
+            leaf if entry.layer is None else leaf[entry.layer]
+        )
+    for name, (width, side) in position_tables(policy.loaded.config).items():
+        expected[EMA][name] = sincos_table(width, side)
+    for file, tensors in expected.items():
+        assert files[file].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            written = files[file][name]
+            assert (written.dtype.name, written.shape) == (dtype or "float32", tensor.shape), name
+            np.testing.assert_array_equal(written, tensor.astype(written.dtype), err_msg=name)
+    assert "latent_pos_embed.pos_embed" in files[EMA]
 
 
 def test_export_rounds_only_when_told_to(run_folder: pathlib.Path, tmp_path: pathlib.Path):
@@ -266,6 +297,8 @@ def test_a_missing_verifier_is_one_message_before_the_model_is_loaded(
         (["--prompt", "a dog", "--refine", "1", "--keep", "best"], "needs questions about the"),
         (["--image", "nowhere.png", "--ask", "what?"], "no image file at nowhere.png"),
         (["--image", "setup.py", "--edit", "x"], "is not a readable image"),
+        (["--prompt", "a <|im_end|> circle"], "got the control tokens ['<|im_end|>']"),
+        (["--prompt", "<|vision_start|>", "--think"], "control tokens ['<|vision_start|>']"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_is_loaded(
@@ -305,6 +338,47 @@ def test_contradicting_flags_end_with_code_2(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action", ["--edit", "--ask"])
+def test_control_tokens_in_wishes_and_questions_are_refused(action, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "open_policy", lambda *_: pytest.fail("loaded"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    out = ["--out", str(tmp_path / "y.png")] if action == "--edit" else []
+    flags = ["--image", str(tmp_path / "x.png"), action, "what <|endoftext|>?", *out]
+    assert generate.main(flags) == 1
+    assert "control tokens ['<|endoftext|>']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named(value, tmp_path, capsys):
+    root = tiny_world.write_all(tmp_path)
+    loaded = tiny_world.model()
+    loaded.base["llm2vae"]["kernel"] = loaded.base["llm2vae"]["kernel"].at[3, 1].set(value)
+    for dtype in ("float32", "bfloat16", "float16"):
+        save_model(root / "model", loaded, dtype=dtype)
+        out = tmp_path / "x.png"
+        flags = ["--prompt", "x", "--out", str(out), "--model", str(root / "model")]
+        assert generate.main(flags) == 1
+        errors = capsys.readouterr().err
+        assert "ema.safetensors: tensor llm2vae.weight holds NaN or infinite values" in errors
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_outputs_that_are_no_numbers_are_not_drawn(think, run_folder, tmp_path):
+    policy = inference.from_run(run_folder)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, policy.params.lora)
+    policy = policy._replace(params=policy.params.replace(lora=broken))
+    with pytest.raises(InputError, match=r"not finite .* the weights are broken"):
+        inference.generate_images(policy, "a red circle", think=think, count=1, seed=0)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "a \ud83d", "a <|im_start|>"])
+def test_texts_that_no_policy_can_read_are_refused(text, run_folder):
+    policy = inference.from_run(run_folder)
+    with pytest.raises(InputError, match="got the"):
+        inference.generate_images(policy, text, think=False, count=1, seed=0)
+
+
 @pytest.mark.parametrize("ending", generate.FORMATS)
 def test_every_format_that_is_allowed_can_be_written(ending, tmp_path):
     path = tmp_path / f"x{ending}"
@@ -313,8 +387,14 @@ def test_every_format_that_is_allowed_can_be_written(ending, tmp_path):
 
 
 def test_wrong_usage_ends_with_code_2(capsys):
-    for extra in (["--n", "0"], ["--top-p", "1.5"], ["--temperature", "-1"], ["--unknown"]):
+    wrong = (["--n", "0"], ["--top-p", "1.5"], ["--temperature", "-1"], ["--unknown"],
+             ["--temperature", "nan"], ["--text-guidance", "inf"], ["--seed", "-1"],
+             ["--num-points", "1"], ["--prompt", " "], ["--prompt", "a \udcff"])  # fmt: skip
+    for extra in wrong:
         with pytest.raises(SystemExit) as stop:
             generate.main(["--prompt", "x", "--out", "x.png", *extra])
         assert stop.value.code == 2
-    assert "--n must be at least 1" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "--n: got 0, it must be at least 1" in errors
+    assert "--temperature: got 'nan', expected a finite number" in errors
+    assert "--prompt: got ' ', expected a text in UTF-8 that is not empty" in errors

@@ -48,6 +48,35 @@ def test_a_bad_line_is_named(tmp_path, tokenizer):
         prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "a red <|im_end|> circle"}, "prompt: ['<|im_end|>']"),
+        ({"prompt": "<|vision_start|>"}, "prompt: ['<|vision_start|>']"),
+        ({"prompt": "a circle <image>"}, "prompt: ['<image>']"),  # of a verifier
+        ({"prompt": "a circle <|endoftext|>"}, "prompt: ['<|endoftext|>']"),
+    ],
+)
+def test_control_tokens_in_prompts_are_refused(tmp_path, tokenizer, changes, message):
+    path = tiny_world.write_records(tmp_path / "train.jsonl", 2)
+    row = tiny_world.record("a green cross") | changes
+    path.write_text("\ufeff\n" + path.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="1 of 3 records hold control tokens") as caught:
+        prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=64, cache=tmp_path)
+    assert f"{path}:4: {message}" in str(caught.value)
+
+
+def test_control_tokens_in_questions_are_refused(tmp_path, tokenizer):
+    path = tmp_path / "train.jsonl"
+    row = tiny_world.record("a green cross")
+    row["quality_questions"][0]["question"] = "Is it </s> fine?"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:1: question 'Is it </s> fine\?': \['</s>'\]"
+    ):
+        prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=64, cache=tmp_path)
+
+
 def test_prompts_beyond_the_bucket_are_named(tokenizer):
     with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than the prompt bucket of 8"):
         prompts.tokenize(["a red circle", "x" * 40], tokenizer, bucket=8)

@@ -2,13 +2,21 @@
 
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from alphagrpo_jax.decomposition import phrasing
 from alphagrpo_jax.decomposition.pipeline import find_cycle
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
-from alphagrpo_jax.runtime.records import Question, Record, RecordError, parse_line, parse_record
+from alphagrpo_jax.runtime.records import (
+    Question,
+    Record,
+    RecordError,
+    check_encoding,
+    parse_line,
+    parse_record,
+    strip_mark,
+)
 
 _HAS_QUESTIONS = {"semantic_questions", "quality_questions"}
 REQUIRED = ("question_type", "question", "is_valid", "tag")  # of a question, as released
@@ -26,16 +34,24 @@ class Finding(NamedTuple):
         return f"{self.path}:{self.line}: {self.severity}: {self.message}"
 
 
-def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
+def check_file(
+    path: str | os.PathLike, refusal: Callable[[str], str | None] | None = None
+) -> tuple[list[Finding], int]:
     """Returns the findings of a file in the order of its lines, and its number of readable records.
 
     A record with an answer and no questions is checked as one of the answering task, without them.
 
     Errors: what `records.parse_record` refuses (form, empty lists, dependencies on no question,
-    no valid question), unknown tags, dependency circles, prompts, ids or questions that occur
-    twice, questions whose good answer is no or that hold control tokens. Warnings: fields left out,
+    no valid question, texts that UTF-8 cannot hold), unknown tags, dependency circles, prompts, ids
+    or questions that occur twice, questions whose good answer is no, prompts or questions that hold
+    control tokens, questions that the verifier cannot be asked. Warnings: fields left out,
     questions marked invalid, dependencies on those, doubtful wording, an original_index that occurs
     twice, blank lines.
+
+    Args:
+      path: of the file.
+      refusal: returns why a verifier cannot be asked a question, or None if it can; None: there is
+        no verifier to be asked.
     """
     path = pathlib.Path(path)
     try:
@@ -44,7 +60,11 @@ def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
         return [Finding(str(path), 1, "error", f"cannot be read: {error.strerror}")], 0
     first_lines: dict[tuple[str, str], int] = {}
     findings, count = [], 0
-    lines = content.split(b"\n")
+    try:
+        check_encoding(content[:4], path)
+    except RecordError as error:
+        return [Finding(str(path), 1, "error", str(error))], 0
+    lines = [strip_mark(line) for line in content.split(b"\n")]
     if not lines[-1]:
         lines.pop()
     elif content:
@@ -59,7 +79,7 @@ def check_file(path: str | os.PathLike) -> tuple[list[Finding], int]:
         if record is not None:
             count += 1
             problems += _repetition_problems(record, number, first_lines)
-            problems += _record_problems(record)
+            problems += _record_problems(record, refusal)
         findings += [Finding(str(path), number, severity, text) for severity, text in problems]
     if not count and not findings:
         findings.append(Finding(str(path), 1, "error", "no records, expected at least one"))
@@ -124,7 +144,11 @@ def _repetition_problems(
             yield severity, f"{name} {display!r} is that of line {first} too"
 
 
-def _record_problems(record: Record) -> Iterator[_Problem]:
+def _record_problems(
+    record: Record, refusal: Callable[[str], str | None] | None
+) -> Iterator[_Problem]:
+    if tokens := control_tokens(record.prompt):
+        yield "error", f"prompt {record.prompt!r} holds the control tokens {tokens}"
     texts: dict[str, str] = {}
     for kind, questions in (("semantic", record.semantic), ("quality", record.quality)):
         for index, question in enumerate(questions):
@@ -132,6 +156,9 @@ def _record_problems(record: Record) -> Iterator[_Problem]:
             first = texts.setdefault(phrasing.normalize_text(question.text), where)
             if first != where:
                 yield "error", f"{where}: question {question.text!r} is asked by {first} too"
+            reason = None if refusal is None else refusal(question.text)
+            if reason is not None:
+                yield "error", f"{where}: {reason}"
             for severity, text in _question_problems(record, kind, question):
                 yield severity, f"{where}: {text}"
     cycle = find_cycle({i: question.dependency for i, question in enumerate(record.semantic)})

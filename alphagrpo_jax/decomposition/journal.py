@@ -19,7 +19,15 @@ from typing import Any
 from alphagrpo_jax.decomposition import phrasing
 from alphagrpo_jax.runtime.errors import AccessError, UserError
 from alphagrpo_jax.runtime.files import replace_bytes, sync_folder
-from alphagrpo_jax.runtime.records import Record, RecordError, parse_line, parse_record
+from alphagrpo_jax.runtime.records import (
+    Record,
+    RecordError,
+    check_encoding,
+    parse_line,
+    parse_record,
+    strip_mark,
+)
+from alphagrpo_jax.runtime.texts import is_writable
 
 PROVENANCE = "decomposition"  # the field of a record that says how it was made
 
@@ -59,14 +67,17 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
     path = pathlib.Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
+        check_encoding(lines[0], path)
     except OSError as error:
         raise JournalError(f"cannot read the prompts {path}: {error.strerror}") from error
+    except RecordError as error:
+        raise JournalError(str(error)) from error
     first_prompts: dict[str, Prompt] = {}  # by normalized text
     ids: dict[str, int] = {}
     duplicates = []
     for index, line in enumerate(lines):
         try:
-            text = line.decode("utf-8-sig" if index == 0 else "utf-8").strip()
+            text = strip_mark(line).decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise JournalError(
                 f"{path}:{index + 1}: got bytes that are not UTF-8 ({error.reason} at byte "
@@ -92,20 +103,20 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
 
 def _from_json(line: str, index: int, where: str) -> Prompt:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
+        fields = parse_line(line.encode())
+    except RecordError as error:
         raise JournalError(
-            f"{where}: got {line[:60]!r}, which is not JSON ({error.msg}); expected one object a "
-            'line with "prompt" (a file of plain prompts must not be named *.jsonl)'
+            f'{where}: {error} with "prompt" (a file of plain prompts must not be named *.jsonl)'
         ) from error
     text = fields.get("prompt") if isinstance(fields, dict) else None
-    if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
+    if not isinstance(text, str) or not text.strip() or not is_writable(text):
         raise JournalError(
             f'{where}: got "prompt" {text!r}, expected an object whose "prompt" is a text that is '
-            "not empty"
+            "not empty and that UTF-8 can hold"
         )
     prompt_id = fields.get("id")
-    if prompt_id is not None and type(prompt_id) not in (str, int):
+    is_text = isinstance(prompt_id, str) and is_writable(prompt_id)
+    if prompt_id is not None and not is_text and type(prompt_id) is not int:
         raise JournalError(f"{where}: got id {prompt_id!r}, expected a text or an integer")
     return Prompt(text.strip(), index, None if prompt_id is None else str(prompt_id))
 
@@ -303,15 +314,6 @@ def _write_all(file: int, data: bytes) -> None:
         data = data[os.write(file, data) :]
 
 
-def _is_unicode(text: str) -> bool:
-    """Tells if a text can be written as UTF-8: JSON escapes may hold halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _begins_like_a_record(line: bytes) -> bool:
     """Tells if a line cut short may be a record, and not somebody's file without a line end."""
     start = b'{"prompt": '
@@ -319,6 +321,6 @@ def _begins_like_a_record(line: bytes) -> bool:
         return False
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return isinstance(fields, dict) and PROVENANCE in fields

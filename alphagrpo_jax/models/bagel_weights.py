@@ -135,10 +135,14 @@ def save_model(
     )
 
 
-def memory_dtypes(base: dict) -> dict[str, str]:
-    """Returns every tensor's dtype in memory, by its name in the files."""
+def memory_dtypes(base: dict, model: Bagel) -> dict[str, str]:
+    """Returns every tensor's dtype in memory, by its name in the files.
+
+    That of the position tables, which are computed anew, is the model's.
+    """
     flat = traverse_util.flatten_dict(base)
-    return {entry.name: flat[entry.path].dtype.name for entry in entries(base)}
+    tables = dict.fromkeys(position_tables(model.config), jnp.dtype(model.dtype).name)
+    return {entry.name: flat[entry.path].dtype.name for entry in entries(base)} | tables
 
 
 def read_weights(
@@ -148,8 +152,8 @@ def read_weights(
 
     Raises:
       FileNotFoundError: a missing file.
-      WeightsError: an unreadable file; or tensors missing, unexpected or of another shape, all
-        of them in one message.
+      WeightsError: an unreadable file; tensors missing, unexpected or of another shape, all of
+        them in one message; or one that holds NaN or infinite values.
     """
     shapes = base_shapes(model)
     table = entries(shapes)
@@ -165,10 +169,25 @@ def read_weights(
         for path, group in groups.items():
             leaf = np.empty(flat[path].shape, model.dtype)
             for entry in group:
-                tensor = entry.to_tree(files[entry.file].get_tensor(entry.name))
-                leaf[... if entry.layer is None else entry.layer] = tensor
+                tensor = files[entry.file].get_tensor(entry.name)
+                if not is_finite(tensor):
+                    raise WeightsError(
+                        f"{folder / entry.file}: tensor {entry.name} holds NaN or infinite values, "
+                        "expected numbers: whatever it computes would be NaN; fetch or make the "
+                        "weights again"
+                    )
+                leaf[... if entry.layer is None else entry.layer] = entry.to_tree(tensor)
             leaves[path] = put("/".join(path), leaf)
     return traverse_util.unflatten_dict(leaves), dtypes
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Tells whether all values are numbers: neither NaN nor infinite."""
+    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(tensor.dtype.name)
+    if exponent is None:
+        return bool(np.isfinite(tensor).all())
+    # All bits of the exponent are set in NaN and in the infinities; as integers it is fast.
+    return not bool(((tensor.view(np.uint16) & np.uint16(exponent)) == exponent).any())
 
 
 def write_weights(

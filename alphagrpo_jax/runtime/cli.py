@@ -1,9 +1,10 @@
 """Runs a command: parses its flags, explains the user's errors, returns the exit code."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from alphagrpo_jax.runtime.errors import UserError, is_machine_error
 
@@ -12,12 +13,58 @@ from alphagrpo_jax.runtime.errors import UserError, is_machine_error
 DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 75
 
 
+MAX_SEED = (1 << 32) - 1
+
+
+def number(text: str) -> float:
+    """Parses a number; NaN and the infinities are none, though `float` takes them.
+
+    A comparison with NaN is false, so that it would pass every check of a range.
+
+    Raises:
+      ArgumentTypeError: the text is no such number.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number")
+    return value
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Returns a type of flags: integers from `least` to `most` (None: without end)."""
+    bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            message = f"got {text!r}, expected an integer; it must be {bounds}"
+            raise argparse.ArgumentTypeError(message) from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"got {text}, it must be {bounds}")
+        return value
+
+    return parse
+
+
+COUNT, AMOUNT, SEED = integer(1), integer(0), integer(0, MAX_SEED)  # types of flags
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with the error prefix of all commands.
 
     Flags are declared with hyphens; with underscores, as they were once spelled, they are accepted
-    too.
+    too. Flags of the type float are finite numbers.
     """
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Declares a flag; as of any ArgumentParser."""
+        if options.get("type") is float:
+            options["type"] = number
+        return super().add_argument(*names, **options)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

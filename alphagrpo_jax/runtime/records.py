@@ -1,15 +1,25 @@
 """Reads question records: a prompt with its atomic yes/no questions, in JSON Lines."""
 
+import codecs
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from alphagrpo_jax.runtime.errors import MissingFileError, UserError
+from alphagrpo_jax.runtime.texts import is_writable
 
 MAX_REPORTED = 20  # bad lines listed in one error
+MAX_DEPTH = 50  # of lists and objects in one another; JSON libraries end at some depth too
+# UTF-32 first: its mark begins with that of UTF-16.
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 _OWN_FIELDS = ("prompt", "semantic_questions", "quality_questions", "id", "original_index")
 
 
@@ -128,14 +138,11 @@ def read_jsonl(path: str | os.PathLike, *, form: str = "questions") -> list[Reco
     if not path.is_file():
         raise MissingFileError(f"no file of question records at {path}; check data.train/heldout")
     records, problems = [], []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                records.append(parse_record(parse_line(line), form=form))
-            except RecordError as error:
-                problems.append(f"{path}:{number}: {error}")
+    for number, line in numbered_lines(path):
+        try:
+            records.append(parse_record(parse_line(line), form=form))
+        except RecordError as error:
+            problems.append(f"{path}:{number}: {error}")
     if problems:
         listed = "\n".join(problems[:MAX_REPORTED])
         more = len(problems) - MAX_REPORTED
@@ -144,6 +151,50 @@ def read_jsonl(path: str | os.PathLike, *, form: str = "questions") -> list[Reco
     if not records:
         raise RecordError(f"{path}: got no records, expected at least one JSON object a line")
     return records
+
+
+def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a file that are not blank, and their numbers from 1.
+
+    Byte order marks at the beginning of lines are dropped: files that were put together have some.
+
+    Raises:
+      RecordError: the file is UTF-16 or UTF-32.
+    """
+    with pathlib.Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                check_encoding(line, path)
+            stripped = strip_mark(line)
+            if stripped.strip():
+                yield number, stripped
+
+
+def strip_mark(line: bytes) -> bytes:
+    """Returns a line without the byte order marks of UTF-8 that it begins with."""
+    while line.startswith(codecs.BOM_UTF8):
+        line = line.removeprefix(codecs.BOM_UTF8)
+    return line
+
+
+def check_encoding(beginning: bytes, path: str | os.PathLike) -> None:
+    """Refuses files of two or four bytes a letter, which editors on Windows write.
+
+    Args:
+      beginning: the file's first bytes, two or more if it has them.
+      path: of the file, for the message.
+    Raises:
+      RecordError: the file is such a one.
+    """
+    marks = (name for mark, name in _WIDE_MARKS.items() if beginning.startswith(mark))
+    name = next(marks, None)
+    if name is None and b"\0" in beginning[:4]:  # without a mark: {" has a zero beside each letter
+        name = "UTF-32" if b"\0\0" in beginning[:4] else "UTF-16"
+    if name is not None:
+        raise RecordError(
+            f"{path} is {name}, expected UTF-8; convert it: iconv -f {name} -t UTF-8 "
+            f"{path} > NEW.jsonl"
+        )
 
 
 def parse_record(fields: Any, *, form: str = "questions") -> Record:
@@ -158,6 +209,7 @@ def parse_record(fields: Any, *, form: str = "questions") -> Record:
     """
     if not isinstance(fields, dict):
         raise RecordError(f"got {_kind(fields)}, expected a JSON object with prompt and questions")
+    _check_texts(fields)
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise RecordError(f"field 'prompt': got {prompt!r}, expected a text that is not empty")
@@ -180,6 +232,38 @@ def parse_record(fields: Any, *, form: str = "questions") -> Record:
         original_index=_optional_index(fields),
         extra={name: value for name, value in fields.items() if name not in _OWN_FIELDS},
     )
+
+
+def _check_texts(fields: dict) -> None:
+    """Checks all texts in a JSON object, and its depth, without recursion.
+
+    Raises:
+      RecordError: a text that UTF-8 cannot hold, or lists in lists without end.
+    """
+    waiting: list[tuple[str, Any, int]] = [("", fields, 1)]
+    while waiting:
+        where, value, depth = waiting.pop()
+        items: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            items = [(f"{where}.{name}" if where else name, item) for name, item in value.items()]
+            broken = [name for name in value if not is_writable(name)]
+        elif isinstance(value, list):
+            items = [(f"{where}[{index}]", item) for index, item in enumerate(value)]
+            broken = []
+        else:
+            broken = [value] if isinstance(value, str) and not is_writable(value) else []
+        if broken:
+            raise RecordError(
+                f"field {where!r}: got {broken[0]!r}, which holds half of a character (a lone "
+                "surrogate), so that UTF-8 cannot hold it; write the whole character or leave it "
+                "out"
+            )
+        if items and depth > MAX_DEPTH:
+            raise RecordError(
+                f"field {where[:40]!r}...: got values nested more than {MAX_DEPTH} levels deep, "
+                "expected a flat record; leave the field out"
+            )
+        waiting += [(name, item, depth + 1) for name, item in items[::-1]]
 
 
 def _check_fields(fields: dict, form: str) -> None:
@@ -207,20 +291,23 @@ def parse_line(
     """Decodes one line of JSON.
 
     Args:
-      line: UTF-8.
+      line: UTF-8; byte order marks at its beginning are dropped.
       object_pairs_hook: see `json.loads`.
     Raises:
       RecordError: it is not UTF-8, or not one JSON value.
     """
-    try:
-        return json.loads(line, object_pairs_hook=object_pairs_hook)
+    try:  # decoded here: of bytes, the library guesses the encoding
+        text = strip_mark(line).decode("utf-8")
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
     except RecordError:  # of the hook
         raise
     except UnicodeDecodeError as error:
         raise RecordError(f"got bytes that are not UTF-8 ({error}); expected UTF-8") from error
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+    except RecursionError:
+        problem = "nested too deep"
+    except ValueError as error:  # numbers of thousands of digits
         problem = str(error)
     start = line[:60].decode(errors="replace").strip()
     raise RecordError(

@@ -64,6 +64,8 @@ class Tokenizer:
                 "tokenizer files of the BAGEL folder"
             )
         self.special = SpecialTokens(**ids)
+        added = backend.get_added_tokens_decoder()
+        self._control = {index: token.content for index, token in added.items() if token.special}
         pad = backend.token_to_id(PAD)
         self.pad = self.special.im_end if pad is None else pad
 
@@ -106,6 +108,15 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without `<|im_start|>` and `<|im_end|>`."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def control_tokens(self, text: str) -> list[str]:
+        """Returns the special tokens that a text would be read as, sorted.
+
+        A prompt with one could end its own context, or begin an image.
+        """
+        return sorted(
+            {self._control[index] for index in self.encode(text) if index in self._control}
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, special tokens included as their strings."""

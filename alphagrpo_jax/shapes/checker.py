@@ -379,8 +379,8 @@ def _spoil(scene: scenes.Scene, rng: np.random.Generator) -> scenes.Scene:
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(description="Measures the exact checker on renders.")
-    parser.add_argument("--images", type=int, default=500, help="renders per row")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=cli.COUNT, default=500, help="renders per row")
+    parser.add_argument("--seed", type=cli.SEED, default=0)
     return parser.parse_args(arguments)
 
 

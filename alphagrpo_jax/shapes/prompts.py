@@ -248,7 +248,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(description="Writes the shapes world's prompt records.")
     parser.add_argument("--out", type=Path, required=True, help="folder, made if need be")
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seed", type=cli.SEED, default=SEED)
     return parser.parse_args(arguments)
 
 

@@ -229,7 +229,9 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, help="picture of the curves")
     parser.add_argument("--samples", type=pathlib.Path, help="run whose drawings are shown")
     parser.add_argument("--out2", type=pathlib.Path, help="picture of the drawings")
-    parser.add_argument("--prompts", type=int, default=16, help="drawings shown: the first ones")
+    parser.add_argument(
+        "--prompts", type=cli.COUNT, default=16, help="drawings shown: the first ones"
+    )
     args = parser.parse_args(arguments)
     if bool(args.run) != bool(args.out) or bool(args.samples) != bool(args.out2):
         parser.error("--run goes with --out, --samples with --out2")

@@ -149,18 +149,16 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", type=pathlib.Path, default=config_checks.DEFAULT_CONFIG)
     add("--text-guidance", type=float, help="default: the configuration's")
     add("--out", type=pathlib.Path)
-    add("--scenes", type=int, default=500, help="that are reconstructed")
-    add("--per-type", type=int, default=200, help="prompts of every plain type")
-    add("--implied", type=int, default=600, help="implied prompts")
-    add("--repeats", type=int, default=1, help="drawings of every prompt")
+    add("--scenes", type=cli.COUNT, default=500, help="that are reconstructed")
+    add("--per-type", type=cli.COUNT, default=200, help="prompts of every plain type")
+    add("--implied", type=cli.COUNT, default=600, help="implied prompts")
+    add("--repeats", type=cli.COUNT, default=1, help="drawings of every prompt")
     add("--drawings", type=pathlib.Path, help=".npz file for the images and their records")
     add("--skills", action="store_true", help="measure captioning, answering, editing, repairing")
-    add("--examples", type=int, default=200, help="of each skill")
+    add("--examples", type=cli.COUNT, default=200, help="of each skill")
     args = parser.parse_args(arguments)
     if args.skills and args.drawings is not None:
         parser.error("--drawings goes without --skills: nothing is drawn for prompts then")
-    if min(args.scenes, args.per_type, args.implied, args.repeats, args.examples) < 1:
-        parser.error("--scenes, --per-type, --implied, --repeats and --examples must be at least 1")
     return args
 
 

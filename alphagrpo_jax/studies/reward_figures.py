@@ -227,14 +227,11 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--drawings", type=Path, required=True, help=".npz file that measure --drawings wrote")
     add("--verifier", default="package:verifier", help="a folder or package:NAME")
-    add("--workers", type=int, default=2, help="verifier processes")
-    add("--limit", type=int, help="use the first drawings only")
-    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--workers", type=cli.COUNT, default=2, help="verifier processes")
+    add("--limit", type=cli.COUNT, help="use the first drawings only")
+    add("--seed", type=cli.SEED, default=0, help="of the bootstrap")
     add("--out", type=Path, help="also write the figures here")
-    options = parser.parse_args(arguments)
-    if options.workers < 1 or (options.limit is not None and options.limit < 1):
-        parser.error("--workers and --limit must be at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:

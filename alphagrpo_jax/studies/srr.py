@@ -197,13 +197,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, help="folder of the raw results")
     add("--run", type=_run, action="append", default=[], help="NAME=FOLDER of a finished run")
-    add("--per-type", type=int, default=PER_PLAIN_TYPE, help="prompts of every plain type")
-    add("--implied", type=int, default=IMPLIED, help="implied prompts")
-    add("--edits", type=int, default=EDITS)
-    options = parser.parse_args(arguments)
-    if min(options.per_type, options.implied, options.edits) < 1:
-        parser.error("--per-type, --implied and --edits must be at least 1")
-    return options
+    add("--per-type", type=cli.COUNT, default=PER_PLAIN_TYPE, help="prompts of every plain type")
+    add("--implied", type=cli.COUNT, default=IMPLIED, help="implied prompts")
+    add("--edits", type=cli.COUNT, default=EDITS)
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:

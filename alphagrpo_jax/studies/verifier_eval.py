@@ -319,17 +319,13 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="verifier folder")
-    add("--images", type=int, default=1000, help="clean, and as many imperfect")
-    add("--seed", type=int, default=1)
-    add("--threads", type=int, default=2)
+    add("--images", type=cli.COUNT, default=1000, help="clean, and as many imperfect")
+    add("--seed", type=cli.SEED, default=1)
+    add("--threads", type=cli.COUNT, default=2)
     add("--drawings", type=Path, help=".npz file that measure --drawings wrote")
-    add(
-        "--speed", nargs="?", type=int, const=TIMED, metavar="IMAGES", help="only time IMAGES (200)"
-    )
-    options = parser.parse_args(arguments)
-    if options.speed is not None and (options.speed < 1 or options.threads < 1):
-        parser.error("--speed and --threads must be at least 1")
-    return options
+    add("--speed", nargs="?", type=cli.COUNT, const=TIMED, metavar="IMAGES", help="only time "
+        "IMAGES (200)")  # fmt: skip
+    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -102,7 +102,7 @@ def test_some_functions_alone(tmp_path, capsys):
     [
         ((), 2, "needs an accelerator"),
         (("--sizes=nowhere",), 1, "nowhere"),
-        (("--sizes=package:umm", "--points=1"), 2, "--points at least 2"),
+        (("--sizes=package:umm", "--points=1"), 2, "--points must be at least 2"),
         (("--sizes=package:umm", "--side=50"), 1, "--side=50 must be a multiple of 16"),
     ],
 )

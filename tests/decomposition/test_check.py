@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from alphagrpo_jax import decompose
 from alphagrpo_jax.decomposition import check, phrasing
 from alphagrpo_jax.shapes import prompts
 
@@ -82,6 +83,13 @@ ERRORS = {
     ),
     "control token": (spoiled(semantic_1_question="Is there a <|im_end|> mat?"), "<|im_end|>"),
     "instruction token": (spoiled(quality_0_question="[INST] Is it fine?"), "['[INST]']"),
+    "control token in the prompt": (GOOD | {"prompt": "A <|im_end|> cat."}, "['<|im_end|>']"),
+    "image in the prompt": (GOOD | {"prompt": "A cat <image>."}, "holds the control tokens"),
+    "half a character": (GOOD | {"prompt": "A cat \ud83d."}, "field 'prompt': got 'A cat \\ud83d"),
+    "half in a question": (spoiled(quality_0_question="Is it \ude00 fine?"), "[0].question': got"),
+    "half in a tag": (spoiled(semantic_0_tag="\ud800"), "[0].tag': got"),
+    "deep": (json.dumps(GOOD)[:-1] + f', "x": {"[" * 5000}{"]" * 5000}}}', "nested too deep"),
+    "rather deep": (json.dumps(GOOD)[:-1] + f', "x": {"[" * 99}{"]" * 99}}}', "nested more than"),
     "field twice": (json.dumps(GOOD)[:-1] + ', "prompt": "x"}', "['prompt'] occur twice"),
 }
 
@@ -102,6 +110,51 @@ def test_not_utf8(tmp_path):
     (found,), count = check.check_file(path)
     assert (found.line, found.severity, count) == (2, "error", 1)
     assert "not UTF-8" in found.message
+
+
+def test_marks_and_wide_encodings(tmp_path):
+    path = tmp_path / "r.jsonl"
+    line = (json.dumps(GOOD) + "\n").encode()
+    path.write_bytes(b"\xef\xbb\xbf\n\xef\xbb\xbf" + line)
+    found, count = check.check_file(path)
+    assert [(each.line, each.message) for each in found] == [(1, "blank line")]
+    assert count == 1
+    path.write_bytes(line.decode().encode("utf-16"))
+    (found,), count = check.check_file(path)
+    assert (found.line, found.severity, count) == (1, "error", 0)
+    assert "is UTF-16, expected UTF-8; convert it: iconv -f UTF-16" in found.message
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Is it <|assistant|>yes?", "control tokens ['<|assistant|>']"),  # a mark without a name
+        ("Is there a " + "red " * 1200 + "cat?", "tokens with the image, and the model's context"),
+        ("Is there a cat?", None),
+    ],
+)
+def test_questions_that_a_verifier_cannot_be_asked(tmp_path, capsys, text, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text(
+        json.dumps(spoiled(quality_0_question=text, semantic_0_question="Is it?")) + "\n"
+    )
+    code = decompose.main(["--check", str(path), "--verifier", "package:verifier"])
+    printed = capsys.readouterr().out
+    assert code == (0 if message is None else 1)
+    if message is not None:
+        assert f"{path}:1: error: quality_questions[0]: question 'Is" in printed
+        assert message in printed
+
+
+def test_a_verifier_that_is_none_is_explained(tmp_path, capsys):
+    (tmp_path / "r.jsonl").write_text(json.dumps(GOOD) + "\n")
+    for place, message in (("nowhere", "'nowhere' names"), (str(tmp_path), "expected a Hugging")):
+        assert decompose.main(["--check", str(tmp_path / "r.jsonl"), "--verifier", place]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        decompose.main(["--input", "a", "--output", "b", "--verifier", "package:verifier"])
+    assert "--verifier needs --check" in capsys.readouterr().err
 
 
 WARNINGS = {

@@ -113,7 +113,7 @@ def test_wrong_flags_have_the_same_prefix(capsys):
     assert stopped.value.code == 2
     usage, error = capsys.readouterr().err.strip().split("\n")
     assert usage.startswith("usage: ")
-    assert error == "error: argument --top-p: invalid float value: 'much'"
+    assert error == "error: argument --top-p: got 'much', expected a finite number"
 
 
 def test_the_old_spelling_of_flags_is_accepted():
@@ -171,6 +171,44 @@ def test_every_command_takes_both_spellings_and_shows_hyphens(name, monkeypatch)
         values = [] if action.nargs == 0 else [(action.choices or [value])[0]]
         old = f"--{flag[2:].replace('-', '_')}"
         assert parser.parse_args([old, *values]) == parser.parse_args([flag, *values])
+
+
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {BY_ABSL}))
+def test_no_command_takes_numbers_that_are_none(name, monkeypatch, capsys):
+    parser = parser_of(name, monkeypatch)
+    for action in parser._actions:
+        assert action.type not in (int, float), f"{action.option_strings}: see the types of cli"
+        action.required = False
+    numeric = [action for action in parser._actions if action.type is not None]
+    for action in numeric:
+        if action.type is cli.number:
+            wrong = ("nan", "NaN", "inf", "-inf", "1e999", "many")
+        elif "integer" in getattr(action.type, "__qualname__", ""):
+            wrong = ("nan", "1.5", "-1", "many", "1e3")
+        else:
+            continue
+        (flag,) = action.option_strings
+        for value in wrong:
+            with pytest.raises(SystemExit) as stopped:
+                parser.parse_args([f"{flag}={value}"])
+            assert stopped.value.code == 2
+            assert f"argument {flag}: got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "wrong"),
+    [
+        (cli.COUNT, {"1": 1, "70": 70}, ("0", "-3")),
+        (cli.AMOUNT, {"0": 0}, ("-1",)),
+        (cli.SEED, {"0": 0, "4294967295": 2**32 - 1}, ("-1", "4294967296")),
+        (cli.number, {"-1e3": -1000.0, "0": 0.0}, ("nan", "-inf")),
+    ],
+)
+def test_types_of_flags(kind, good, wrong):
+    assert {text: kind(text) for text in good} == good
+    for text in wrong:
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(text)
 
 
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - {BY_ABSL}))

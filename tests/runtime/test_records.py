@@ -136,3 +136,76 @@ def test_bytes_that_are_not_utf8_and_empty_and_missing_files(tmp_path):
         read_jsonl(tmp_path / "empty.jsonl")
     with pytest.raises(FileNotFoundError, match="no file of question records"):
         read_jsonl(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"prompt": "a \ud83d"}, "field 'prompt'"),
+        (
+            {"semantic_questions": [question("Is it \udcff?")]},
+            "field 'semantic_questions[0].question'",
+        ),
+        (
+            {"quality_questions": [question("Is it?", "quality", tag="\ud800")]},
+            "field 'quality_questions[0].tag'",
+        ),
+        ({"id": "\ude00"}, "field 'id'"),
+        ({"notes": {"a": ["fine", "\ud83d"]}}, "field 'notes.a[1]'"),
+        ({"notes": {"\ud83d": 1}}, "field 'notes'"),
+    ],
+)
+def test_text_that_utf8_cannot_hold_is_refused_wherever_it_is(tmp_path, changes, where):
+    path = write(tmp_path / "a.jsonl", fields(), fields(**changes))
+    with pytest.raises(ValueError, match="1 bad line") as caught:
+        read_jsonl(path)
+    assert f"{path}:2: {where}" in str(caught.value)
+    str(caught.value).encode()  # the message itself can be written
+
+
+def test_whole_characters_beyond_the_first_plane_are_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", fields(prompt="a \U0001f600 face"))
+    assert "\\ud83d\\ude00" in path.read_text()
+    assert read_jsonl(path)[0].prompt == "a \U0001f600 face"
+
+
+@pytest.mark.parametrize("depth", [60, 900, 5000, 200_000])
+@pytest.mark.parametrize("pair", ["[]", '{"a":}'])
+def test_deep_nesting_is_a_bad_line(tmp_path, depth, pair):
+    opening, closing = pair[:-1] * depth, pair[-1] * depth
+    line = json.dumps(fields())[:-1] + f', "extra": {opening}1{closing}}}'
+    path = write(tmp_path / "a.jsonl", fields(), line)
+    with pytest.raises(ValueError, match="1 bad line") as caught:
+        read_jsonl(path)
+    assert f"{path}:2: " in str(caught.value)
+    assert "nested" in str(caught.value)
+    flat = json.dumps(fields())[:-1] + f', "extra": {"[" * 40}1{"]" * 40}}}'
+    assert len(read_jsonl(write(path, flat))) == 1
+
+
+def test_byte_order_marks_are_skipped_where_lines_begin(tmp_path):
+    mark, line = b"\xef\xbb\xbf", json.dumps(fields()).encode() + b"\n"
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(mark + b"\n" + mark + line + line + mark + mark + line + mark)
+    assert len(read_jsonl(path)) == 3
+    assert [number for number, _ in records.numbered_lines(path)] == [2, 3, 4]
+    path.write_bytes(mark + b"{no\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: got '\{no', which is not JSON"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+        ("utf-32", "UTF-32"),
+        ("utf-32-le", "UTF-32"),
+    ],
+)
+def test_wide_encodings_are_named_with_the_fix(tmp_path, encoding, name):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((json.dumps(fields()) + "\n").encode(encoding))
+    with pytest.raises(ValueError, match=rf"a\.jsonl is {name}, expected UTF-8; convert it: iconv"):
+        read_jsonl(path)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.prompt_limits import special_tokens
 from alphagrpo_jax.runtime.errors import InputError
 
 WAYS = ("packed", "shared", "separate")
@@ -89,7 +90,7 @@ class Passes:
           shared_prefix: False always takes "separate".
         """
         self._model, self._processor, self._tokenizer = model, processor, processor.tokenizer
-        self._control = {*self._tokenizer.all_special_tokens, processor.image_token}
+        self._control = special_tokens(processor)
         self._can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
         # A group's images get the same questions, and all prompts have the same prefix.
         self._suffixes = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode_suffixes)

@@ -367,15 +367,17 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=cli.COUNT, default=20_000)
+    parser.add_argument("--batch", type=cli.COUNT, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--kl-weight", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.SEED, default=0)
     parser.add_argument("--start", type=pathlib.Path, help="folder whose weights to begin with")
     parser.add_argument("--latent-noise", type=float, help="train the decoder alone, see vae_loss")
     parser.add_argument("--crowded", type=float, default=0.5, help="share of crowded scenes")
-    parser.add_argument("--threads", type=int, default=2, help="no more than there are idle cores")
+    parser.add_argument(
+        "--threads", type=cli.COUNT, default=2, help="no more than there are idle cores"
+    )
     return parser.parse_args(arguments)
 
 

@@ -361,12 +361,12 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command's flags; wrong usage ends the process with code 2."""
     parser = cli.Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=1500)
-    parser.add_argument("--joint-steps", type=int, default=5000)
+    parser.add_argument("--seed", type=cli.SEED, default=0)
+    parser.add_argument("--vision-steps", type=cli.COUNT, default=1500)
+    parser.add_argument("--joint-steps", type=cli.COUNT, default=5000)
     parser.add_argument("--joint-lr", type=float, default=PEAK_LR["joint"])
     parser.add_argument("--start", type=Path, help="folder of a run to go on from, questions only")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=cli.COUNT, default=2)
     return parser.parse_args(arguments)
 
 
