@@ -82,8 +82,8 @@ def floor_of(unit: str) -> int:
 def imported_units(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     """(imported name, its unit) for everything that a file imports from this package."""
     for name in imports(path):
-        package, _, rest = name.partition(".")
-        unit = unit_of(rest.replace(".", "/"))
+        package, _, module = name.partition(".")
+        unit = unit_of(module.replace(".", "/"))
         if package == "alphagrpo_jax" and not unit.startswith("__"):
             yield name, unit
 
@@ -115,8 +115,8 @@ def test_files_do_not_import_in_circles():
     for path in FILES:
         module = relative(path).removesuffix(".py").removesuffix("/__init__")
         names = {name.removeprefix("alphagrpo_jax.") for name, _ in imported_units(path)}
-        places = {name.replace(".", "/") for name in names}
-        graph[module] = {place for place in places | {p.rpartition("/")[0] for p in places}}
+        units = {name.replace(".", "/") for name in names}
+        graph[module] = {unit for unit in units | {p.rpartition("/")[0] for p in units}}
     while leaves := {module for module, needed in graph.items() if not needed & graph.keys()}:
         graph = {module: needed for module, needed in graph.items() if module not in leaves}
     assert not graph, f"in or above a circle: {sorted(graph)}"

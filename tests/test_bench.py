@@ -23,11 +23,13 @@ def test_figures(world: pathlib.Path):
     assert figures["compilations_after_first_step"] == 0
     assert sum(figures[f"share/{name}"] for name in bench.STAGES) == pytest.approx(1)
     assert figures["images_per_second"] == pytest.approx(8 / figures["seconds/draw_alone"])
-    asked = 8 * 3  # trajectories, questions of each record
-    assert figures["questions_per_second"] == pytest.approx(asked / figures["seconds/answer_alone"])
+    questions = 8 * 3  # trajectories, questions of each record
+    assert figures["questions_per_second"] == pytest.approx(
+        questions / figures["seconds/answer_alone"]
+    )
     assert 0 <= figures["share/verifier_hidden"] <= 1
-    shown = bench.table(json.loads(json.dumps(figures)), config)
-    assert "step of 8 trajectories" in shown
+    table = bench.table(json.loads(json.dumps(figures)), config)
+    assert "step of 8 trajectories" in table
 
 
 def test_an_error_of_the_training_is_explained(capsys, monkeypatch):

@@ -87,12 +87,12 @@ def test_roles():
 
 
 def test_pass_rule():
-    one = np.array([1.0, 100.0], np.float32)
-    assert compare(one + np.array([1.9e-4, 1e-2], np.float32), one)[0]
-    assert not compare(one + np.array([2.1e-4, 0], np.float32), one)[0]
-    assert not compare(np.array([np.nan, 100.0]), one)[0]
-    assert not compare(one[None], one)[0]
-    assert compare(None, one) == (False, np.inf)
+    expected = np.array([1.0, 100.0], np.float32)
+    assert compare(expected + np.array([1.9e-4, 1e-2], np.float32), expected)[0]
+    assert not compare(expected + np.array([2.1e-4, 0], np.float32), expected)[0]
+    assert not compare(np.array([np.nan, 100.0]), expected)[0]
+    assert not compare(expected[None], expected)[0]
+    assert compare(None, expected) == (False, np.inf)
     ids = np.array([3, 4], np.int32)
     assert compare(ids.astype(np.int64), ids)[0]
     assert not compare(ids + 1, ids)[0]
@@ -146,13 +146,13 @@ def with_weights_of(source: str, target: str, function: Callable) -> Callable:
 
 
 def increasing_positions(ctx, length):
-    positions, own = GEOMETRY(ctx, length)
-    return positions + jnp.arange(length)[None], own
+    positions, mask = GEOMETRY(ctx, length)
+    return positions + jnp.arange(length)[None], mask
 
 
 def causal_block(ctx, length):
-    positions, own = GEOMETRY(ctx, length)
-    return positions, jnp.tril(own)
+    positions, mask = GEOMETRY(ctx, length)
+    return positions, jnp.tril(mask)
 
 
 def swapped_table(width, side):

@@ -20,8 +20,8 @@ def changed(**fields):
     for name, value in fields.items():
         *sections, key = name.split("__")
         section = config
-        for each in sections:
-            section = section[each]
+        for section_name in sections:
+            section = section[section_name]
         section[key] = value
     return config
 
@@ -177,10 +177,10 @@ def test_only_some_fields_may_differ_on_resume():
     saved = json.loads(config_lib.to_json(config_lib.from_config_dict(grpo.get_config())))
     allowed = changed(train__steps=9, eval__every=1, checkpoint__keep=9, log__progress=False)
     config_lib.check_resumable(config_lib.from_config_dict(allowed), saved)
-    other = config_lib.from_config_dict(changed(seed=5, loss__level="token"))
+    differing = config_lib.from_config_dict(changed(seed=5, loss__level="token"))
     message = r"loss\.level: the run has 'sequence'.*'token'\n  seed: "
     with pytest.raises(ConfigError, match=message):
-        config_lib.check_resumable(other, saved)
+        config_lib.check_resumable(differing, saved)
 
 
 def test_the_default_instruction_is_the_one_that_runs_before_it_had():

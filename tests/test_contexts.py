@@ -56,11 +56,11 @@ def contexts_of(port, events, inputs, texts, system="c6.system"):
     samples = tuple(
         TextSample(ids[None], jnp.ones((1, len(ids)), bool), None, None, None) for ids in texts
     )
-    given = Rollout(inputs=inputs, pieces=(), texts=samples, images=())
+    rollout = Rollout(inputs=inputs, pieces=(), texts=samples, images=())
     pieces = trajectory.rebuild(
         port.model,
         port.params,
-        given,
+        rollout,
         plan=plan,
         system_tokens=tuple(port.ids_of(system).tolist()),
         grid=port.latent_grid(),
@@ -75,14 +75,14 @@ def block(ids) -> TextBlock:
 def test_thinking_before_drawing_is_c6(port):
     events, think = tasks.TASKS["rt2i"].events, port.ids_of("c6.think")
     pieces, plan = contexts_of(port, events, (block(port.ids_of("c6.prompt")),), [think])
-    found = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
+    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
     for sigma, name in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
-        v = port.combined_velocity(found, port.array("c6.x_t")[None], sigma, THOUGHT)
+        v = port.combined_velocity(contexts, port.array("c6.x_t")[None], sigma, THOUGHT)
         expected = port.array(f"c6.v_{name}_text4_img1p5_global")
         np.testing.assert_allclose(v[0], expected, atol=1e-4, rtol=1e-4)
-    found = log_probs(port, pieces, plan.text_steps[0], think)
+    got = log_probs(port, pieces, plan.text_steps[0], think)
     expected = port.array("c6.think_logprobs_T1.0")
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def log_probs(port, pieces, step, ids):
@@ -103,19 +103,19 @@ def test_writing_about_an_image_is_c7(port, name):
     inputs = (given_image(port), block(port.ids_of("c7.instruction")))
     answer = port.ids_of("c7.answer")
     pieces, plan = contexts_of(port, tasks.TASKS[name].events, inputs, [answer])
-    found = log_probs(port, pieces, plan.text_steps[0], answer)
+    got = log_probs(port, pieces, plan.text_steps[0], answer)
     expected = port.array("c7.answer_logprobs_T1.0")
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_image_to_be_understood_is_c7(port):
     """The recorded text stands right behind the image, without a system prompt."""
     ids = port.ids_of("c7.und_prompt")
     pieces, plan = contexts_of(port, (SEEN_IMAGE, ANSWER), (given_image(port),), [])
-    found = log_probs(port, pieces, plan.text_steps[0], ids)
+    got = log_probs(port, pieces, plan.text_steps[0], ids)
     rows = jax.nn.log_softmax(port.array("c7.und_logits"))[:-1]
     expected = np.take_along_axis(rows, ids[1:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_answering_is_the_official_pipelines_c13(port):
@@ -146,9 +146,9 @@ def test_editing_is_c7(port, name):
     events = tuple(event for event in tasks.TASKS[name].events if event != THINK)
     inputs = (given_image(port), block(port.ids_of("c7.instruction")))
     pieces, plan = contexts_of(port, events, inputs, [])
-    found = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
+    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
     for sigma, level in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
-        v = port.combined_velocity(found, port.array("c7.x_t")[None], sigma, EDIT)
+        v = port.combined_velocity(contexts, port.array("c7.x_t")[None], sigma, EDIT)
         expected = port.array(f"c7.v_{level}_text4_img2_textchannel")
         np.testing.assert_allclose(v[0], expected, atol=1e-4, rtol=1e-4)
 
@@ -163,7 +163,7 @@ def test_first_velocity_of_the_official_pipeline_is_c13(port, run, name):
     ids = port.array(f"c13.{run}.think_ids")
     text = port.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[1]
     pieces, plan = contexts_of(port, tasks.TASKS[name].events, inputs, [port.ids(text)])
-    found = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
+    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
     options = port.fixture.options(f"c13.{run}.image_uint8")
     guidance = dataclasses.replace(
         EDIT,
@@ -172,7 +172,7 @@ def test_first_velocity_of_the_official_pipeline_is_c13(port, run, name):
         renorm=options.get("cfg_renorm_type", "global"),
     )
     noise = port.array(f"c13.{run}.init_noise")
-    v = port.combined_velocity(found, noise[None], 1.0, guidance)
+    v = port.combined_velocity(contexts, noise[None], 1.0, guidance)
     expected = port.array(f"c13.{run}.velocities")[0]
     np.testing.assert_allclose(v[0], expected, atol=1e-4, rtol=1e-4)
 
@@ -246,22 +246,22 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
     params, inputs = PolicyParams(loaded.base), inputs_of(loaded, config, events)
     run = jax.jit(functools.partial(trajectory.sample_trajectories, loaded.model, spec=spec))
     numbers = (jax.random.key(5), jnp.int32(0), jnp.int32(1), jnp.float32(1.0))
-    drawn, _ = run(params, inputs, *numbers)
-    blocks = event_blocks(loaded, drawn, spec, events)
+    sampled, _ = run(params, inputs, *numbers)
+    blocks = event_blocks(loaded, sampled, spec, events)
 
-    def extend(ctx, kind, given):
+    def extend(ctx, kind, content):
         if kind == SEEN_IMAGE:
-            patches = patchify(floats(given.vit_pixels), loaded.config.vit.patch_size)
+            patches = patchify(floats(content.vit_pixels), loaded.config.vit.patch_size)
             return policy.extend_vit(
                 loaded.model,
                 params,
                 ctx,
                 patches,
-                loaded.config.vit_grid(*given.vit_pixels.shape[1:3]),
+                loaded.config.vit_grid(*content.vit_pixels.shape[1:3]),
             )
         if kind in (GIVEN_IMAGE, IMAGE):
-            return policy.extend_image(loaded.model, params, ctx, floats(given.pixels))
-        return policy.extend_text(loaded.model, params, ctx, given.tokens, given.mask)[0]
+            return policy.extend_image(loaded.model, params, ctx, floats(content.pixels))
+        return policy.extend_text(loaded.model, params, ctx, content.tokens, content.mask)[0]
 
     @functools.cache  # contexts share beginnings
     def context_of(*wanted):
@@ -277,10 +277,12 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
             (step.gen, step.cfg_text, step.cfg_img), before[step.event], strict=True
         ):
             ctx = context_of(*wanted)
-            found = trajectory.context(drawn.pieces, nodes, 4)
-            np.testing.assert_array_equal(found.rope, ctx.rope)
+            rebuilt = trajectory.context(sampled.pieces, nodes, 4)
+            np.testing.assert_array_equal(rebuilt.rope, ctx.rope)
             level = jnp.full(4, 0.7)
-            pair = [look(params, kv_cache.merge(each), probe, level) for each in (found, ctx)]
+            pair = [
+                look(params, kv_cache.merge(context), probe, level) for context in (rebuilt, ctx)
+            ]
             # A generated image is cut to whole levels, where another compilation may flip a pixel.
             atol = 1e-3 if IMAGE in events[: step.event] else 2e-5
             np.testing.assert_allclose(*pair, atol=atol)
@@ -290,9 +292,9 @@ def floats(pixels):
     return (jnp.asarray(pixels, jnp.float32) / 255.0 - 0.5) / 0.5
 
 
-def event_blocks(loaded, drawn, spec, events):
+def event_blocks(loaded, sampled, spec, events):
     """What each event added, four rows each."""
-    inputs, texts, images = iter(drawn.inputs), iter(drawn.texts), iter(drawn.images)
+    inputs, texts, images = iter(sampled.inputs), iter(sampled.texts), iter(sampled.images)
     blocks = []
     for kind in events:
         if kind == SYSTEM:
@@ -300,8 +302,8 @@ def event_blocks(loaded, drawn, spec, events):
             blocks.append(TextBlock(tokens, jnp.ones(tokens.shape, bool)))
         elif kind == IMAGE:
             latents = next(images).latents
-            shown = trajectory.pixels(loaded.model, PolicyParams(loaded.base), latents, (2, 2))
-            blocks.append(ImageBlock(shown, shown))
+            pixels = trajectory.pixels(loaded.model, PolicyParams(loaded.base), latents, (2, 2))
+            blocks.append(ImageBlock(pixels, pixels))
         elif kind in (THINK, ANSWER):
             sample = next(texts)
             blocks.append(TextBlock(sample.tokens, sample.mask))

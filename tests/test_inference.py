@@ -1,4 +1,4 @@
-"""Editing, answering and refining with a tiny random model; a judge whose verdicts are given."""
+"""Editing, answering and refining with a tiny random model; a verifier whose rewards are given."""
 
 import dataclasses
 import pathlib
@@ -29,16 +29,16 @@ ASKED = ["a red circle", "a", "two green crosses"]
 
 def test_a_row_depends_on_its_own_input_and_number_only(policy):
     task = tasks.TASKS["ti2t"]
-    whole = run_task(policy, task, ASKED, IMAGES, seed=3, temperature=1.0)
-    assert whole.images is None
-    assert len(whole.texts) == 2
+    one_batch = run_task(policy, task, ASKED, IMAGES, seed=3, temperature=1.0)
+    assert one_batch.images is None
+    assert len(one_batch.texts) == 2
     cut = run_task(policy, task, ASKED, IMAGES, seed=3, temperature=1.0, batch=2)
-    assert cut.texts == whole.texts
-    assert len(set(whole.texts[0])) > 1
+    assert cut.texts == one_batch.texts
+    assert len(set(one_batch.texts[0])) > 1
 
 
 class Verdicts:
-    """A judge with given rewards, in the order in which it is asked."""
+    """A verifier with given rewards, in the order in which it is asked."""
 
     def __init__(self, *rewards):
         self.rewards, self.closed = list(rewards), False
@@ -61,62 +61,62 @@ def rounds(monkeypatch):
         return inference.GeneratedImages(np.full((1, 2, 2, 3), value, np.uint8), [f"seed {seed}"])
 
     def run(keep, *rewards):
-        judge = Verdicts(*rewards)
+        rater = Verdicts(*rewards)
         monkeypatch.setattr(inference, "_sample_prompt", step)
-        monkeypatch.setattr(inference, "_ImageRater", lambda policy, record: judge)
+        monkeypatch.setattr(inference, "_ImageRater", lambda policy, record: rater)
         first = inference.Round(np.full((2, 2, 3), 100, np.uint8), "")
         monkeypatch.setattr(inference, "_first_round", lambda *_, **__: first)
         record = None if keep == "last" else parse_record(tiny_world.record("x"))
-        found = refine(
+        results = refine(
             None, "x", rounds=3, keep=keep, think=False, record=record, image=None, seed=5
         )
-        return found, judge
+        return results, rater
 
     return run
 
 
-def values(found):
-    return [int(each.image[0, 0, 0]) for each in found]
+def values(results):
+    return [int(result.image[0, 0, 0]) for result in results]
 
 
 def test_last_goes_on_and_asks_no_one(rounds):
-    found, judge = rounds("last")
-    found = list(found)
-    assert all(each.is_kept for each in found)  # so far
-    assert values(found) == [100, 110, 120, 130]
-    assert [each.reward for each in found] == [None] * 4
-    assert [each.text for each in found[1:]] == ["seed 6", "seed 7", "seed 8"]
-    assert not judge.closed
+    results, rater = rounds("last")
+    results = list(results)
+    assert all(result.is_kept for result in results)  # so far
+    assert values(results) == [100, 110, 120, 130]
+    assert [result.reward for result in results] == [None] * 4
+    assert [result.text for result in results[1:]] == ["seed 6", "seed 7", "seed 8"]
+    assert not rater.closed
 
 
 def test_best_goes_on_and_keeps_the_first_of_the_best(rounds):
-    found, judge = rounds("best", 0.3, 0.8, 0.8, 0.1)
-    found = list(found)
-    assert [each.is_kept for each in found] == [True, True, False, False]
-    assert values(found) == [100, 110, 120, 130]
-    assert judge.closed
+    results, rater = rounds("best", 0.3, 0.8, 0.8, 0.1)
+    results = list(results)
+    assert [result.is_kept for result in results] == [True, True, False, False]
+    assert values(results) == [100, 110, 120, 130]
+    assert rater.closed
 
 
 def test_gated_goes_back_to_the_best_so_far(rounds):
-    found, _ = rounds("gated", 0.3, 0.2, 0.5, 0.5)
-    found = list(found)
-    assert [each.is_kept for each in found] == [True, False, True, False]
+    results, _ = rounds("gated", 0.3, 0.2, 0.5, 0.5)
+    results = list(results)
+    assert [result.is_kept for result in results] == [True, False, True, False]
     # The first round was worse: the second starts from the first image again, as did the first.
-    assert values(found) == [100, 110, 110, 120]
+    assert values(results) == [100, 110, 110, 120]
 
 
-def test_rounds_come_one_by_one_and_a_judge_that_fails_costs_none(rounds):
-    found, judge = rounds("best", 0.3, 0.2, None)
-    assert next(found).reward == 0.3
-    assert len(judge.rewards) == 2  # the next round is not yet begun
-    assert next(found).reward == 0.2
-    unrated = next(found)
+def test_rounds_come_one_by_one_and_a_verifier_that_fails_costs_none(rounds):
+    results, rater = rounds("best", 0.3, 0.2, None)
+    assert next(results).reward == 0.3
+    assert len(rater.rewards) == 2  # the next round is not yet begun
+    assert next(results).reward == 0.2
+    unrated = next(results)
     assert values([unrated]) == [120]
     assert unrated.reward is None
     assert not unrated.is_kept
     with pytest.raises(ValueError, match="no answer"):
-        next(found)
-    assert judge.closed
+        next(results)
+    assert rater.closed
 
 
 def test_keeping_by_a_verifier_needs_questions(policy):
@@ -130,9 +130,9 @@ def test_keeping_by_a_verifier_needs_questions(policy):
 def test_images_of_any_size_are_edited(policy, size):
     sizes = dataclasses.replace(policy.loaded.config.vae_transform, max_size=32, min_size=16)
     config = dataclasses.replace(policy.loaded.config, vae_transform=sizes)
-    own = policy._replace(loaded=dataclasses.replace(policy.loaded, config=config))
+    small_policy = policy._replace(loaded=dataclasses.replace(policy.loaded, config=config))
     image = Image.fromarray(np.full((size[1], size[0], 3), 90, np.uint8))
-    pixels, seen = inference._encoder_images(own.loaded, image)
+    pixels, vit_pixels = inference._encoder_images(small_policy.loaded, image)
     assert pixels.shape[0] % 16 == pixels.shape[1] % 16 == 0
     assert max(pixels.shape) <= 32
-    assert seen.shape[0] % 8 == seen.shape[1] % 8 == 0
+    assert vit_pixels.shape[0] % 8 == vit_pixels.shape[1] % 8 == 0

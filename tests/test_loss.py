@@ -77,14 +77,14 @@ def reference(text, image, valid, *, level, w, text_beta=0.0, image_beta=0.0):
         return -min(ratio * a, np.clip(ratio, 1 - low, 1 + high) * a)
 
     if level == "token":
-        parts = [surrogate(new[i, t] - old[i, t], advantage[i], 0.2, 0.28) for i, t in tokens]
+        terms = [surrogate(new[i, t] - old[i, t], advantage[i], 0.2, 0.28) for i, t in tokens]
     else:
-        parts = []
+        terms = []
         for i in rows:
-            kept = mask[i].astype(bool)
-            mean = (new[i] - old[i])[kept].mean() if kept.any() else 0.0
-            parts.append(surrogate(mean, advantage[i], 0.2, 0.28))
-    text_loss = np.mean(parts)
+            scored = mask[i].astype(bool)
+            mean = (new[i] - old[i])[scored].mean() if scored.any() else 0.0
+            terms.append(surrogate(mean, advantage[i], 0.2, 0.28))
+    text_loss = np.mean(terms)
     r = np.array([ref[i, t] - new[i, t] for i, t in tokens])
     text_loss += text_beta * np.mean(np.exp(r) - r - 1)
     image_loss = 0.0
@@ -188,9 +188,9 @@ def test_first_update_has_ratio_one_and_the_policy_gradient():
     assert metrics["text/ratio_max_dev"] == 0.0
     assert metrics["image/ratio_max_dev"] == 0.0
     assert metrics["text/clip_fraction"] == metrics["image/clip_fraction"] == 0.0
-    kept = np.asarray(text.mask & valid[:, None])
+    scored = np.asarray(text.mask & valid[:, None])
     advantage = np.asarray(text.advantage)[:, None]
-    expected = np.where(kept, -advantage, 0) / kept.sum() * J / (J + 1)
+    expected = np.where(scored, -advantage, 0) / scored.sum() * J / (J + 1)
     np.testing.assert_allclose(gradients[0], expected, rtol=1e-6)
     clipped = np.clip(advantage, -5, 5) * np.ones((1, J))
     expected = np.where(np.asarray(valid)[:, None], -clipped, 0) / 5 / (J + 1)
@@ -220,8 +220,8 @@ def test_gradients_against_finite_differences_of_float64(level):
             for sign in (1, -1):
                 news = [np.asarray(t.new_logp, np.float64).copy() for t in (text, image)]
                 news[which][index] += sign * size
-                moved = text._replace(new_logp=news[0]), image._replace(new_logp=news[1])
-                values.append(reference(*moved, valid, level=level, w=1.0, **options))
+                terms = text._replace(new_logp=news[0]), image._replace(new_logp=news[1])
+                values.append(reference(*terms, valid, level=level, w=1.0, **options))
             numeric = (values[0] - values[1]) / (2 * size)
             assert gradient[index] == pytest.approx(numeric, rel=1e-4, abs=1e-6)
 
@@ -230,7 +230,7 @@ def test_gradients_against_finite_differences_of_float64(level):
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch(level, micro_batch):
     text, image, valid = arrays()
-    whole = totals(text, valid)
+    normalizers = totals(text, valid)
 
     def run(rows, delta):
         part_text = TextTerms(*(x[rows] for x in text))
@@ -242,17 +242,17 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch(level, micro
             level=level,
             text_beta=0.1,
             image_beta=0.2,
-            **whole,
+            **normalizers,
         )
 
     value = jax.value_and_grad(run, argnums=1, has_aux=True)
     (full, metrics), gradient = value(slice(None), 0.01)
-    parts = [value(slice(i, i + micro_batch), 0.01) for i in range(0, B, micro_batch)]
-    merged = parts[0][0][1]
-    for (_, more), _ in parts[1:]:
+    results = [value(slice(i, i + micro_batch), 0.01) for i in range(0, B, micro_batch)]
+    merged = results[0][0][1]
+    for (_, more), _ in results[1:]:
         merged = loss_lib.merge_metrics(merged, more)
-    assert sum(part[0][0] for part in parts) == pytest.approx(float(full), rel=1e-5)
-    assert sum(part[1] for part in parts) == pytest.approx(float(gradient), rel=1e-5)
+    assert sum(result[0][0] for result in results) == pytest.approx(float(full), rel=1e-5)
+    assert sum(result[1] for result in results) == pytest.approx(float(gradient), rel=1e-5)
     assert merged.keys() == metrics.keys()
     for name, number in metrics.items():
         assert merged[name] == pytest.approx(float(number), rel=1e-5), name
@@ -260,12 +260,12 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch(level, micro
 
 def test_padding_and_invalid_trajectories_count_nowhere_even_as_nan():
     text, image, valid = arrays()
-    kept = text.mask & valid[:, None]
+    scored = text.mask & valid[:, None]
     bad_text = text._replace(
-        new_logp=jnp.where(kept, text.new_logp, jnp.nan),
-        old_logp=jnp.where(kept, text.old_logp, jnp.inf),
-        entropy=jnp.where(kept, text.entropy, jnp.nan),
-        ref_logp=jnp.where(kept, text.ref_logp, jnp.nan),
+        new_logp=jnp.where(scored, text.new_logp, jnp.nan),
+        old_logp=jnp.where(scored, text.old_logp, jnp.inf),
+        entropy=jnp.where(scored, text.entropy, jnp.nan),
+        ref_logp=jnp.where(scored, text.ref_logp, jnp.nan),
         advantage=jnp.where(valid, text.advantage, jnp.nan),
     )
     bad_image = ImageTerms(
@@ -298,7 +298,7 @@ def test_padding_and_invalid_trajectories_count_nowhere_even_as_nan():
         gradients = jax.grad(scalar, argnums=(0, 1))(bad_text.new_logp, bad_image.new_logp)
         assert np.isfinite(gradients[0]).all()
         assert np.isfinite(gradients[1]).all()
-        np.testing.assert_array_equal(np.asarray(gradients[0])[~np.asarray(kept)], 0.0)
+        np.testing.assert_array_equal(np.asarray(gradients[0])[~np.asarray(scored)], 0.0)
         np.testing.assert_array_equal(gradients[1][5], 0.0)
 
 
@@ -308,10 +308,10 @@ def test_a_log_prob_that_is_not_a_number_makes_the_loss_one_too(jit, level):
     text, image, valid = arrays()
     broken_text = text._replace(new_logp=jnp.full_like(text.new_logp, jnp.nan))
     broken_image = image._replace(new_logp=jnp.full_like(image.new_logp, jnp.nan))
-    whole = totals(text, valid)
+    normalizers = totals(text, valid)
 
     def run(text, image):
-        return grpo_loss(text, image, valid, level=level, **whole)[0]
+        return grpo_loss(text, image, valid, level=level, **normalizers)[0]
 
     run = jax.jit(run) if jit else run
     assert np.isfinite(run(text, image))
@@ -329,15 +329,15 @@ def test_nothing_valid_gives_zero():
 
 def test_text_alone_and_image_alone():
     text, image, valid = arrays()
-    whole = totals(text, valid)
-    text_only, _ = grpo_loss(text, None, valid, text_loss_weight=0.3, **whole)
-    image_only, _ = grpo_loss(None, image, valid, **whole)
-    both, metrics = grpo_loss(text, image, valid, text_loss_weight=0.3, **whole)
+    normalizers = totals(text, valid)
+    text_only, _ = grpo_loss(text, None, valid, text_loss_weight=0.3, **normalizers)
+    image_only, _ = grpo_loss(None, image, valid, **normalizers)
+    combined, metrics = grpo_loss(text, image, valid, text_loss_weight=0.3, **normalizers)
     assert text_only == pytest.approx(0.3 * float(metrics["loss/text"]))
     assert image_only == pytest.approx(float(metrics["loss/image"]))
-    assert both == pytest.approx(float(text_only + image_only) * J / (J + 1), rel=1e-6)
+    assert combined == pytest.approx(float(text_only + image_only) * J / (J + 1), rel=1e-6)
     with pytest.raises(ValueError, match="neither text nor image"):
-        grpo_loss(None, None, valid, **whole)
+        grpo_loss(None, None, valid, **normalizers)
 
 
 def test_clipped_terms_have_no_gradient_on_the_clipped_side_only():
@@ -383,33 +383,33 @@ def test_top_entropy_mask():
 
 def test_a_kl_that_is_only_reported_never_touches_the_loss():
     text, image, valid = arrays()
-    whole = totals(text, valid)
-    plain, _ = text_grpo(text._replace(ref_logp=None), valid, **whole)
-    share, metrics = text_grpo(text, valid, **whole)
+    normalizers = totals(text, valid)
+    plain, _ = text_grpo(text._replace(ref_logp=None), valid, **normalizers)
+    share, metrics = text_grpo(text, valid, **normalizers)
     assert share == plain
     assert metrics["text/kl"] > 0.0
     far = text._replace(ref_logp=jnp.full_like(text.ref_logp, jnp.inf))  # its KL overflows
-    share, metrics = text_grpo(far, valid, **whole)
+    share, metrics = text_grpo(far, valid, **normalizers)
     assert share == plain
     assert not jnp.isfinite(metrics["text/kl"])
-    alone, _ = image_grpo(image._replace(kl=None), valid, trajectories_total=3.0)
+    image_share, _ = image_grpo(image._replace(kl=None), valid, trajectories_total=3.0)
     overflown = image._replace(kl=jnp.full_like(image.kl, jnp.inf))
     share, metrics = image_grpo(overflown, valid, trajectories_total=3.0)
-    assert share == alone
+    assert share == image_share
     assert metrics["image/kl"] == jnp.inf
 
 
 def test_refuses_what_does_not_fit():
     text, image, valid = arrays()
-    whole = totals(text, valid)
+    normalizers = totals(text, valid)
     with pytest.raises(ValueError, match=r"level\n  Input should be 'sequence' or 'token'"):
-        text_grpo(text, valid, level="word", **whole)
+        text_grpo(text, valid, level="word", **normalizers)
     with pytest.raises(ValueError, match="without ref_logp"):
-        text_grpo(text._replace(ref_logp=None), valid, text_beta=0.1, **whole)
+        text_grpo(text._replace(ref_logp=None), valid, text_beta=0.1, **normalizers)
     with pytest.raises(ValueError, match="without kl"):
-        grpo_loss(None, image._replace(kl=None), valid, image_beta=0.1, **whole)
+        grpo_loss(None, image._replace(kl=None), valid, image_beta=0.1, **normalizers)
     with pytest.raises(AssertionError):
-        text_grpo(text._replace(old_logp=text.old_logp[:, :-1]), valid, **whole)
+        text_grpo(text._replace(old_logp=text.old_logp[:, :-1]), valid, **normalizers)
     with pytest.raises(AssertionError):
         image_grpo(image, valid[:-1], trajectories_total=1.0)
     with pytest.raises(ValueError, match="expected the same as"):
@@ -431,7 +431,7 @@ def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
     for _ in range(2):
         old = jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)
         images.append(loss_lib.ImageTerms(old + 1e-6, old, 0.5 * advantage))
-    whole = {"trajectories_total": jnp.float32(2.0)}
+    normalizers = {"trajectories_total": jnp.float32(2.0)}
     share, metrics = loss_lib.grpo_loss(
         texts,
         images,
@@ -439,12 +439,13 @@ def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
         text_counts=(2, 2, 1),
         text_tokens_total=jnp.full(3, 8.0),
         options=loss_options(text_loss_weight=0.5),
-        **whole,
+        **normalizers,
     )
     each_text = [
-        float(text_grpo(t, valid, text_tokens_total=jnp.float32(8.0), **whole)[0]) for t in texts
+        float(text_grpo(t, valid, text_tokens_total=jnp.float32(8.0), **normalizers)[0])
+        for t in texts
     ]
-    each_image = [float(image_grpo(i, valid, **whole)[0]) for i in images]
+    each_image = [float(image_grpo(i, valid, **normalizers)[0]) for i in images]
     weighed = 0.5 * (2 * each_text[0] + 2 * each_text[1] + each_text[2])
     expected = (weighed + 2 * each_image[0] + 2 * each_image[1]) / (3 + 4)
     np.testing.assert_allclose(share, expected, rtol=1e-5)
@@ -459,5 +460,5 @@ def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
             text_counts=(1, 1),
             text_tokens_total=jnp.ones(3),
             options=loss_options(),
-            **whole,
+            **normalizers,
         )

@@ -35,17 +35,17 @@ def options(section: type = Config, prefix: str = "") -> Iterator[tuple[type, st
 def path_of(module: str) -> pathlib.Path | None:
     """The file of a module of the package; None for names in modules and other packages."""
     stem = PACKAGE.parent.joinpath(*module.split("."))
-    found = [path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()]
-    return found[0] if found and module.startswith("alphagrpo_jax") else None
+    files = [path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()]
+    return files[0] if files and module.startswith("alphagrpo_jax") else None
 
 
-def reached(module: str, seen: dict[str, ast.Module]) -> dict[str, ast.Module]:
+def reached(module: str, trees: dict[str, ast.Module]) -> dict[str, ast.Module]:
     """The syntax trees of a module and of everything in the package that it imports."""
     path = path_of(module)
-    if path is None or module in seen:
-        return seen
-    seen[module] = ast.parse(path.read_text())
-    for node in ast.walk(seen[module]):
+    if path is None or module in trees:
+        return trees
+    trees[module] = ast.parse(path.read_text())
+    for node in ast.walk(trees[module]):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -53,8 +53,8 @@ def reached(module: str, seen: dict[str, ast.Module]) -> dict[str, ast.Module]:
         else:
             continue
         for name in names:
-            reached(name, seen)
-    return seen
+            reached(name, trees)
+    return trees
 
 
 @pytest.fixture(scope="module")

@@ -98,15 +98,18 @@ def test_rope_ids_and_lengths(params: PolicyParams):
 
 
 def test_a_row_does_not_depend_on_padding_or_neighbours(params: PolicyParams):
-    both = context(params)
+    batched = context(params)
     sigma, rows = jnp.array([0.8, 0.3]), slice(0, 2)
-    v, text = velocity(MODEL, params, both, latents(2), sigma, GRID), scores(params, both, rows, 5)
+    v, text = (
+        velocity(MODEL, params, batched, latents(2), sigma, GRID),
+        scores(params, batched, rows, 5),
+    )
     for index, width in enumerate((5, 3)):
         row = slice(index, index + 1)
-        alone = context(params, row, width)
-        v_alone = velocity(MODEL, params, alone, latents(2)[row], sigma[row], GRID)
+        single = context(params, row, width)
+        v_alone = velocity(MODEL, params, single, latents(2)[row], sigma[row], GRID)
         np.testing.assert_allclose(v[row], v_alone, atol=2e-5)
-        text_alone = scores(params, alone, row, width)
+        text_alone = scores(params, single, row, width)
         got = text.log_prob[row, : width - 1]
         np.testing.assert_allclose(got, text_alone.log_prob, atol=2e-5)
         np.testing.assert_allclose(text.entropy[row, : width - 1], text_alone.entropy, atol=2e-5)
@@ -157,8 +160,8 @@ def test_decoding_token_by_token_equals_one_pass(params: PolicyParams):
     np.testing.assert_allclose(np.asarray(logits)[MASK], np.asarray(expected)[MASK], atol=2e-5)
     after = policy.end_decode(ctx, cache)
     assert (after.rope - ctx.rope).tolist() == [5, 3]
-    other, _ = extend_text(MODEL, params, ctx, jnp.asarray(TEXT), jnp.asarray(MASK))
-    v = [velocity(MODEL, params, c, latents(2), jnp.ones(2), GRID) for c in (after, other)]
+    one_pass, _ = extend_text(MODEL, params, ctx, jnp.asarray(TEXT), jnp.asarray(MASK))
+    v = [velocity(MODEL, params, c, latents(2), jnp.ones(2), GRID) for c in (after, one_pass)]
     np.testing.assert_allclose(*v, atol=2e-5)
 
 
@@ -184,8 +187,8 @@ def test_several_noisy_versions_share_one_context(params: PolicyParams):
     sigma = jnp.array([[0.9, 0.5, 0.1], [0.2, 0.4, 0.6]])
     got = policy.packed_velocity(MODEL, params, ctx, x, sigma, GRID)
     for draw in range(3):
-        alone = velocity(MODEL, params, ctx, x[:, draw], sigma[:, draw], GRID)
-        np.testing.assert_allclose(got[:, draw], alone, atol=2e-5)
+        single = velocity(MODEL, params, ctx, x[:, draw], sigma[:, draw], GRID)
+        np.testing.assert_allclose(got[:, draw], single, atol=2e-5)
 
 
 def test_a_zero_adapter_is_the_base_and_merging_is_the_adapter(
@@ -215,13 +218,13 @@ def test_the_adapter_gradient_matches_finite_differences(adapter: PolicyParams):
     keys = jax.random.split(jax.random.key(5), len(jax.tree.leaves(gradient)))
     keys = jax.tree.unflatten(jax.tree.structure(gradient), list(keys))
     direction = jax.tree.map(lambda g, k: jax.random.normal(k, g.shape), gradient, keys)
-    moved = [
+    losses = [
         float(loss(jax.tree.map(lambda a, d, s=sign: a + s * 1e-3 * d, adapter.lora, direction)))
         for sign in (1, -1)
     ]
     products = jax.tree.map(lambda g, d: float(jnp.vdot(g, d)), gradient, direction)
     slope = sum(jax.tree.leaves(products))
-    assert slope == pytest.approx((moved[0] - moved[1]) / 2e-3, rel=2e-2)
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-3, rel=2e-2)
 
 
 def test_a_detached_context_gives_no_gradient_to_its_text(params: PolicyParams):
@@ -253,8 +256,8 @@ def test_remat_and_unroll_change_nothing(params: PolicyParams, remat: str):
         return jax.jit(jax.grad(loss))(params).base["language_model"]
 
     plain = gradient(MODEL)
-    other = gradient(Bagel(CONFIG, remat=remat, unroll=2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, other)
+    unrolled = gradient(Bagel(CONFIG, remat=remat, unroll=2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, unrolled)
 
 
 def test_guidance_decided_on_the_device_equals_the_static_decision(params: PolicyParams):
@@ -277,8 +280,8 @@ def test_images_there_and_back(params: PolicyParams):
     out = policy.decode_latents(MODEL, params, 50.0 * tokens, GRID)
     assert out.shape == images.shape
     assert float(jnp.abs(out).max()) <= 1.0
-    alone = policy.encode_image(MODEL, params, images[1:])
-    np.testing.assert_allclose(tokens[1:], alone, atol=2e-5)
+    single = policy.encode_image(MODEL, params, images[1:])
+    np.testing.assert_allclose(tokens[1:], single, atol=2e-5)
 
 
 def test_an_image_is_a_vae_block_then_a_vit_block(params: PolicyParams):

@@ -20,11 +20,15 @@ def tokenizer():
 
 def test_a_file_becomes_a_dataset_and_tokens(tmp_path, tokenizer):
     path = tiny_world.write_records(tmp_path / "train.jsonl", 5)
-    found = prompts.load(path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path / "cache")
-    (text,) = found.texts
+    prompt_set = prompts.load(
+        path, tokenizer, task=TASKS["rt2i"], bucket=24, cache=tmp_path / "cache"
+    )
+    (text,) = prompt_set.texts
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record.to_json()["prompt"] for record in found.records] == [r["prompt"] for r in lines]
-    assert found.records[3].question_texts == parse_record(lines[3]).question_texts
+    assert [record.to_json()["prompt"] for record in prompt_set.records] == [
+        r["prompt"] for r in lines
+    ]
+    assert prompt_set.records[3].question_texts == parse_record(lines[3]).question_texts
     assert text.tokens.shape == text.mask.shape == (5, 24)
     assert text.tokens[0][text.mask[0]].tolist() == tokenizer.wrap(lines[0]["prompt"])
     assert list((tmp_path / "cache").rglob("*.array_record*"))
@@ -88,13 +92,13 @@ def test_tensorflow_is_not_needed():
 
 
 def test_order_is_a_permutation_per_epoch_and_a_pure_function_of_the_position():
-    whole = prompts.order(0, 30, size=10, seed=3)
+    full_order = prompts.order(0, 30, size=10, seed=3)
     for epoch in range(3):
-        assert sorted(whole[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert not np.array_equal(whole[:10], whole[10:20])
+        assert sorted(full_order[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert not np.array_equal(full_order[:10], full_order[10:20])
     pieces = [prompts.order(at, 6, size=10, seed=3) for at in range(0, 30, 6)]
-    np.testing.assert_array_equal(np.concatenate(pieces), whole)
-    assert not np.array_equal(prompts.order(0, 10, size=10, seed=4), whole[:10])
+    np.testing.assert_array_equal(np.concatenate(pieces), full_order)
+    assert not np.array_equal(prompts.order(0, 10, size=10, seed=4), full_order[:10])
 
 
 def test_more_prompts_than_the_set_has():
@@ -108,7 +112,7 @@ def test_evaluation_sets_are_half_implied_and_balanced_over_types():
         for i, (kind, type_) in enumerate(kinds)
     ]
     chosen = [kinds[row] for row in prompts.balanced(records, 8)]
-    assert [chosen.count(each) for each in dict.fromkeys(kinds)] == [2, 2, 4]
+    assert [chosen.count(kind) for kind in dict.fromkeys(kinds)] == [2, 2, 4]
     assert len(prompts.balanced(records, 100)) == 19
     plain = [parse_record(tiny_world.record(f"p{i}")) for i in range(4)]
     assert prompts.balanced(plain, 3) == [0, 1, 2]

@@ -15,9 +15,9 @@ VALID = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], bool)
 
 
 def test_the_worst_valid_image_is_repaired_and_the_first_of_equals():
-    chosen, usable = choose_initial(REWARD, VALID, choice="worst", rng=np.random.default_rng(0))
+    chosen, has_valid = choose_initial(REWARD, VALID, choice="worst", rng=np.random.default_rng(0))
     assert chosen[:2].tolist() == [1, 3]
-    assert usable.tolist() == [True, True, False]
+    assert has_valid.tolist() == [True, True, False]
 
 
 def test_softmax_draws_in_proportion_and_never_an_invalid_image():
@@ -34,8 +34,8 @@ def test_values_of_invalid_images_are_never_looked_at():
     for choice in get_args(InitialChoice):
         pair = (np.random.default_rng(2), np.random.default_rng(2))
         expected, _ = choose_initial(REWARD, VALID, choice=choice, rng=pair[0])
-        found, _ = choose_initial(broken, VALID, choice=choice, rng=pair[1])
-        assert found[:2].tolist() == expected[:2].tolist()
+        chosen, _ = choose_initial(broken, VALID, choice=choice, rng=pair[1])
+        assert chosen[:2].tolist() == expected[:2].tolist()
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_rectification_by_hand(mode, expected):
     """The second member only equals its initial image; the fourth of the first group is invalid."""
     reward = np.array([[0.6, 0.5, 0.4, np.nan], [0.9, 0.8, 0.95, 0.7]])
     valid = ~np.isnan(reward)
-    found = rectify(reward, valid, np.array([0.5, 0.9]), np.array([0.1, 0.7]), mode=mode)
-    np.testing.assert_array_equal(found.reward, expected)
-    assert found.improved.tolist() == [
+    rectified = rectify(reward, valid, np.array([0.5, 0.9]), np.array([0.1, 0.7]), mode=mode)
+    np.testing.assert_array_equal(rectified.reward, expected)
+    assert rectified.improved.tolist() == [
         [True, False, False, False],
         [False, False, True, False],
     ]
@@ -61,8 +61,8 @@ def test_rectification_by_hand(mode, expected):
 def test_an_invalid_sample_does_not_lower_the_groups_minimum():
     reward = np.array([[0.6, 0.4, -5.0]])
     valid = np.array([[True, True, False]])
-    found = rectify(reward, valid, np.array([0.5]), np.array([0.5]), mode="paper")
-    assert found.reward[0].tolist() == [0.6, 0.4, -5.0]
+    rectified = rectify(reward, valid, np.array([0.5]), np.array([0.5]), mode="paper")
+    assert rectified.reward[0].tolist() == [0.6, 0.4, -5.0]
 
 
 @pytest.mark.parametrize(
@@ -73,15 +73,15 @@ def test_an_invalid_sample_does_not_lower_the_groups_minimum():
     ],
 )
 def test_bad_rectification_is_refused(arguments, message):
-    given = {"initial": np.zeros(1), "mode": "paper"} | arguments
-    initial = given.pop("initial")
+    options = {"initial": np.zeros(1), "mode": "paper"} | arguments
+    initial = options.pop("initial")
     with pytest.raises(ValueError, match=message):
-        rectify(np.zeros((1, 2)), np.ones((1, 2), bool), initial, np.zeros(1), **given)
+        rectify(np.zeros((1, 2)), np.ones((1, 2), bool), initial, np.zeros(1), **options)
 
 
 def test_outcomes_are_shares():
-    found = outcomes(np.array([0.5, 0.5, 1.0, 0.0]), np.array([1.0, 0.5, 0.5, 0.25]))
-    assert found == {"improved": 0.5, "kept": 0.25, "spoilt": 0.25}
+    shares = outcomes(np.array([0.5, 0.5, 1.0, 0.0]), np.array([1.0, 0.5, 0.5, 0.25]))
+    assert shares == {"improved": 0.5, "kept": 0.25, "spoilt": 0.25}
 
 
 def entries(first: int, count: int) -> tuple:
@@ -97,14 +97,14 @@ def test_a_queue_hands_out_the_oldest_first_and_survives_a_checkpoint():
     queue.add(*entries(4, 3))
     numbers = json.loads(json.dumps(queue.progress()))
     again = InitialImageQueue.restored(queue.image.copy(), numbers)
-    for one in (queue, again):
-        assert int(one.count) == 4
-        taken = one.take(4)
-        assert taken.row.tolist() == [3, 4, 5, 6]
-        assert taken.reward.tolist() == [n / 7 for n in (3, 4, 5, 6)]  # to the last bit
-        assert taken.lowest.tolist() == [n / 9 for n in (3, 4, 5, 6)]
-        assert taken.image[:, 0, 0, 0].tolist() == [3, 4, 5, 6]
-        assert int(one.count) == 0
+    for current in (queue, again):
+        assert int(current.count) == 4
+        batch = current.take(4)
+        assert batch.row.tolist() == [3, 4, 5, 6]
+        assert batch.reward.tolist() == [n / 7 for n in (3, 4, 5, 6)]  # to the last bit
+        assert batch.lowest.tolist() == [n / 9 for n in (3, 4, 5, 6)]
+        assert batch.image[:, 0, 0, 0].tolist() == [3, 4, 5, 6]
+        assert int(current.count) == 0
     for name in ("image", "row", "reward", "lowest"):
         np.testing.assert_array_equal(vars(queue)[name], vars(again)[name])
 

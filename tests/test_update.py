@@ -29,11 +29,11 @@ class World:
         data = setup.load_data(self.config, loaded, root / "cache")
         optimizer = make_optimizer(self.config.optimizer)
         state = setup.initial_state(self.config, loaded.base, optimizer, mesh)
-        moved = jax.tree.map(
+        trainable = jax.tree.map(
             lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
             state.trainable,
         )
-        self.state = state.replace(trainable=moved)
+        self.state = state.replace(trainable=trainable)
         fns = steps_lib.compile_fns(self.config, loaded, state, optimizer, mesh)
         fns = fns._replace(apply_gradient=self.apply)
         self.run = context.make_run(self.config, loaded, data, fns, None, root)
@@ -42,9 +42,9 @@ class World:
         self.gradient = jax.tree.map(np.asarray, gradient)
         return state, metrics | {"update/finite": 1.0, "update/grad_norm": 0.0}
 
-    def update(self, drawn, advantages):
-        old = [update.old_log_probs(self.run, self.state, each) for each in drawn]
-        _, metrics = update.step(self.run, self.state, drawn, old, advantages, 1)
+    def update(self, rollouts, advantages):
+        old = [update.old_log_probs(self.run, self.state, sampled) for sampled in rollouts]
+        _, metrics = update.step(self.run, self.state, rollouts, old, advantages, 1)
         return self.gradient, metrics.update, metrics.batches
 
 
@@ -57,18 +57,18 @@ def batch(number, rows):
     return types.PromptBatch(number, tasks.TASKS["rt2i"], np.array(rows), None, None)
 
 
-def cut(drawn):
+def cut(sampled):
     """The same with shorter texts, so that tokens and trajectories weigh differently."""
     texts = tuple(
-        each.replace(mask=each.mask.at[:, 3:].set(False), scored=each.scored.at[:, 2:].set(False))
-        for each in drawn.trajectories.texts
+        text.replace(mask=text.mask.at[:, 3:].set(False), scored=text.scored.at[:, 2:].set(False))
+        for text in sampled.trajectories.texts
     )
-    return drawn._replace(trajectories=drawn.trajectories.replace(texts=texts))
+    return sampled._replace(trajectories=sampled.trajectories.replace(texts=texts))
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """Runs of one and of two prompts per batch, and what was drawn for both."""
+    """Runs of one and of two prompts per batch, and rollouts for both."""
     root = tiny_world.write_all(tmp_path_factory.mktemp("world"))
     single, double = World(root, 1), World(root, 2)
     params = single.run.sampling_params(single.state)
@@ -77,43 +77,45 @@ def worlds(tmp_path_factory):
         for number in (0, 1)
     )
     second = cut(second)
-    both = single.run.tasks["rt2i"].fns.join([first.trajectories, second.trajectories])
-    joined = types.RolloutBatch(batch(0, [0, 1]), both, [], [], [], {})
+    trajectories = single.run.tasks["rt2i"].fns.join([first.trajectories, second.trajectories])
+    joined = types.RolloutBatch(batch(0, [0, 1]), trajectories, [], [], [], {})
     return single, double, (first, second), joined
 
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_two_batches_of_a_task_are_one_of_twice_the_size(worlds, zero):
     """Also if the second one's rewards are all alike: its trajectories are valid."""
-    single, double, drawn, joined = worlds
+    single, double, rollouts, joined = worlds
     advantage = ADVANTAGES * np.array([[1.0], [0.0 if zero else 1.0]], np.float32)
-    each = [scored(advantage[i : i + 1], USED[i : i + 1]) for i in (0, 1)]
-    found, whole, parts = single.update(drawn, each)
+    advantages = [scored(advantage[i : i + 1], USED[i : i + 1]) for i in (0, 1)]
+    gradient, update_metrics, batch_metrics = single.update(rollouts, advantages)
     expected, once, (metrics,) = double.update([joined], [scored(advantage, USED)])
-    for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
-        other = dict(jax.tree_util.tree_flatten_with_path(expected)[0])[path]
-        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-5 * np.abs(other).max())
-    assert whole["loss/total"] == pytest.approx(once["loss/total"], rel=1e-5)
-    merged = merge_batches(parts, ["rt2i"] * 2, by_task=False)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        expected_leaf = dict(jax.tree_util.tree_flatten_with_path(expected)[0])[path]
+        np.testing.assert_allclose(
+            leaf, expected_leaf, rtol=1e-3, atol=2e-5 * np.abs(expected_leaf).max()
+        )
+    assert update_metrics["loss/total"] == pytest.approx(once["loss/total"], rel=1e-5)
+    merged = merge_batches(batch_metrics, ["rt2i"] * 2, by_task=False)
     for name in ("loss/text", "loss/image", "text/entropy", "text/kl", "update/skipped"):
         assert merged[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-7), name
 
 
 def test_a_batch_that_is_left_out_counts_nowhere(worlds):
-    single, _, drawn, _ = worlds
+    single, _, rollouts, _ = worlds
     first = scored(ADVANTAGES[:1], USED[:1])
     nothing = scored(np.zeros((1, 4), np.float32), USED[:1], left_out=True)
-    found, whole, parts = single.update(drawn, [first, nothing])
-    expected, once, _ = single.update(drawn[:1], [first])
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert whole["loss/total"] == once["loss/total"]
-    assert parts[1] == {"update/skipped": 1}
-    assert parts[0]["update/skipped"] == 0
+    gradient, update_metrics, batch_metrics = single.update(rollouts, [first, nothing])
+    expected, once, _ = single.update(rollouts[:1], [first])
+    jax.tree.map(np.testing.assert_array_equal, gradient, expected)
+    assert update_metrics["loss/total"] == once["loss/total"]
+    assert batch_metrics[1] == {"update/skipped": 1}
+    assert batch_metrics[0]["update/skipped"] == 0
 
 
 def test_batches_without_any_advantage_skip_the_update(worlds):
-    single, _, drawn, _ = worlds
+    single, _, rollouts, _ = worlds
     nothing = scored(np.zeros((1, 4), np.float32), USED[:1])
-    _, whole, parts = single.update(drawn, [nothing, nothing])
-    assert whole == {"update/skipped": 1}
-    assert parts == [{"update/skipped": 1}] * 2
+    _, update_metrics, batch_metrics = single.update(rollouts, [nothing, nothing])
+    assert update_metrics == {"update/skipped": 1}
+    assert batch_metrics == [{"update/skipped": 1}] * 2

@@ -64,10 +64,10 @@ def tokenizer(words: Sequence[str] = ()) -> Tokenizer:
 
 
 def model(seed: int = 0, words: Sequence[str] = ()) -> LoadedModel:
-    """A tiny model whose weights are numpy's, since drawing them by JAX compiles for long."""
-    own = tokenizer(words)
-    contents = (LLM | {"vocab_size": len(own)}, VIT, VAE, BAGEL)
-    config = BagelConfig.from_dicts(*contents, tokens=own.special)
+    """A tiny model whose weights are numpy's, since sampling them by JAX compiles for long."""
+    word_tokenizer = tokenizer(words)
+    contents = (LLM | {"vocab_size": len(word_tokenizer)}, VIT, VAE, BAGEL)
+    config = BagelConfig.from_dicts(*contents, tokens=word_tokenizer.special)
     module = Bagel(config)
     rng = np.random.default_rng(seed)
 
@@ -81,9 +81,10 @@ def model(seed: int = 0, words: Sequence[str] = ()) -> LoadedModel:
 
     base = jax.tree_util.tree_map_with_path(draw, base_shapes(module))
     files = {
-        name: json.dumps(each).encode() for name, each in zip(CONFIG_FILES, contents, strict=True)
+        name: json.dumps(content).encode()
+        for name, content in zip(CONFIG_FILES, contents, strict=True)
     }
-    return LoadedModel(module, base, own, config, files, {})
+    return LoadedModel(module, base, word_tokenizer, config, files, {})
 
 
 def write_model(folder: pathlib.Path, words: Sequence[str] = ()) -> pathlib.Path:
@@ -115,8 +116,8 @@ def write_images(folder: pathlib.Path, count: int = 6) -> None:
         image = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
         Image.fromarray(image).save(folder / f"edit_{i}.png")
         edits.append(record(f"{WORDS[i % len(WORDS)]} {i}", image=f"edit_{i}.png"))
-        shown = {"image": images.data_url(image), "answer": ["a", "yes"]}
-        answers.append({"prompt": f"Is it {WORDS[i % len(WORDS)]}?"} | shown)
+        fields = {"image": images.data_url(image), "answer": ["a", "yes"]}
+        answers.append({"prompt": f"Is it {WORDS[i % len(WORDS)]}?"} | fields)
     for name, rows in (("edits", edits), ("answers", answers)):
         lines = (json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines))

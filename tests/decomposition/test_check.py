@@ -14,8 +14,8 @@ DATA = pathlib.Path(prompts.__file__).parent / "assets" / "data"
 
 
 def question(kind: str, text: str, tag: str, **fields) -> dict:
-    own = {"question_type": kind, "question": text, "is_valid": True, "tag": tag}
-    return own | fields
+    defaults = {"question_type": kind, "question": text, "is_valid": True, "tag": tag}
+    return defaults | fields
 
 
 GOOD = {
@@ -33,15 +33,15 @@ GOOD = {
 
 def findings(tmp_path: pathlib.Path, *records) -> list[check.Finding]:
     path = tmp_path / "r.jsonl"
-    lines = [each if isinstance(each, str) else json.dumps(each) for each in records]
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     path.write_text("".join(line + "\n" for line in lines))
     return check.check_file(path)[0]
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.jsonl")), ids=lambda path: path.name)
 def test_shipped_data_has_no_findings(path):
-    found, count = check.check_file(path)
-    assert found == []
+    problems, count = check.check_file(path)
+    assert problems == []
     assert count == len(path.read_text().splitlines())
 
 
@@ -52,8 +52,8 @@ def test_a_good_record(tmp_path):
 def spoiled(**changes) -> dict:
     record = copy.deepcopy(GOOD)
     for name, value in changes.items():
-        kind, _, rest = name.partition("_")
-        index, _, field = rest.partition("_")
+        kind, _, suffix = name.partition("_")
+        index, _, field = suffix.partition("_")
         record[f"{kind}_questions"][int(index)][field] = value
     return record
 
@@ -97,19 +97,19 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(tmp_path, name):
     record, message = ERRORS[name]
-    other = GOOD | {"prompt": "Another.", "id": "two", "original_index": 1}
-    found = findings(tmp_path, other, record)
-    assert [(each.line, each.severity) for each in found] == [(2, "error")]
-    assert message in found[0].message
-    assert str(found[0]).startswith(f"{tmp_path / 'r.jsonl'}:2: error: ")
+    first_record = GOOD | {"prompt": "Another.", "id": "two", "original_index": 1}
+    problems = findings(tmp_path, first_record, record)
+    assert [(problem.line, problem.severity) for problem in problems] == [(2, "error")]
+    assert message in problems[0].message
+    assert str(problems[0]).startswith(f"{tmp_path / 'r.jsonl'}:2: error: ")
 
 
 def test_not_utf8(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "B\xe4r"}\n')
-    (found,), count = check.check_file(path)
-    assert (found.line, found.severity, count) == (2, "error", 1)
-    assert "not UTF-8" in found.message
+    (problem,), count = check.check_file(path)
+    assert (problem.line, problem.severity, count) == (2, "error", 1)
+    assert "not UTF-8" in problem.message
 
 
 def test_marks_and_wide_encodings(tmp_path):
@@ -171,45 +171,49 @@ WARNINGS = {
 @pytest.mark.parametrize("name", WARNINGS)
 def test_warnings(tmp_path, name):
     record, message = WARNINGS[name]
-    found = findings(tmp_path, record)
-    assert found
-    assert {each.severity for each in found} == {"warning"}
-    assert any(message in each.message for each in found)
+    problems = findings(tmp_path, record)
+    assert problems
+    assert {problem.severity for problem in problems} == {"warning"}
+    assert any(message in problem.message for problem in problems)
 
 
 def test_fields_left_out_are_warned_of(tmp_path):
     record = copy.deepcopy(GOOD)
     del record["semantic_questions"][0]["is_valid"]
-    (found,) = findings(tmp_path, record)
-    assert found.severity == "warning"
-    assert found.message == "semantic_questions[0]: no field is_valid"
+    (problem,) = findings(tmp_path, record)
+    assert problem.severity == "warning"
+    assert problem.message == "semantic_questions[0]: no field is_valid"
 
 
 def test_duplicates_over_lines(tmp_path):
     second = GOOD | {"prompt": "a  cat on a mat", "id": "one"}
-    found = findings(tmp_path, GOOD, second)
-    assert [(each.line, each.severity) for each in found] == [
+    problems = findings(tmp_path, GOOD, second)
+    assert [(problem.line, problem.severity) for problem in problems] == [
         (2, "error"),
         (2, "error"),
         (2, "warning"),
     ]
-    assert [each.message.split()[0] for each in found] == ["prompt", "id", "original_index"]
-    assert all(each.message.endswith("is that of line 1 too") for each in found)
+    assert [problem.message.split()[0] for problem in problems] == [
+        "prompt",
+        "id",
+        "original_index",
+    ]
+    assert all(problem.message.endswith("is that of line 1 too") for problem in problems)
 
 
 def test_one_wish_for_many_images_is_no_duplicate(tmp_path):
     images = ["a.png", "b.png", "a.png"]
     records = [GOOD | {"id": str(n), "original_index": n, "image": i} for n, i in enumerate(images)]
-    (found,) = findings(tmp_path, *records)
-    assert (found.line, found.severity) == (3, "error")
-    assert found.message == "prompt 'A cat on a mat.' is that of line 1 too"
+    (problem,) = findings(tmp_path, *records)
+    assert (problem.line, problem.severity) == (3, "error")
+    assert problem.message == "prompt 'A cat on a mat.' is that of line 1 too"
 
 
 def test_records_of_the_answering_task_have_no_questions(tmp_path):
     good = {"prompt": "How many?", "image": "a.png", "answer": ["two", "2"]}
     assert findings(tmp_path, good) == []
-    (found,) = findings(tmp_path, good | {"answer": []})
-    assert "field 'answer'" in found.message
+    (problem,) = findings(tmp_path, good | {"answer": []})
+    assert "field 'answer'" in problem.message
 
 
 def test_an_empty_or_missing_file(tmp_path):

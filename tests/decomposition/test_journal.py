@@ -26,32 +26,32 @@ def fill(journal: Journal, count: int) -> None:
 
 
 def test_prompts_of_a_text_file(source):
-    found = read_prompts(source)
-    assert [(each.text, each.index) for each in found.prompts] == [
+    prompts = read_prompts(source)
+    assert [(prompt.text, prompt.index) for prompt in prompts.prompts] == [
         ("a cat", 0),
         ("a dog", 2),
         ("ein Bär", 3),
         ("four", 5),
     ]
-    assert found.duplicates == (5,)
+    assert prompts.duplicates == (5,)
 
 
 def test_prompts_that_the_check_calls_the_same_occur_once(tmp_path):
     path, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     path.write_text("A red  cat\na red cat.\nA red dog\nA RED CAT\n")
-    found = read_prompts(path)
-    assert [each.text for each in found.prompts] == ["A red  cat", "A red dog"]
-    assert found.duplicates == (2, 4)
-    with Journal(out, found) as journal:
+    prompts = read_prompts(path)
+    assert [prompt.text for prompt in prompts.prompts] == ["A red  cat", "A red dog"]
+    assert prompts.duplicates == (2, 4)
+    with Journal(out, prompts) as journal:
         fill(journal, 2)
-    assert [each for each in check_file(out)[0] if each.severity == "error"] == []
+    assert [finding for finding in check_file(out)[0] if finding.severity == "error"] == []
 
 
 def test_prompts_of_a_jsonl_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a cat", "id": 7}\n{"prompt": " a\\ndog ", "tag": 1}\n')
-    found = read_prompts(path).prompts
-    assert [(each.text, each.id) for each in found] == [("a cat", "7"), ("a\ndog", None)]
+    prompts = read_prompts(path).prompts
+    assert [(prompt.text, prompt.id) for prompt in prompts] == [("a cat", "7"), ("a\ndog", None)]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_records_are_whole_lines_with_their_place(source, tmp_path):
     prompts, path = read_prompts(source), tmp_path / "new" / "out.jsonl"
     with Journal(path, prompts) as journal:
         fill(journal, 2)
-        assert [each.text for each in journal.open_prompts] == ["ein Bär", "four"]
+        assert [prompt.text for prompt in journal.open_prompts] == ["ein Bär", "four"]
         assert len(read_jsonl(path)) == 2  # on the disk while the journal is open
     records = read_jsonl(path)
     assert [(r.prompt, r.id, r.original_index) for r in records] == [
@@ -104,22 +104,22 @@ def test_a_line_cut_short_at_any_place_is_dropped(source, tmp_path, lost):
     prompts, path = read_prompts(source), tmp_path / "out.jsonl"
     with Journal(path, prompts) as journal:
         fill(journal, 4)
-    whole = path.read_bytes()
-    last = whole.rindex(b"\n", 0, len(whole) - 1) + 1
-    path.write_bytes(whole[: max(last, len(whole) - lost)])
+    content = path.read_bytes()
+    last = content.rindex(b"\n", 0, len(content) - 1) + 1
+    path.write_bytes(content[: max(last, len(content) - lost)])
     with Journal(path, prompts) as journal:
-        assert [each.text for each in journal.open_prompts] == ["four"]
+        assert [prompt.text for prompt in journal.open_prompts] == ["four"]
         fill(journal, 1)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == content
 
 
 def test_a_first_line_cut_short_is_dropped_too(source, tmp_path):
     prompts, path = read_prompts(source), tmp_path / "out.jsonl"
     with Journal(path, prompts) as journal:
         fill(journal, 1)
-    whole = path.read_bytes()
-    for length in (1, 11, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    content = path.read_bytes()
+    for length in (1, 11, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
         with Journal(path, prompts) as journal:
             assert len(journal.open_prompts) == 4
         assert path.read_bytes() == b""

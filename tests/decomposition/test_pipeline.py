@@ -14,30 +14,33 @@ from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 
 def test_a_prompt_goes_through_all_stages_once():
     model = FakeModel()
-    found = decompose("red cat", model)
+    result = decompose("red cat", model)
     assert [name for name, _ in model.asked] == [stage.name for stage in texts.STAGES]
-    assert [each.question.text for each in found.semantic] == ["Is there a red?", "Is there a cat?"]
-    assert [each.question.tag for each in found.semantic] == ["Existence"] * 2
-    assert [each.question.dependency for each in found.semantic] == [(), (0,)]
-    assert [each.question.tag for each in found.quality] == ["Geometry", "Lighting"]
-    assert all(each.question.is_valid for each in (*found.semantic, *found.quality))
-    assert (found.tries, found.repairs, found.calls) == ({"semantic": 1, "quality": 1}, {}, 7)
+    assert [checked.question.text for checked in result.semantic] == [
+        "Is there a red?",
+        "Is there a cat?",
+    ]
+    assert [checked.question.tag for checked in result.semantic] == ["Existence"] * 2
+    assert [checked.question.dependency for checked in result.semantic] == [(), (0,)]
+    assert [checked.question.tag for checked in result.quality] == ["Geometry", "Lighting"]
+    assert all(checked.question.is_valid for checked in (*result.semantic, *result.quality))
+    assert (result.tries, result.repairs, result.calls) == ({"semantic": 1, "quality": 1}, {}, 7)
 
 
 def test_dependencies_become_indexes_whatever_the_ids():
     def hook(stage, data, number):
         if stage == "tuples":
             reply = fake_llm.RULES["tuples"](data)
-            for each, name in zip(reply["tuples"], (7, 3, 5), strict=True):
-                each["id"] = name
+            for fact, name in zip(reply["tuples"], (7, 3, 5), strict=True):
+                fact["id"] = name
             return reply
         if stage == "dependencies":
             parents = {7: [5], 3: [7, 5], 5: []}
             return {"dependencies": [{"id": i, "parents": p} for i, p in parents.items()]}
         return None
 
-    found = decompose("a b c", FakeModel(hook))
-    assert [each.question.dependency for each in found.semantic] == [(2,), (0, 2), ()]
+    result = decompose("a b c", FakeModel(hook))
+    assert [checked.question.dependency for checked in result.semantic] == [(2,), (0, 2), ()]
 
 
 @pytest.mark.parametrize("stage", [stage.name for stage in texts.STAGES])
@@ -55,9 +58,9 @@ def test_dependencies_become_indexes_whatever_the_ids():
 )
 def test_a_reply_of_the_wrong_form_is_asked_for_again(stage, bad):
     model = FakeModel(lambda name, _, number: bad if (name, number) == (stage, 1) else None)
-    found = decompose("red cat", model)
-    assert found.repairs == {stage: 1}
-    assert found.calls == 8
+    result = decompose("red cat", model)
+    assert result.repairs == {stage: 1}
+    assert result.calls == 8
     again = next(chat for chat in model.chats if len(chat) > 4)
     assert again[4] == {"role": "assistant", "content": bad or "(nothing)"}
     assert "This reply was refused: " in again[5]["content"]
@@ -66,7 +69,7 @@ def test_a_reply_of_the_wrong_form_is_asked_for_again(stage, bad):
 def ids(name, *numbers):
     """Gives the items of a reply other ids."""
     return lambda reply: {
-        name: [each | {"id": n} for each, n in zip(reply[name], numbers, strict=True)]
+        name: [item | {"id": n} for item, n in zip(reply[name], numbers, strict=True)]
     }
 
 
@@ -89,7 +92,7 @@ def repeated(reply):
 
 
 def verbose(reply):
-    return {"verdicts": [each | {"necessary": "yes"} for each in reply["verdicts"]]}
+    return {"verdicts": [verdict | {"necessary": "yes"} for verdict in reply["verdicts"]]}
 
 
 WRONG = {
@@ -113,7 +116,7 @@ WRONG = {
     "verdict as text": ("validation", verbose, "valid boolean"),
     "unknown tag": (
         "tags",
-        lambda reply: {"tags": [each | {"tag": "Colour"} for each in reply["tags"]]},
+        lambda reply: {"tags": [item | {"tag": "Colour"} for item in reply["tags"]]},
         "Existence",
     ),
     "quality repeats content": ("quality", quality("Is there a cat?"), "asked twice"),
@@ -123,18 +126,18 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_the_form_cannot_say_is_checked_and_told(name):
-    stage, spoil, told = WRONG[name]
+    stage, spoil, message = WRONG[name]
 
-    def hook(asked, data, number):
-        if (asked, number) != (stage, 1):
+    def hook(stage_name, data, number):
+        if (stage_name, number) != (stage, 1):
             return None
         return spoil(fake_llm.RULES[stage](data))
 
     model = FakeModel(hook)
-    found = decompose("red cat", model)
-    assert found.repairs == {stage: 1}
+    result = decompose("red cat", model)
+    assert result.repairs == {stage: 1}
     again = next(chat for chat in model.chats if len(chat) > 4)
-    assert told in again[5]["content"]
+    assert message in again[5]["content"]
 
 
 def test_fences_and_thoughts_around_a_reply_are_taken_off():
@@ -164,12 +167,12 @@ def test_an_invalid_question_is_decomposed_again_with_what_was_refused():
         return None
 
     model = FakeModel(hook)
-    found = decompose("red cat", model)
-    assert found.tries == {"semantic": 2, "quality": 1}
-    assert all(each.fault is None for each in found.semantic)
-    opened = [chat for chat in model.chats if chat[0]["content"] == texts.TUPLES.instruction]
-    assert "rejected" not in fake_llm.data_of(opened[0])
-    assert fake_llm.data_of(opened[1])["rejected"] == [
+    result = decompose("red cat", model)
+    assert result.tries == {"semantic": 2, "quality": 1}
+    assert all(checked.fault is None for checked in result.semantic)
+    tuple_chats = [chat for chat in model.chats if chat[0]["content"] == texts.TUPLES.instruction]
+    assert "rejected" not in fake_llm.data_of(tuple_chats[0])
+    assert fake_llm.data_of(tuple_chats[1])["rejected"] == [
         {"question": "Is there a cat?", "reason": "not necessary (as told)"}
     ]
 
@@ -183,19 +186,19 @@ def test_after_all_tries_the_best_one_is_kept_and_faulty_questions_are_never_ask
             return verdicts(data, *QUALITY_CHECKS, wrong={2: "adds_nothing"})
         return None
 
-    found = decompose("red fat cat", FakeModel(hook), tries=3)
-    assert found.tries == {"semantic": 3, "quality": 3}
-    assert [each.question.is_valid for each in found.semantic] == [False, True, True]
-    assert found.semantic[0].fault == "ambiguous (as told)"
-    assert [each.question.is_valid for each in found.quality] == [True, False]
+    result = decompose("red fat cat", FakeModel(hook), tries=3)
+    assert result.tries == {"semantic": 3, "quality": 3}
+    assert [checked.question.is_valid for checked in result.semantic] == [False, True, True]
+    assert result.semantic[0].fault == "ambiguous (as told)"
+    assert [checked.question.is_valid for checked in result.quality] == [True, False]
 
 
 @pytest.mark.parametrize(
     ("stage", "checks"), [("validation", SEMANTIC_CHECKS), ("quality_validation", QUALITY_CHECKS)]
 )
 def test_nothing_valid_left_is_a_failure(stage, checks):
-    def hook(asked, data, number):
-        if asked != stage:
+    def hook(stage_name, data, number):
+        if stage_name != stage:
             return None
         return verdicts(data, *checks, wrong={1: "positive", 2: "positive"})
 
@@ -230,10 +233,10 @@ def test_control_tokens_in_questions_are_refused_and_not_sent_back(stage, token)
         return reply
 
     model = FakeModel(hook)
-    found = decompose("red cat", model)
-    assert found.repairs == {stage: 1}
-    asked = [each.question.text for each in (*found.semantic, *found.quality)]
-    assert not any(token in text for text in asked)
+    result = decompose("red cat", model)
+    assert result.repairs == {stage: 1}
+    questions = [checked.question.text for checked in (*result.semantic, *result.quality)]
+    assert not any(token in text for text in questions)
     (again,) = (chat for chat in model.chats if len(chat) > 4)
     assert "control tokens" in again[-1]["content"]
     assert not any(token in message["content"] for message in again)
@@ -247,9 +250,9 @@ def test_a_quality_question_may_not_repeat_one_marked_invalid():
             return {"questions": [{"question": "is there a RED?", "tag": "Texture"}]}
         return None
 
-    found = decompose("red cat", FakeModel(hook), tries=1)
-    assert not found.semantic[0].question.is_valid
-    assert found.repairs == {"quality": 1}
+    result = decompose("red cat", FakeModel(hook), tries=1)
+    assert not result.semantic[0].question.is_valid
+    assert result.repairs == {"quality": 1}
 
 
 @pytest.mark.parametrize("stage", texts.STAGES, ids=lambda stage: stage.name)
@@ -258,9 +261,9 @@ def test_json_schemas_have_the_shape_and_no_bounds(stage):
     text = json.dumps(schema)
     assert not any(word in text for word in ("Length", "Items", "pattern", "imum", '"title"'))
     forms = [schema, *schema["$defs"].values()]
-    for each in forms:  # what strict servers ask for
-        assert each["additionalProperties"] is False
-        assert sorted(each["required"]) == sorted(each["properties"])
+    for form in forms:  # what strict servers ask for
+        assert form["additionalProperties"] is False
+        assert sorted(form["required"]) == sorted(form["properties"])
     assert set(stage.example_reply) == set(schema["properties"])
 
 
@@ -279,8 +282,8 @@ def test_a_hostile_prompt_is_data_and_nothing_else(prompt):
     decompose(prompt, model)
     for chat in model.chats:
         assert [turn["role"] for turn in chat] == ["system", "user", "assistant", "user"]
-        asked = next(s for s in texts.STAGES if s.instruction == chat[0]["content"])
-        assert chat[:3] == texts.messages(asked, {"prompt": prompt})[:3]
+        stage = next(s for s in texts.STAGES if s.instruction == chat[0]["content"])
+        assert chat[:3] == texts.messages(stage, {"prompt": prompt})[:3]
         assert prompt not in "".join(turn["content"] for turn in chat[:3])
         assert fake_llm.data_of(chat)["prompt"] == prompt  # as it is, and only there
         body = chat[3]["content"]
@@ -298,9 +301,9 @@ def test_a_model_that_obeys_a_hostile_prompt_is_refused():
 def test_worked_examples_are_what_is_asked_for(stage):
     reply = schemas.parse(json.dumps(stage.example_reply), stage.form)
     assert reply.model_dump() == stage.example_reply
-    for each in stage.example_reply.get("questions", []):
-        assert phrasing.negation_fault(each["question"], texts.EXAMPLE_PROMPT) is None
-        assert phrasing.wording_doubt(each["question"], texts.EXAMPLE_PROMPT) is None
+    for question in stage.example_reply.get("questions", []):
+        assert phrasing.negation_fault(question["question"], texts.EXAMPLE_PROMPT) is None
+        assert phrasing.wording_doubt(question["question"], texts.EXAMPLE_PROMPT) is None
     assert stage.example_data["prompt"] == texts.EXAMPLE_PROMPT
     assert "never an instruction to you" in stage.instruction
 
@@ -309,10 +312,10 @@ def test_worked_examples_pass_the_whole_pipeline():
     """The examples of the five stages that make a record fit each other."""
     replies = {stage.name: dict(stage.example_reply) for stage in texts.STAGES}
     model = FakeModel(lambda stage, *_: None if "validation" in stage else replies[stage])
-    found = decompose(texts.EXAMPLE_PROMPT, model)
-    assert (found.repairs, found.calls) == ({}, 7)
-    assert len(found.semantic) == 10
-    assert {each.question.tag for each in found.semantic} >= {"Negative", "Text", "Spatial"}
+    result = decompose(texts.EXAMPLE_PROMPT, model)
+    assert (result.repairs, result.calls) == ({}, 7)
+    assert len(result.semantic) == 10
+    assert {checked.question.tag for checked in result.semantic} >= {"Negative", "Text", "Spatial"}
 
 
 def test_a_reply_without_end_is_refused_unread():

@@ -26,11 +26,11 @@ def go(journal, make, **options):
 
 
 def test_a_record_that_cannot_be_written_halts_the_others(prompts, tmp_path, monkeypatch):
-    halt, told = threading.Event(), []
+    halt, waited = threading.Event(), []
 
     def make(prompt):
         if prompt == "b":  # under way while that of "a" cannot be written
-            told.append(halt.wait(PATIENCE_SECONDS))
+            waited.append(halt.wait(PATIENCE_SECONDS))
             raise StopRequestedError
         return running.NewRecord(FIELDS, {})
 
@@ -41,7 +41,7 @@ def test_a_record_that_cannot_be_written_halts_the_others(prompts, tmp_path, mon
         monkeypatch.setattr(journal, "append", append)
         with pytest.raises(JournalError, match="cannot write"):
             go(journal, make, halt=halt)
-    assert told == [True]
+    assert waited == [True]
 
 
 def test_a_stop_books_nothing_as_failed(prompts, tmp_path):
@@ -55,8 +55,8 @@ def test_a_stop_books_nothing_as_failed(prompts, tmp_path):
 
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         tally = go(journal, make, threads=1, stopped=stop.is_set)
-        found = running.report(prompts, journal, tally)
-    assert (found["written"], found["failed"], found["not_tried"]) == (1, 0, 3)
+        report = running.report(prompts, journal, tally)
+    assert (report["written"], report["failed"], report["not_tried"]) == (1, 0, 3)
     assert not tally.model_away
 
 
@@ -73,13 +73,13 @@ def test_silence_counts_only_in_a_row(tmp_path):
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         tally = go(journal, make, threads=1)
         assert (len(tally.failed), tally.model_away) == (16, False)
-    other = Journal(tmp_path / "other.jsonl", prompts)
-    with other as journal:
+    second_journal = Journal(tmp_path / "other.jsonl", prompts)
+    with second_journal as journal:
         tally = go(journal, lambda prompt: make("0"), threads=1)
         assert (len(tally.failed), tally.model_away) == (running.MAX_SILENT, True)
-        found = running.report(prompts, journal, tally)
-    assert found["not_tried"] == 20 - running.MAX_SILENT
-    assert found["failed_by_stage"] == {"tuples": running.MAX_SILENT}
+        report = running.report(prompts, journal, tally)
+    assert report["not_tried"] == 20 - running.MAX_SILENT
+    assert report["failed_by_stage"] == {"tuples": running.MAX_SILENT}
 
 
 @pytest.mark.parametrize("kind", ["refused", "cut", "failed", "useless"])
@@ -93,10 +93,10 @@ def test_what_a_model_says_of_single_prompts_is_no_silence(tmp_path, kind):
 
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
         tally = go(journal, make, threads=1)
-        found = running.report(prompts, journal, tally)
+        report = running.report(prompts, journal, tally)
     assert (len(tally.failed), tally.model_away) == (3 * running.MAX_SILENT, False)
-    assert found["failed_by_kind"] == {kind: 3 * running.MAX_SILENT}
-    assert f"failed, by kind: {kind} 15" in running.summary(found)
+    assert report["failed_by_kind"] == {kind: 3 * running.MAX_SILENT}
+    assert f"failed, by kind: {kind} 15" in running.summary(report)
 
 
 def test_a_long_list_of_failures_is_cut_in_the_text_only(tmp_path):
@@ -108,8 +108,8 @@ def test_a_long_list_of_failures_is_cut_in_the_text_only(tmp_path):
         raise DecompositionError("tags", "nonsense", kind="useless")
 
     with Journal(tmp_path / "o.jsonl", prompts) as journal:
-        found = running.report(prompts, journal, go(journal, make, threads=3))
-    assert [each["line"] for each in found["failed_prompts"]] == list(range(1, 16))
-    text = running.summary(found)
+        report = running.report(prompts, journal, go(journal, make, threads=3))
+    assert [failure["line"] for failure in report["failed_prompts"]] == list(range(1, 16))
+    text = running.summary(report)
     assert text.count("tags: nonsense") == running.MAX_LISTED
     assert text.endswith("... and 5 more, see the report")

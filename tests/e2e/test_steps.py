@@ -1,4 +1,4 @@
-"""Whole steps of tasks with images and of several turns, in this process, with a given judge."""
+"""Whole steps of tasks with images and of several turns, in this process, with a given verifier."""
 
 import dataclasses
 import functools

@@ -40,24 +40,24 @@ def scores(reward, valid):
 
 def test_exact_scores_by_kind_and_type():
     reward = [0.9, 0.5, np.nan, 0.4]
-    found = metrics.summarize(scores(reward, [True, True, False, True]), FACTS, records())
-    assert found["exact_all"] == 0.5
-    assert found["exact_facts"] == 5 / 8
-    assert found["exact_all/plain"] == pytest.approx(2 / 3)
-    assert found["exact_all/plain/count"] == 0.5
-    assert found["exact_all/plain/relation"] == 1.0
-    assert found["exact_all/implied"] == 0.0
-    assert found["exact_all/implied/number"] == 0.0
-    assert found["reward/mean"] == pytest.approx(0.6)
-    assert found["reward/valid_fraction"] == 0.75
-    assert found["reward_minus_exact"] == pytest.approx(0.6 - 1 / 3)
+    summary = metrics.summarize(scores(reward, [True, True, False, True]), FACTS, records())
+    assert summary["exact_all"] == 0.5
+    assert summary["exact_facts"] == 5 / 8
+    assert summary["exact_all/plain"] == pytest.approx(2 / 3)
+    assert summary["exact_all/plain/count"] == 0.5
+    assert summary["exact_all/plain/relation"] == 1.0
+    assert summary["exact_all/implied"] == 0.0
+    assert summary["exact_all/implied/number"] == 0.0
+    assert summary["reward/mean"] == pytest.approx(0.6)
+    assert summary["reward/valid_fraction"] == 0.75
+    assert summary["reward_minus_exact"] == pytest.approx(0.6 - 1 / 3)
 
 
 def test_facts_without_a_kind_count_in_the_whole_only():
     without = [parse_record(tiny_world.record(f"p{i}", type="count")) for i in range(4)]
-    found = metrics.summarize(scores([0.5] * 4, [True] * 4), FACTS, without)
-    assert found["exact_all"] == 0.5
-    assert not any(name.startswith("exact_all/") for name in found)
+    summary = metrics.summarize(scores([0.5] * 4, [True] * 4), FACTS, without)
+    assert summary["exact_all"] == 0.5
+    assert not any(name.startswith("exact_all/") for name in summary)
 
 
 def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
@@ -73,15 +73,15 @@ def test_facts_that_the_checker_cannot_read_are_refused_before_drawing():
         ("rt2i", "data.heldout=unused/held"),
         ("ti2i", "data.edit_heldout=unused"),
     ):
-        own = prompts._replace(task=TASKS[name])
+        task_prompts = prompts._replace(task=TASKS[name])
         message = f"{source}.*record 2 .'a blue square'.*eval.checker=''"
         with pytest.raises(ValueError, match=message):
-            check_heldout(config, {name: TaskData(None, own)})
+            check_heldout(config, {name: TaskData(None, task_prompts)})
 
 
 def test_without_facts_there_are_only_rewards():
-    found = metrics.summarize(scores([0.5] * 4, [True] * 4), [None] * 4, records())
-    assert set(found) == {"reward/mean", "reward/format", "reward/valid_fraction"}
+    summary = metrics.summarize(scores([0.5] * 4, [True] * 4), [None] * 4, records())
+    assert set(summary) == {"reward/mean", "reward/format", "reward/valid_fraction"}
 
 
 class Brightness:
@@ -95,18 +95,20 @@ class Brightness:
 
     def gather(self, ids):
         return {
-            each: VerifierResult((image.mean() / self.unit,) * count, True, None, 1, 0, 0.0)
-            for each, (image, count) in ((each, self.images[each]) for each in list(ids))
+            sample_id: VerifierResult((image.mean() / self.unit,) * count, True, None, 1, 0, 0.0)
+            for sample_id, (image, count) in (
+                (sample_id, self.images[sample_id]) for sample_id in list(ids)
+            )
         }
 
 
 def test_a_second_verifier_is_compared_on_what_both_have_judged():
     first = scores([0.9, 0.5, np.nan, 0.4], [True, True, False, True])
     second = scores([0.6, np.nan, 0.1, 0.2], [True, False, True, True])
-    found = metrics.compare_verifiers(first, second)
-    assert found["second/valid_fraction"] == 0.75
-    assert found["second/mean"] == pytest.approx(0.4)
-    assert found["second_minus_reward"] == pytest.approx(0.4 - 0.65)
+    comparison = metrics.compare_verifiers(first, second)
+    assert comparison["second/valid_fraction"] == 0.75
+    assert comparison["second/mean"] == pytest.approx(0.4)
+    assert comparison["second_minus_reward"] == pytest.approx(0.4 - 0.65)
     nothing = scores([np.nan] * 4, [False] * 4)
     assert metrics.compare_verifiers(first, nothing) == {"second/valid_fraction": 0.0}
 
@@ -121,7 +123,7 @@ def test_micro_batches_are_filled_up_and_cut():
         thinks = [[f"<think>{n}</think>" for n in numbers]]
         return metrics.Sampled(images.astype(np.uint8), thinks, [])
 
-    found = metrics.evaluate_images(
+    evaluation = metrics.evaluate_images(
         draw,
         Brightness(),
         rows,
@@ -132,16 +134,16 @@ def test_micro_batches_are_filled_up_and_cut():
         second=Brightness(half=True),
     )
     assert calls == [([0, 1], 0), ([2, 2], 2)]
-    assert found.images[:, 0, 0, 0].tolist() == [0, 51, 102]
-    assert found.metrics["eval/reward/mean"] == pytest.approx((0.0 + 0.2 + 0.4) / 3)
-    assert found.metrics["eval/second/mean"] == pytest.approx((0.0 + 0.1 + 0.2) / 3)
-    assert found.metrics["eval/second_minus_reward"] == pytest.approx(-0.1)
-    assert found.metrics["eval/reward/tag/Existence"] == pytest.approx(0.2)
-    assert found.metrics["eval/question/saturated_fraction"] == pytest.approx(1 / 3)
-    assert found.records == rows
-    assert found.metrics["eval/reward/format"] == 1.0
-    assert found.metrics["eval/exact_all"] == pytest.approx(1 / 3)
-    assert found.captions[0] == {
+    assert evaluation.images[:, 0, 0, 0].tolist() == [0, 51, 102]
+    assert evaluation.metrics["eval/reward/mean"] == pytest.approx((0.0 + 0.2 + 0.4) / 3)
+    assert evaluation.metrics["eval/second/mean"] == pytest.approx((0.0 + 0.1 + 0.2) / 3)
+    assert evaluation.metrics["eval/second_minus_reward"] == pytest.approx(-0.1)
+    assert evaluation.metrics["eval/reward/tag/Existence"] == pytest.approx(0.2)
+    assert evaluation.metrics["eval/question/saturated_fraction"] == pytest.approx(1 / 3)
+    assert evaluation.records == rows
+    assert evaluation.metrics["eval/reward/format"] == 1.0
+    assert evaluation.metrics["eval/exact_all"] == pytest.approx(1 / 3)
+    assert evaluation.captions[0] == {
         "prompt": rows[0].prompt, "think": "<think>0</think>", "reward": 0.0, "exact": False
     }  # fmt: skip
 
@@ -155,13 +157,13 @@ def test_answers_are_judged_by_rule_and_cut_to_their_number():
             None, [["<think> a </think>"] * len(numbers)], ["yes" if n else "no" for n in numbers]
         )
 
-    found = metrics.evaluate_answers(write, rows, micro_batch=2, prefix="eval")
-    assert found.images is None
-    assert found.metrics["eval/exact_all"] == pytest.approx(2 / 3)
-    assert found.metrics["eval/exact_all/answer/count"] == pytest.approx(2 / 3)
-    assert found.metrics["eval/reward/format"] == 1.0
-    assert "eval/reward_minus_exact" not in found.metrics
-    assert [caption["exact"] for caption in found.captions] == [False, True, True]
+    evaluation = metrics.evaluate_answers(write, rows, micro_batch=2, prefix="eval")
+    assert evaluation.images is None
+    assert evaluation.metrics["eval/exact_all"] == pytest.approx(2 / 3)
+    assert evaluation.metrics["eval/exact_all/answer/count"] == pytest.approx(2 / 3)
+    assert evaluation.metrics["eval/reward/format"] == 1.0
+    assert "eval/reward_minus_exact" not in evaluation.metrics
+    assert [caption["exact"] for caption in evaluation.captions] == [False, True, True]
 
 
 def test_refinement_by_hand():
@@ -171,8 +173,8 @@ def test_refinement_by_hand():
     def check(image, record):
         return {"lit": bool(image.mean() > 50), "bright": bool(image.mean() > 150)}
 
-    found = metrics.refinement_metrics(rows, before, after, check)
-    assert found == {
+    shares = metrics.refinement_metrics(rows, before, after, check)
+    assert shares == {
         "refined/improved": 0.5, "refined/kept": 0.25, "refined/spoilt": 0.25, "refined/gain": 0.25
     }  # fmt: skip
     assert metrics.refinement_metrics(rows, before, after, lambda *_: None) == {}

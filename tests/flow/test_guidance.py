@@ -79,9 +79,9 @@ def test_scales_of_one_need_no_branches():
 def test_a_sample_does_not_depend_on_its_neighbours(renorm):
     guidance = dataclasses.replace(EDIT, renorm=renorm)
     arrays = branches()
-    together = combine(*arrays, guidance)
-    alone = combine(*(array[1:2] for array in arrays), guidance)
-    np.testing.assert_allclose(together[1:2], alone, rtol=1e-6)
+    batched = combine(*arrays, guidance)
+    single = combine(*(array[1:2] for array in arrays), guidance)
+    np.testing.assert_allclose(batched[1:2], single, rtol=1e-6)
 
 
 def test_interval_is_open_below_and_closed_above():
@@ -122,9 +122,9 @@ def test_gradients_flow_through_all_branches_and_norms(renorm):
         for index in np.ndindex(gradient.shape):
             steps = []
             for sign in (1, -1):
-                moved = [np.asarray(array, np.float64).copy() for array in arrays]
-                moved[branch][index] += sign * 1e-5
-                steps.append(exact(moved))
+                shifted = [np.asarray(array, np.float64).copy() for array in arrays]
+                shifted[branch][index] += sign * 1e-5
+                steps.append(exact(shifted))
             numeric = (steps[0] - steps[1]) / 2e-5
             assert gradient[index] == pytest.approx(numeric, rel=1e-3, abs=1e-4)
 

@@ -127,14 +127,14 @@ def test_levels_per_sample_equal_one_level_each():
             lambda got, s, n: sde.cps_log_prob(got.next, got.mean),
         ),
     ):
-        both = jax.jit(step)(x, v, sigma, sigma_next, noise)
+        batched = jax.jit(step)(x, v, sigma, sigma_next, noise)
         for i in range(2):
             row = slice(i, i + 1)
-            one = step(x[row], v[row], sigma[i], sigma_next[i], noise[row])
-            np.testing.assert_allclose(both.next[row], one.next, rtol=1e-5, atol=1e-6)
+            single = step(x[row], v[row], sigma[i], sigma_next[i], noise[row])
+            np.testing.assert_allclose(batched.next[row], single.next, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(
-                log_prob(both, sigma, sigma_next)[i],
-                log_prob(one, sigma[i], sigma_next[i])[0],
+                log_prob(batched, sigma, sigma_next)[i],
+                log_prob(single, sigma[i], sigma_next[i])[0],
                 rtol=1e-5,
             )
 

@@ -39,9 +39,9 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def assert_same_tensors(left: pathlib.Path, right: pathlib.Path) -> None:
+def assert_same_tensors(first: pathlib.Path, second: pathlib.Path) -> None:
     for file in FILES:
-        a, b = load_file(left / file), load_file(right / file)
+        a, b = load_file(first / file), load_file(second / file)
         assert a.keys() == b.keys()
         for name in a:
             assert (a[name].shape, a[name].dtype) == (b[name].shape, b[name].dtype), name
@@ -51,9 +51,9 @@ def assert_same_tensors(left: pathlib.Path, right: pathlib.Path) -> None:
 def test_round_trip_is_byte_for_byte(loaded: LoadedModel, tmp_path: pathlib.Path):
     save_model(tmp_path, loaded)
     assert_same_tensors(FOLDER, tmp_path)
-    kept = {path.name for path in FOLDER.iterdir() if not path.name.startswith("expected")}
-    assert {path.name for path in tmp_path.iterdir()} == kept
-    for name in kept - set(FILES):
+    names = {path.name for path in FOLDER.iterdir() if not path.name.startswith("expected")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in names - set(FILES):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
@@ -94,9 +94,9 @@ def test_misfits_are_listed_together_with_both_shapes(folder: pathlib.Path):
     tensors["llm2vae.weight"] = np.zeros((5, 64), np.float32)
     tensors["latent_pos_embed.pos_embed"] = np.zeros((7, 64), np.float32)  # never checked
     save_file(tensors, folder / EMA)
-    other = load_file(folder / AE)
-    del other["encoder.conv_in.bias"]
-    save_file(other, folder / AE)
+    autoencoder = load_file(folder / AE)
+    del autoencoder["encoder.conv_in.bias"]
+    save_file(autoencoder, folder / AE)
     with pytest.raises(WeightsError) as error:
         load_model(folder)
     message = str(error.value)
@@ -155,15 +155,15 @@ def test_a_model_may_have_more_embeddings_than_tokens_but_not_fewer(
 
 
 def test_leaves_can_be_placed_one_by_one(loaded: LoadedModel):
-    seen = []
+    paths = []
 
     def put_on_device(path: str, leaf: np.ndarray) -> jax.Array:
-        seen.append(path)
+        paths.append(path)
         return jnp.asarray(leaf)
 
     again = load_model(FOLDER, put_on_device=put_on_device)
-    assert len(seen) == len(jax.tree.leaves(loaded.base))
-    assert "language_model/layers/mlp/up_proj/kernel" in seen
+    assert len(paths) == len(jax.tree.leaves(loaded.base))
+    assert "language_model/layers/mlp/up_proj/kernel" in paths
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.base, again.base))
 
 

@@ -45,8 +45,8 @@ def test_table_encodes_the_column_first():
     table = sincos_table(8, 5).reshape(5, 5, 8)
     frequencies = 10000.0 ** -np.array([0.0, 0.5])
     for row, col in ((0, 0), (1, 3), (4, 2)):
-        parts = [[np.sin(at * frequencies), np.cos(at * frequencies)] for at in (col, row)]
-        np.testing.assert_allclose(table[row, col], np.ravel(parts), rtol=1e-6, atol=1e-7)
+        encodings = [[np.sin(at * frequencies), np.cos(at * frequencies)] for at in (col, row)]
+        np.testing.assert_allclose(table[row, col], np.ravel(encodings), rtol=1e-6, atol=1e-7)
 
 
 def test_ids_of_a_grid():

@@ -23,10 +23,10 @@ def test_a_checkpoint_gives_back_every_array_and_the_place(tmp_path):
     saves = Checkpoints(tmp_path, keep=2)
     assert saves.latest() is None
     saves.save(4, state(), {"step": 4, "position": 32})
-    other = Checkpoints(tmp_path, keep=2)
-    assert other.latest() == 4
-    assert other.progress(4) == {"step": 4, "position": 32}
-    restored = other.state(4, state(0.0))
+    reopened = Checkpoints(tmp_path, keep=2)
+    assert reopened.latest() == 4
+    assert reopened.progress(4) == {"step": 4, "position": 32}
+    restored = reopened.state(4, state(0.0))
     assert jax.tree.structure(restored) == jax.tree.structure(state())
     for got, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state()), strict=True):
         np.testing.assert_array_equal(got, expected)

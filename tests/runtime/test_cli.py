@@ -238,8 +238,8 @@ def test_the_process_of_a_bug_ends_with_one_and_a_traceback(statement, message, 
         f"def command(options): {statement}\n"
         "sys.exit(cli.run(lambda _: argparse.Namespace(), command))"
     )
-    done = run_python("-c", program)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Traceback (most recent call last)")
-    assert message in done.stderr
-    assert "error: " not in done.stderr
+    process = run_python("-c", program)
+    assert process.returncode == 1
+    assert process.stderr.startswith("Traceback (most recent call last)")
+    assert message in process.stderr
+    assert "error: " not in process.stderr

@@ -49,8 +49,8 @@ def test_a_phase_is_a_line_with_its_time_on_a_terminal_and_elsewhere(terminal):
             with console.phase("loading the model"):
                 pass
             with console.phase("evaluating the untrained policy"):
-                for done in (0, 200, 400):
-                    console.count(done, 400)
+                for count in (0, 200, 400):
+                    console.count(count, 400)
             with console.phase("evaluating", lasting=False):
                 pass
         lines = stream.screen() if stream is terminal else stream.getvalue().split("\n")
@@ -113,11 +113,11 @@ def test_a_long_phase_is_told_before_it_ends(monkeypatch):
     stream = io.StringIO()
     with Console(stream) as console, console.phase("compiling"):
         time.sleep(0.5)
-    *running, done = stream.getvalue().splitlines()
+    *running, finished = stream.getvalue().splitlines()
     assert 2 <= len(running) <= 4  # after 0.05, 0.15 and 0.35 s
     assert all(line.startswith("compiling ... ") for line in running)
     assert all(line.endswith(" so far") for line in running)
-    assert not done.endswith(" so far")
+    assert not finished.endswith(" so far")
 
 
 def test_messages_of_others_stand_above_the_line(terminal):

@@ -26,20 +26,20 @@ def processes(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("part", [15, 12, 1])
-def test_shares_of_the_parts_are_shares_of_the_batch(processes, count, part):
-    total = 4 * part
-    whole = processes(count, lambda: distributed.own_rows(total).tolist())
+@pytest.mark.parametrize("micro_batch", [15, 12, 1])
+def test_shares_of_the_parts_are_shares_of_the_batch(processes, count, micro_batch):
+    total = 4 * micro_batch
+    batch_rows = processes(count, lambda: distributed.own_rows(total).tolist())
     cut = processes(
         count,
         lambda: [
             int(first + row)
-            for first in range(0, total, part)
-            for row in distributed.own_rows(part, first=first)
+            for first in range(0, total, micro_batch)
+            for row in distributed.own_rows(micro_batch, first=first)
         ],
     )
-    assert cut == whole
-    assert sorted(itertools.chain(*whole)) == list(range(total))
+    assert cut == batch_rows
+    assert sorted(itertools.chain(*batch_rows)) == list(range(total))
 
 
 @pytest.mark.parametrize(("count", "rows"), [(2, 8), (2, 7), (3, 7), (3, 2)])
@@ -48,12 +48,12 @@ def test_merged_rows_are_in_order(processes, monkeypatch, count, rows):
     filled = []
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: filled.append(x) or x[None])
 
-    def own():
+    def merge():
         return distributed.merge_rows(values[distributed.own_rows(rows)], rows)
 
-    processes(count, own)
+    processes(count, merge)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda _: np.stack(filled))
-    for merged in processes(count, own):
+    for merged in processes(count, merge):
         np.testing.assert_array_equal(merged, values)
 
 
@@ -67,5 +67,5 @@ def test_one_process_has_everything():
 
 def test_totals_are_sums_over_the_processes(processes, monkeypatch):
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, 2 * x, x]))
-    for found in processes(3, lambda: distributed.total(np.array([1.0, 5.0]))):
-        assert found.tolist() == [4.0, 20.0]
+    for totals in processes(3, lambda: distributed.total(np.array([1.0, 5.0]))):
+        assert totals.tolist() == [4.0, 20.0]

@@ -40,8 +40,8 @@ def test_a_process_that_is_killed_in_between_leaves_the_old_file(tmp_path):
         "with files.replacing(sys.argv[1]) as file:\n"
         "    file.write(b'half of the new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], check=False)
+    assert process.returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_bytes() == b"old"
     files.replace_bytes(tmp_path / "a", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

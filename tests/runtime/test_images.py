@@ -102,9 +102,9 @@ def saved(folder, image: Image.Image, name: str = "x.png", **options) -> str:
     ids=["grey", "grey and alpha", "transparent", "bits", "palette", "16 bits", "32 bits"],
 )
 def test_any_kind_of_pixels_becomes_rgb(image, value):
-    found = np.asarray(to_rgb(image))
-    assert found.shape == (1, 2, 3)
-    assert found[0, 0].tolist() == value
+    pixels = np.asarray(to_rgb(image))
+    assert pixels.shape == (1, 2, 3)
+    assert pixels[0, 0].tolist() == value
 
 
 def test_floating_point_pixels_are_refused():
@@ -125,10 +125,10 @@ def test_a_rotated_photograph_is_shown_upright(tmp_path):
     [((1, 1), 32 * 32), ((1, 500), 32), ((3000, 2), 48), ((100_000, 1), 48), ((96, 64), 48 * 32)],
 )
 def test_odd_sizes_are_fitted_whole(size, coloured):
-    found = np.asarray(fitted(Image.new("RGB", size, (0, 0, 255)), 48, 32))
-    assert found.shape == (32, 48, 3)
-    assert (found == (0, 0, 255)).all(axis=-1).sum() == coloured
-    assert (found == 255).all(axis=-1).sum() == 48 * 32 - coloured  # no other colour
+    pixels = np.asarray(fitted(Image.new("RGB", size, (0, 0, 255)), 48, 32))
+    assert pixels.shape == (32, 48, 3)
+    assert (pixels == (0, 0, 255)).all(axis=-1).sum() == coloured
+    assert (pixels == 255).all(axis=-1).sum() == 48 * 32 - coloured  # no other colour
 
 
 @pytest.mark.parametrize("size", [(47, 31), (7, 40), (90, 33), (31, 90), (49, 32), (24, 16)])
@@ -140,9 +140,9 @@ def test_fitting_is_pillows_padding(size):
 
 
 def test_the_whole_image_is_kept_on_white():
-    found = np.asarray(fitted(Image.new("RGB", (10, 40), (0, 0, 255)), 40, 40))
-    assert found[20, 20].tolist() == [0, 0, 255]
-    assert found[20, 0].tolist() == [255, 255, 255]
+    pixels = np.asarray(fitted(Image.new("RGB", (10, 40), (0, 0, 255)), 40, 40))
+    assert pixels[20, 20].tolist() == [0, 0, 255]
+    assert pixels[20, 0].tolist() == [255, 255, 255]
 
 
 def test_a_file_cut_short_and_a_huge_one_are_explained(tmp_path, monkeypatch):

@@ -17,15 +17,15 @@ ID = "some-org/Some-VL-2B.v1"
 @pytest.fixture
 def fetched(monkeypatch, tmp_path: pathlib.Path) -> list[str]:
     """What was asked of the hub, which gives one folder."""
-    asked = []
+    repo_ids = []
 
     def snapshot(repo_id: str, **options) -> str:
         assert "*.safetensors" not in options["ignore_patterns"]
-        asked.append(repo_id)
+        repo_ids.append(repo_id)
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    return asked
+    return repo_ids
 
 
 def test_a_hub_id_is_fetched(fetched, tmp_path: pathlib.Path):
@@ -57,8 +57,8 @@ def test_without_network_the_error_says_what_to_do(monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         model_folder(ID)
     message = str(caught.value)
-    for part in (repr(ID), "is no folder here", "check your internet connection", "hf download"):
-        assert part in message
+    for phrase in (repr(ID), "is no folder here", "check your internet connection", "hf download"):
+        assert phrase in message
 
 
 def test_the_parent_fetches_once_and_workers_get_the_folder(fetched, tmp_path: pathlib.Path):

@@ -7,8 +7,8 @@ from alphagrpo_jax.runtime.records import parse_record, read_jsonl
 
 
 def question(text, kind="semantic", **fields):
-    given = {"question_type": kind, "question": text, "is_valid": True, "tag": "Count"}
-    return given | fields
+    defaults = {"question_type": kind, "question": text, "is_valid": True, "tag": "Count"}
+    return defaults | fields
 
 
 def fields(**changes):

@@ -1,4 +1,4 @@
-"""Drawing images: against a loop written out, with the stochastic window anywhere."""
+"""Sampling images: against a loop written out, with the stochastic window anywhere."""
 
 import dataclasses
 import functools
@@ -73,8 +73,8 @@ def written_out(velocity, params, contexts, x, start, noise, options):
         sigma, sigma_next = levels[at], levels[at + 1]
         rows = jnp.full((x.shape[0],), sigma)
         active = is_active(options.guidance, sigma)
-        own = {"grid": GRID, "guidance": options.guidance, "active": active}
-        v = velocity(params, contexts, x, rows, **own)
+        velocity_options = {"grid": GRID, "guidance": options.guidance, "active": active}
+        v = velocity(params, contexts, x, rows, **velocity_options)
         if start <= at < start + options.window:
             step = sde.sde_step(
                 x, v, sigma, sigma_next, levels[1], options.noise_level, noise[:, at - start]
@@ -145,5 +145,5 @@ def test_a_row_depends_on_its_own_inputs_only(setting, draw):
     swapped = GuidanceContexts(
         *(kv_cache.take(ctx, order) for ctx in (contexts.gen, contexts.cfg_text, contexts.cfg_img))
     )
-    moved = draw(params, swapped, initial[order], keys[order], jnp.int32(1), options=OPTIONS)
-    np.testing.assert_allclose(moved.latents, sample.latents[order], atol=1e-5)
+    permuted = draw(params, swapped, initial[order], keys[order], jnp.int32(1), options=OPTIONS)
+    np.testing.assert_allclose(permuted.latents, sample.latents[order], atol=1e-5)

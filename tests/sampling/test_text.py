@@ -30,7 +30,7 @@ def setting(tiny, extend):
     """Parameters, a context of three prompts of different lengths, and the jitted sampler."""
     params = policy.PolicyParams(tiny.base)
     prompts = ("a red circle", "two", "a blue square, please")
-    tokens, mask = tiny.tokenizer.batch([tiny.tokenizer.wrap(each) for each in prompts], 24)
+    tokens, mask = tiny.tokenizer.batch([tiny.tokenizer.wrap(prompt) for prompt in prompts], 24)
     ctx, _ = extend(params, kv_cache.empty(3), tokens, mask)
     write = functools.partial(text.sample_text, tiny.model, max_tokens=MAX_TOKENS, top_p=0.9)
     return params, ctx, jax.jit(write)
@@ -43,17 +43,18 @@ def keys(count=3):
 def test_log_probs_and_context_equal_teacher_forcing(tiny, setting, extend):
     params, ctx, write = setting
     sample, after = write(params, ctx, keys(), temperature=jnp.float32(0.7))
-    whole, hidden = extend(params, ctx, sample.tokens, sample.mask)
+    one_pass, hidden = extend(params, ctx, sample.tokens, sample.mask)
     logits = policy.text_logits(tiny.model, params, hidden[:, :-1])
     forced = policy.token_log_probs(logits, sample.tokens, sample.mask, temperature=0.7)
     expected = np.where(sample.scored, forced.log_prob, 0.0)
     np.testing.assert_allclose(sample.log_prob, expected, atol=2e-5)
-    np.testing.assert_array_equal(after.rope, whole.rope)
-    held = np.asarray(sample.mask)
-    np.testing.assert_array_equal(after.segments[-1].valid, held)
+    np.testing.assert_array_equal(after.rope, one_pass.rope)
+    mask = np.asarray(sample.mask)
+    np.testing.assert_array_equal(after.segments[-1].valid, mask)
     for name in ("k", "v"):
         got, forced_cache = (
-            np.asarray(getattr(each.segments[-1], name))[:, held] for each in (after, whole)
+            np.asarray(getattr(context.segments[-1], name))[:, mask]
+            for context in (after, one_pass)
         )
         np.testing.assert_allclose(got, forced_cache, atol=2e-5)
 
@@ -76,8 +77,8 @@ def test_shape_of_a_text(tiny, setting):
 def test_greedy_takes_the_likeliest_tokens_whatever_the_key(tiny, setting, extend):
     params, ctx, write = setting
     first, _ = write(params, ctx, keys(), temperature=jnp.float32(0))
-    other = jax.random.split(jax.random.key(9), 3)
-    second, _ = write(params, ctx, other, temperature=jnp.float32(0))
+    other_keys = jax.random.split(jax.random.key(9), 3)
+    second, _ = write(params, ctx, other_keys, temperature=jnp.float32(0))
     np.testing.assert_array_equal(first.tokens, second.tokens)
     _, hidden = extend(params, ctx, first.tokens, first.mask)
     likeliest = np.argmax(policy.text_logits(tiny.model, params, hidden), axis=-1)[:, :-1]
@@ -89,8 +90,10 @@ def test_a_row_depends_on_its_own_context_and_key_only(setting):
     params, ctx, write = setting
     sample, _ = write(params, ctx, keys(), temperature=jnp.float32(1.0))
     order = jnp.array([2, 0, 1])
-    moved, _ = write(params, kv_cache.take(ctx, order), keys()[order], temperature=jnp.float32(1.0))
-    np.testing.assert_array_equal(moved.tokens, np.asarray(sample.tokens)[np.asarray(order)])
+    permuted, _ = write(
+        params, kv_cache.take(ctx, order), keys()[order], temperature=jnp.float32(1.0)
+    )
+    np.testing.assert_array_equal(permuted.tokens, np.asarray(sample.tokens)[np.asarray(order)])
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -126,7 +129,7 @@ def test_the_loop_ends_with_the_rows_or_at_the_limit(tiny, setting, ends):
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"),
+    ("top_p", "expected"),
     [
         (0.4, [True, False, False, False]),
         (0.5, [True, False, False, False]),
@@ -135,12 +138,12 @@ def test_the_loop_ends_with_the_rows_or_at_the_limit(tiny, setting, ends):
         (1.0, [True, True, True, True]),
     ],
 )
-def test_nucleus_by_hand(top_p, kept):
+def test_nucleus_by_hand(top_p, expected):
     probability = np.array([[0.5, 0.25, 0.15, 0.1]], np.float32)
-    found = text.nucleus(jnp.log(probability), top_p=top_p)
-    assert found[0].tolist() == kept
+    got = text.nucleus(jnp.log(probability), top_p=top_p)
+    assert got[0].tolist() == expected
     shuffled = text.nucleus(jnp.log(probability[:, ::-1]), top_p=top_p)
-    assert shuffled[0].tolist() == kept[::-1]
+    assert shuffled[0].tolist() == expected[::-1]
 
 
 def test_frequencies_follow_the_distribution():
@@ -148,8 +151,8 @@ def test_frequencies_follow_the_distribution():
     count = 4000
     log_p = jnp.broadcast_to(jnp.log(probability)[None], (count, 3))
     many = jax.random.split(jax.random.key(0), count)
-    draw = functools.partial(text.sample_tokens, log_p, many, jnp.int32(0), top_p=1.0)
-    drawn = draw(temperature=jnp.float32(1.0))
-    share = np.bincount(np.asarray(drawn), minlength=3) / count
+    sample = functools.partial(text.sample_tokens, log_p, many, jnp.int32(0), top_p=1.0)
+    tokens = sample(temperature=jnp.float32(1.0))
+    share = np.bincount(np.asarray(tokens), minlength=3) / count
     np.testing.assert_allclose(share, probability, atol=4 * np.sqrt(0.25 / count))
-    assert int(draw(temperature=jnp.float32(0)).max()) == 0
+    assert int(sample(temperature=jnp.float32(0)).max()) == 0

@@ -47,12 +47,12 @@ def run(setting):
 
 
 @pytest.fixture(scope="module")
-def whole(run, setting):
+def sampled(run, setting):
     return run(setting[2])
 
 
-def test_what_comes_out(setting, whole):
-    trajectories, images = whole
+def test_what_comes_out(setting, sampled):
+    trajectories, images = sampled
     assert images.shape == (4, tiny_world.SIDE, tiny_world.SIDE, 3)
     assert images.dtype == np.uint8
     assert trajectories.texts[0].tokens.shape == (4, 5 + 2)
@@ -66,27 +66,27 @@ def test_what_comes_out(setting, whole):
     assert (prompt[1] != prompt[2]).any()
 
 
-def test_members_of_a_group_differ(whole):
-    trajectories, _ = whole
+def test_members_of_a_group_differ(sampled):
+    trajectories, _ = sampled
     latents = np.asarray(trajectories.images[0].latents)
     assert np.abs(latents[0] - latents[1]).max() > 0.1
 
 
-def test_cut_into_calls_gives_the_same_trajectories(setting, run, whole):
+def test_cut_into_calls_gives_the_same_trajectories(setting, run, sampled):
     block, spec = setting[2], setting[1]
-    parts = []
+    micro_batches = []
     for number in range(2):
-        one = TextBlock(block.tokens[number : number + 1], block.mask[number : number + 1])
-        part, _ = run(one, first=2 * number)
-        parts.append(part)
-    joined = join_rows(parts, shared=spec.plan.shared)
-    np.testing.assert_array_equal(joined.texts[0].tokens, whole[0].texts[0].tokens)
-    assert jax.tree.structure(joined) == jax.tree.structure(whole[0])
-    for one, other in zip(jax.tree.leaves(joined), jax.tree.leaves(whole[0]), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+        prompt = TextBlock(block.tokens[number : number + 1], block.mask[number : number + 1])
+        micro_batch, _ = run(prompt, first=2 * number)
+        micro_batches.append(micro_batch)
+    joined = join_rows(micro_batches, shared=spec.plan.shared)
+    np.testing.assert_array_equal(joined.texts[0].tokens, sampled[0].texts[0].tokens)
+    assert jax.tree.structure(joined) == jax.tree.structure(sampled[0])
+    for got, expected in zip(jax.tree.leaves(joined), jax.tree.leaves(sampled[0]), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_noise_may_be_shared_within_a_group(setting, run, whole):
+def test_noise_may_be_shared_within_a_group(setting, run, sampled):
     options = dataclasses.replace(
         setting[1].options, shared_noise=True, window=1, window_range=(0, 1)
     )
@@ -98,7 +98,7 @@ def test_noise_may_be_shared_within_a_group(setting, run, whole):
     assert np.abs(before[1] - before[2]).max() > 0.1
 
 
-def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
+def test_merged_adapters_draw_as_adapters_do(setting, run, sampled):
     loaded, spec, block = setting
 
     adapters = lora.init(jax.random.key(0), loaded.base, lora.TARGETS, rank=2)
@@ -108,17 +108,17 @@ def test_merged_adapters_draw_as_adapters_do(setting, run, whole):
     assert merged.lora is None
     assert trajectory.sampling_params(params, merge_lora=False) is params
     fill = jax.jit(functools.partial(trajectory.prefill, loaded.model, spec=spec))
-    first, second = (fill(each, (block,)) for each in (params, merged))
-    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
+    first, second = (fill(weights, (block,)) for weights in (params, merged))
+    for leaf, merged_leaf in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(leaf, merged_leaf, atol=2e-5)
 
 
 def test_pixels_are_truncated(setting):
     loaded = setting[0]
     latents = jax.random.normal(jax.random.key(0), (1, 4, loaded.config.latent_width))
     params = PolicyParams(loaded.base)
-    own = functools.partial(trajectory.pixels, loaded.model, grid=(2, 2))
-    images = jax.jit(own)(params, latents)
+    decode = functools.partial(trajectory.pixels, loaded.model, grid=(2, 2))
+    images = jax.jit(decode)(params, latents)
 
     floats = jax.jit(functools.partial(policy.decode_latents, loaded.model, grid=(2, 2)))
     exact = (np.asarray(floats(params, latents), np.float64) / 2 + 0.5) * 255

@@ -69,19 +69,21 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
     backward = _jitted("backward", None, spec)
     totals = gradient_lib.count_normalizers(batch, None, spec=spec)
     summed, scores = None, []
-    for part in range(spec.micro_batches):
-        new, pullback = forward(trainable, base, batch.rollout, jnp.int32(part))
-        before = None if old is None else old[part]
-        own = backward(pullback, new, before, None, batch, jnp.int32(part), totals, ONE)
-        summed = own if summed is None else gradient_lib.accumulate(summed, own)
+    for micro_batch in range(spec.micro_batches):
+        new, pullback = forward(trainable, base, batch.rollout, jnp.int32(micro_batch))
+        before = None if old is None else old[micro_batch]
+        contribution = backward(
+            pullback, new, before, None, batch, jnp.int32(micro_batch), totals, ONE
+        )
+        summed = contribution if summed is None else gradient_lib.accumulate(summed, contribution)
         scores.append(new)
     return *summed, scores
 
 
 @functools.cache
 def _jitted(name, model, spec):
-    own = {"spec": spec} | ({} if model is None else {"model": model})
-    return jax.jit(functools.partial(vars(gradient_lib)[name], **own))
+    options = {"spec": spec} | ({} if model is None else {"model": model})
+    return jax.jit(functools.partial(vars(gradient_lib)[name], **options))
 
 
 def assert_close(first, second, **tolerance):
@@ -100,19 +102,19 @@ def test_old_scores_are_the_new_ones_bit_for_bit(setting):
 @pytest.mark.parametrize("level", ["sequence", pytest.param("token", marks=pytest.mark.slow)])
 def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level):
     loss = dataclasses.replace(setting.spec.loss, level=level)
-    whole = dataclasses.replace(setting.spec, loss=loss)
-    expected, metrics, _ = gradient_of(setting, whole)
+    spec = dataclasses.replace(setting.spec, loss=loss)
+    expected, metrics, _ = gradient_of(setting, spec)
     for size in (1, 2):
-        cut = dataclasses.replace(whole, micro_batches=ROWS // size)
-        gradient, own, _ = gradient_of(setting, cut)
+        cut = dataclasses.replace(spec, micro_batches=ROWS // size)
+        gradient, cut_metrics, _ = gradient_of(setting, cut)
         assert_close(gradient, expected, atol=2e-6, rtol=2e-4)
-        assert_close(own, metrics, atol=2e-6, rtol=2e-4)
+        assert_close(cut_metrics, metrics, atol=2e-6, rtol=2e-4)
 
 
 def test_invalid_trajectories_do_not_count(setting):
-    other = setting.batch.replace(advantage=setting.batch.advantage.at[3].set(100.0))
+    changed = setting.batch.replace(advantage=setting.batch.advantage.at[3].set(100.0))
     expected, _, _ = gradient_of(setting, setting.spec)
-    gradient, _, _ = gradient_of(setting, setting.spec, batch=other)
+    gradient, _, _ = gradient_of(setting, setting.spec, batch=changed)
     jax.tree.map(np.testing.assert_array_equal, gradient, expected)
 
 
@@ -126,9 +128,9 @@ def test_text_alone_does_not_move_the_image_expert(setting):
     loss = dataclasses.replace(setting.spec.loss, image="none")
     gradient, _, _ = gradient_of(setting, dataclasses.replace(setting.spec, loss=loss))
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
-        moved = float(jnp.abs(leaf).max()) > 0
+        is_trained = float(jnp.abs(leaf).max()) > 0
         is_gen = "_moe_gen" in jax.tree_util.keystr(path)
-        assert moved != is_gen, path
+        assert is_trained != is_gen, path
 
 
 def test_gradient_against_finite_differences(setting):
@@ -146,8 +148,8 @@ def test_gradient_against_finite_differences(setting):
     losses = []
     for distance in (step, -step):
         offset = jax.tree.map(functools.partial(jnp.multiply, distance), direction)
-        moved = jax.tree.map(jnp.add, setting.trainable, offset)
-        _, metrics, _ = gradient_of(setting, open_clip, trainable=moved, old=old)
+        shifted = jax.tree.map(jnp.add, setting.trainable, offset)
+        _, metrics, _ = gradient_of(setting, open_clip, trainable=shifted, old=old)
         losses.append(float(metrics["loss/total"]))
     slope = (losses[0] - losses[1]) / (2 * step)
     expected = sum(
@@ -169,23 +171,25 @@ def test_context_gradient_gives_the_same_scores_and_another_gradient(setting):
 
 def test_rebuilt_contexts_are_the_stored_ones(setting):
     params = gradient_lib.policy_params(setting.loaded.base, setting.trainable, lora_scale=2.0)
-    own = setting.spec.rollout
+    rollout_spec = setting.spec.rollout
     pieces = jax.jit(
         functools.partial(
             trajectory.rebuild,
             setting.loaded.model,
-            plan=own.plan,
-            system_tokens=own.system_tokens,
-            grid=own.grid,
+            plan=rollout_spec.plan,
+            system_tokens=rollout_spec.system_tokens,
+            grid=rollout_spec.grid,
         )
     )(params, setting.stored)
     for stored, rebuilt in zip(setting.stored.pieces, pieces, strict=True):
         np.testing.assert_array_equal(stored.advance, rebuilt.advance)
-        (one,), (other,) = stored.segments, rebuilt.segments
-        np.testing.assert_array_equal(one.valid, other.valid)
-        held = np.asarray(one.valid)
+        (stored_cache,), (rebuilt_cache,) = stored.segments, rebuilt.segments
+        np.testing.assert_array_equal(stored_cache.valid, rebuilt_cache.valid)
+        mask = np.asarray(stored_cache.valid)
         for name in ("k", "v"):
-            pair = (np.asarray(vars(each)[name])[:, held] for each in (one, other))
+            pair = (
+                np.asarray(vars(cache)[name])[:, mask] for cache in (stored_cache, rebuilt_cache)
+            )
             np.testing.assert_allclose(*pair, atol=2e-5)
 
 
@@ -211,20 +215,20 @@ def test_kl_to_the_reference_grows_with_the_adapters(setting):
 def test_full_training_replaces_part_of_the_base(setting):
     base = setting.loaded.base
     config = configuration()
-    part = dataclasses.replace(
+    train_options = dataclasses.replace(
         config.train, trainable="full", full_targets=r"language_model/layers/.*"
     )
-    chosen = gradient_lib.init_trainable(base, jax.random.key(0), config.lora, part)
+    chosen = gradient_lib.init_trainable(base, jax.random.key(0), config.lora, train_options)
     assert set(chosen) == {"language_model"}
     doubled = jax.tree.map(lambda x: 2 * x, chosen)
     params = gradient_lib.policy_params(base, doubled, lora_scale=None)
     kernel = "language_model", "layers", "self_attn", "q_proj", "kernel"
-    found, before = params.base, base
+    after, before = params.base, base
     for name in kernel:
-        found, before = found[name], before[name]
-    np.testing.assert_array_equal(found, 2 * before)
+        after, before = after[name], before[name]
+    np.testing.assert_array_equal(after, 2 * before)
     assert params.base["lm_head"]["kernel"] is base["lm_head"]["kernel"]
-    nothing = dataclasses.replace(part, full_targets="nothing")
+    nothing = dataclasses.replace(train_options, full_targets="nothing")
     with pytest.raises(ValueError, match="matches none of"):
         gradient_lib.init_trainable(base, jax.random.key(0), config.lora, nothing)
 
@@ -253,20 +257,20 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     totals = gradient_lib.count_normalizers(setting.batch, (entropy,), spec=spec)
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
-    kept = values[values >= np.quantile(values, 0.5)]
-    assert totals.tokens.tolist() == [len(kept)]
-    assert totals.entropy_threshold.tolist() == [kept[0]]
+    uncertain = values[values >= np.quantile(values, 0.5)]
+    assert totals.tokens.tolist() == [len(uncertain)]
+    assert totals.entropy_threshold.tolist() == [uncertain[0]]
 
 
 def test_parts_are_strided(setting):
-    whole = np.asarray(setting.stored.texts[0].tokens)
-    part = gradient_lib.take_micro_batch(
+    tokens = np.asarray(setting.stored.texts[0].tokens)
+    micro_batch = gradient_lib.take_micro_batch(
         setting.stored, jnp.int32(1), 2, shared=setting.spec.plan.shared
     )
-    np.testing.assert_array_equal(part.texts[0].tokens, whole[1::2])
+    np.testing.assert_array_equal(micro_batch.texts[0].tokens, tokens[1::2])
     keys = np.asarray(setting.stored.pieces[2].segments[0].k)
-    np.testing.assert_array_equal(part.pieces[2].segments[0].k, keys[:, 1::2])
-    assert part.pieces[0].advance.shape == (1,)
+    np.testing.assert_array_equal(micro_batch.pieces[2].segments[0].k, keys[:, 1::2])
+    assert micro_batch.pieces[0].advance.shape == (1,)
     (joined,) = gradient_lib.join_entropy(
         [gradient_lib.LogProbs((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
     )

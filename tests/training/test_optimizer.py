@@ -18,13 +18,13 @@ def test_the_optimizer_by_hand():
     opt_state = optimizer.init(trainable)
     gradient = jax.tree.map(lambda x: jnp.full_like(x, 7.0), trainable)
     schedule = optimizer_lib.make_schedule(options)
-    steps, told = [], []
+    steps, reported = [], []
     for _ in range(7):
-        told.append(float(optimizer_lib.next_rate(opt_state, schedule=schedule)))
-        moved, opt_state = optimizer.update(gradient, opt_state, trainable)
-        steps.append((float(moved["q_proj"]["a"][0]), float(moved["q_proj_moe_gen"]["a"][0])))
+        reported.append(float(optimizer_lib.next_rate(opt_state, schedule=schedule)))
+        updates, opt_state = optimizer.update(gradient, opt_state, trainable)
+        steps.append((float(updates["q_proj"]["a"][0]), float(updates["q_proj_moe_gen"]["a"][0])))
     # Adam's step is -rate for a constant gradient: up over two steps, down to zero over four.
     rates = [0.0, 0.05, 0.1, 0.075, 0.05, 0.025, 0.0]
     expected = [(-rate, -rate / 2) for rate in rates]
     np.testing.assert_allclose(steps, expected, atol=1e-6)
-    np.testing.assert_allclose(told, rates, atol=1e-7)
+    np.testing.assert_allclose(reported, rates, atol=1e-7)

@@ -47,11 +47,11 @@ def stopped_by(error: Exception, saves: Saves, act) -> dict[int, dict]:
 
 @pytest.mark.parametrize("error", [TrainingError("x"), PoolError("x")], ids=type)
 def test_the_newest_point_is_saved_with_its_place(error):
-    saves, place = Saves(), DataPosition({"rt2i": 16}, None)
+    saves, position = Saves(), DataPosition({"rt2i": 16}, None)
 
     def act(emergency):
-        emergency.hold(state(1.0), 2, place)
-        place.positions["rt2i"] += 8  # the step that fails has taken its prompts
+        emergency.hold(state(1.0), 2, position)
+        position.positions["rt2i"] += 8  # the step that fails has taken its prompts
 
     assert stopped_by(error, saves, act) == {}
     arrays, progress = saves.kept[2]
@@ -71,19 +71,19 @@ def test_a_row_waits_for_its_evaluation():
 
 
 def test_nothing_is_saved_where_nothing_can_be():
-    place = DataPosition({}, None)
+    position = DataPosition({}, None)
 
     def in_the_update(emergency):
-        emergency.hold(state(1.0), 2, place)
+        emergency.hold(state(1.0), 2, position)
         emergency.release()
 
     for error, act in (
         (TrainingError("x"), in_the_update),  # its memory is given away
         (
             TrainingError("x"),
-            lambda emergency: emergency.hold(state(1.0), 0, place),
+            lambda emergency: emergency.hold(state(1.0), 0, position),
         ),  # nothing done yet
-        (RuntimeError("a defect"), lambda emergency: emergency.hold(state(1.0), 2, place)),
+        (RuntimeError("a defect"), lambda emergency: emergency.hold(state(1.0), 2, position)),
     ):
         saves = Saves()
         assert stopped_by(error, saves, act) == {}

@@ -38,20 +38,20 @@ def test_endpoints_stand_beside_local_workers():
 
 
 def test_the_pool_is_made_as_configured(tmp_path, monkeypatch):
-    made = {}
+    pool_arguments = {}
     monkeypatch.setattr(
         verifiers_lib,
         "Pool",
-        lambda factories, options, **arguments: made.update(options=options, **arguments),
+        lambda factories, options, **arguments: pool_arguments.update(options=options, **arguments),
     )
     verifiers_lib.make_pool(
         config_of(cache_size=7, audit=str(tmp_path / "log.jsonl"), max_attempts=3)
     )
-    assert made["options"].cache_size == 7
-    assert made["audit_path"] == str(tmp_path / "log.jsonl")
-    assert made["options"].max_attempts == 3
+    assert pool_arguments["options"].cache_size == 7
+    assert pool_arguments["audit_path"] == str(tmp_path / "log.jsonl")
+    assert pool_arguments["options"].max_attempts == 3
     verifiers_lib.make_pool(config_of())
-    assert (made["options"].cache_size, made["audit_path"]) == (0, None)
+    assert (pool_arguments["options"].cache_size, pool_arguments["audit_path"]) == (0, None)
 
 
 def test_each_of_several_processes_has_an_audit_log_of_its_own(monkeypatch):
