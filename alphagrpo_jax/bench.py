@@ -3,8 +3,8 @@
     python -m alphagrpo_jax.bench [--config=configs/grpo.py] [--steps=5] [--out=bench.json]
 
 Everything is measured in one process, one after the other: a first step with all compilations, then
-steps with drawing alone, the verifier pool alone, and whole steps as training does them, where the
-verifiers answer while the device works. Only ratios within one such run are worth comparing.
+steps with the rollout alone, the verifier pool alone, and whole steps as training does them, where
+the verifiers answer while the device works. Only ratios within one such run are worth comparing.
 """
 
 import argparse

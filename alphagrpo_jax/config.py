@@ -376,7 +376,7 @@ class SrrOptions:
     text_tokens: int = Field(ge=1, le=1 << 20)
     """Most new tokens of a reflection, the closing delimiter included."""
     choice: InitialChoice
-    """Choice of the initial image to repair: that of the lowest reward, or one drawn by
+    """Choice of the initial image to repair: that of the lowest reward, or one sampled by
     softmax(1 - reward)."""
     rectification: Rectification
     """Reward of a refinement that is no better than its initial image: the lowest initial reward

@@ -1,15 +1,15 @@
-"""Draws, edits, answers and repairs, with the shipped model or that of a run's newest checkpoint.
+"""Generates, edits, answers and repairs, with the shipped model or a run's newest checkpoint.
 
     python -m alphagrpo_jax.generate --prompt "a red circle" --out x.png --think --n 4
     python -m alphagrpo_jax.generate --prompt "a red circle" --out x.png --refine 2 --keep best
     python -m alphagrpo_jax.generate --image x.png --edit "make the circle blue" --out y.png
     python -m alphagrpo_jax.generate --image x.png --ask "What colour is the circle?"
 
-Prints what the model writes. Drawing writes one image file, a grid if there are several images.
-With `--refine N` the model looks at its image N times, says what is wrong and draws it anew: every
-round's image is written beside OUT (OUT's name with _0, _1, ...) as soon as it is drawn, the one
-kept to OUT; reflections, rewards and what is kept to OUT's name with _rounds.json. Small images are
-written enlarged. `--keep`:
+Prints what the model writes. `--prompt` writes one image file, a grid if there are several images.
+With `--refine N` the model looks at its image N times, says what is wrong and generates it anew:
+every round's image is written beside OUT (OUT's name with _0, _1, ...) as soon as the round ends,
+the one kept to OUT; reflections, rewards and what is kept to OUT's name with _rounds.json. Small
+images are written enlarged. `--keep`:
 
   last   the last round's, without a verifier
   best   the one that the verifier rates highest, over all rounds

@@ -16,8 +16,8 @@ def choose_initial(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the image to repair of each prompt's K (AlphaGRPO, arXiv 2605.12495, SRR stage 1).
 
-    "worst": the one of the lowest reward, the first of equals. "softmax": drawn with probabilities
-    `softmax(1 - reward)` over the valid ones.
+    "worst": the one of the lowest reward, the first of equals. "softmax": sampled with
+    probabilities `softmax(1 - reward)` over the valid ones.
 
     Args:
       reward: float[P, K]; values of invalid images are never looked at.

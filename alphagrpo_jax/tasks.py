@@ -192,7 +192,7 @@ class Plan:
 
     @property
     def image_steps(self) -> tuple[PlannedStep, ...]:
-        """Returns the steps that draw."""
+        """Returns the steps that generate images."""
         return tuple(step for step in self.steps if step.kind == IMAGE)
 
     @property

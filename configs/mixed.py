@@ -3,7 +3,7 @@
     python -m alphagrpo_jax.train --config=configs/mixed.py
 
 Hardware: two CPU cores; time, memory and results stand in docs/results.md with their commands.
-Every update holds two batches, each of one task drawn by weight.
+Every update holds two batches, each of one task sampled by weight.
 """
 
 from ml_collections import ConfigDict

@@ -66,7 +66,7 @@ def train_three_updates(workdir: pathlib.Path) -> None:
 
 
 def score_an_image(workdir: pathlib.Path) -> float:
-    """Draws a held-out prompt with the trained policy and scores the image; returns the reward."""
+    """Generates and scores an image for a held-out prompt; returns the reward."""
     record = read_jsonl(ASSETS / "data" / "heldout.jsonl")[0]
     policy = inference.from_run(workdir)
     generated = inference.generate_images(policy, record.prompt, think=True, count=1, seed=0)

@@ -1,4 +1,4 @@
-"""Exact checkers: what is true of a drawn image, by rule."""
+"""Exact checkers: what is true of a generated image, by rule."""
 
 from collections.abc import Callable, Mapping
 
@@ -24,7 +24,7 @@ CHECKERS: dict[str, FactCheck] = {"shapes": shapes_facts, "": lambda image, reco
 def check_records(
     prompts: PromptSet, check: FactCheck, size: tuple[int, int], *, source: str
 ) -> None:
-    """Tries the exact checker on a blank image for every prompt, before anything is drawn.
+    """Tries the exact checker on a blank image for every prompt, before anything is sampled.
 
     Args:
       prompts: the held-out set.

@@ -70,7 +70,7 @@ def evaluate_images(
     for rows, filled in _micro_batches(len(records), micro_batch):
         count = rows.stop - rows.start
         sampled = sample(filled, rows.start)
-        assert sampled.images is not None  # of tasks that draw
+        assert sampled.images is not None  # of tasks that generate images
         images = sampled.images[:count]
         for pool in (verifier, second) if second else (verifier,):
             scoring.submit(

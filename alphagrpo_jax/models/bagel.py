@@ -1,4 +1,4 @@
-"""BAGEL: one decoder that reads text and images, writes text and draws latents."""
+"""BAGEL: one decoder that reads text and images, and generates text and image latents."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,7 @@ class Bagel(nn.Module):
 
 
 def init_base(model: Bagel, key: jax.Array) -> dict:
-    """Draws random weights for a model (what its pretraining starts from).
+    """Samples random weights for a model (what its pretraining starts from).
 
     Args:
       model: the model.

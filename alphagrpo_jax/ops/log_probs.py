@@ -18,7 +18,7 @@ class TextLogProbs:
 def token_log_probs(
     logits: jax.Array, tokens: jax.Array, mask: jax.Array, *, temperature: float
 ) -> TextLogProbs:
-    """Computes every token's log-prob and the entropy of the distribution it was drawn from.
+    """Computes every token's log-prob and the entropy of the distribution it was sampled from.
 
     `log p_t = log softmax(logits_t / temperature)[token_{t+1}]`, entropy `-sum_v p log p`.
 

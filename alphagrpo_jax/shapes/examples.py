@@ -1,7 +1,7 @@
 """Samples pretraining examples of the shapes world: drawing, captions, answers, edits, repairs.
 
 Requests are of the train split only, and so are the combinations in images to caption, to ask
-about and to edit (before and after); images drawn for a request, or spoiled to be repaired, may
+about and to edit (before and after); images generated for a request, or spoiled to be repaired, may
 show any combination. Riddles are read as `requests.resolve` reads them, and the image always
 agrees with the think text, correct or not.
 """

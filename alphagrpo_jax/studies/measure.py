@@ -90,7 +90,7 @@ def _sample(params, block, key, first, temperature, *, model, spec) -> jax.Array
     _, images = sample_trajectories(
         model, params, (block,), key, first, jnp.int32(0), temperature, spec=spec
     )
-    assert images is not None  # the task draws
+    assert images is not None  # the task generates images
     return images
 
 

@@ -126,7 +126,7 @@ def open_verifiers(
       loaded: the pretrained model, which may be the verifier.
       console: shows for how long the verifiers are being started.
     Raises:
-      ConfigError: wrong endpoints, or a policy that cannot judge.
+      ConfigError: wrong endpoints, or a policy that cannot be a verifier.
       FileNotFoundError: a verifier's folder is missing.
       PoolError: a verifier cannot be started.
     """

@@ -116,13 +116,13 @@ def test_marks_and_wide_encodings(tmp_path):
     path = tmp_path / "r.jsonl"
     line = (json.dumps(GOOD) + "\n").encode()
     path.write_bytes(b"\xef\xbb\xbf\n\xef\xbb\xbf" + line)
-    found, count = check.check_file(path)
-    assert [(each.line, each.message) for each in found] == [(1, "blank line")]
+    problems, count = check.check_file(path)
+    assert [(problem.line, problem.message) for problem in problems] == [(1, "blank line")]
     assert count == 1
     path.write_bytes(line.decode().encode("utf-16"))
-    (found,), count = check.check_file(path)
-    assert (found.line, found.severity, count) == (1, "error", 0)
-    assert "is UTF-16, expected UTF-8; convert it: iconv -f UTF-16" in found.message
+    (problem,), count = check.check_file(path)
+    assert (problem.line, problem.severity, count) == (1, "error", 0)
+    assert "is UTF-16, expected UTF-8; convert it: iconv -f UTF-16" in problem.message
 
 
 @pytest.mark.torch
@@ -149,8 +149,8 @@ def test_questions_that_a_verifier_cannot_be_asked(tmp_path, capsys, text, messa
 
 def test_a_verifier_that_is_none_is_explained(tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text(json.dumps(GOOD) + "\n")
-    for place, message in (("nowhere", "'nowhere' names"), (str(tmp_path), "expected a Hugging")):
-        assert decompose.main(["--check", str(tmp_path / "r.jsonl"), "--verifier", place]) == 1
+    for path, message in (("nowhere", "'nowhere' names"), (str(tmp_path), "expected a Hugging")):
+        assert decompose.main(["--check", str(tmp_path / "r.jsonl"), "--verifier", path]) == 1
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         decompose.main(["--input", "a", "--output", "b", "--verifier", "package:verifier"])

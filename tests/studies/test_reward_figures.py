@@ -96,7 +96,7 @@ def test_drawings_that_are_not_judged_are_left_out(drawings):
     agreement = reward_figures.agreement(images, records, judged)
     num_questions = len(records[0].asked_semantic)
     assert agreement["all"]["questions"] == 2 * num_questions
-    # Everything is true of the first drawing; P(yes) is above 1/2 throughout.
+    # Everything is true of the first image; P(yes) is above 1/2 throughout.
     assert agreement["all"]["agreement"] == agreement["all"]["true"] >= 0.5
     assert agreement["all"]["true"] < 1.0
     assert {"Spatial"} < set(agreement) - {"all"}

@@ -1,6 +1,6 @@
 """The study: statistics on numbers made by hand, what is refused, and the whole over fake policies.
 
-Nothing is drawn here.
+No image is generated here.
 """
 
 import json

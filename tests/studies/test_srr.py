@@ -85,7 +85,7 @@ def test_runs_of_two_names_are_paired_in_order():
 
 
 def test_the_whole_command_measures_nothing_twice(monkeypatch, tmp_path, capsys):
-    """A policy that changes nothing, and draws emptiness."""
+    """A policy that changes nothing, and generates empty images."""
     calls = []
 
     def idle(policy_, task, texts, images=None, **_):

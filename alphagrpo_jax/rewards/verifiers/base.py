@@ -27,7 +27,7 @@ class Rating(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How well an image fits its prompt, or the reason why that is not known.
+    """One score of how well an image fits its prompt, or the reason why it is not known.
 
     Exactly one of the two is None.
     """

@@ -10,11 +10,12 @@ decoder and the vision encoder of the UMM, which took 85 minutes on two cores sh
 work. The first two have not been run in this form: an earlier revision made the shipped
 autoencoder, see the model's card.
 
-One model learns to draw (with and without a think text), to caption and answer, to edit, and to
-name and repair the flaws of an image. The objective is BAGEL's: cross-entropy on texts plus the
-flow-matching error on noised latents. It uses cached contexts, as inference does, where BAGEL's
-own training packs a row into one sequence (`policy.joint_forward`, which `check_port` compares with
-the official code); both give equal losses (tests/shapes/pretraining/test_pretrain_loss.py).
+One model learns to generate images (with and without a think text), to caption and answer, to
+edit, and to name and repair the flaws of an image. The objective is BAGEL's: cross-entropy on texts
+plus the flow-matching error on noised latents. It uses cached contexts, as inference does, where
+BAGEL's own training packs a row into one sequence (`policy.joint_forward`, which `check_port`
+compares with the official code); both give equal losses
+(tests/shapes/pretraining/test_pretrain_loss.py).
 
 Writes the official folder layout. Data, noise and learning rate depend on the seed and the step
 alone: after an interruption (exit code 75) the same command continues, bit for bit.
