@@ -22,10 +22,11 @@ setuptools.setup(
     package_data={"alphagrpo_jax": ["py.typed", "shapes/assets/**", "rewards/templates/**"]},
     install_requires=[
         "absl-py>=2.1,<3",
+        "aiohttp>=3.13,<4",
         "array_record>=0.8,<0.9",
+        "certifi>=2025.1,<2027",
         "chex>=0.1.90,<0.2",
         "flax>=0.12,<0.13",
-        "httpx2>=2.16,<3",
         "huggingface_hub>=2,<3",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         "jax>=0.10,<0.12",
@@ -52,7 +53,7 @@ setuptools.setup(
     ],
     extras_require={
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
-        "tests": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
+        "tests": ["httpx2>=2.16,<3", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
         "dev": ["pyright[nodejs]==1.1.414"],  # brings its own Node.js: nothing else to install
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],

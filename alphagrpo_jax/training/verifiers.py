@@ -22,8 +22,6 @@ from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder
 from alphagrpo_jax.training.self_verifier import PolicyVerifier
 
-ENDPOINT_SHARE = 0.9  # of the pool's deadlines, left to an endpoint worker's own ones
-
 
 def make_pool(config: Config) -> Pool:
     """Starts the verifier workers in the background.
@@ -49,10 +47,7 @@ def audit_path(name: str) -> str | None:
 
 
 def verifier_factories(config: Config) -> list[Factory]:
-    """Lists what the pool's workers build, one entry per worker.
-
-    With kind "openai" every worker balances over all endpoints; otherwise there is one worker per
-    endpoint beside the local ones, and the pool balances.
+    """Lists the pool's members: local processes, and one client of all endpoints if there are any.
 
     Raises:
       ConfigError: an endpoint that is no base URL, or one twice; or the policy is the verifier.
@@ -69,7 +64,7 @@ def verifier_factories(config: Config) -> list[Factory]:
         except UsageError as error:
             raise ConfigError(f"verifier.endpoints: {error}") from error
     if verifier.kind == "openai":
-        return [_endpoint_factory(config, verifier.endpoints)] * verifier.workers
+        return [_endpoint_factory(config)]
     local: Factory = ("callable", {"target": verifier.path})
     if verifier.kind != "callable":
         options = {
@@ -81,27 +76,24 @@ def verifier_factories(config: Config) -> list[Factory]:
             "text_fallback": verifier.text_fallback,
         }
         local = ("hf", options)
-    # A server that fails hands its sample to another worker soon, even while the run starts.
-    fast_handover = {"outage_attempts": 2, "must_serve": False, "start_seconds": 0.0}
-    remote: list[Factory] = []
-    for url in verifier.endpoints:
-        kind, options = _endpoint_factory(config, (url,))
-        remote.append((kind, {**options, **fast_handover}))
-    return [local] * verifier.workers + remote
+    local_members = [local] * verifier.workers
+    if not verifier.endpoints:
+        return local_members
+    # A server that fails hands its sample to a process soon, even while the run starts.
+    fast_handover = {"outage_attempts": 2, "must_serve": False}
+    kind, options = _endpoint_factory(config)
+    return [*local_members, (kind, {**options, **fast_handover})]
 
 
-def _endpoint_factory(config: Config, endpoints: tuple[str, ...]) -> Factory:
-    """Describes a worker over endpoints."""
+def _endpoint_factory(config: Config) -> Factory:
+    """Describes the client of the endpoints."""
     verifier = config.verifier
-    # Its own deadlines end before the pool would kill it, so that it says what went wrong.
     options = {
-        "endpoints": endpoints,
+        "endpoints": verifier.endpoints,
         "model": verifier.model,
         "api_key_env": verifier.api_key_env,
         "concurrency": verifier.concurrency,
         "question_seconds": verifier.question_seconds,
-        "answer_seconds": ENDPOINT_SHARE * verifier.attempt_seconds,
-        "start_seconds": ENDPOINT_SHARE * verifier.start_seconds,
         "top_logprobs": verifier.top_logprobs,
         "text_fallback": verifier.text_fallback,
         "instruction": verifier.instruction,

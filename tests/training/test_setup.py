@@ -19,22 +19,20 @@ def config_of(**fields):
     return config_lib.from_config_dict(config)
 
 
-def test_endpoints_alone_are_balanced_by_every_worker():
-    factories = verifiers_lib.verifier_factories(
-        config_of(kind="openai", endpoints=URLS, model="judge", workers=3, attempt_seconds=40.0)
+def test_endpoints_alone_need_no_process():
+    ((kind, options),) = verifiers_lib.verifier_factories(
+        config_of(kind="openai", endpoints=URLS, model="judge", workers=3)
     )
-    assert [kind for kind, _ in factories] == ["openai"] * 3
-    assert all(options["endpoints"] == URLS for _, options in factories)
-    assert factories[0][1]["answer_seconds"] < 40.0
+    assert (kind, options["endpoints"], options["concurrency"]) == ("openai", URLS, 64)
 
 
 def test_endpoints_stand_beside_local_workers():
     factories = verifiers_lib.verifier_factories(
         config_of(endpoints=URLS, model="judge", workers=2)
     )
-    assert [kind for kind, _ in factories] == ["hf", "hf", "openai", "openai"]
-    assert [options["endpoints"] for _, options in factories[2:]] == [(url,) for url in URLS]
-    assert not any(options["must_serve"] for _, options in factories[2:])
+    assert [kind for kind, _ in factories] == ["hf", "hf", "openai"]
+    assert factories[2][1]["endpoints"] == URLS
+    assert not factories[2][1]["must_serve"]
 
 
 def test_the_pool_is_made_as_configured(tmp_path, monkeypatch):

@@ -37,6 +37,15 @@ class Score(NamedTuple):
     permanent: bool = False  # True: no attempt at this image and prompt can succeed
 
 
+class TextResult(NamedTuple):
+    """Result of one text of any kind; exactly one of number and failure is None."""
+
+    number: float | None
+    failure: str | None = None
+    mass: float | None = None  # see `Answer`
+    permanent: bool = False  # True: no verifier could answer, so the text is not asked again
+
+
 class VerifierRequest(NamedTuple):
     """Everything that is asked about one image."""
 

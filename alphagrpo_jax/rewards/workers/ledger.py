@@ -6,12 +6,13 @@ Not thread-safe: the pool calls everything here with its lock held. Times are `t
 import collections
 import dataclasses
 import hashlib
+import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from alphagrpo_jax.rewards.verifiers.base import Kind, VerifierRequest
+from alphagrpo_jax.rewards.verifiers.base import Kind, TextResult, VerifierRequest
 from alphagrpo_jax.rewards.workers.audit import AuditLog
 
 # The two equations hold at every moment; the fault tests check them after every kind of failure.
@@ -25,9 +26,9 @@ COUNTERS = (
     "timeouts",
     "deaths",
     "bad_answers",  # the verifier raised, or gave no number, a wrong one, too many or too few
-    "starts",  # of worker processes
+    "starts",  # of members: processes, and clients of chat servers
     "questions",  # answered by workers
-    "busy_seconds",  # summed over workers
+    "busy_seconds",  # of attempts, summed over all, also over those at the same time
 )
 
 
@@ -43,6 +44,8 @@ class VerifierResult:
     latency_s: float  # from submission to outcome
     ratings: tuple[float, ...] = ()  # in [0, 10], one per question that asks for a rating
     scores: tuple[float, ...] = ()  # finite, one per prompt that the image is scored by
+    masses: tuple[float | None, ...] = ()  # P(yes) + P(no) per yes/no question, None if unknown
+    unanswerable: str | None = None  # the text that no verifier could answer, if that is why
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,12 +57,12 @@ class Job:
     request: VerifierRequest
     image_key: str  # see `image_key`
     submitted: float
-    deadline: float  # no attempt starts later
     not_before: float  # end of the back-off after a failed attempt
     attempts: int = 0
     avoid: int | None = None  # worker that failed last; it leaves the sample to others ...
     avoid_until: float = 0.0  # ... until this moment
     failure: str = "no worker was free"
+    unanswerable: str | None = None  # text that no verifier could answer
 
     @property
     def keys(self) -> list[tuple[str, Kind, str]]:
@@ -84,10 +87,11 @@ class Ledger:
       results: outcomes by id that nobody has gathered yet.
     """
 
-    def __init__(self, *, cache_size: int, audit: AuditLog | None) -> None:
+    def __init__(self, *, cache_size: int, audit: AuditLog | None, total_seconds: float) -> None:
         """Starts empty.
 
         Args:
+          total_seconds: longest wait of a sample while no verifier answers anything.
           cache_size: most answers to remember; the least recently used go first.
           audit: log of every attempt and every cached answer, if any.
         """
@@ -96,8 +100,10 @@ class Ledger:
         self.under_way: set[Hashable] = set()
         self.results: dict[Hashable, VerifierResult] = {}
         self._queue: list[Job] = []  # waiting for a worker
-        # Numbers by `Job.keys`. All workers serve the same model, so it is not part of the key.
-        self._cache: collections.OrderedDict[tuple, float] = collections.OrderedDict()
+        # Results by `Job.keys`. All workers serve the same model, so it is not part of the key.
+        self._cache: collections.OrderedDict[tuple, TextResult] = collections.OrderedDict()
+        self._total_seconds = total_seconds
+        self._last_answer = -math.inf  # when a verifier answered a text last
         self._cache_size = cache_size
         self._audit = audit
 
@@ -110,9 +116,9 @@ class Ledger:
         # another size may give other bits.
         if all(key in self._cache for key in keys):
             self.counters["cached"] += 1
-            numbers = tuple(self._cache[key] for key in keys)
-            self._account(job, None, numbers=numbers, failure=None)
-            self._finish(job, numbers, None)
+            results = tuple(self._cache[key] for key in keys)
+            self._account(job, None, results=results, failure=None)
+            self._finish(job, results, None)
         else:
             self._queue.append(job)
 
@@ -135,15 +141,30 @@ class Ledger:
                 return job
         return None
 
-    def answered(self, job: Job, worker: int, numbers: tuple[float, ...], seconds: float) -> None:
-        """Books a successful attempt; `numbers` holds one per text of the request, in order."""
-        self._book_attempt(job, worker, seconds, numbers=numbers, failure=None)
-        self.counters["questions"] += len(numbers)
-        self._finish(job, numbers, worker)
+    def answered(
+        self, job: Job, worker: int, results: tuple[TextResult, ...], seconds: float
+    ) -> None:
+        """Books a successful attempt; `results` holds one per text of the request, in order."""
+        self._book_attempt(job, worker, seconds, results=results, failure=None)
+        self.counters["questions"] += len(results)
+        self.note_answer()
+        self._finish(job, results, worker)
+
+    def note_answer(self) -> None:
+        """Notes that a verifier has answered a text: whoever waits, waits for a healthy one."""
+        self._last_answer = time.monotonic()
+
+    def deadline(self, job: Job) -> float:
+        """Returns when a waiting sample is given up.
+
+        A queue of any length is no reason, as long as it moves: only the time counts in which no
+        verifier answers anything.
+        """
+        return max(job.submitted, self._last_answer) + self._total_seconds
 
     def failed(self, job: Job, worker: int, kind: str, failure: str, seconds: float) -> None:
         """Books a failed attempt; `kind` names the counter."""
-        self._book_attempt(job, worker, seconds, numbers=None, failure=failure)
+        self._book_attempt(job, worker, seconds, results=None, failure=failure)
         self.counters[kind] += 1
         job.failure = f"worker {worker}, attempt {job.attempts}: {failure}"
 
@@ -178,15 +199,18 @@ class Ledger:
         A sample that a worker is trying is left to it: its attempt has a deadline of its own.
         """
         now = time.monotonic()
-        late = [job for job in self._queue if job.deadline <= now]
+        late = [job for job in self._queue if self.deadline(job) <= now]
         for job in late:
             self._queue.remove(job)
-            job.failure = f"gave up after {now - job.submitted:.1f} s: {job.failure}"
+            job.failure = (
+                f"gave up after {self._total_seconds:.1f} s in which no verifier answered: "
+                f"{job.failure}"
+            )
             self.reject(job)
         return bool(late)
 
-    def seconds_to_next_event(self) -> float | None:
-        """Returns the seconds until the clock alone changes something; None if it never will.
+    def seconds_to_event(self) -> float:
+        """Returns the seconds until the clock alone changes something; infinity if it never will.
 
         Waiting threads sleep for so long: later a sample expires, or a worker may take one.
         """
@@ -194,33 +218,37 @@ class Ledger:
         moments = [
             moment
             for job in self._queue
-            for moment in (job.deadline, job.not_before, job.avoid_until)
+            for moment in (self.deadline(job), job.not_before, job.avoid_until)
             if moment > now
         ]
-        return min(moments) - now if moments else None
+        return min(moments, default=math.inf) - now
 
     def close(self) -> None:
         """Closes the audit log."""
         if self._audit is not None:
             self._audit.close()
 
-    def _finish(self, job: Job, numbers: tuple[float, ...] | None, worker: int | None) -> None:
-        """Moves a sample to the results; `numbers` None makes it invalid."""
-        self.counters["invalid" if numbers is None else "answered"] += 1
+    def _finish(self, job: Job, results: tuple[TextResult, ...] | None, worker: int | None) -> None:
+        """Moves a sample to the results; `results` None makes it invalid."""
+        self.counters["invalid" if results is None else "answered"] += 1
         self.under_way.discard(job.sample_id)
+        request = job.request
+        numbers = None if results is None else _numbers(results)
         self.results[job.sample_id] = VerifierResult(
-            p_yes=None if numbers is None else job.request.numbers_of("question", numbers),
+            p_yes=None if numbers is None else request.numbers_of("question", numbers),
             valid=numbers is not None,
             failure=job.failure if numbers is None else None,
             attempts=job.attempts,
             worker=worker,
             latency_s=time.monotonic() - job.submitted,
-            ratings=() if numbers is None else job.request.numbers_of("rating", numbers),
-            scores=() if numbers is None else job.request.numbers_of("score", numbers),
+            ratings=() if numbers is None else request.numbers_of("rating", numbers),
+            scores=() if numbers is None else request.numbers_of("score", numbers),
+            masses=_masses(results or (), request),
+            unanswerable=job.unanswerable,
         )
-        if numbers is not None and self._cache_size:
-            for key, number in zip(job.keys, numbers, strict=True):
-                self._cache[key] = number
+        if results is not None and self._cache_size:
+            for key, result in zip(job.keys, results, strict=True):
+                self._cache[key] = result
                 self._cache.move_to_end(key)
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
@@ -231,27 +259,28 @@ class Ledger:
         worker: int,
         seconds: float,
         *,
-        numbers: tuple[float, ...] | None,
+        results: tuple[TextResult, ...] | None,
         failure: str | None,
     ) -> None:
         """Counts an attempt and writes its row."""
         job.attempts += 1
         self.counters["attempts"] += 1
         self.counters["busy_seconds"] += seconds
-        self._account(job, worker, numbers=numbers, failure=failure)
+        self._account(job, worker, results=results, failure=failure)
 
     def _account(
         self,
         job: Job,
         worker: int | None,
         *,
-        numbers: tuple[float, ...] | None,
+        results: tuple[TextResult, ...] | None,
         failure: str | None,
     ) -> None:
         """Writes a row of the audit log; `worker` is None where the answers are cached."""
         if self._audit is None:
             return
         request = job.request
+        numbers = results and _numbers(results)
         row = {
             "sample": str(job.sample_id),
             "image": job.image_key,
@@ -262,6 +291,9 @@ class Ledger:
             "failure": failure,
             "cached": worker is None,
         }
+        masses = _masses(results or (), request)
+        if any(mass is not None for mass in masses):
+            row["mass"] = masses
         if request.rated:
             ratings = numbers and request.numbers_of("rating", numbers)
             row |= {"rated": request.rated, "ratings": ratings}
@@ -284,3 +316,17 @@ def image_key(image: np.ndarray) -> str:
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+def _numbers(results: Sequence[TextResult]) -> tuple[float, ...]:
+    """Returns the numbers of results that all have one."""
+    return tuple(result.number for result in results if result.number is not None)
+
+
+def _masses(results: Sequence[TextResult], request: VerifierRequest) -> tuple[float | None, ...]:
+    """Returns the masses of the yes/no questions."""
+    return tuple(
+        result.mass
+        for kind, result in zip(request.kinds, results, strict=False)
+        if kind == "question"
+    )

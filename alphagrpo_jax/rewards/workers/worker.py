@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from alphagrpo_jax.rewards import verifiers
-from alphagrpo_jax.rewards.verifiers.base import Verifier, VerifierRequest
+from alphagrpo_jax.rewards.verifiers.base import TextResult, Verifier, VerifierRequest
 from alphagrpo_jax.runtime.errors import UserError
 
 Factory = tuple[str, Mapping[str, Any]]  # (kind, options), see `verifiers.build`
@@ -94,10 +94,8 @@ class Worker:
             self.stop()
             raise WorkerBuildError(value)
 
-    def ask(
-        self, image: np.ndarray, request: VerifierRequest, seconds: float
-    ) -> list[tuple[float | None, str | None]]:
-        """Returns the verifier's answers as (number, failure) pairs, unchecked.
+    def ask(self, image: np.ndarray, request: VerifierRequest, seconds: float) -> list[TextResult]:
+        """Returns the verifier's results in the order of the request's texts, unchecked.
 
         Args:
           image: uint8[H, W, 3].
@@ -198,7 +196,7 @@ def _build(
 
 
 def _answer(verifier: Any, image: np.ndarray, request: VerifierRequest) -> tuple[str, Any]:
-    """Returns ("answers", (number, failure) pairs), or ("error", message).
+    """Returns ("answers", one `TextResult` per text), or ("error", message).
 
     Args:
       verifier: a `Verifier` or `Scorer` with the methods that the request's kinds need.
@@ -208,19 +206,25 @@ def _answer(verifier: Any, image: np.ndarray, request: VerifierRequest) -> tuple
     questions, rated, scored = (list(texts) for texts in request)
     try:
         answers = verifier.answer(image, questions) if questions else []
-        pairs = [(_plain(answer.p_yes), answer.failure) for answer in answers]
+        results = [
+            TextResult(_plain(answer.p_yes), answer.failure, _plain(answer.mass), answer.permanent)
+            for answer in answers
+        ]
         # Checked here too: too few of one kind and too many of another add up to the right number.
-        if len(pairs) != len(questions):
-            return "error", f"got {len(pairs)} answers, expected {len(questions)}"
+        if len(results) != len(questions):
+            return "error", f"got {len(results)} answers, expected {len(questions)}"
         ratings = verifier.rate(image, rated) if rated else []
         if len(ratings) != len(rated):
             return "error", f"got {len(ratings)} ratings, expected {len(rated)}"
-        pairs += [(_plain(rating.value), rating.failure) for rating in ratings]
+        results += [TextResult(_plain(rating.value), rating.failure) for rating in ratings]
         scores = verifier.score([image] * len(scored), scored) if scored else []
         if len(scores) != len(scored):
             return "error", f"got {len(scores)} scores, expected {len(scored)}"
-        pairs += [(_plain(score.value), score.failure) for score in scores]
-        return "answers", pairs
+        results += [
+            TextResult(_plain(score.value), score.failure, permanent=score.permanent)
+            for score in scores
+        ]
+        return "answers", results
     except Exception as error:  # fails this attempt only; the process and its model stay
         _print_bug(error)
         return "error", f"{type(error).__name__}: {error}"

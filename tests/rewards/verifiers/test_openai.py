@@ -70,7 +70,7 @@ def test_failures_are_stated_question_by_question(server, image):
     server.behave("neither", after=1, times=1)
     answers = verifier.answer(image, QUESTIONS)
     assert [answer.p_yes is None for answer in answers] == [False, True, False]
-    assert answers[1].failure.startswith("neither yes nor no among the candidates ['Maybe', 'It']")
+    assert f"{server.url}: neither yes nor no among the candidates ['Maybe'," in answers[1].failure
     server.behave("nan")
     assert "got nan" in verifier.answer(image, QUESTIONS)[0].failure
 

@@ -63,11 +63,11 @@ def test_no_number_is_handed_out_that_is_not_in_the_log(tmp_path):
     with pool_of(tmp_path / "audit.jsonl") as pool:
         pool.submit(0, picture(0), QUESTIONS)
         assert pool.gather([0])[0].valid
-        pool._ledger._audit = AuditLog("/dev/full")
+        pool._state.ledger._audit = AuditLog("/dev/full")
         pool.submit(1, picture(1), QUESTIONS)
         while pool.counters()["answered"] < 2:  # already settled when it is gathered
-            with pool._changed:
-                pool._changed.wait(1.0)
+            with pool._state.changed:
+                pool._state.changed.wait(1.0)
         with pytest.raises(PoolError, match="the audit log cannot be written"):
             pool.gather([1])
 
@@ -76,7 +76,7 @@ def test_no_number_is_handed_out_that_is_not_in_the_log(tmp_path):
 def test_an_unexpected_error_costs_the_sample_and_the_worker_but_no_wait(tmp_path):
     with pool_of(tmp_path / "audit.jsonl") as pool:
         pool.wait_ready()
-        pool._workers[0].ask = lambda *_: 1 / 0
+        pool._members[0].worker.ask = lambda *_: 1 / 0
         pool.submit(0, picture(0), QUESTIONS)
         results = within(60, lambda: pool.gather([0]))
         assert not results[0].valid

@@ -286,7 +286,7 @@ def test_a_stop_ends_waits_for_workers(tmp_path):
 def test_close_ends_busy_workers_and_waiting_callers(tmp_path):
     pool = make_pool(tmp_path, attempt_seconds=60.0)
     pool.wait_ready()
-    pids = [worker.pid for worker in pool._workers]
+    pids = [worker.pid for worker in (member.worker for member in pool._members)]
     pool.submit("hangs", picture(1, HANG, times=9), QUESTIONS)
     caught = []
 
@@ -312,7 +312,7 @@ def test_close_ends_busy_workers_and_waiting_callers(tmp_path):
 def test_workers_ignore_ctrl_c(tmp_path):
     with make_pool(tmp_path) as pool:
         pool.wait_ready()
-        for worker in pool._workers:
+        for worker in (member.worker for member in pool._members):
             os.kill(worker.pid, signal.SIGINT)
         pool.submit(0, picture(0), QUESTIONS)
         assert pool.gather([0])[0].attempts == 1
@@ -329,7 +329,7 @@ def test_workers_end_when_their_parent_is_killed(run_python, tmp_path):
         "image = np.zeros((4, 4, 3), np.uint8)\n"
         f"image[0, 0] = {HANG}, 9, 0\n"
         "pool.submit(0, image, ['Is it?'])\n"  # one worker is busy for ever, the other idle
-        "print(*[worker.pid for worker in pool._workers], flush=True)\n"
+        "print(*[member.worker.pid for member in pool._members], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     process = run_python("-c", program, PYTHONPATH=os.pathsep.join(sys.path))

@@ -1,57 +1,33 @@
 """Client of OpenAI-compatible chat endpoints (vLLM, SGLang, hosted, `serve_verifier`).
 
-Every request has a deadline. A failure that may pass is retried after an exponential back-off, on
-another server if there is one; a server that fails rests for a while (`endpoints`); replies are
-parsed strictly (`replies`). A key never stands in an error, a log or a repr, even if a server sends
-it back.
+Every request has a deadline, which counts from the moment it is sent. A failure that may pass is
+retried after an exponential back-off, on another server if there is one; a server that fails rests
+for a while (`endpoints`); replies are parsed strictly (`replies`). A key never stands in an error,
+a log or a repr, even if a server sends it back.
 """
 
 import asyncio
-import email.utils
+import concurrent.futures
+import contextlib
 import json
-import logging
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-import httpx2
 import tenacity
 
 from alphagrpo_jax.rewards.verifiers.chat import keys, replies
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import Endpoint, Endpoints
-from alphagrpo_jax.rewards.verifiers.chat.replies import Completion
+from alphagrpo_jax.rewards.verifiers.chat.errors import ChatError, chat_error
+from alphagrpo_jax.rewards.verifiers.chat.replies import Completion, NoAnswerError, Wanted
+from alphagrpo_jax.rewards.verifiers.chat.transport import Transport
 from alphagrpo_jax.runtime.backoff import Backoff
-from alphagrpo_jax.runtime.errors import UsageError, UserError
+from alphagrpo_jax.runtime.errors import UsageError
 
-MAX_REPLY_BYTES = 16 * 2**20
-MAX_ERROR_CHARACTERS = 300
-BUSY = (429, 503)  # overloaded, but working
-PASSING = (408, 409, 425, 429)  # 4xx after which the same request may succeed later
-WRONG_REQUEST = (400, 405, 413, 415, 422)  # no server would accept the request
-MAX_RETRY_AFTER = 86400.0  # seconds; a longer Retry-After is ignored
-
-# It would log a server's text at INFO, before a key in it can be removed.
-logging.getLogger("httpx2").setLevel(logging.WARNING)
+CONFIRMATIONS = 2  # servers that must reject a request itself before it counts as hopeless
 _T = TypeVar("_T")
-
-
-class ChatError(UserError, RuntimeError):
-    """There is no usable reply; the message says why, without any key.
-
-    Attributes:
-      kind: "connection", "timeout", "busy", "status" (a server's fault), "refused" (this server
-        rejects the request), "wrong request" (every server would) or "reply" (malformed).
-      retryable: True if the same call may succeed later.
-      retry_after: seconds that a busy server asked for.
-    """
-
-    def __init__(
-        self, message: str, *, kind: str, retryable: bool, retry_after: float | None = None
-    ) -> None:
-        super().__init__(message)
-        self.kind, self.retryable, self.retry_after = kind, retryable, retry_after
 
 
 class ChatClient:
@@ -67,6 +43,7 @@ class ChatClient:
         max_attempts: int = 4,
         outage_attempts: int | None = None,
         backoff_seconds: float = 0.2,
+        concurrency: int | None = None,
     ) -> None:
         """Opens no connection yet.
 
@@ -80,6 +57,8 @@ class ChatClient:
             since an outage passes and a bad reply seldom does; None: `max_attempts`.
           backoff_seconds: pause before the second request, and rest of a server that failed once;
             both double with every further failure, with jitter.
+          concurrency: most requests in flight, over all calls and servers; None: as many as there
+            are calls.
         Raises:
           ValueError: wrong endpoints, or a key that is missing or malformed.
         """
@@ -92,13 +71,16 @@ class ChatClient:
             )
         self.model = model
         self._endpoints = Endpoints(endpoints, rest_seconds=backoff_seconds)
-        self._timeout, self._max_attempts, self._backoff = timeout, max_attempts, backoff_seconds
+        self._timeout, self._max_attempts = timeout, max_attempts
+        self._backoff = Backoff(backoff_seconds)
         self._outage_attempts = max(max_attempts, outage_attempts or 0)
         self._key = keys.read_key(api_key_env)
+        self._slots = asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="chat")
         self._thread.start()
-        self._http = self._run(self._open())
+        self._closing = threading.Lock()
+        self._transport = self.run(self._open())
 
     def __repr__(self) -> str:
         urls = [endpoint.url for endpoint in self._endpoints.all]
@@ -130,8 +112,7 @@ class ChatClient:
           top_logprobs: number of candidates of each token to return with their log-probs.
           schema: JSON schema that the server should decode by (response_format).
           seed: of sampling, for servers that support it.
-          total_seconds: deadline of all requests of this call and the pauses between them; None:
-            `timeout` for each of `max_attempts`.
+          total_seconds: see `ask`.
         Raises:
           ChatError: no usable reply within these attempts and this time.
         """
@@ -149,8 +130,56 @@ class ChatClient:
             body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         if seed is not None:
             body["seed"] = seed
-        total = self._timeout * self._max_attempts if total_seconds is None else total_seconds
-        return self._run(self._complete(body, total))
+        wanted = replies.FIRST_TOKEN if top_logprobs else replies.TEXT
+        pieces = [json.dumps(body).encode()]
+        return self.run(self.ask(pieces, wanted, lambda reply: reply, total_seconds=total_seconds))
+
+    async def ask(
+        self,
+        pieces: Sequence[bytes],
+        wanted: Wanted,
+        read: Callable[[Completion], _T],
+        *,
+        total_seconds: float | None = None,
+    ) -> _T:
+        """Asks for one completion and returns what `read` makes of it; on the client's event loop.
+
+        Args:
+          pieces: of the request's body, one behind the other.
+          wanted: what is read of the reply.
+          read: turns the reply into the result; a `NoAnswerError` counts against the server.
+          total_seconds: deadline of all requests of this call and the pauses between them, without
+            the waits for a slot among `concurrency`; None: `timeout` for each of `max_attempts`.
+        Raises:
+          ChatError: no usable reply within these attempts and this time.
+        """
+        default = self._timeout * self._max_attempts
+        call = _Call(pieces, wanted, default if total_seconds is None else total_seconds)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: self._again(error, call)),
+            stop=lambda state: self._is_last(state) or state.upcoming_sleep >= call.seconds_left,
+            wait=lambda state: self._pause_seconds(state, call),
+            sleep=call.sleep,
+            reraise=True,
+        )
+        try:
+            return await retrying(self._attempt, call, read)
+        except ChatError as error:
+            error.permanent = call.rejections >= CONFIRMATIONS
+            raise
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Runs a coroutine on the event loop's thread and waits for its result."""
+        future = self.start(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C in the caller's thread ends the request too
+            raise
+
+    def start(self, work: Coroutine[Any, Any, _T]) -> "concurrent.futures.Future[_T]":
+        """Starts a coroutine on the event loop's thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def models(self, seconds: float | None = None) -> dict[str, list[str] | ChatError]:
         """Returns by URL the names of the models that each endpoint serves, or the failure.
@@ -158,56 +187,56 @@ class ChatClient:
         Args:
           seconds: deadline, if shorter than the timeout of a request.
         """
-        return self._run(self._models(min(self._timeout, seconds or self._timeout)))
+        return self.run(self.ask_models(min(self._timeout, seconds or self._timeout)))
 
     def health(self) -> dict[str, bool]:
         """Returns by URL True for each endpoint that is not resting after a failure."""
         return self._endpoints.health()
 
     def close(self) -> None:
-        """Closes all connections. May be called twice."""
-        if self._loop.is_closed():
-            return
-        self._run(self._http.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Ends all requests and closes all connections. May be called twice, and by any thread."""
+        with self._closing:
+            if self._loop.is_closed():
+                return
+            self.run(self._end())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     # On the event loop's thread.
 
-    async def _open(self) -> httpx2.AsyncClient:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        return httpx2.AsyncClient(
-            headers=headers,
-            timeout=None,  # deadlines cover whole requests, see `_exchange`
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100),
-            mounts={"all://127.0.0.1": None, "all://localhost": None},  # past any proxy
-        )
+    async def ask_models(self, seconds: float) -> dict[str, list[str] | ChatError]:
+        """Returns what `models` does; on the client's event loop."""
 
-    async def _complete(self, body: dict[str, Any], total: float) -> Completion:
-        """Retries until there is a reply, the attempts are used up, or the time is over."""
-        failures: list[tuple[Endpoint, ChatError]] = []
-        end = time.monotonic() + total
-        out_of_time = tenacity.stop_before_delay(total)
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(self._again),
-            stop=lambda state: self._is_last(state) or out_of_time(state),
-            wait=Backoff(self._backoff, longest_seconds=total),
-            reraise=True,
-        )
-        try:
-            async with asyncio.timeout(total):
-                return await retrying(self._attempt, body, end, failures)
-        except TimeoutError:
-            reason = f"; the last failure: {failures[-1][1]}" if failures else ""
-            raise ChatError(
-                f"no reply within {total:.3g} s{reason}", kind="timeout", retryable=True
-            ) from None
+        async def ask(url: str) -> list[str] | ChatError:
+            try:
+                body, _ = await self._transport.exchange(url, "GET", "/models", seconds)
+                return replies.read_models(body)
+            except replies.ChatReplyError as error:
+                return self._error(url, str(error), kind="reply")
+            except ChatError as error:
+                return error
 
-    def _again(self, error: BaseException) -> bool:
+        urls = [endpoint.url for endpoint in self._endpoints.all]
+        return dict(zip(urls, await asyncio.gather(*map(ask, urls)), strict=True))
+
+    async def _open(self) -> Transport:
+        return Transport(self._key)
+
+    async def _end(self) -> None:
+        """Cancels everything under way and closes the connections."""
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._transport.close()
+
+    def _again(self, error: BaseException, call: "_Call") -> bool:
         """Returns True if another attempt may succeed."""
         if not isinstance(error, ChatError):
             return False
+        if error.kind == "wrong request":
+            return call.rejections < CONFIRMATIONS
         # What one server refuses, e.g. for a wrong key, another may accept.
         return error.retryable or (error.kind == "refused" and len(self._endpoints.all) > 1)
 
@@ -218,155 +247,127 @@ class ChatClient:
         limit = self._outage_attempts if outage else self._max_attempts
         return state.attempt_number >= limit
 
-    async def _attempt(
-        self, body: dict[str, Any], end: float, failures: list[tuple[Endpoint, ChatError]]
-    ) -> Completion:
-        """Sends one request to one server; waits for the end of its rest if all servers rest.
+    def _pause_seconds(self, state: tenacity.RetryCallState, call: "_Call") -> float:
+        """Returns the back-off before the next attempt; none where another server can take over."""
+        if call.failures and self._endpoints.has_other(call.failures[-1][0]):
+            return 0.0
+        return min(self._backoff(state), call.total_seconds)
 
-        Args:
-          body: of the request.
-          end: deadline of the call, `time.monotonic()`.
-          failures: earlier attempts of this call; a failure of this one is appended.
-        """
-        endpoint = self._endpoints.pick(avoid=failures[-1][0] if failures else None)
-        rest_seconds = endpoint.rests_until - time.monotonic()
-        if rest_seconds > 0:
-            # A sleep past the deadline would tell the caller later, and nothing else.
-            if time.monotonic() + rest_seconds >= end:
-                reason = failures[-1][1] if failures else "they failed at other requests just now"
+    async def _attempt(self, call: "_Call", read: Callable[[Completion], _T]) -> _T:
+        """Sends one request to one server; waits for the end of its rest if all servers rest."""
+        while True:
+            async with self._slots:
+                endpoint = self._endpoints.pick(call.last_endpoint)
+                rest_seconds = endpoint.rests_until - time.monotonic()
+                if rest_seconds <= 0:
+                    return await self._ask_endpoint(endpoint, call, read)
+            # Asleep, a request leaves its slot to others.
+            if rest_seconds >= call.seconds_left:
+                reason = call.reason or "they failed at other requests just now"
                 raise ChatError(
                     f"no endpoint is available within the time left: {reason}",
                     kind="busy",
                     retryable=True,
                 )
-            await asyncio.sleep(rest_seconds)
-        started = time.monotonic()
-        try:
-            completion = await self._ask(endpoint, body)
-        except ChatError as error:
-            failures.append((endpoint, error))
-            if error.kind != "wrong request":  # not the server's fault: it does not rest
-                self._endpoints.failed(endpoint, started, error.retry_after)
-            raise
-        self._endpoints.succeeded(endpoint)
-        return completion
+            await call.sleep(rest_seconds)
 
-    async def _ask(self, endpoint: Endpoint, body: dict[str, Any]) -> Completion:
-        """Sends the request to this server and parses its reply."""
-        request_id = f"agrpo-{uuid.uuid4().hex}"
+    async def _ask_endpoint(
+        self, endpoint: Endpoint, call: "_Call", read: Callable[[Completion], _T]
+    ) -> _T:
+        """Sends the request to this server, reads its reply, and books how that went."""
+        started = time.monotonic()
         endpoint.in_flight += 1
         endpoint.served += 1
         try:
-            content = json.dumps(body).encode()
-            reply, headers = await self._exchange(
-                endpoint.url, "POST", "/chat/completions", self._timeout, content, request_id
-            )
+            result = await self._exchange(endpoint, call, read)
+        except ChatError as error:
+            if error.kind == "answer":
+                # One hard question, asked again and again, says little about the server.
+                if not call.was_unanswered_at(endpoint):
+                    self._endpoints.unanswered(endpoint, started)
+            elif error.kind != "wrong request":  # not the server's fault: it does not rest
+                self._endpoints.failed(endpoint, started, error.retry_after)
+            call.failures.append((endpoint, error))
+            raise
         finally:
             endpoint.in_flight -= 1
+            call.seconds_spent += time.monotonic() - started
+        self._endpoints.succeeded(endpoint)
+        return result
+
+    async def _exchange(
+        self, endpoint: Endpoint, call: "_Call", read: Callable[[Completion], _T]
+    ) -> _T:
+        """Sends the request and turns every failure into a `ChatError`."""
+        request_id = f"agrpo-{uuid.uuid4().hex}"
+        seconds = min(self._timeout, call.seconds_left)
         try:
-            return replies.read_completion(
-                reply,
+            body, headers = await self._transport.exchange(
+                endpoint.url, "POST", "/chat/completions", seconds, call.pieces, request_id
+            )
+            reply = replies.read_completion(
+                body,
                 headers,
                 request_id=request_id,
                 model=self.model,
                 endpoint=endpoint.url,
-                want_candidates="top_logprobs" in body,
+                wanted=call.wanted,
             )
+            return read(reply)
+        except NoAnswerError as error:
+            raise self._error(endpoint.url, str(error), kind="answer") from None
         except replies.ChatReplyError as error:
-            raise self._error(endpoint.url, str(error), kind="reply", retryable=True) from None
-
-    async def _models(self, seconds: float) -> dict[str, list[str] | ChatError]:
-        async def ask(url: str) -> list[str] | ChatError:
-            try:
-                body, _ = await self._exchange(url, "GET", "/models", seconds)
-                return replies.read_models(body)
-            except replies.ChatReplyError as error:
-                return self._error(url, str(error), kind="reply", retryable=True)
-            except ChatError as error:
-                return error
-
-        urls = [endpoint.url for endpoint in self._endpoints.all]
-        return dict(zip(urls, await asyncio.gather(*map(ask, urls)), strict=True))
-
-    async def _exchange(
-        self,
-        url: str,
-        method: str,
-        path: str,
-        seconds: float,
-        content: bytes = b"",
-        request_id: str = "",
-    ) -> tuple[bytes, Mapping[str, str]]:
-        """Returns the body, without the key, and the headers of a successful reply.
-
-        Raises:
-          ChatError: no complete reply within `seconds`, or an error status.
-        """
-        headers = {"X-Request-Id": request_id} if request_id else {}
-        if content:
-            headers["Content-Type"] = "application/json"
-        try:
-            async with (
-                asyncio.timeout(seconds),
-                self._http.stream(method, url + path, content=content, headers=headers) as reply,
-            ):
-                received = bytearray()
-                async for chunk in reply.aiter_bytes():
-                    received += chunk
-                    if len(received) > MAX_REPLY_BYTES:
-                        raise self._error(url, "a reply without end", kind="reply", retryable=True)
-        except TimeoutError:
-            message = f"no reply within {seconds:.3g} s"
-            raise self._error(url, message, kind="timeout", retryable=True) from None
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            # Not chained: a traceback would show the server's text, in which a key may stand.
-            message = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise self._error(url, message, kind="connection", retryable=True) from None
-        body = keys.hidden_in_reply(bytes(received), self._key)
-        if not 200 <= reply.status_code < 300:
-            raise self._status_error(url, reply, body)
-        return body, reply.headers
-
-    def _status_error(self, url: str, reply: httpx2.Response, body: bytes) -> ChatError:
-        """Turns an error status into an error with its kind."""
-        status = reply.status_code
-        kind, retryable = "status", True
-        if status in BUSY:
-            kind = "busy"
-        elif status in WRONG_REQUEST:
-            kind, retryable = "wrong request", False
-        elif status < 500 and status not in PASSING:
-            kind, retryable = "refused", False
-        message = f"HTTP status {status}: {replies.error_text(body)}".removesuffix(": ")
-        after = _seconds(reply.headers.get("retry-after")) if kind == "busy" else None
-        return self._error(url, message, kind=kind, retryable=retryable, retry_after=after)
-
-    # Helpers.
-
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Runs a coroutine on the event loop's thread and waits for its result."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C in the caller's thread ends the request too
+            raise self._error(endpoint.url, str(error), kind="reply") from None
+        except ChatError as error:
+            if error.kind == "timeout" and seconds < self._timeout and call.reason:
+                raise ChatError(
+                    f"no reply within {call.total_seconds:.3g} s; the last failure: {call.reason}",
+                    kind="timeout",
+                    retryable=True,
+                ) from None
             raise
 
-    def _error(self, url: str, message: str, **fields: Any) -> ChatError:
-        """Builds an error whose message is short and holds no key."""
-        text = keys.hidden(message, self._key)
-        if len(text) > MAX_ERROR_CHARACTERS:
-            text = text[:MAX_ERROR_CHARACTERS] + "..."
-        return ChatError(f"{url}: {text}", **fields)
+    def _error(self, url: str, message: str, *, kind: str) -> ChatError:
+        """Builds an error about a reply."""
+        return chat_error(url, message, self._key, kind=kind, retryable=True)
 
 
-def _seconds(value: str | None) -> float | None:
-    """Parses Retry-After, seconds or a date, to seconds; returns None if it is malformed."""
-    try:
-        seconds = float(value or "")
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(seconds, 0.0) if seconds < MAX_RETRY_AFTER else None
+class _Call:
+    """State of one call: what is asked, and how its attempts went."""
+
+    def __init__(self, pieces: Sequence[bytes], wanted: Wanted, total_seconds: float) -> None:
+        self.pieces, self.wanted, self.total_seconds = pieces, wanted, total_seconds
+        self.seconds_spent = 0.0  # by requests and pauses
+        self.failures: list[tuple[Endpoint, ChatError]] = []
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the call's deadline, while a request or a pause is under way."""
+        return self.total_seconds - self.seconds_spent
+
+    @property
+    def last_endpoint(self) -> Endpoint | None:
+        """The server that failed last."""
+        return self.failures[-1][0] if self.failures else None
+
+    @property
+    def reason(self) -> str:
+        """Message of the last failure, "" if there was none."""
+        return str(self.failures[-1][1]) if self.failures else ""
+
+    @property
+    def rejections(self) -> int:
+        """Number of attempts at which a server rejected the request itself."""
+        return sum(error.kind == "wrong request" for _, error in self.failures)
+
+    def was_unanswered_at(self, endpoint: Endpoint) -> bool:
+        """Returns True if this server has replied without an answer before."""
+        return any(
+            failed_endpoint is endpoint and error.kind == "answer"
+            for failed_endpoint, error in self.failures
+        )
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleeps on the call's time."""
+        self.seconds_spent += seconds
+        await asyncio.sleep(seconds)

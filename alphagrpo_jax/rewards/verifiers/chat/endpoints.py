@@ -1,7 +1,9 @@
 """Load balancer: the next request goes to the least loaded of the servers that work.
 
-A server that fails rests for a while that doubles with every further failure; then it is tried
-again. Used by one event loop only, so nothing here is locked. Times are `time.monotonic()`.
+A server that fails rests for a while that doubles with every further failure; then one request
+tries it. A server whose replies hold no answer fails as well once several in a row do, since
+single questions may be hard for any server. Used by one event loop only, so nothing here is locked.
+Times are `time.monotonic()`.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from alphagrpo_jax.runtime.backoff import Backoff
 from alphagrpo_jax.runtime.errors import UsageError
 
 LONGEST_REST = 150.0  # in units of the first rest: 30 s by default
+UNANSWERED = 3  # replies without an answer, in a row, from which on a server counts as failing
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,6 +28,8 @@ class Endpoint:
     failures: int = 0  # in a row
     rests_until: float = 0.0
     last_failure: float = -1.0
+    unavailable_until: float = 0.0  # what the server itself asked for
+    unanswered: int = 0  # replies without an answer, in a row
 
 
 class Endpoints:
@@ -51,14 +56,39 @@ class Endpoints:
         """
         now = time.monotonic()
         working = [endpoint for endpoint in self.all if endpoint.rests_until <= now]
-        preferred = [endpoint for endpoint in working if endpoint is not avoid]
-        if working:
-            return min(preferred or working, key=lambda e: (e.in_flight, e.served))
-        return min(self.all, key=lambda endpoint: endpoint.rests_until)
+        if not working:
+            return min(self.all, key=lambda endpoint: endpoint.rests_until)
+        preferred = [endpoint for endpoint in working if endpoint is not avoid] or working
+        # After a rest one request tries the server; the others would only fail with it.
+        tried = [
+            endpoint for endpoint in preferred if not (endpoint.failures and endpoint.in_flight)
+        ]
+        return min(tried or preferred, key=lambda endpoint: (endpoint.in_flight, endpoint.served))
+
+    def has_other(self, endpoint: Endpoint) -> bool:
+        """Tells whether another server than this one works."""
+        now = time.monotonic()
+        return any(other is not endpoint and other.rests_until <= now for other in self.all)
 
     def succeeded(self, endpoint: Endpoint) -> None:
-        """Books an answer: ends the server's rest and forgets its failures."""
-        endpoint.failures, endpoint.rests_until = 0, 0.0
+        """Books an answer: forgets the server's failures, and ends a rest that it did not ask for.
+
+        The answer may be to a request that was sent before the server said that it is busy.
+        """
+        endpoint.failures, endpoint.unanswered = 0, 0
+        endpoint.rests_until = endpoint.unavailable_until
+
+    def unanswered(self, endpoint: Endpoint, started: float) -> None:
+        """Books a sound reply without an answer; several in a row are a failure.
+
+        Args:
+          endpoint: the server.
+          started: when the request was sent.
+        """
+        endpoint.unanswered += 1
+        # A rest of the only server would help nobody: there is none that could answer instead.
+        if endpoint.unanswered >= UNANSWERED and len(self.all) > 1:
+            self.failed(endpoint, started, None)
 
     def failed(self, endpoint: Endpoint, started: float, retry_after: float | None) -> None:
         """Books a failure: the server rests.
@@ -75,9 +105,11 @@ class Endpoints:
             endpoint.last_failure = now
             endpoint.failures += 1
             seconds = self._backoff.seconds(endpoint.failures)
-            endpoint.rests_until = now + min(seconds, LONGEST_REST * self._rest_seconds)
+            rest_seconds = min(seconds, LONGEST_REST * self._rest_seconds)
+            endpoint.rests_until = max(now + rest_seconds, endpoint.unavailable_until)
         if retry_after is not None:
-            endpoint.rests_until = max(endpoint.rests_until, now + retry_after)
+            endpoint.unavailable_until = max(endpoint.unavailable_until, now + retry_after)
+            endpoint.rests_until = max(endpoint.rests_until, endpoint.unavailable_until)
 
     def health(self) -> dict[str, bool]:
         """Returns by URL True for each server that is not resting."""

@@ -8,16 +8,27 @@ server that sends neither cannot be checked.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 REQUEST_ID = re.compile(r"agrpo-[0-9a-f]{32}")  # ids of this client; servers' ids look different
 SURPLUS = 1e-2  # by which the candidates' probabilities may exceed 1 in sum: rounded log-probs
+MAX_LATER = 4  # tokens behind the one that is read, whose candidates are parsed too
+# What hosted services append to a model's name: the date of its version.
+DATE = re.compile(
+    r"-(?:\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])"
+    r"|(?:(?:19|20)\d\d)?(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01]))",
+    re.ASCII,
+)
 _T = TypeVar("_T")
 
 
 class ChatReplyError(ValueError):
     """The reply violates the chat-completions protocol; the message says what is wrong."""
+
+
+class NoAnswerError(ChatReplyError):
+    """The reply is sound, but does not answer the question; the message says why."""
 
 
 class Candidate(NamedTuple):
@@ -32,10 +43,29 @@ class Completion(NamedTuple):
 
     text: str
     finish_reason: str | None  # "stop", "length", ...
-    candidates: tuple[Candidate, ...] | None  # of the first token; None if not requested
+    candidates: tuple[Candidate, ...] | None  # of the token that is read; None if not requested
     usage: dict[str, int]  # numbers of tokens, as far as the server gives them
     endpoint: str  # URL of the server
-    later: tuple[tuple[Candidate, ...], ...] = ()  # candidates of the tokens after the first
+    later: tuple[tuple[Candidate, ...], ...] = ()  # candidates of the tokens behind it
+
+
+class ReplyText(NamedTuple):
+    """The tokens of a reply and what the server says about them."""
+
+    tokens: Sequence[str]  # at least one, as texts
+    text: str  # of the answer
+    reasoning: str  # of the thinking, if the server gives it apart; else ""
+    finish_reason: str | None
+
+
+class Wanted(NamedTuple):
+    """Choice of what is read of a reply."""
+
+    locate: Callable[[ReplyText], int] | None  # number of the token to read; None: the text alone
+
+
+TEXT = Wanted(None)
+FIRST_TOKEN = Wanted(lambda reply: 0)
 
 
 def read_completion(
@@ -45,7 +75,7 @@ def read_completion(
     request_id: str,
     model: str,
     endpoint: str,
-    want_candidates: bool,
+    wanted: Wanted,
 ) -> Completion:
     """Parses the completion in a reply's body.
 
@@ -55,8 +85,9 @@ def read_completion(
       request_id: the id that was sent.
       model: the model that was asked; "MODEL-date" in the reply is accepted too.
       endpoint: the server's URL.
-      want_candidates: require log-probs of the first token.
+      wanted: `TEXT`, or which token's log-probs are required.
     Raises:
+      NoAnswerError: `wanted` finds no token that could answer.
       ChatReplyError: truncated or other JSON, an answer to another request or by another model, no
         choice or several, no text, no log-probs, or log-probs that are no probabilities.
     """
@@ -68,19 +99,29 @@ def read_completion(
     choice = _expect(choices[0], dict, "choices[0]")
     message = _expect(choice.get("message"), dict, "choices[0].message")
     text = message.get("content")
-    if text is None and want_candidates:
+    if text is None and wanted.locate is not None:
         text = ""  # some servers give no text for an end token; the log-probs are the answer
+    text = _expect(text, str, "choices[0].message.content")
     reason = choice.get("finish_reason")
+    reason = reason if isinstance(reason, str) else None
     counts = reply.get("usage")
     usage = counts.items() if isinstance(counts, dict) else ()
-    tokens = _candidates(choice.get("logprobs")) if want_candidates else None
+    candidates: tuple[tuple[Candidate, ...], ...] = ()
+    if wanted.locate is not None:
+        rows = _token_rows(choice.get("logprobs"))
+        tokens = [_expect(row.get("token"), str, f"token {i}") for i, row in enumerate(rows)]
+        start = wanted.locate(ReplyText(tokens, text, _reasoning(message), reason))
+        end = start + 1 + MAX_LATER
+        candidates = tuple(
+            _token(row, f"logprobs.content[{i}]") for i, row in enumerate(rows[start:end], start)
+        )
     return Completion(
-        text=_expect(text, str, "choices[0].message.content"),
-        finish_reason=reason if isinstance(reason, str) else None,
-        candidates=tokens[0] if tokens else None,
+        text=text,
+        finish_reason=reason,
+        candidates=candidates[0] if candidates else None,
         usage={name: count for name, count in usage if type(count) is int},
         endpoint=endpoint,
-        later=tokens[1:] if tokens else (),
+        later=candidates[1:],
     )
 
 
@@ -148,26 +189,38 @@ def _check_ids(
                 f"answer to another request: got {echoed[0]}, expected {request_id}"
             )
     name = reply.get("model")
-    # Hosted services append the date of the model's version.
-    if isinstance(name, str) and name != model and not name.startswith(f"{model}-"):
+    if isinstance(name, str) and not _is_model(name, model):
         raise ChatReplyError(f"answer by another model: got {name[:100]!r}, expected {model!r}")
 
 
-def _candidates(logprobs: Any) -> tuple[tuple[Candidate, ...], ...]:
-    """Parses the candidates of all tokens, at least one."""
+def _is_model(name: str, model: str) -> bool:
+    """Tells whether a reply's model is the one asked for, or a dated version of it."""
+    return name.startswith(model) and (
+        len(name) == len(model) or DATE.fullmatch(name, len(model)) is not None
+    )
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    """Returns the thinking, which servers give under one of two names, or "" without any."""
+    fields = (message.get("reasoning_content"), message.get("reasoning"))
+    return next((field for field in fields if isinstance(field, str)), "")
+
+
+def _token_rows(logprobs: Any) -> list[dict[str, Any]]:
+    """Returns the rows of all tokens, at least one."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content:
         raise ChatReplyError("no log-probs: the server must support logprobs and top_logprobs")
-    return tuple(_token(row, f"logprobs.content[{i}]") for i, row in enumerate(content))
+    return [_expect(row, dict, f"logprobs.content[{i}]") for i, row in enumerate(content)]
 
 
-def _token(row: Any, where: str) -> tuple[Candidate, ...]:
+def _token(row: dict[str, Any], where: str) -> tuple[Candidate, ...]:
     """Parses the candidates of one token, including the token itself if it is not listed."""
-    rows = _expect(_expect(row, dict, where).get("top_logprobs"), list, f"{where}.top_logprobs")
+    rows = _expect(row.get("top_logprobs"), list, f"{where}.top_logprobs")
     if not rows:
         raise ChatReplyError("no log-probs: top_logprobs is empty")
     candidates = [_candidate(candidate) for candidate in rows]
-    if row.get("token") not in {candidate.token for candidate in candidates}:
+    if row["token"] not in {candidate.token for candidate in candidates}:
         candidates.append(_candidate(row))
     total = sum(math.exp(candidate.logprob) for candidate in candidates)
     if total > 1.0 + SURPLUS:
@@ -180,5 +233,11 @@ def _candidate(row: Any) -> Candidate:
     row = _expect(row, dict, "a candidate")
     token, logprob = row.get("token"), row.get("logprob")
     if type(logprob) not in (int, float) or not logprob <= SURPLUS:  # also true for NaN
-        raise ChatReplyError(f"log-probs: got {logprob!r}, expected a number of at most 0")
-    return Candidate(_expect(token, str, "a candidate's token"), min(float(logprob), 0.0))
+        # Not the repr of whatever it is: that of a list nested deeply fails itself.
+        got = logprob if isinstance(logprob, float | int) else type(logprob).__name__
+        raise ChatReplyError(f"log-probs: got {got}, expected a number of at most 0")
+    try:
+        number = min(float(logprob), 0.0)
+    except OverflowError:  # an integer of hundreds of digits
+        raise ChatReplyError("log-probs: got an integer beyond all floats") from None
+    return Candidate(_expect(token, str, "a candidate's token"), number)

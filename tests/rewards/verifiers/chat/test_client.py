@@ -81,14 +81,17 @@ def test_faults_are_tried_again_and_then_stated(server, fault, kind, words):
     assert server.url in str(caught.value)
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("400", "wrong request"), ("401", "refused")])
-def test_what_cannot_succeed_is_not_tried_again(client, server, fault, kind):
+@pytest.mark.parametrize(
+    ("fault", "kind", "requests"), [("400", "wrong request", 2), ("401", "refused", 1)]
+)
+def test_what_cannot_succeed_is_not_tried_again(client, server, fault, kind, requests):
     server.behave(fault)
     before = len(server.log())
     with pytest.raises(ChatError, match=f"HTTP status {fault}") as caught:
         client.complete(MESSAGES)
     assert (caught.value.kind, caught.value.retryable) == (kind, False)
-    assert len(server.log()) - before == 1
+    assert caught.value.permanent == (fault == "400")
+    assert len(server.log()) - before == requests  # a request is rejected for good by two replies
 
 
 @pytest.mark.parametrize("fault", ["stall", "drip"])
@@ -201,7 +204,7 @@ def test_keys_that_are_none_are_refused_without_showing_them(monkeypatch):
 def test_minus_infinity_is_a_probability_and_other_oddities_are_not():
     def read(logprob):
         row = {"token": "Yes", "logprob": logprob}
-        return replies._candidates({"content": [row | {"top_logprobs": [row]}]})[0]
+        return replies._token(row | {"top_logprobs": [row]}, "token")
 
     assert read(float("-inf")) == (("Yes", float("-inf")),)
     assert read(0) == (("Yes", 0.0),)
