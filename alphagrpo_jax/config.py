@@ -2,8 +2,8 @@
 
 A section of the configuration is handed as it is to the functions that read it; it is hashable, so
 that it can be a static argument of `jax.jit`. The default values stand in configs/grpo.py,
-`config_checks` reads them. Of the package it imports error classes alone: everything may import
-it.
+`config_checks` reads them. Of the package it imports only errors, texts and names of scores:
+everything may import it.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from alphagrpo_jax import score_specs
 from alphagrpo_jax.runtime.errors import UsageError
 
 # No conversions but int to float; a text below a field is its description in the manual.
@@ -25,7 +26,6 @@ SECTION = ConfigDict(
 )
 
 AnswerScore = Literal["confidence", "binary"]
-Score = Literal[AnswerScore, "holistic"]
 Aggregate = Literal["geometric", "mean", "pooled"]
 InitialChoice = Literal["worst", "softmax"]
 Rectification = Literal["released", "paper", "none"]
@@ -114,6 +114,12 @@ def _check_instruction(text: str) -> str:
     return text
 
 
+def _check_score(text: str) -> str:
+    """Refuses what names no score."""
+    score_specs.parse(text)
+    return text
+
+
 def _check_pattern(pattern: str) -> str:
     """Refuses what is no regular expression."""
     try:
@@ -129,6 +135,9 @@ def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
     if not low < high:
         raise ValueError(f"got {interval}, expected two noise levels (lo, hi), lo < hi")
     return interval
+
+
+ScoreName = Annotated[str, AfterValidator(_check_score)]
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
@@ -236,11 +245,12 @@ class RewardOptions:
     aggregate: Aggregate
     """Combination of the semantic and the quality mean: "geometric" and "mean" of the two, or
     "pooled", the mean over all questions."""
-    score: Score
+    score: ScoreName
     """Value of an answer: "confidence" is P(yes), "binary" 1 where P(yes) > 1/2, and "holistic"
-    replaces the questions by ratings from 0 to 10."""
-    extra_scores: tuple[Score, ...]
-    """Further scores that are averaged with `score`."""
+    replaces the questions by ratings from 0 to 10. Or a scorer, as in `extra_scores`."""
+    extra_scores: tuple[ScoreName, ...]
+    """Further scores that are averaged with `score`, or scorers: hf_clip:PATH,
+    callable:MODULE:FUNCTION, likelihood, exact, each with options behind a question mark."""
     extra_weights: tuple[Annotated[float, Field(gt=0.0, lt=1e6)], ...]
     """Weights of `extra_scores`, one each; that of `score` is 1."""
     rate_semantic: tuple[str, ...]
@@ -257,9 +267,25 @@ class RewardOptions:
     """Largest share of an update's samples without a reward; above it the run stops."""
 
     @property
-    def scores(self) -> tuple[Score, ...]:
-        """Names of all scores that the reward is made of."""
+    def scores(self) -> tuple[str, ...]:
+        """All scores that the reward is made of, as they are configured."""
         return (self.score, *self.extra_scores)
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Short names of `scores`, as in metrics and reports."""
+        specs = zip(self.scores, map(score_specs.parse, self.scores), strict=True)
+        return tuple(text if spec is None else spec.name for text, spec in specs)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Those of `scores` that are made of the verifier's answers and ratings."""
+        return tuple(text for text in self.scores if score_specs.parse(text) is None)
+
+    @property
+    def scorers(self) -> tuple[score_specs.ScorerSpec, ...]:
+        """Those of `scores` that scorers make."""
+        return tuple(spec for spec in map(score_specs.parse, self.scores) if spec is not None)
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

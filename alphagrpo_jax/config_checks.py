@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import ml_collections
 import pydantic
 
-from alphagrpo_jax.config import Config, ConfigError, Score
+from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.runtime.errors import MissingFileError
 from alphagrpo_jax.tasks import IMAGE, TASKS
 
@@ -297,18 +297,20 @@ def _check_tasks(config: Config) -> None:
 def _check_reward(config: Config) -> None:
     """Checks the fields that the reward's scores need."""
     reward = config.reward
-    scores, weights = reward.scores, reward.extra_weights
-    if len(set(scores)) < len(scores):
+    names, weights = reward.score_names, reward.extra_weights
+    if len(set(names)) < len(names):
         raise ConfigError(
             f"reward.extra_scores: got {reward.extra_scores} beside reward.score={reward.score!r}, "
-            f"expected different ones of {typing.get_args(Score)}"
+            f"which are called {names} in metrics; expected different names: leave out the double "
+            "one, or name a scorer by ?name=NAME"
         )
     if len(weights) != len(reward.extra_scores):
         raise ConfigError(
             f"reward.extra_weights: got {weights}, expected {len(reward.extra_scores)} numbers, "
             "one for each of reward.extra_scores (the weight of reward.score is 1)"
         )
-    if "holistic" not in scores:
+    _check_scorers(config)
+    if "holistic" not in reward.scores:
         return
     if not all((*reward.rate_semantic, *reward.rate_quality, reward.rate_semantic,
                 reward.rate_quality)):  # fmt: skip
@@ -323,14 +325,31 @@ def _check_reward(config: Config) -> None:
         )
 
 
+def _check_scorers(config: Config) -> None:
+    """Checks that the verifiers can answer what the scores need."""
+    verifier = config.verifier
+    if verifier.second and not config.reward.judged:
+        raise ConfigError(
+            f"verifier.second: got {verifier.second!r}, but reward.score and reward.extra_scores "
+            f"{config.reward.scores} ask no verifier; leave it empty"
+        )
+    needs_likelihood = any(spec.kind == "likelihood" for spec in config.reward.scorers)
+    if needs_likelihood and (verifier.kind == "openai" or verifier.endpoints):
+        raise ConfigError(
+            "the score likelihood is the probability of a prompt's tokens, which chat servers do "
+            "not give; use verifier.kind=hf without endpoints, or verifier.kind=self"
+        )
+
+
 def _check_verifier(config: Config) -> None:
     """Checks the fields that endpoints need, and that endpoints are there where needed."""
     verifier = config.verifier
     if verifier.kind == "self":
-        if verifier.endpoints or verifier.audit:
+        has_log = any(spec.has_processes for spec in config.reward.scorers)
+        if verifier.endpoints or (verifier.audit and not has_log):
             raise ConfigError(
                 "verifier.kind=self: the policy answers alone and keeps no log of attempts; leave "
-                "verifier.endpoints and verifier.audit empty"
+                "verifier.endpoints and, without scorers that have processes, verifier.audit empty"
             )
         if "holistic" in config.reward.scores:
             raise ConfigError(

@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # The floors of the house, the lowest first: a unit imports units of lower floors alone. A unit is a
 # top-level module, a folder, or a folder inside one. Every other top-level module is a command.
 FLOORS = (
-    {"ops", "tasks", "runtime"},
+    {"ops", "tasks", "runtime", "score_specs"},
     {"config"},
     {"config_checks", "flow", "loss", "refinement", "models", "rewards/verifiers", "shapes"},
     {"policy", "types", "decomposition", "rewards/workers"},

@@ -11,13 +11,14 @@ from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime.records import Record
 
-# Reward metrics that an evaluation's row keeps, beside the means by tag.
+# Reward metrics that an evaluation's row keeps.
 REWARD_METRICS = (
     "reward/mean",
     "reward/format",
     "reward/valid_fraction",
     "question/saturated_fraction",
 )
+REWARD_FAMILIES = ("reward/tag/", "reward/score/")  # and those that begin so
 
 
 class Sampled(NamedTuple):
@@ -63,19 +64,20 @@ def evaluate_images(
       scoring_options: as in training.
       check: the exact checker.
       prefix: of the metrics' names, "eval" or "eval_greedy".
-      second: rates the same images in the same way, for the metrics alone.
+      second: rates the same images in the same way, for the metrics alone; scorers are asked once.
     """
     sample_ids = [(prefix, number) for number in range(len(records))]
+    pools = [(verifier, scoring_options)]
+    if second:
+        pools.append((second, scoring.judged_only(scoring_options)))
     image_batches, think_batches = [], []
     for rows, filled in _micro_batches(len(records), micro_batch):
         count = rows.stop - rows.start
         sampled = sample(filled, rows.start)
         assert sampled.images is not None  # of tasks that generate images
         images = sampled.images[:count]
-        for pool in (verifier, second) if second else (verifier,):
-            scoring.submit(
-                pool, sample_ids[rows], images, records[rows], scoring_options, first=rows.start
-            )
+        for pool, options in pools:
+            scoring.submit(pool, sample_ids[rows], images, records[rows], options, first=rows.start)
         image_batches.append(images)
         think_batches.append([texts[:count] for texts in sampled.thinks])
     thinks = _join_steps(think_batches)
@@ -83,8 +85,9 @@ def evaluate_images(
     images = np.concatenate(image_batches)
     facts = [check(image, record) for image, record in zip(images, records, strict=True)]
     metrics = summarize(rewards, facts, records)
-    if second:
-        second_rewards = scoring.gather(second, sample_ids, records, (), scoring_options)
+    for pool, options in pools[1:]:
+        second_rewards = scoring.gather(pool, sample_ids, records, (), options)
+        second_rewards = scoring.with_scores_of(second_rewards, rewards, scoring_options)
         metrics |= compare_verifiers(rewards, second_rewards)
     exact = [None if image_facts is None else all(image_facts.values()) for image_facts in facts]
     texts = [" | ".join(steps) for steps in zip(*thinks, strict=True)] or [None] * len(records)
@@ -175,7 +178,7 @@ def summarize(
     metrics = {
         key: value
         for key, value in rewards.metrics().items()
-        if key in REWARD_METRICS or key.startswith("reward/tag/")
+        if key in REWARD_METRICS or key.startswith(REWARD_FAMILIES)
     }
     checked = np.array([image_facts is not None for image_facts in facts], bool)
     if not checked.any():

@@ -16,9 +16,16 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from alphagrpo_jax import score_specs
 from alphagrpo_jax.config import RewardOptions
 from alphagrpo_jax.rewards.curves import FRAME, SMOOTH, Panel
-from alphagrpo_jax.rewards.scoring import HOLISTIC, Rewards, rating_questions, score_weights
+from alphagrpo_jax.rewards.scoring import (
+    HOLISTIC,
+    Rewards,
+    rating_questions,
+    score_weights,
+    scored_texts,
+)
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.results import Change
 from alphagrpo_jax.runtime.texts import printable
@@ -30,16 +37,18 @@ CSV_FIELDS = (
 
 
 class AnswerLine(NamedTuple):
-    """One question about an image, and its answer."""
+    """One question about an image, or text that it is scored by, and the answer."""
 
-    kind: str  # "semantic", "quality" or "rating"
-    tag: str
+    kind: str  # "semantic", "quality", "rating" or "score"
+    tag: str  # of a score: its name
     question: str
-    value: float  # P(yes), or a rating from 0 to 10
+    value: float  # P(yes), a rating from 0 to 10, or a score
 
     @property
-    def share(self) -> float:
-        """Returns the value as a share of the best one."""
+    def share(self) -> float | None:
+        """Returns the value as a share of the best one; None for scores, which have no best one."""
+        if self.kind == "score":
+            return None
         return self.value / 10.0 if self.kind == "rating" else self.value
 
 
@@ -50,7 +59,7 @@ class Row:
     name: str
     prompt: str
     image: str  # a data: URL
-    total: float | None  # the reward in [0, 1]; None if it has none
+    total: float | None  # the reward, in [0, 1] without scorers; None if it has none
     semantic: float | None
     quality: float | None
     failure: str | None  # why there is no reward
@@ -61,13 +70,13 @@ class Row:
 
 
 class Tag(NamedTuple):
-    """The answers to all questions of a kind and tag."""
+    """The answers to all questions of a kind and tag, or the scores of one scorer."""
 
     kind: str
     tag: str
     count: int
-    mean: float  # P(yes) or rating
-    yes: float | None  # share of the answers above 1/2; None for ratings
+    mean: float  # P(yes), rating or score
+    yes: float | None  # share of the answers above 1/2; None for ratings and scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Report:
     @property
     def worst_first(self) -> list[Row]:
         """Returns images without a reward, then those of the lowest rewards; ties in order."""
-        return sorted(self.rows, key=lambda row: -1.0 if row.total is None else row.total)
+        return sorted(self.rows, key=lambda row: -math.inf if row.total is None else row.total)
 
     @property
     def mean(self) -> float | None:
@@ -123,13 +132,15 @@ class Report:
         for row in self.rows:
             for line in row.lines:
                 values_by_tag.setdefault((line.kind, line.tag), []).append(line.value)
-        order = ("semantic", "quality", "rating")
+        order = ("semantic", "quality", "rating", "score")
         return [
             Tag(
                 *key,
                 len(values),
                 math.fsum(values) / len(values),
-                None if key[0] == "rating" else sum(v > 0.5 for v in values) / len(values),
+                None
+                if key[0] in ("rating", "score")
+                else sum(v > 0.5 for v in values) / len(values),
             )
             for key, values in sorted(
                 values_by_tag.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
@@ -161,7 +172,7 @@ def rows(
     report_rows = []
     for index, name in enumerate(names):
         record, valid = records[index], bool(scores.valid[index])
-        by_score = scores.by_score if valid and len(options.scores) > 1 else {}
+        by_score = scores.shown_scores if valid else {}
         report_rows.append(
             Row(
                 name=name,
@@ -183,10 +194,18 @@ def rows(
 def describe(options: RewardOptions) -> str:
     """Says in words how the reward is computed."""
     words = []
-    for name, weight in zip(options.scores, score_weights(options), strict=True):
-        formula = "least ratings, geometric mean / 10" if name == HOLISTIC else options.aggregate
-        if options.dependencies and name != HOLISTIC:
-            formula += ", a question counts only if those it depends on hold"
+    names = zip(options.scores, options.score_names, score_weights(options), strict=True)
+    for text, name, weight in names:
+        spec = score_specs.parse(text)
+        if spec is not None:
+            low, high = spec.range
+            formula = f"{text}, {low:g} counts as 0 and {high:g} as 1"
+        elif text == HOLISTIC:
+            formula = "least ratings, geometric mean / 10"
+        else:
+            formula = options.aggregate
+            if options.dependencies:
+                formula += ", a question counts only if those it depends on hold"
         share = f"{weight:.3g} x " if len(options.scores) > 1 else ""
         words.append(f"{share}{name} ({formula})")
     return " + ".join(words)
@@ -250,7 +269,12 @@ def _lines(
     ]
     tags = ["semantic"] * len(options.rate_semantic) + ["quality"] * len(options.rate_quality)
     rated = zip(tags, rating_questions(options, record), ratings, strict=False)
-    return (*lines, *(AnswerLine("rating", *rating) for rating in rated))
+    names = [spec.name for spec in options.scorers]
+    scored = [
+        AnswerLine("score", name, text, float(scores.by_score[name][index]))
+        for name, text in zip(names, scored_texts(options, record), strict=True)
+    ]
+    return (*lines, *(AnswerLine("rating", *rating) for rating in rated), *scored)
 
 
 def _finite(value: float) -> float | None:

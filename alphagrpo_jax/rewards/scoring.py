@@ -2,13 +2,15 @@
 
 import collections
 import dataclasses
+import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from alphagrpo_jax.config import RewardOptions, Score
+from alphagrpo_jax import score_specs
+from alphagrpo_jax.config import RewardOptions
 from alphagrpo_jax.rewards.dvreward import INVALID, Reward, dvreward
 from alphagrpo_jax.rewards.formats import answer_reward, format_reward
 from alphagrpo_jax.rewards.viescore import viescore
@@ -49,32 +51,56 @@ def score_weights(options: RewardOptions) -> np.ndarray:
 
 def yes_no_questions(options: RewardOptions, record: Record) -> list[str]:
     """Returns the questions about a prompt's image that are answered by yes or no."""
-    return record.question_texts if set(options.scores) - {HOLISTIC} else []
+    return record.question_texts if set(options.judged) - {HOLISTIC} else []
 
 
 def rating_questions(options: RewardOptions, record: Record) -> list[str]:
     """Returns what is rated of a prompt's image: consistency first, then perceptual quality."""
-    if HOLISTIC not in options.scores:
+    if HOLISTIC not in options.judged:
         return []
     templates = (*options.rate_semantic, *options.rate_quality)
     return [template.replace("{prompt}", record.prompt) for template in templates]
+
+
+def scored_texts(options: RewardOptions, record: Record) -> list[str]:
+    """Returns what each scorer scores a prompt's image by, in the order of `options.scorers`.
+
+    It is the record's "caption", which describes the image, if it has one, else its prompt. The
+    exact checker gets the record's facts as JSON, or "" where it has none.
+    """
+    return [
+        facts_text(record) if spec.kind == "exact" else record.image_text
+        for spec in options.scorers
+    ]
+
+
+def facts_text(record: Record) -> str:
+    """Returns a record's facts as JSON; "" where it has none."""
+    return json.dumps(record.extra["facts"], sort_keys=True) if "facts" in record.extra else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewards:
     """Rewards of N samples; NaN where not valid."""
 
-    reward: np.ndarray  # float64[N], DVReward (or what the options say) in [0, 1]
-    semantic: np.ndarray  # float64[N], of the first score
+    reward: np.ndarray  # float64[N], DVReward in [0, 1], or what the options say
+    semantic: np.ndarray  # float64[N], of the first score that the verifier's answers make
     quality: np.ndarray  # float64[N]
     format: np.ndarray  # float64[N], 0 or 1, or a mean over think steps
     valid: np.ndarray  # bool[N]
     failures: dict[str, int]  # number of invalid samples by reason
-    by_score: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # float64[N]
+    # float64[N] by `RewardOptions.score_names`; a scorer's are as it gave them, not rescaled.
+    by_score: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     p_yes: tuple[tuple[float, ...], ...] = ()  # per sample as asked; empty where not valid
     ratings: tuple[tuple[float, ...], ...] = ()  # the same, 0 to 10
     reasons: tuple[str | None, ...] = ()  # per sample, why it is invalid
     tags: Mapping[str, float] = dataclasses.field(default_factory=dict)  # see `_tag_means`
+
+    @property
+    def shown_scores(self) -> Mapping[str, np.ndarray]:
+        """Returns `by_score`, or nothing if its only score is the reward itself."""
+        is_reward = len(self.by_score) == 1 and set(self.by_score) <= {*score_specs.JUDGED}
+        return {} if is_reward else self.by_score
 
     def metrics(self) -> dict[str, float]:
         """Computes means over the valid samples (NaN if there are none), and the valid share.
@@ -84,9 +110,8 @@ class Rewards:
         metrics = {"reward/mean": _mean(self.reward, self.valid)}
         for name in ("semantic", "quality", "format"):
             metrics[f"reward/{name}"] = _mean(vars(self)[name], self.valid)
-        if len(self.by_score) > 1:
-            for name, values in self.by_score.items():
-                metrics[f"reward/score/{name}"] = _mean(values, self.valid)
+        for name, values in self.shown_scores.items():
+            metrics[f"reward/score/{name}"] = _mean(values, self.valid)
         metrics |= {f"reward/tag/{tag}": mean for tag, mean in self.tags.items()}
         metrics["reward/valid_fraction"] = float(np.mean(self.valid))
         answers = np.array([p for sample_p_yes in self.p_yes for p in sample_p_yes])
@@ -119,7 +144,8 @@ def submit(
     for row in distributed.own_rows(len(sample_ids), first=first):
         questions = yes_no_questions(options, records[row])
         rated = rating_questions(options, records[row])
-        pool.submit(sample_ids[row], images[row], questions, rated)
+        scored = scored_texts(options, records[row])
+        pool.submit(sample_ids[row], images[row], questions, rated, scored)
 
 
 def gather(
@@ -146,8 +172,10 @@ def gather(
     reasons: list[str | None] = [ELSEWHERE] * len(sample_ids)
     for line, row in enumerate(local_rows):
         result = results[sample_ids[row]]
-        reasons[row] = None if result.valid else str(result.failure)
         reward, by_score = _combine(records[row], result, options)
+        reasons[row] = None if result.valid else str(result.failure)
+        if result.valid and not reward.valid:
+            reasons[row] = f"the numbers {result.p_yes, result.scores} make no finite reward"
         numbers = (reward, by_score, result.p_yes or (), result.ratings)
         for start, values in zip(np.cumsum((0, *lengths)), numbers, strict=False):
             local_table[line, start : start + len(values)] = values
@@ -163,7 +191,7 @@ def gather(
         format=_format_rewards(thinks, len(table)),
         valid=valid,
         failures=dict(failures),
-        by_score=dict(zip(options.scores, by_score.T, strict=True)),
+        by_score=dict(zip(options.score_names, by_score.T, strict=True)),
         p_yes=p_yes,
         ratings=_without_padding(ratings),
         reasons=tuple(None if ok else why for ok, why in zip(valid, reasons, strict=True)),
@@ -249,22 +277,82 @@ def _format_rewards(thinks: Sequence[Sequence[str]], count: int) -> np.ndarray:
 def _combine(
     record: Record, result: ledger.VerifierResult, options: RewardOptions
 ) -> tuple[Reward, list[float]]:
-    """Computes a sample's reward, with the first score's means, and each score's reward."""
+    """Computes a sample's reward, with the first judged score's means, and each score's value."""
     if not result.valid:
         return INVALID, []
-    rewards = [_reward_by(name, record, result, options) for name in options.scores]
-    if not all(reward.valid for reward in rewards):
+    judged = {text: _reward_by(text, record, result, options) for text in options.judged}
+    if not all(reward.valid for reward in judged.values()):
         return INVALID, []
-    values = [reward.reward for reward in rewards]
+    scores = iter(result.scores)
+    values = [judged[text].reward if text in judged else next(scores) for text in options.scores]
+    total = float(total_of(np.array(values), options))
+    if not math.isfinite(total):  # finite scores may still add up to more than a float holds
+        return INVALID, []
+    means = next(iter(judged.values()), Reward(total, math.nan, math.nan, valid=True))
+    return means._replace(reward=total), values
+
+
+def total_of(values: np.ndarray, options: RewardOptions) -> np.ndarray:
+    """Combines scores to rewards: the weighted mean of what each counts, see `ScorerSpec.rescaled`.
+
+    Args:
+      values: float64[K, ...], one row per `options.scores`.
+      options: scores and their weights.
+    Returns:
+      float64[...].
+    """
+    specs = [score_specs.parse(text) for text in options.scores]
+    counted = [
+        row if spec is None else spec.rescaled(row) for spec, row in zip(specs, values, strict=True)
+    ]
     # A single score is not multiplied by its weight 1, so that it stays the same to the last bit.
-    total = values[0] if len(values) == 1 else float(score_weights(options) @ values)
-    return rewards[0]._replace(reward=total), values
+    if len(counted) == 1:
+        return counted[0]
+    return np.tensordot(score_weights(options), np.array(counted), axes=1)
+
+
+def judged_only(options: RewardOptions) -> RewardOptions:
+    """Returns the options without scorers, for a verifier that is asked beside the first one.
+
+    Raises:
+      ValueError: no score is made of a verifier's answers.
+    """
+    if not options.judged:
+        raise ValueError(f"got scores {options.scores}, expected one of a verifier's answers")
+    weights = dict(zip(options.scores, (1.0, *options.extra_weights), strict=True))
+    first, *others = options.judged
+    # The weights matter for the mean of the judged scores alone; `with_scores_of` has the others.
+    extra_weights = tuple(weights[text] / weights[first] for text in others)
+    return dataclasses.replace(
+        options, score=first, extra_scores=tuple(others), extra_weights=extra_weights
+    )
+
+
+def with_scores_of(rewards: Rewards, first: Rewards, options: RewardOptions) -> Rewards:
+    """Completes rewards of the same images by `judged_only` options with the scorers' scores.
+
+    So the rewards of two verifiers differ by the verifiers alone.
+
+    Args:
+      rewards: N, by the other verifier.
+      first: N, by the first verifier and the scorers.
+      options: of `first`.
+    """
+    if not options.scorers:
+        return rewards
+    by_score = dict(first.by_score) | dict(rewards.by_score)
+    by_score = {name: by_score[name] for name in options.score_names}
+    valid = rewards.valid & first.valid
+    total = total_of(np.array([*by_score.values()]), options)
+    return dataclasses.replace(
+        rewards, reward=np.where(valid, total, np.nan), valid=valid, by_score=by_score
+    )
 
 
 def _reward_by(
-    name: Score, record: Record, result: ledger.VerifierResult, options: RewardOptions
+    name: str, record: Record, result: ledger.VerifierResult, options: RewardOptions
 ) -> Reward:
-    """Computes a sample's reward by one score."""
+    """Computes a sample's reward by one judged score."""
     if name == HOLISTIC:
         cut = len(options.rate_semantic)
         semantic, quality = result.ratings[:cut], result.ratings[cut:]
@@ -274,7 +362,7 @@ def _reward_by(
     return dvreward(
         semantic,
         quality,
-        score=name,
+        score="binary" if name == "binary" else "confidence",
         aggregate=options.aggregate,
         parents=record.asked_parents if options.dependencies else None,
     )
@@ -282,7 +370,7 @@ def _reward_by(
 
 def _rating_count(options: RewardOptions) -> int:
     """Counts the ratings per sample."""
-    return len(options.rate_semantic + options.rate_quality) if HOLISTIC in options.scores else 0
+    return len(options.rate_semantic + options.rate_quality) if HOLISTIC in options.judged else 0
 
 
 def _without_padding(rows: np.ndarray) -> tuple[tuple[float, ...], ...]:

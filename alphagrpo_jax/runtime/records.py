@@ -54,6 +54,14 @@ class Record:
         return self.extra.get("image")
 
     @property
+    def image_text(self) -> str:
+        """The text that describes the image to come: its "caption" if it has one, else its prompt.
+
+        The prompt of an edit is an instruction, which describes no image.
+        """
+        return self.extra.get("caption") or self.prompt
+
+    @property
     def answers(self) -> tuple[str, ...]:
         """The right answers, if it asks for one."""
         answer = self.extra.get("answer", ())
@@ -270,6 +278,11 @@ def _check_fields(fields: dict, form: str) -> None:
     image = fields.get("image")
     if image is not None and (not isinstance(image, str) or not image):
         raise RecordError(f"field 'image': got {image!r}, expected a file's name or a data: URL")
+    if fields.get("caption") is not None and not _is_text(fields["caption"]):
+        raise RecordError(
+            f"field 'caption': got {fields['caption']!r}, expected a text that describes the image "
+            "as it should be; leave it out where the prompt does"
+        )
     if form != "answer":
         return
     answer = fields.get("answer")

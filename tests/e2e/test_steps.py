@@ -43,7 +43,7 @@ class BrightnessPool:
     def __init__(self):
         self.samples, self.honest = {}, tiny_verifiers.Honest()
 
-    def submit(self, sample_id, image, questions, rated=()):
+    def submit(self, sample_id, image, questions, rated=(), scored=()):
         assert sample_id not in self.samples
         self.samples[sample_id] = (image, tuple(questions))
 

@@ -90,7 +90,7 @@ class Brightness:
     def __init__(self, *, half=False):
         self.images, self.unit = {}, 510 if half else 255
 
-    def submit(self, sample_id, image, questions, rated=()):
+    def submit(self, sample_id, image, questions, rated=(), scored=()):
         self.images[sample_id] = (image, len(questions))
 
     def gather(self, ids):

@@ -24,7 +24,7 @@ class Answers:
     def __init__(self, answers):
         self.answers, self.submitted = answers, []
 
-    def submit(self, sample_id, image, questions, rated=()):
+    def submit(self, sample_id, image, questions, rated=(), scored=()):
         self.submitted.append((sample_id, int(image[0, 0, 0]), list(questions), list(rated)))
 
     def gather(self, ids):

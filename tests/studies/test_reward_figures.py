@@ -22,7 +22,7 @@ class Answers:
     def __init__(self, p_yes):
         self.p_yes, self.submitted = p_yes, {}
 
-    def submit(self, sample_id, image, questions, rated=()):
+    def submit(self, sample_id, image, questions, rated=(), scored=()):
         colors = len(np.unique(image.reshape(-1, 3), axis=0))
         self.submitted[sample_id] = (self.p_yes[colors], len(questions), len(rated))
 
