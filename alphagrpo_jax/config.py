@@ -26,6 +26,7 @@ SECTION = ConfigDict(
 )
 
 AnswerScore = Literal["confidence", "binary"]
+ScoreName = Annotated[str, AfterValidator(score_specs.check)]
 Aggregate = Literal["geometric", "mean", "pooled"]
 InitialChoice = Literal["worst", "softmax"]
 Rectification = Literal["released", "paper", "none"]
@@ -114,12 +115,6 @@ def _check_instruction(text: str) -> str:
     return text
 
 
-def _check_score(text: str) -> str:
-    """Refuses what names no score."""
-    score_specs.parse(text)
-    return text
-
-
 def _check_pattern(pattern: str) -> str:
     """Refuses what is no regular expression."""
     try:
@@ -135,9 +130,6 @@ def _check_interval(interval: tuple[float, float]) -> tuple[float, float]:
     if not low < high:
         raise ValueError(f"got {interval}, expected two noise levels (lo, hi), lo < hi")
     return interval
-
-
-ScoreName = Annotated[str, AfterValidator(_check_score)]
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
@@ -270,12 +262,6 @@ class RewardOptions:
     def scores(self) -> tuple[str, ...]:
         """All scores that the reward is made of, as they are configured."""
         return (self.score, *self.extra_scores)
-
-    @property
-    def score_names(self) -> tuple[str, ...]:
-        """Short names of `scores`, as in metrics and reports."""
-        specs = zip(self.scores, map(score_specs.parse, self.scores), strict=True)
-        return tuple(text if spec is None else spec.name for text, spec in specs)
 
     @property
     def judged(self) -> tuple[str, ...]:

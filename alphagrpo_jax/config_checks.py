@@ -19,6 +19,7 @@ import pydantic
 
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.runtime.errors import MissingFileError
+from alphagrpo_jax.score_specs import short_name
 from alphagrpo_jax.tasks import IMAGE, TASKS
 
 # What may differ when a run is resumed.
@@ -297,7 +298,7 @@ def _check_tasks(config: Config) -> None:
 def _check_reward(config: Config) -> None:
     """Checks the fields that the reward's scores need."""
     reward = config.reward
-    names, weights = reward.score_names, reward.extra_weights
+    names, weights = tuple(map(short_name, reward.scores)), reward.extra_weights
     if len(set(names)) < len(names):
         raise ConfigError(
             f"reward.extra_scores: got {reward.extra_scores} beside reward.score={reward.score!r}, "

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from alphagrpo_jax import config_checks, tasks
-from alphagrpo_jax.config import Aggregate, Config, Score
+from alphagrpo_jax.config import Aggregate, Config
 from alphagrpo_jax.config_checks import from_config_dict
 from alphagrpo_jax.rewards import report, scoring
 from alphagrpo_jax.runtime import cli
@@ -139,6 +139,8 @@ def verifier_config(options: argparse.Namespace) -> Config:
     }
     fields["reward"] |= {
         "score": options.score,
+        "extra_scores": options.extra_scores,
+        "extra_weights": options.extra_weights or [1.0] * len(options.extra_scores),
         "aggregate": options.aggregate,
         "dependencies": options.dependencies,
         "format_weight": 0.0,
@@ -289,7 +291,11 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--attempts", type=cli.COUNT, default=4, help="at an image, until it has no score")
     add("--cache-size", type=cli.AMOUNT, default=0, help="answers that are remembered, for folders "
         "in which images come more than once")  # fmt: skip
-    add("--score", choices=get_args(Score), default="confidence")
+    add("--score", default="confidence", help="confidence, binary, holistic, or a scorer such as "
+        "hf_clip:PATH or callable:MODULE:FUNCTION")  # fmt: skip
+    add("--extra-scores", nargs="*", default=[], metavar="SCORE", help="further scores")
+    add("--extra-weights", nargs="*", type=float, metavar="NUMBER", help="their weights, 1 each by "
+        "default; that of --score is 1")  # fmt: skip
     add("--aggregate", choices=get_args(Aggregate), default="geometric")
     add("--dependencies", action="store_true", help="a question counts only if those that it "
         "depends on hold")  # fmt: skip

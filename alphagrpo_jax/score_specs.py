@@ -51,8 +51,18 @@ class ScorerSpec:
         """True where worker processes of its own score; the verifier computes likelihoods."""
         return self.kind != "likelihood"
 
-    def rescaled(self, score: float) -> float:
-        """Returns what a score counts in the reward: 0 and 1 at the ends of `range`, linear."""
+    def read(self, number: float) -> float:
+        """Returns the score that a worker's number means: of a mean log-prob its exponential."""
+        if self.kind != "likelihood" or self.value != "probability":
+            return number
+        return math.exp(number) if number <= 0.0 else math.nan  # no log-prob is above 0
+
+    def rescaled(self, score: Any) -> Any:
+        """Returns what scores count in the reward: 0 and 1 at the ends of `range`, linear.
+
+        Args:
+          score: a number or an array of them.
+        """
         low, high = self.range
         return score if (low, high) == (0.0, 1.0) else (score - low) / (high - low)
 
@@ -84,6 +94,26 @@ def parse(text: str) -> ScorerSpec | None:
     default_name = f"{kind}.{_last_component(kind, target)}" if target else kind
     values = {"value": VALUES[kind][0]} if VALUES[kind] else {}
     return ScorerSpec(kind, target, **({"name": default_name} | values | fields))
+
+
+def check(text: str) -> str:
+    """Refuses what names no score; returns the text.
+
+    Raises:
+      ValueError: see `parse`.
+    """
+    parse(text)
+    return text
+
+
+def short_name(text: str) -> str:
+    """Returns a score's name in metrics and reports.
+
+    Raises:
+      ValueError: see `parse`.
+    """
+    spec = parse(text)
+    return text if spec is None else spec.name
 
 
 def _options(text: str, kind: ScorerKind, options: str) -> dict[str, Any]:

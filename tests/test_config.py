@@ -64,7 +64,7 @@ def test_values_arrive():
         ({"reward__extra_scores": ("confidence",), "reward__extra_weights": (1.0,)}, "different"),
         (
             {"reward__extra_scores": ("warmth",), "reward__extra_weights": (1.0,)},
-            r"extra_scores\[0\]: got 'warmth', expected one of \('confidence', ",
+            r"extra_scores\[0\]: got 'warmth', expected confidence, binary, holistic, exact, ",
         ),
         ({"reward__extra_scores": ("holistic",)}, r"extra_weights: got \(\), expected 1"),
         (

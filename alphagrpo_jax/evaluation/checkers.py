@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from alphagrpo_jax.config import RewardOptions
 from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.records import Record
@@ -19,6 +20,38 @@ def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None
 
 
 CHECKERS: dict[str, FactCheck] = {"shapes": shapes_facts, "": lambda image, record: None}
+
+
+def check_scored(
+    prompts: PromptSet, options: RewardOptions, size: tuple[int, int], *, source: str
+) -> None:
+    """Checks that scorers can score the images of all prompts, before anything is drawn.
+
+    Args:
+      prompts: a training or held-out set.
+      options: with the scorers.
+      size: height and width of the images to come, pixels.
+      source: what to call the set in an error.
+    Raises:
+      InputError: a record without the facts that "exact" needs, or an edit without a caption.
+    """
+    for spec in options.scorers:
+        if spec.kind == "exact":
+            check_records(prompts, shapes_facts, size, source=source)
+        for number, record in enumerate(prompts.records, start=1):
+            where = f"{source}, record {number} ({record.prompt!r}), score {spec.name}"
+            if spec.kind == "exact" and "facts" not in record.extra:
+                raise InputError(
+                    f'{where}: got a record without "facts", which the exact checker needs; leave '
+                    "the score out, or use records of the shapes world"
+                )
+            is_instruction = prompts.task.name == "ti2i" and not record.extra.get("caption")
+            if spec.reads_prompts and is_instruction:
+                raise InputError(
+                    f"{where}: the prompt of an edit is an instruction, which describes no image; "
+                    'give each record a "caption", a text that describes the image as it should '
+                    "become, or leave the score out"
+                )
 
 
 def check_records(

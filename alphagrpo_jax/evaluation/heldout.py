@@ -12,7 +12,7 @@ import numpy as np
 
 from alphagrpo_jax import prompts
 from alphagrpo_jax.config import Config
-from alphagrpo_jax.evaluation.checkers import CHECKERS, check_records
+from alphagrpo_jax.evaluation.checkers import CHECKERS, check_records, check_scored
 from alphagrpo_jax.evaluation.metrics import (
     Evaluation,
     Sampled,
@@ -48,7 +48,7 @@ InputsFn = Callable[[np.ndarray], tuple[TextBlock | ImageBlock, ...]]
 
 
 def check_heldout(config: Config, data: Mapping[str, prompts.TaskData]) -> None:
-    """Tries the exact checker on all held-out records before anything is sampled.
+    """Tries exact checker and scorers' needs on all records before anything is sampled.
 
     Raises:
       ValueError: see `checkers.check_records`.
@@ -60,6 +60,12 @@ def check_heldout(config: Config, data: Mapping[str, prompts.TaskData]) -> None:
             _, path = config.data.pair(task.data)
             source = f"{HELDOUT_FIELDS[task.data]}={path}"
             check_records(task_data.heldout, CHECKERS[config.eval.checker], size, source=source)
+            for prompt_set, name in (
+                (task_data.train, "training"),
+                (task_data.heldout, "held-out"),
+            ):
+                label = f"the {name} records of task {task.name}"
+                check_scored(prompt_set, config.reward, size, source=label)
 
 
 class Pending(enum.Enum):

@@ -194,8 +194,7 @@ def rows(
 def describe(options: RewardOptions) -> str:
     """Says in words how the reward is computed."""
     words = []
-    names = zip(options.scores, options.score_names, score_weights(options), strict=True)
-    for text, name, weight in names:
+    for text, weight in zip(options.scores, score_weights(options), strict=True):
         spec = score_specs.parse(text)
         if spec is not None:
             low, high = spec.range
@@ -207,7 +206,7 @@ def describe(options: RewardOptions) -> str:
             if options.dependencies:
                 formula += ", a question counts only if those it depends on hold"
         share = f"{weight:.3g} x " if len(options.scores) > 1 else ""
-        words.append(f"{share}{name} ({formula})")
+        words.append(f"{share}{score_specs.short_name(text)} ({formula})")
     return " + ".join(words)
 
 

@@ -89,7 +89,7 @@ class Rewards:
     format: np.ndarray  # float64[N], 0 or 1, or a mean over think steps
     valid: np.ndarray  # bool[N]
     failures: dict[str, int]  # number of invalid samples by reason
-    # float64[N] by `RewardOptions.score_names`; a scorer's are as it gave them, not rescaled.
+    # float64[N] by `score_specs.short_name`; a scorer's are as it gave them, not rescaled.
     by_score: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     p_yes: tuple[tuple[float, ...], ...] = ()  # per sample as asked; empty where not valid
     ratings: tuple[tuple[float, ...], ...] = ()  # the same, 0 to 10
@@ -191,7 +191,7 @@ def gather(
         format=_format_rewards(thinks, len(table)),
         valid=valid,
         failures=dict(failures),
-        by_score=dict(zip(options.score_names, by_score.T, strict=True)),
+        by_score=dict(zip(map(score_specs.short_name, options.scores), by_score.T, strict=True)),
         p_yes=p_yes,
         ratings=_without_padding(ratings),
         reasons=tuple(None if ok else why for ok, why in zip(valid, reasons, strict=True)),
@@ -283,7 +283,8 @@ def _combine(
     judged = {text: _reward_by(text, record, result, options) for text in options.judged}
     if not all(reward.valid for reward in judged.values()):
         return INVALID, []
-    scores = iter(result.scores)
+    pairs = zip(options.scorers, result.scores, strict=True)
+    scores = iter([spec.read(number) for spec, number in pairs])
     values = [judged[text].reward if text in judged else next(scores) for text in options.scores]
     total = float(total_of(np.array(values), options))
     if not math.isfinite(total):  # finite scores may still add up to more than a float holds
@@ -341,7 +342,7 @@ def with_scores_of(rewards: Rewards, first: Rewards, options: RewardOptions) -> 
     if not options.scorers:
         return rewards
     by_score = dict(first.by_score) | dict(rewards.by_score)
-    by_score = {name: by_score[name] for name in options.score_names}
+    by_score = {name: by_score[name] for name in map(score_specs.short_name, options.scores)}
     valid = rewards.valid & first.valid
     total = total_of(np.array([*by_score.values()]), options)
     return dataclasses.replace(

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from alphagrpo_jax.config import Config, ConfigError
@@ -13,6 +11,7 @@ from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.scoring import VerifierPool
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import checked_urls
+from alphagrpo_jax.rewards.workers.combined import CombinedPool
 from alphagrpo_jax.rewards.workers.in_process import InProcessPool
 from alphagrpo_jax.rewards.workers.pool import Pool
 from alphagrpo_jax.rewards.workers.worker import Factory
@@ -20,15 +19,28 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.console import SILENT, Console
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder
+from alphagrpo_jax.training.scorers import audit_path, with_scorers
 from alphagrpo_jax.training.self_verifier import PolicyVerifier
 
 
-def make_pool(config: Config) -> Pool:
-    """Starts the verifier workers in the background.
+def make_pool(config: Config) -> Pool | CombinedPool:
+    """Starts the workers of the verifier and of scorers in the background.
 
     Raises:
       ConfigError: see `verifier_factories`.
-      OSError: the audit log cannot be opened.
+      MissingFileError: a scorer's folder is missing.
+      OSError: an audit log cannot be opened.
+    """
+    pool = with_scorers(config, make_verifier_pool(config))
+    assert not isinstance(pool, InProcessPool)  # it has workers
+    return pool
+
+
+def make_verifier_pool(config: Config) -> Pool:
+    """Starts the verifier's workers in the background.
+
+    Raises:
+      ConfigError, OSError: see `make_pool`.
     """
     return Pool(
         verifier_factories(config),
@@ -36,14 +48,6 @@ def make_pool(config: Config) -> Pool:
         capacity=max(1024, 2 * config.trajectories),
         audit_path=audit_path(config.verifier.audit),
     )
-
-
-def audit_path(name: str) -> str | None:
-    """Names this process's audit log; with several processes it is NAME.NUMBER.jsonl."""
-    if not name or jax.process_count() == 1:
-        return name or None
-    path = pathlib.PurePath(name)
-    return str(path.with_name(f"{path.stem}.{jax.process_index()}{path.suffix}"))
 
 
 def verifier_factories(config: Config) -> list[Factory]:
@@ -126,11 +130,12 @@ def open_verifiers(
         with console.phase("starting the verifiers"):
             second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
             if config.verifier.kind == "self":
-                first: VerifierPool = InProcessPool(
-                    PolicyVerifier(loaded, question_tokens=config.rollout.prompt_tokens)
-                )
+                policy = PolicyVerifier(loaded, question_tokens=config.rollout.prompt_tokens)
+                first: VerifierPool = with_scorers(config, InProcessPool(policy))
             else:
-                first = stack.enter_context(make_pool(config))
+                first = make_pool(config)
+            if not isinstance(first, InProcessPool):
+                stack.enter_context(first)
                 first.wait_ready()
             if second is not None:
                 second.wait_ready()
@@ -139,8 +144,9 @@ def open_verifiers(
 
 def follow(verifier: VerifierPool, params: PolicyParams) -> None:
     """Points a policy that is its own verifier at its current weights; others stay as they are."""
-    if isinstance(verifier, InProcessPool) and isinstance(verifier.verifier, PolicyVerifier):
-        verifier.verifier.follow(params)
+    pool = verifier.verifier if isinstance(verifier, CombinedPool) else verifier
+    if isinstance(pool, InProcessPool) and isinstance(pool.verifier, PolicyVerifier):
+        pool.verifier.follow(params)
 
 
 def _second_pool(config: Config) -> Pool:
@@ -153,22 +159,25 @@ def _second_pool(config: Config) -> Pool:
         kind = "callable" if first.kind == "callable" else "hf"
         changes = {"kind": kind, "path": first.second, "endpoints": ()}
     second = dataclasses.replace(first, **changes, workers=1, audit="")
-    return make_pool(dataclasses.replace(config, verifier=second))
+    return make_verifier_pool(dataclasses.replace(config, verifier=second))
 
 
 class PoolCounts:
-    """Counters of the training's pool since the last row, failures included, as metrics.
+    """Counters of the training's pools since the last row, failures included, as metrics.
 
     Under `time/`, since faults differ from run to run while rewards do not.
     """
 
     def __init__(self, verifier: VerifierPool) -> None:
         """Counts from now on; a verifier without worker processes has no counters."""
-        self._pool = verifier if isinstance(verifier, Pool) else None
+        self._pool = verifier if isinstance(verifier, Pool | CombinedPool) else None
         self._before = self._pool.counters() if self._pool else {}
 
     def metrics(self) -> dict[str, float]:
-        """Returns `time/pool/NAME` per counter (see `Pool.counters`), summed over all processes."""
+        """Returns `time/pool/NAME` per counter (see `Pool.counters`), summed over all processes.
+
+        Those of a scorer are `time/pool/SCORER/NAME`.
+        """
         if self._pool is None:
             return {}
         now = self._pool.counters()

@@ -6,7 +6,7 @@ import pytest
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.runtime import sharding
-from alphagrpo_jax.training import setup
+from alphagrpo_jax.training import scorers, setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from configs import grpo
 
@@ -42,22 +42,23 @@ def test_the_pool_is_made_as_configured(tmp_path, monkeypatch):
         "Pool",
         lambda factories, options, **arguments: pool_arguments.update(options=options, **arguments),
     )
-    verifiers_lib.make_pool(
+    verifiers_lib.make_verifier_pool(
         config_of(cache_size=7, audit=str(tmp_path / "log.jsonl"), max_attempts=3)
     )
     assert pool_arguments["options"].cache_size == 7
     assert pool_arguments["audit_path"] == str(tmp_path / "log.jsonl")
     assert pool_arguments["options"].max_attempts == 3
-    verifiers_lib.make_pool(config_of())
+    verifiers_lib.make_verifier_pool(config_of())
     assert (pool_arguments["options"].cache_size, pool_arguments["audit_path"]) == (0, None)
 
 
 def test_each_of_several_processes_has_an_audit_log_of_its_own(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert verifiers_lib.audit_path("logs/audit.jsonl") == "logs/audit.1.jsonl"
-    assert verifiers_lib.audit_path("audit") == "audit.1"
-    assert verifiers_lib.audit_path("") is None
+    assert scorers.audit_path("logs/audit.jsonl") == "logs/audit.1.jsonl"
+    assert scorers.audit_path("logs/a.jsonl", "hf_clip.x") == "logs/a.hf_clip.x.1.jsonl"
+    assert scorers.audit_path("audit") == "audit.1"
+    assert scorers.audit_path("") is None
 
 
 def test_without_endpoints_all_workers_are_local():

@@ -11,6 +11,8 @@ from alphagrpo_jax.runtime.errors import UsageError
 KINDS = {
     "hf": "alphagrpo_jax.rewards.verifiers.hf:HFVerifier",
     "openai": "alphagrpo_jax.rewards.verifiers.openai:OpenAIVerifier",
+    "hf_clip": "alphagrpo_jax.rewards.verifiers.two_tower:TwoTowerScorer",
+    "function": "alphagrpo_jax.rewards.verifiers.functions:FunctionScorer",
 }
 
 

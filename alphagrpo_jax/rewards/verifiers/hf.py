@@ -17,8 +17,15 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, VerifierLoadError, checked_image
+from alphagrpo_jax.rewards.verifiers.base import (
+    Answer,
+    Rating,
+    Score,
+    VerifierLoadError,
+    checked_image,
+)
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.likelihood import mean_log_probs
 from alphagrpo_jax.rewards.verifiers.passes import Passes
 from alphagrpo_jax.rewards.verifiers.spelling import (
     FALLBACK_TOKENS,
@@ -210,6 +217,14 @@ class HFVerifier:
             else Rating(None, f"no number from 0 to 10 can be read (mass {total:.2g})")
             for total, value in zip(totals, values, strict=True)
         ]
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
+        """Scores images uint8[H, W, 3] by their prompts' mean log-probabilities, see `likelihood`.
+
+        Raises:
+          ValueError: an image is not uint8[H, W, 3].
+        """
+        return mean_log_probs(self.model, self.passes, images, prompts)
 
     def _split_ten(
         self, mass: Tensor, probabilities: Tensor, image: np.ndarray, questions: Sequence[str]

@@ -12,3 +12,5 @@ RATE_INSTRUCTION = (
 # Questions that ask for ratings; the shapes world's verifier was trained on exactly these.
 RATE_PROMPT = "How well does the image match the prompt: {prompt}?"
 RATE_QUALITY = "How well is the image drawn?"
+# What a judge is asked before the prompt that stands in the place of its reply (`likelihood`).
+CAPTION_REQUEST = "Describe the image."
