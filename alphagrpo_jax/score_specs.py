@@ -37,7 +37,7 @@ class ScorerSpec:
     value: str = ""  # one of `VALUES`
     range: tuple[float, float] = (0.0, 1.0)  # scores that count as 0 and as 1 in the reward
     truncate: bool = False  # cut prompts that are longer than the model reads
-    workers: int = 1  # processes
+    processes: int = 1  # that score
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -141,7 +141,7 @@ def _readers(kind: ScorerKind) -> dict[str, Callable[[str], Any]]:
     if VALUES[kind]:
         readers["value"] = functools.partial(_read_choice, "value", VALUES[kind])
     if kind != "likelihood":
-        readers["workers"] = _read_workers
+        readers["processes"] = _read_count
     if kind == "hf_clip":
         readers["truncate"] = lambda value: _SWITCH[_read_choice("truncate", _SWITCH, value)]
         readers |= {"device": _read_word, "dtype": _read_word}
@@ -175,9 +175,9 @@ def _read_word(value: str) -> str:
     return value
 
 
-def _read_workers(value: str) -> int:
+def _read_count(value: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,3}", value, re.ASCII):
-        raise ValueError(f"got workers={value!r}, expected a number from 1 to 9999")
+        raise ValueError(f"got processes={value!r}, expected a number from 1 to 9999")
     return int(value)
 
 

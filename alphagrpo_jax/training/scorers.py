@@ -61,7 +61,7 @@ def audit_path(name: str, scorer: str = "") -> str | None:
 def _start(config: Config, spec: ScorerSpec, stop: StopRequest | None) -> Pool:
     """Starts one scorer's workers."""
     return Pool(
-        [_factory(config, spec)] * spec.workers,
+        [_factory(config, spec)] * spec.processes,
         config.verifier,
         capacity=max(1024, 2 * config.trajectories),
         audit_path=audit_path(config.verifier.audit, spec.name),
