@@ -286,7 +286,8 @@ def _combine(
     pairs = zip(options.scorers, result.scores, strict=True)
     scores = iter([spec.read(number) for spec, number in pairs])
     values = [judged[text].reward if text in judged else next(scores) for text in options.scores]
-    total = float(total_of(np.array(values), options))
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(total_of(np.array(values), options))
     if not math.isfinite(total):  # finite scores may still add up to more than a float holds
         return INVALID, []
     means = next(iter(judged.values()), Reward(total, math.nan, math.nan, valid=True))

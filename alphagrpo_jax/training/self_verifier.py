@@ -1,8 +1,8 @@
 """The policy as its own verifier (self-reward).
 
 It encodes an image as ViT tokens, then the question, and reads P(yes) / (P(yes) + P(no)) off the
-first token of its answer. It answers with the weights of the policy in training, in this process
-and without overlap with rollouts.
+first token of its answer; for a likelihood it reads the log-probs of the prompt as its answer. It
+uses the weights of the policy in training, in this process and without overlap with rollouts.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
-from alphagrpo_jax.rewards.verifiers.base import Answer, Rating
+from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Score
+from alphagrpo_jax.rewards.verifiers.instructions import CAPTION_REQUEST
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, normalize_word
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling.trajectory import image_block
@@ -59,6 +60,9 @@ class PolicyVerifier:
         self._yes, self._no = (jnp.array(ids, jnp.int32) for ids in words)
         self._encode_images = jax.jit(functools.partial(encode_images, loaded.model))
         self._yes_no_probs = jax.jit(functools.partial(yes_no_probs, loaded.model))
+        self._mean_log_probs = jax.jit(
+            functools.partial(mean_log_probs, loaded.model), static_argnames="first"
+        )
         self._params: PolicyParams | None = None
 
     def follow(self, params: PolicyParams) -> None:
@@ -101,6 +105,67 @@ class PolicyVerifier:
             batch = slice(first, first + IMAGES)
             answers += self._answer_batch(self._params, images[batch], questions[batch])
         return answers
+
+    def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
+        """Computes the mean log-prob of each prompt as the policy's description of its image.
+
+        The prompt stands where the answer to `CAPTION_REQUEST` would; its tokens alone count.
+
+        Args:
+          images: N of uint8[H, W, 3], all of one size.
+          prompts: N.
+        Returns:
+          N scores, nats, at most 0.
+        Raises:
+          ValueError: no weights yet.
+        """
+        if self._params is None:
+            raise ValueError("got no weights to score with, expected a call of `follow` before")
+        scores: list[Score] = []
+        for first in range(0, len(images), IMAGES):
+            batch = slice(first, first + IMAGES)
+            scores += self._score_batch(self._params, images[batch], prompts[batch])
+        return scores
+
+    def _score_batch(
+        self, params: PolicyParams, images: Sequence[np.ndarray], prompts: Sequence[str]
+    ) -> list[Score]:
+        """Scores at most `IMAGES` images."""
+        rows = np.resize(np.arange(len(images)), IMAGES)
+        contexts = self._encode_images(params, jnp.asarray(np.stack(images)[rows]))
+        replies = [self._reply_ids(prompt) for prompt in prompts]
+        # What cannot be scored is one token whose number nobody reads.
+        filler = [self._tokenizer.special.im_start]
+        ids = [filler if isinstance(reply, Score) else reply for reply in replies]
+        request = [*self._tokenizer.wrap(CAPTION_REQUEST), self._tokenizer.special.im_start]
+        tokens, mask = self._tokenizer.batch(
+            [[*request, *ids[row]] for row in rows], len(request) + self._length
+        )
+        means = jax.device_get(
+            self._mean_log_probs(params, contexts, tokens, mask, first=len(request))
+        )
+        return [
+            reply if isinstance(reply, Score) else Score(float(mean))
+            for reply, mean in zip(replies, means, strict=False)
+        ]
+
+    def _reply_ids(self, prompt: str) -> list[int] | Score:
+        """Returns the ids of a prompt that stands where an answer would, or a failed score."""
+        ids = self._tokenizer.encode(prompt)
+        if self._holds_control_tokens(ids):
+            reason = f"got control tokens in the prompt {prompt!r}; a prompt is plain text"
+            return Score(None, reason, permanent=True)
+        if not 1 <= len(ids) <= self._length:
+            reason = (
+                f"the prompt {prompt!r} has {len(ids)} tokens, expected 1 to {self._length} "
+                "(rollout.prompt_tokens)"
+            )
+            return Score(None, reason, permanent=True)
+        return ids
+
+    def _holds_control_tokens(self, ids: Sequence[int]) -> bool:
+        """Tells whether a text could end its own turn and begin another."""
+        return bool(set(ids) & set(dataclasses.asdict(self._tokenizer.special).values()))
 
     def _answer_batch(
         self,
@@ -152,8 +217,7 @@ class PolicyVerifier:
         """Returns the ids of a question and of its answer's beginning, or a failed answer."""
         special = self._tokenizer.special
         question_ids = self._tokenizer.encode(question)
-        # With control tokens a question could end its own turn and begin the answer itself.
-        if set(question_ids) & set(dataclasses.asdict(special).values()):
+        if self._holds_control_tokens(question_ids):
             return Answer(
                 None, f"got control tokens in the question {question!r}; a question is plain text"
             )
@@ -206,6 +270,33 @@ def yes_no_probs(
     probabilities = jax.nn.softmax(policy.text_logits(model, params, at_end)[:, 0], axis=-1)
     yes_probs, no_probs = (jnp.sum(probabilities[:, ids], axis=-1) for ids in (yes, no))
     return yes_probs, no_probs
+
+
+def mean_log_probs(
+    model: Bagel,
+    params: PolicyParams,
+    contexts: Context,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    first: int,
+) -> jax.Array:
+    """Computes the mean log-prob of each row's tokens from position `first` on, float32[B].
+
+    Args:
+      model: static.
+      params: the policy.
+      contexts: before the tokens, B rows.
+      tokens: int32[B, T], padded on the right.
+      mask: bool[B, T].
+      first: static, position of the first token that counts, at least 1; each row has such a token.
+    """
+    _, hidden = policy.extend_text(model, params, contexts, tokens, mask)
+    logits = policy.text_logits(model, params, hidden[:, first - 1 : -1])
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    picked = jnp.take_along_axis(log_probs, tokens[:, first:, None], axis=-1)[..., 0]
+    counted = mask[:, first:]
+    return jnp.sum(jnp.where(counted, picked, 0.0), axis=1) / jnp.sum(counted, axis=1)
 
 
 def _spellings(tokenizer: Tokenizer, word: str) -> list[int]:

@@ -165,4 +165,8 @@ class CombinedPool:
             latency_s=latency,
             ratings=judged.ratings if judged and not failures else (),
             scores=() if failures else tuple(scores),
+            masses=judged.masses if judged and not failures else (),
+            unanswerable=next(
+                (result.unanswerable for result in results.values() if result.unanswerable), None
+            ),
         )
