@@ -9,6 +9,7 @@ torchvision alone get another one with the same outputs.
 import functools
 import importlib.util
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -217,7 +218,8 @@ SYSTEM_FIRST = (
 )
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}"
-    "{{ raise_exception('Prompting with images is incompatible with system messages.') }}{% endif %}"
+    "{{ raise_exception('Prompting with images is incompatible with system messages.') }}"
+    "{% endif %}"
 )
 
 
@@ -225,9 +227,16 @@ FAMILIES: dict[str, Callable[[], Judge]] = {}
 
 
 def family(build: Callable[[], Judge]) -> Callable[[], Judge]:
-    """Enters a builder in `FAMILIES`; what it built is built once."""
-    FAMILIES[build.__name__] = functools.cache(build)
-    return FAMILIES[build.__name__]
+    """Enters a builder in `FAMILIES`; what it built is built once, the same in every process."""
+
+    @functools.cache
+    def seeded() -> Judge:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # of the vectors that `draw` leaves as they are
+            return build()
+
+    FAMILIES[build.__name__] = seeded
+    return seeded
 
 
 def _qwen_tokenizer(**options: Any) -> hf.PreTrainedTokenizerFast:
@@ -379,8 +388,8 @@ def qwen3_5() -> Judge:
 @family
 def glm4v() -> Judge:
     controls = (
-        "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|begin_of_image|> <|end_of_image|> <|image|> "
-        "<|begin_of_video|> <|end_of_video|> <|video|>"
+        "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|begin_of_image|> <|end_of_image|> "
+        "<|image|> <|begin_of_video|> <|end_of_video|> <|video|>"
     )
     tokenizer = byte_level([*controls.split(), *THINK], eos="<|endoftext|>", padding_side="left")
     image, begin, end, video, first, last = ids(
@@ -689,8 +698,9 @@ def paligemma() -> Judge:
     pixels = hf.SiglipImageProcessorPil(size={"height": 56, "width": 56})
     pixels.image_seq_length = 16
     template = (
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% endif %}"
-        "{% endfor %}{% endfor %}{% for m in messages %}{% for c in m.content %}"
+        "{% for m in messages %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+        "{% for m in messages %}{% for c in m.content %}"
         "{% if c.type == 'text' %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
     )
     processor = hf.PaliGemmaProcessor(pixels, tokenizer, chat_template=template)
@@ -942,8 +952,9 @@ def llava_next() -> Judge:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template="{% for m in messages %}{% if m.role == 'user' %}[INST] {% endif %}"
-        "{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}"
-        "{% endfor %}{% if m.role == 'user' %} [/INST]{% else %}\n{% endif %}{% endfor %}",
+        "{% for c in m.content %}{% if c.type == 'image' %}<image>\n"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}"
+        "{% if m.role == 'user' %} [/INST]{% else %}\n{% endif %}{% endfor %}",
     )
     return Judge(draw(hf.LlavaNextForConditionalGeneration(config)), processor)
 
@@ -980,10 +991,10 @@ def llava_onevision() -> Judge:
 
 def plain_p_yes(logits: Tensor, tokenizer: Any) -> float:
     """Computes P(yes) of logits float32[V] from the tokens that spell yes and no in any case."""
-    texts = [tokenizer.decode([index]).strip(" .!\n").lower() for index in range(len(tokenizer))]
+    spelt = [re.sub(r"\W", "", tokenizer.decode([i])).lower() for i in range(len(tokenizer))]
     probabilities = logits.double().softmax(-1)
     yes, no = (
-        sum(float(probabilities[i]) for i, text in enumerate(texts) if text == word)
+        sum(float(probabilities[i]) for i, text in enumerate(spelt) if text == word)
         for word in ("yes", "no")
     )
     return yes / (yes + no)
@@ -997,12 +1008,13 @@ def picture(height: int = 90, width: int = 140, seed: int = 0) -> np.ndarray:
 
 
 def conversation(image: np.ndarray, question: str, instruction: str, *, system: bool) -> list[dict]:
-    """Returns the messages of one question; without `system` the user's turn begins with both."""
-    text = {"type": "text", "text": instruction}
-    user = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    """Returns the messages of one question; without `system` the user's turn holds both texts."""
+    text = question if system else f"{instruction}\n\n{question}"
+    user = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+    turns = [{"role": "user", "content": user}]
     if system:
-        return [{"role": "system", "content": [text]}, {"role": "user", "content": user}]
-    return [{"role": "user", "content": [text, *user]}]
+        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": instruction}]})
+    return turns
 
 
 def plain_logits(

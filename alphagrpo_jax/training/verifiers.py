@@ -78,6 +78,10 @@ def verifier_factories(config: Config) -> list[Factory]:
             "num_threads": verifier.threads,
             "top_k": verifier.top_k or None,
             "text_fallback": verifier.text_fallback,
+            "instruction": verifier.instruction,
+            "min_mass": verifier.min_mass,
+            "read": verifier.read,
+            "max_tokens": verifier.max_tokens,
         }
         local = ("hf", options)
     local_members = [local] * verifier.workers

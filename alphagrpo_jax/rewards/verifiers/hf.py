@@ -8,7 +8,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,12 +27,16 @@ from alphagrpo_jax.rewards.verifiers.base import (
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.likelihood import mean_log_probs
 from alphagrpo_jax.rewards.verifiers.passes import Passes
+from alphagrpo_jax.rewards.verifiers.prompting import PromptTooLongError, explain_length
 from alphagrpo_jax.rewards.verifiers.spelling import (
     FALLBACK_TOKENS,
     MIN_MASS,
     RATINGS,
+    THINKING_TAGS,
     normalize_word,
 )
+from alphagrpo_jax.rewards.verifiers.thinking import Reading, ThinkingReader
+from alphagrpo_jax.runtime.errors import InputError
 
 
 def normalized_tokens(tokenizer: Any) -> list[str]:
@@ -63,8 +67,8 @@ def candidates(logits: Tensor, top_k: int | None) -> Tensor:
 def load(path: str | Path, device: str, dtype: str) -> tuple[Any, Any]:
     """Loads (model, processor) from a local folder.
 
-    Their classes depend on the folder; transformers gives them no common type with `generate` or
-    an image processor.
+    `device` "auto" spreads the model over all devices of this machine. Their classes depend on the
+    folder; transformers gives them no common type with `generate` or an image processor.
 
     Raises:
       VerifierLoadError: no such folder, no image processor or chat template in it, damaged or
@@ -84,7 +88,11 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[Any, Any]:
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+            folder,
+            local_files_only=True,
+            dtype=dtype,
+            output_loading_info=True,
+            **({"device_map": "auto"} if device == "auto" else {}),
         )
         model, loading = loaded  # a pair because of output_loading_info
     except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -102,7 +110,7 @@ def load(path: str | Path, device: str, dtype: str) -> tuple[Any, Any]:
                 f"no {attribute}; expected a chat model for images and text with all its files"
             )
     try:
-        model = model.to(device)
+        model = model if device == "auto" else model.to(device)
     except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a device it lacks
         raise VerifierLoadError(
             f"the verifier in {str(folder)!r} cannot run on device {device!r}: {error}"
@@ -116,10 +124,31 @@ def _explain(folder: Path, error: Exception) -> str:
     message = f"cannot load the verifier in {str(folder)!r} (model type {kind!r}): {error}"
     if isinstance(error, SafetensorError):
         message += "\nFix: a weight file is damaged or cut short; fetch it again"
-    for package in ("torchvision", "num2words"):
+    if "torchvision" in str(error).lower():
+        message += (
+            "\nFix: this model's processor needs the torchvision that was built for this PyTorch: "
+            f"{torchvision_command(torch.__version__)}\n(a plain `pip install torchvision` may "
+            "replace PyTorch itself)"
+        )
+    for package in ("num2words", "accelerate"):
         if package in str(error).lower():
-            message += f"\nFix: this model's processor needs {package}; pip install {package}"
+            message += f"\nFix: {package} is needed; pip install 'alphagrpo_jax[judges]'"
     return message
+
+
+def torchvision_command(torch_version: str) -> str:
+    """Returns the command that installs torchvision beside a PyTorch, and nothing else.
+
+    Args:
+      torch_version: as PyTorch says it, e.g. "2.13.0+cpu"; the part behind the plus is its build.
+    """
+    release, _, build = torch_version.partition("+")
+    numbers = release.split(".")
+    if len(numbers) != 3 or numbers[0] != "2" or not all(number.isdigit() for number in numbers):
+        return f"see https://pytorch.org/get-started/previous-versions for PyTorch {torch_version}"
+    fitting = f"0.{int(numbers[1]) + 15}.{numbers[2]}"  # 2.0.0 came with 0.15.0, 2.13.0 with 0.28.0
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    return f"pip install --no-deps{index} torchvision=={fitting}"
 
 
 class HFVerifier:
@@ -140,19 +169,29 @@ class HFVerifier:
         text_fallback: bool = False,
         shared_prefix: bool = True,
         max_batch: int = 64,
+        instruction: str = AUDIT_INSTRUCTION,
+        min_mass: float = MIN_MASS,
+        read: Literal["first", "after_thinking"] = "first",
+        max_tokens: int = 2048,
     ):
         """Loads the model and chooses by a test image how questions share forward passes.
 
         Args:
           path: a local model folder.
-          device: where the model runs.
+          device: where the model runs; "auto" spreads it over all devices of this machine, which
+            needs the package accelerate.
           dtype: of the weights, or "auto" for the folder's own.
           num_threads: fixed number of CPU threads of this process; None: unchanged.
           top_k: number of likeliest tokens that count as candidates (AlphaGRPO: 5); None: all.
           text_fallback: if neither yes nor no is a candidate, generate a short text; exactly yes
-            or no then counts as 1 or 0.
+            or no then counts as 1 or 0; with read="first" alone.
           shared_prefix: False runs the complete prompt for every question; see `passes`.
           max_batch: most questions in one forward pass.
+          instruction: system turn of every yes/no question; "" for none.
+          min_mass: P(yes) + P(no) of the token that is read, below which there is no answer.
+          read: the token that is read: the first of the reply, or the first behind the end of its
+            thinking (see `thinking`).
+          max_tokens: most tokens of a reply whose thinking comes first.
         Raises:
           VerifierLoadError: see `load`; or no token spells yes or no.
         """
@@ -160,11 +199,8 @@ class HFVerifier:
             torch.set_num_threads(num_threads)
         self.model, self.processor = load(path, device, dtype)
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.device, self.top_k, self.text_fallback = device, top_k, text_fallback
-        self.max_batch = max_batch
+        self.max_batch, self.instruction, self.min_mass = max_batch, instruction, min_mass
         tokens = normalized_tokens(self.tokenizer)
         self.yes, self.no = token_sets(tokens, ("yes", "no"))
         if not (self.yes and self.no) and not text_fallback:
@@ -176,6 +212,14 @@ class HFVerifier:
         self.ratings = token_sets(tokens, RATINGS)
         self._digits = [index for index, text in enumerate(tokens) if text[:1].isdigit()]
         self.passes = Passes(self.model, self.processor, shared_prefix=shared_prefix)
+        self._thinking = None
+        if read == "after_thinking":
+            self._thinking = ThinkingReader(self.model, self.passes, max_tokens)
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The model's longest sequence, image included; None if its configuration names none."""
+        return self.passes.context_tokens
 
     def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
         """Answers in the questions' order; `image` is uint8[H, W, 3].
@@ -183,15 +227,66 @@ class HFVerifier:
         Raises:
           ValueError: the image is not uint8[H, W, 3].
         """
+        readings = self._readings(image, questions, self.instruction)
+        masses = iter(self._yes_no_masses([r.logits for r in readings if r.logits is not None]))
         answers = []
-        for start in range(0, len(questions), self.max_batch):
-            batch = list(questions[start : start + self.max_batch])
-            logits = self.first_token_logits(image, batch, AUDIT_INSTRUCTION)
-            probabilities = candidates(logits, self.top_k)
-            yes, no = (probabilities[:, ids].double().sum(-1) for ids in (self.yes, self.no))
-            for yes_mass, no_mass, question in zip(yes.tolist(), no.tolist(), batch, strict=True):
-                answers.append(self._answer(yes_mass, no_mass, question, image))
+        for reading, question in zip(readings, questions, strict=True):
+            if reading.logits is None:
+                answers.append(Answer(None, reading.failure, permanent=reading.permanent))
+            else:
+                yes, no = next(masses)
+                answers.append(self._answer(yes, no, reading, question, image))
         return answers
+
+    def _readings(
+        self, image: np.ndarray, questions: Sequence[str], instruction: str
+    ) -> list[Reading]:
+        """Reads the logits of each question, or says why they cannot be read."""
+        image = checked_image(image)
+        read = self._read_first if self._thinking is None else self._thinking.read
+        readings: dict[int, Reading] = {}
+        indices = list(range(len(questions)))
+        while indices:
+            batch = indices[: self.max_batch]
+            try:
+                rows = read(image, [questions[index] for index in batch], instruction)
+            except PromptTooLongError as error:
+                for index, length in zip(batch, error.lengths, strict=True):
+                    if length > error.limit:
+                        reason = explain_length(length, error.limit)
+                        readings[index] = Reading(None, failure=reason, permanent=True)
+            except InputError:
+                for index in batch:
+                    if reason := self._reason_against(questions[index], instruction):
+                        readings[index] = Reading(None, failure=reason, permanent=True)
+                if not any(index in readings for index in batch):
+                    raise
+            else:
+                readings.update(zip(batch, rows, strict=True))
+            indices = [index for index in indices if index not in readings]
+        return [readings[index] for index in range(len(questions))]
+
+    def _reason_against(self, question: str, instruction: str) -> str | None:
+        """Returns why the texts make no prompt; None if they do."""
+        try:
+            self.passes.prompter.prompt(question, instruction)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def _read_first(
+        self, image: np.ndarray, questions: Sequence[str], instruction: str
+    ) -> list[Reading]:
+        """Reads the first token of each reply."""
+        return [Reading(row) for row in self.first_token_logits(image, questions, instruction)]
+
+    def _yes_no_masses(self, rows: Sequence[Tensor]) -> list[tuple[float, float]]:
+        """Returns P(yes) and P(no) of logits float32[V] each."""
+        if not rows:
+            return []
+        probabilities = candidates(torch.stack(list(rows)), self.top_k)
+        yes, no = (probabilities[:, ids].double().sum(-1) for ids in (self.yes, self.no))
+        return list(zip(yes.tolist(), no.tolist(), strict=True))
 
     def rate(self, image: np.ndarray, questions: Sequence[str]) -> list[Rating]:
         """Rates by the expected value over the numbers 0 to 10, one per question.
@@ -205,18 +300,37 @@ class HFVerifier:
                 f"the tokenizer has no single token for {[word for word, ids in sets if not ids]}; "
                 "expected one for each number from 0 to 9, of which ratings are read"
             )
-        logits = self.first_token_logits(image, questions, RATE_INSTRUCTION)
-        probabilities = candidates(logits, None).double()
+        readings = self._readings(image, questions, RATE_INSTRUCTION)
+        numbers = iter(self._number_masses(image, questions, readings))
+        ratings = []
+        for reading in readings:
+            mass = None if reading.logits is None else next(numbers)
+            if mass is None:
+                ratings.append(Rating(None, reading.failure))
+            elif (total := float(mass.sum())) >= MIN_MASS:  # false for NaN too
+                ratings.append(Rating(float(mass @ torch.arange(11.0).to(mass)) / total))
+            else:
+                reason = f"no number from 0 to 10 can be read (mass {total:.2g})"
+                ratings.append(Rating(None, reason))
+        return ratings
+
+    def _number_masses(
+        self, image: np.ndarray, questions: Sequence[str], readings: Sequence[Reading]
+    ) -> Tensor:
+        """Computes the probabilities float64[N, 11] of 0 to 10 where there are logits."""
+        read = [
+            (question, reading.tokens, reading.logits)
+            for question, reading in zip(questions, readings, strict=True)
+            if reading.logits is not None
+        ]
+        if not read:
+            return torch.zeros(0, 11)
+        texts, tokens, logits = zip(*read, strict=True)
+        probabilities = candidates(torch.stack(logits), None).double()
         mass = torch.stack([probabilities[:, ids].sum(-1) for ids in self.ratings], -1)
         if not self.ratings[10]:
-            self._split_ten(mass, probabilities, image, questions)
-        totals, values = mass.sum(-1).tolist(), (mass @ torch.arange(11.0).to(mass)).tolist()
-        return [
-            Rating(value / total)
-            if total >= MIN_MASS  # false for NaN too
-            else Rating(None, f"no number from 0 to 10 can be read (mass {total:.2g})")
-            for total, value in zip(totals, values, strict=True)
-        ]
+            self._split_ten(mass, probabilities, image, texts, tokens)
+        return mass
 
     def score(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
         """Scores images uint8[H, W, 3] by their prompts' mean log-probabilities, see `likelihood`.
@@ -227,7 +341,12 @@ class HFVerifier:
         return mean_log_probs(self.model, self.passes, images, prompts)
 
     def _split_ten(
-        self, mass: Tensor, probabilities: Tensor, image: np.ndarray, questions: Sequence[str]
+        self,
+        mass: Tensor,
+        probabilities: Tensor,
+        image: np.ndarray,
+        questions: Sequence[str],
+        tokens: Sequence[tuple[int, ...]],
     ) -> None:
         """Splits the mass of "1" between 1 and 10 where "10" is two tokens, by what follows "1".
 
@@ -236,10 +355,12 @@ class HFVerifier:
           probabilities: float64[Q, V] of the first token.
           image: uint8[H, W, 3].
           questions: Q.
+          tokens: of each reply before its number.
         """
         ones = torch.tensor(self.ratings[1], device=probabilities.device)
         first = ones[probabilities[:, ones].argmax(-1)]  # the likeliest spelling stands for all
-        logits = self.passes.logits(image, questions, RATE_INSTRUCTION, first.tolist())
+        replies = [(*row, one) for row, one in zip(tokens, first.tolist(), strict=True)]
+        logits = self.passes.logits(image, questions, RATE_INSTRUCTION, replies)
         second = candidates(logits, None).double()
         mass[:, 10] = mass[:, 1] * second[:, self.ratings[0]].sum(-1)
         # A "1" with another digit behind it is neither 1 nor 10: that share counts for nothing.
@@ -266,8 +387,8 @@ class HFVerifier:
         Raises:
           ValueError: see `first_token_logits`.
         """
-        prompts = [self.passes.prompt(question, instruction)]
-        inputs = self.passes.inputs(checked_image(image), prompts)
+        prompts = [self.passes.prompter.prompt(question, instruction)]
+        inputs = self.passes.prompter.inputs(checked_image(image), prompts)
         options = copy.deepcopy(self.model.generation_config)
         options.do_sample, options.max_new_tokens = False, max_tokens
         options.pad_token_id = self.tokenizer.pad_token_id
@@ -281,20 +402,38 @@ class HFVerifier:
         reply = output.sequences[0, inputs["input_ids"].shape[1] :]
         return reply, torch.cat(output.logits).float()
 
-    def _answer(self, yes: float, no: float, question: str, image: np.ndarray) -> Answer:
+    def _answer(
+        self, yes: float, no: float, reading: Reading, question: str, image: np.ndarray
+    ) -> Answer:
         """Returns P(yes) among yes and no, or reads the reply's text, or fails."""
-        if np.isnan(yes + no):
+        mass = yes + no
+        if np.isnan(mass):
             return Answer(None, "the model's probabilities are NaN")
-        if yes + no >= MIN_MASS:
-            return Answer(yes / (yes + no))
-        if self.text_fallback:
+        if mass >= self.min_mass and mass > 0:
+            return Answer(yes / mass, mass=mass)
+        if self.text_fallback and self._thinking is None:
             text = normalize_word(self._reply(image, question))
             if text in ("yes", "no"):
-                return Answer(float(text == "yes"))
-            return Answer(None, f"neither yes nor no: the reply is {text!r}")
-        return Answer(None, f"neither yes nor no among the candidates (mass {yes + no:.2g})")
+                return Answer(float(text == "yes"), mass=mass)
+            return Answer(None, f"neither yes nor no: the reply is {text!r}", mass)
+        likeliest = self.tokenizer.decode([int(reading.logits.argmax())])
+        reason = (
+            f"neither yes nor no among the candidates (mass {mass:.2g}, expected at least "
+            f"{self.min_mass:g}); the likeliest token is {likeliest!r}"
+        )
+        if self._thinking is None and (self._opens_thinking(likeliest, question)):
+            reason += "; this judge thinks first: set verifier.read='after_thinking'"
+        return Answer(None, reason, mass)
+
+    def _opens_thinking(self, token: str, question: str) -> bool:
+        """Tells whether a token, or the prompt itself, begins the reply's thinking."""
+        prompt = self.passes.prompter.prompt(question, self.instruction)
+        return any(
+            token.strip() == begin or prompt.rfind(begin) > prompt.rfind(end)
+            for begin, end in THINKING_TAGS
+        )
 
     def _reply(self, image: np.ndarray, question: str) -> str:
         """Generates a short text."""
-        tokens, _ = self.generate(image, question, AUDIT_INSTRUCTION, FALLBACK_TOKENS)
+        tokens, _ = self.generate(image, question, self.instruction, FALLBACK_TOKENS)
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -42,10 +42,10 @@ def mean_log_probs(
 
 def _mean_log_prob(model: Any, passes: Passes, image: np.ndarray, prompt: str) -> Score:
     try:
-        passes.prompt(prompt, "")  # refuses control tokens, which would end the reply
-        request = passes.prompt(CAPTION_REQUEST, "")
-        before = passes.inputs(image, [request])["input_ids"][0]
-        inputs = passes.inputs(image, [request + prompt])
+        passes.prompter.prompt(prompt, "")  # refuses control tokens, which would end the reply
+        request = passes.prompter.prompt(CAPTION_REQUEST, "")
+        before = passes.prompter.inputs(image, [request])["input_ids"][0]
+        inputs = passes.prompter.inputs(image, [request + prompt])
     except InputError as error:
         return Score(None, str(error), permanent=True)
     ids = inputs["input_ids"][0]

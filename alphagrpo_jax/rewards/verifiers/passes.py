@@ -6,9 +6,10 @@
   its positions continue those of the image. Nothing is padded, no cache is copied per question.
 - "shared": a pass over the prompt up to the image, whose cache is repeated for each question, and
   a pass over the questions as a padded batch. It needs only a cache that can be repeated.
-- "separate": one pass over the complete prompts as a padded batch; every model allows that.
+- "separate": one pass over the complete prompts as a padded batch.
+- "single": one pass for each question, without any padding; every model allows that.
 
-The way is chosen once, by comparing each with "separate" on a test image. Nothing depends on other
+The way is chosen once, by comparing each with "single" on a test image. Nothing depends on other
 images or on the load: equal questions about equal images always get equal logits.
 """
 
@@ -16,7 +17,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,20 +25,59 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
-from alphagrpo_jax.rewards.verifiers.prompt_limits import special_tokens
-from alphagrpo_jax.runtime.errors import InputError
+from alphagrpo_jax.rewards.verifiers.model_inputs import (
+    equal_inputs,
+    per_token,
+    with_replies,
+    without_text,
+)
+from alphagrpo_jax.rewards.verifiers.prompting import (
+    Prompter,
+    PromptTooLongError,
+    context_tokens,
+)
 
-WAYS = ("packed", "shared", "separate")
-# Largest difference of a probability from "separate" that rounding explains. The shipped verifier
+WAYS = ("packed", "shared", "separate", "single")
+# Largest difference of a probability from "single" that rounding explains. The shipped verifier
 # has at most 5e-7, 7e-4 and 6e-3; deeper models round more often.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.03}
 CACHED_QUESTION_LISTS = 1024
 CACHED_PREFIXES = 16  # one per instruction and image size
-TEXT_INPUTS = ("input_ids", "attention_mask")
 PROBE_SIZE = (208, 304)  # not square, and many patches: wrong positions would show
 PROBE_QUESTIONS = ("Is there anything in the image?", "Is it flat?", "Are there exactly two?")
+# What models of many families raise where a way is not theirs: a cache of another kind, an image
+# token of another name, arguments that they do not take, memory that is not there.
+TRIAL_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _LOG = logging.getLogger(__name__)
+
+
+def probe_image() -> np.ndarray:
+    """Returns the test image uint8[H, W, 3]: noise, the same every time."""
+    return np.random.default_rng(0).integers(0, 256, (*PROBE_SIZE, 3)).astype(np.uint8)
+
+
+def embedding_device(model: Any) -> torch.device:
+    """Returns the device that takes a model's inputs, wherever its other layers are."""
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "meta":
+        return embeddings.weight.device
+    return torch.device(embeddings._hf_hook.execution_device)  # accelerate fetches them from disk
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Returns the largest difference of a probability that rounding in this dtype explains."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
 class _Request(NamedTuple):
@@ -46,10 +86,10 @@ class _Request(NamedTuple):
     image: np.ndarray
     questions: tuple[str, ...]
     instruction: str
-    replies: tuple[int, ...] | None
+    replies: tuple[tuple[int, ...], ...] | None
 
     @property
-    def suffix_key(self) -> tuple[tuple[str, ...], str, tuple[int, ...] | None]:
+    def suffix_key(self) -> tuple[tuple[str, ...], str, tuple[tuple[int, ...], ...] | None]:
         """The arguments of `Passes._suffixes`: everything but the image."""
         return self.questions, self.instruction, self.replies
 
@@ -70,8 +110,10 @@ class _Prefix(NamedTuple):
     """The prompt up to and including an image of one size."""
 
     ids: Tensor  # int64[P]
-    first: int  # position of the image's first token
+    first: int  # index of the image's first token
     cache: DynamicCache | None  # key-values of the tokens before it; None if there are none
+    positions: Tensor  # int64[R, P], one row for each axis of the model's positions
+    end: int  # the position behind the image
 
 
 class Passes:
@@ -79,6 +121,8 @@ class Passes:
 
     Attributes:
       way: one of `WAYS`.
+      prompter: renders prompts and runs the processor.
+      context_tokens: the model's longest sequence; None if its configuration names none.
     """
 
     def __init__(self, model: Any, processor: Any, *, shared_prefix: bool) -> None:
@@ -86,17 +130,23 @@ class Passes:
 
         Args:
           model: an image-text-to-text model of transformers.
-          processor: its processor, whose tokenizer pads on the right.
-          shared_prefix: False always takes "separate".
+          processor: its processor.
+          shared_prefix: False takes "separate" or "single".
+        Raises:
+          VerifierLoadError: the model cannot answer a test question.
         """
-        self._model, self._processor, self._tokenizer = model, processor, processor.tokenizer
-        self._control = special_tokens(processor)
+        self._model = model
+        self.prompter = Prompter(processor, embedding_device(model), model.dtype)
         self._can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Qwen-VL, GLM-V: positions have three axes, which follow the image's rows and columns.
+        self._rope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+        self.context_tokens = context_tokens(model.config, processor.tokenizer)
         # A group's images get the same questions, and all prompts have the same prefix.
         self._suffixes = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode_suffixes)
         self._prefix = functools.lru_cache(maxsize=CACHED_PREFIXES)(self._encode_prefix)
         self._image_only = False
-        self.way = self._choose() if shared_prefix else "separate"
+        self._pixel_names: frozenset[str] = frozenset()
+        self.way = self._choose(WAYS if shared_prefix else WAYS[2:])
 
     @torch.inference_mode()
     def logits(
@@ -104,75 +154,61 @@ class Passes:
         image: np.ndarray,
         questions: Sequence[str],
         instruction: str,
-        replies: Sequence[int] | None = None,
+        replies: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """Computes the logits float[Q, V] of the token that follows each prompt.
 
         Args:
           image: uint8[H, W, 3].
           questions: Q >= 1.
-          instruction: see `prompt`.
-          replies: Q first tokens of the replies, appended to the prompts; None: none.
+          instruction: see `Prompter.prompt`.
+          replies: Q beginnings of replies, appended to the prompts; None: none.
         Raises:
-          ValueError: see `prompt`.
+          PromptTooLongError: the model's context does not hold every prompt.
+          ValueError: see `Prompter.prompt`.
         """
-        forward = {"packed": self._packed, "shared": self._shared, "separate": self._separate}
-        replies = None if replies is None else tuple(replies)
-        return forward[self.way](_Request(image, tuple(questions), instruction, replies))
-
-    def prompt(self, question: str, instruction: str) -> str:
-        """Returns the complete prompt; without an instruction it has no system turn.
-
-        Raises:
-          ValueError: the texts hold a control token, which the tokenizer would read as one.
-        """
-        if tokens := sorted(token for token in self._control if token in question + instruction):
-            raise InputError(
-                f"got the control tokens {tokens} in the text {question!r}; "
-                "a question is plain text"
-            )
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
-        messages = [system, user] if instruction else [user]
-        return self._processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-
-    def inputs(self, image: np.ndarray, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Runs the processor on the prompts, each with the image; returns a padded batch."""
-        batch = self._processor(
-            text=list(prompts), images=[[image]] * len(prompts), padding=True, return_tensors="pt"
-        )
-        return dict(batch.to(self._model.device))
+        forward = {
+            "packed": self._packed,
+            "shared": self._shared,
+            "separate": self._separate,
+            "single": self._single,
+        }
+        rows = None if replies is None else tuple(tuple(reply) for reply in replies)
+        return forward[self.way](_Request(image, tuple(questions), instruction, rows))
 
     @torch.inference_mode()
-    def _choose(self) -> str:
-        """Returns the first way that agrees with "separate" on a test image."""
-        image = np.random.default_rng(0).integers(0, 256, (*PROBE_SIZE, 3)).astype(np.uint8)
-        probe = image, PROBE_QUESTIONS, AUDIT_INSTRUCTION
-        tolerance = TOLERANCE.get(self._model.dtype, TOLERANCE[torch.float32])
-        self.way = "separate"
-        expected = self.logits(*probe).float().softmax(-1)
+    def _choose(self, ways: Sequence[str]) -> str:
+        """Returns the first of the ways that agrees with "single" on a test image."""
+        probe = probe_image(), PROBE_QUESTIONS, AUDIT_INSTRUCTION
+        limit = tolerance(self._model.dtype)
+        self.way = "single"
+        try:
+            expected = self.logits(*probe).float().softmax(-1)
+        except TRIAL_ERRORS as error:
+            raise VerifierLoadError(
+                f"the verifier {type(self._model).__name__} cannot answer a test question about a "
+                f"test image: {type(error).__name__}: {error}; expected a chat model for images "
+                "and text whose processor and weights fit each other"
+            ) from error
         reasons = []
-        for way in WAYS[:-1]:
+        for way in ways[:-1]:
             self.way = way
             try:
+                if way in ("packed", "shared"):
+                    self._check_split(*probe)
                 if way == "packed":
                     self._check_packable(*probe)
                 got = self.logits(*probe).float().softmax(-1)
                 difference = float((got - expected).abs().max())
-            # Models of other families fail here in many ways: a cache of another kind, an image
-            # token of another name, arguments that they do not take.
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as e:
-                reasons.append(f"{way!r}: {type(e).__name__}: {e}")
+            except TRIAL_ERRORS as error:
+                reasons.append(f"{way!r}: {type(error).__name__}: {error}")
                 continue
-            if difference <= tolerance:
+            # NaN compares false: where both have it, each question fails when it is asked.
+            if difference <= limit or (got.isnan().all() and expected.isnan().all()):
                 break
-            reasons.append(
-                f"{way!r}: probabilities differ by {difference:.2g}, above {tolerance:.2g}"
-            )
+            reasons.append(f"{way!r}: probabilities differ by {difference:.2g}, above {limit:.2g}")
         else:
-            self.way = "separate"
+            self.way = "single"
         if reasons:
             _LOG.warning(
                 "the verifier %s (%s) takes the slower way %r of %s: %s",
@@ -184,56 +220,73 @@ class Passes:
             )
         return self.way
 
+    def _check_split(self, image: np.ndarray, questions: tuple[str, ...], instruction: str) -> None:
+        """Refuses models whose prompts are not the common beginning and the questions' tokens.
+
+        Raises:
+          ValueError: a tokenizer that joins tokens across the image's end, or a processor that
+            adds text behind the question.
+        """
+        suffixes = self._suffixes(questions, instruction, None)
+        prefix = self.prompter.inputs(image, [suffixes.prefix])["input_ids"][0].tolist()
+        for question, tokens, mask in zip(questions, suffixes.tokens, suffixes.mask, strict=True):
+            prompt = self.prompter.prompt(question, instruction)
+            expected = self.prompter.inputs(image, [prompt])["input_ids"][0].tolist()
+            if prefix + tokens[mask.bool()].tolist() != expected:
+                raise ValueError("the prompt's tokens are not those of its two parts")
+
     def _check_packable(
         self, image: np.ndarray, questions: tuple[str, ...], instruction: str
     ) -> None:
         """Refuses models for which packing may be wrong although the test image agrees.
 
         Raises:
-          ValueError: positions that follow the image's rows, attention that is not causal or has a
-            window, a recurrent state, or image tokens that depend on the image's content.
+          ValueError: attention that is not causal or has a window, a recurrent state, or image
+            tokens that depend on the image's content.
         """
-        if any(hasattr(module, "get_rope_index") for module in self._model.modules()):
-            raise ValueError("the model's positions follow the image's rows and columns")
         suffixes = self._suffixes(questions, instruction, None)
-        full = self.inputs(image, [suffixes.prefix])
-        # E.g. token types, by which some models let image tokens see each other both ways.
-        per_token = [
-            name
-            for name, value in full.items()
-            if name != "attention_mask" and value.shape[:2] == full["input_ids"].shape
-        ]
-        if per_token != ["input_ids"]:
-            raise ValueError(f"the processor marks tokens by {per_token}; expected input_ids alone")
+        full = self.prompter.inputs(image, [suffixes.prefix])
+        # E.g. token types, by which some models let image tokens see each other both ways. Where
+        # positions follow rows and columns, they only tell where the image is.
+        marks = {*per_token(full)} - {"input_ids", "attention_mask"}
+        if self._rope is not None:
+            marks -= {"mm_token_type_ids"}
+        if marks:
+            raise ValueError(f"the processor marks tokens by {sorted(marks)}")
         prefix = self._prefix(suffixes.prefix, image.shape)
-        kinds = {type(layer).__name__ for layer in prefix.cache.layers} if prefix.cache else set()
+        caches = [DynamicCache(config=self._model.config.get_text_config(decoder=True))]
+        caches += [prefix.cache] if prefix.cache else []
+        kinds = {type(layer).__name__ for cache in caches for layer in cache.layers}
         if kinds - {DynamicLayer.__name__}:
             raise ValueError(f"the cache's layers are {sorted(kinds)}; expected full attention")
         if not torch.equal(prefix.ids[None], full["input_ids"]):
             raise ValueError("the image's tokens follow its content, not its size alone")
-        self._image_only = _equal_inputs(self._pixels(image), _without_text(full))
+        pixels = without_text(full)
+        self._image_only = equal_inputs(self._pixels(image, pixels.keys()), pixels)
 
     def _packed(self, request: _Request) -> Tensor:
         """Computes `logits` in one pass without padding."""
         suffixes = self._suffixes(*request.suffix_key)
         prefix = self._prefix(suffixes.prefix, request.image.shape)
         first, size = prefix.first, len(prefix.ids)
+        self.check_lengths(size + suffixes.mask.sum(1))
         if self._image_only:
             pixels = self._pixels(request.image)
         else:
-            pixels = _without_text(self.inputs(request.image, [suffixes.prefix]))
+            pixels = without_text(self.prompter.inputs(request.image, [suffixes.prefix]))
         # Owner 0 is the prefix with the image, which every question sees.
         owner = torch.cat([suffixes.owner.new_zeros(size), suffixes.owner])
-        position = torch.arange(len(owner), device=owner.device)
-        causal = position <= position[first:, None]
+        index = torch.arange(len(owner), device=owner.device)
+        causal = index <= index[first:, None]
         visible = causal & ((owner == 0) | (owner == owner[first:, None]))
         mask = torch.zeros(visible.shape, dtype=self._model.dtype, device=owner.device)
         mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
+        offsets = (prefix.end + suffixes.offsets).expand(len(prefix.positions), -1)
         return self._logits_at(
             suffixes.ends + (size - first),
             input_ids=torch.cat([prefix.ids[first:], suffixes.packed])[None],
             attention_mask=mask[None, None],
-            position_ids=torch.cat([position[first:size], size + suffixes.offsets])[None],
+            position_ids=self._axes(torch.cat([prefix.positions[:, first:], offsets], 1)[:, None]),
             past_key_values=_shallow_copy(prefix.cache),
             **pixels,
         )[0]
@@ -241,24 +294,58 @@ class Passes:
     def _shared(self, request: _Request) -> Tensor:
         """Computes `logits` in a pass over the prefix and one over the padded questions."""
         suffixes = self._suffixes(*request.suffix_key)
-        prefix = self.inputs(request.image, [suffixes.prefix])
+        prefix = self.prompter.inputs(request.image, [suffixes.prefix])
+        self.check_lengths(prefix["input_ids"].shape[1] + suffixes.mask.sum(1))
         cache = self._model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(suffixes.tokens))
         prefix_mask = prefix["attention_mask"].expand(len(suffixes.tokens), -1)
+        positions = {}
+        if self._rope is not None:  # the model would make positions for the prefix's tokens too
+            axes, end = self._positions(prefix)
+            offsets = end + torch.arange(suffixes.tokens.shape[1], device=axes.device)
+            positions["position_ids"] = offsets.expand(len(axes), len(suffixes.tokens), -1)
         return self._last_logits(
             suffixes.mask,
             input_ids=suffixes.tokens,
             attention_mask=torch.cat([prefix_mask, suffixes.mask], 1),
             past_key_values=cache,
+            **positions,
         )
 
     def _separate(self, request: _Request) -> Tensor:
         """Computes `logits` in one pass over the padded, complete prompts."""
-        prompts = [self.prompt(question, request.instruction) for question in request.questions]
-        inputs = self.inputs(request.image, prompts)
+        prompts = [self.prompter.prompt(text, request.instruction) for text in request.questions]
+        inputs = self.prompter.inputs(request.image, prompts)
         if request.replies is not None:
-            inputs = _with_replies(inputs, request.replies)
+            inputs = with_replies(inputs, request.replies)
+        self.check_lengths(inputs["attention_mask"].sum(1))
         return self._last_logits(inputs["attention_mask"], **inputs, use_cache=False)
+
+    def _single(self, request: _Request) -> Tensor:
+        """Computes `logits` in one pass for each question, without padding."""
+        replies = request.replies or [()] * len(request.questions)
+        batches = []
+        for question, reply in zip(request.questions, replies, strict=True):
+            prompt = self.prompter.prompt(question, request.instruction)
+            inputs = self.prompter.inputs(request.image, [prompt])
+            batches.append(with_replies(inputs, (reply,)) if reply else inputs)
+        self.check_lengths(torch.tensor([inputs["input_ids"].shape[1] for inputs in batches]))
+        rows = []
+        for inputs in batches:
+            last = torch.tensor([inputs["input_ids"].shape[1] - 1])
+            rows.append(self._logits_at(last, **inputs, use_cache=False)[:, 0])
+        return torch.cat(rows)
+
+    def check_lengths(self, lengths: Tensor) -> None:
+        """Refuses prompts that the model's context cannot hold.
+
+        Args:
+          lengths: int64[Q], tokens of each prompt, the image's included.
+        Raises:
+          PromptTooLongError: one is longer than `context_tokens`.
+        """
+        if self.context_tokens is not None and int(lengths.max()) > self.context_tokens:
+            raise PromptTooLongError(lengths.tolist(), self.context_tokens)
 
     def _last_logits(self, mask: Tensor, **inputs: object) -> Tensor:
         """Computes logits float[Q, V] at the last token of each row of `mask` int64[Q, T].
@@ -266,35 +353,56 @@ class Passes:
         Rows are padded on the right.
         """
         positions, index = torch.unique(mask.sum(1) - 1, return_inverse=True)
-        rows = torch.arange(len(mask), device=mask.device)
-        return self._logits_at(positions, **inputs)[rows, index]
+        logits = self._logits_at(positions, **inputs)
+        return logits[torch.arange(len(mask)), index.to(logits.device)]
 
     def _logits_at(self, positions: Tensor, **inputs: object) -> Tensor:
         """Computes logits float[B, K, V] at the tokens `positions` int64[K] of each row."""
+        positions = positions.cpu()  # fits states on whatever device the last layer is
         if self._can_select:  # with a large vocabulary all others would take much memory
             return self._model(**inputs, logits_to_keep=positions).logits
         return self._model(**inputs).logits[:, positions]
 
-    def _pixels(self, image: np.ndarray) -> dict[str, Tensor]:
-        """Returns the model's inputs for the image, without tokenizing the text again."""
-        batch = self._processor.image_processor(images=[[image]], return_tensors="pt")
-        return dict(batch.to(self._model.device))
+    def _pixels(self, image: np.ndarray, names: Collection[str] | None = None) -> dict:
+        """Returns the model's inputs for the image, without tokenizing the text again.
+
+        Args:
+          image: uint8[H, W, 3].
+          names: of the model's inputs; None: those of the test image.
+        """
+        self._pixel_names = self._pixel_names if names is None else frozenset(names)
+        pixels = self.prompter.pixels(image)
+        return {name: value for name, value in pixels.items() if name in self._pixel_names}
+
+    def _positions(self, inputs: dict) -> tuple[Tensor, int]:
+        """Returns positions int64[R, T] of a prompt's tokens, and the position behind the last."""
+        ids = inputs["input_ids"]
+        if self._rope is None:
+            return torch.arange(ids.shape[1], device=ids.device)[None], ids.shape[1]
+        names = inspect.signature(self._rope.get_rope_index).parameters
+        positions, delta = self._rope.get_rope_index(
+            **{name: value for name, value in inputs.items() if name in names}
+        )
+        return positions[:, 0], ids.shape[1] + int(delta.flatten()[0])
+
+    def _axes(self, positions: Tensor) -> Tensor:
+        """Returns positions int64[R, B, T] as the model takes them: without R where it is 1."""
+        return positions[0] if self._rope is None else positions
 
     def _encode_suffixes(
-        self, questions: tuple[str, ...], instruction: str, replies: tuple[int, ...] | None
+        self,
+        questions: tuple[str, ...],
+        instruction: str,
+        replies: tuple[tuple[int, ...], ...] | None,
     ) -> _Suffixes:
         """Tokenizes the prompts behind the image; cached by `_suffixes`."""
-        prompts = [self.prompt(question, instruction) for question in questions]
-        token = self._processor.image_token
+        prompts = [self.prompter.prompt(question, instruction) for question in questions]
+        rows = self.prompter.tokens_behind(prompts)
         # The texts differ only behind the image, whose token no question may hold (`prompt`).
-        cut = prompts[0].rindex(token) + len(token)
-        suffixes = [prompt[cut:] for prompt in prompts]
-        rows = self._tokenizer(suffixes, add_special_tokens=False)["input_ids"]
+        cut = prompts[0].index(self.prompter.placeholder) + len(self.prompter.placeholder)
         if replies is not None:
-            rows = [[*row, reply] for row, reply in zip(rows, replies, strict=True)]
-        padded = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        padded = padded.to(self._model.device)
-        tokens, mask = padded["input_ids"], padded["attention_mask"]
+            rows = [[*row, *reply] for row, reply in zip(rows, replies, strict=True)]
+        tokens, mask = self.prompter.padded(rows)
         owner, offsets = mask.nonzero(as_tuple=True)
         ends = mask.sum(1).cumsum(0) - 1
         return _Suffixes(
@@ -304,17 +412,21 @@ class Passes:
     def _encode_prefix(self, text: str, shape: tuple[int, ...]) -> _Prefix:
         """Tokenizes the prompt up to an image of this size; cached by `_prefix`."""
         # Any image will do: `_check_packable` made sure that the tokens follow its size alone.
-        ids = self.inputs(np.zeros(shape, np.uint8), [text])["input_ids"]
-        first = int((ids[0] == self._processor.image_token_id).nonzero()[0])
+        inputs = self.prompter.inputs(np.zeros(shape, np.uint8), [text])
+        ids = inputs["input_ids"]
+        before = self.prompter.text_tokens(text.removesuffix(self.prompter.placeholder))
+        # A last token of the text may be another one where the image follows.
+        pairs = enumerate(zip(before, ids[0].tolist(), strict=False))
+        first = next((index for index, (a, b) in pairs if a != b), min(len(before), ids.shape[1]))
+        positions, end = self._positions(inputs)
         cache = None
         if first:
-            cache = self._model(input_ids=ids[:, :first], use_cache=True).past_key_values
-        return _Prefix(ids[0], first, cache)
-
-
-def _without_text(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a processor's output without the inputs that describe the text."""
-    return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
+            cache = self._model(
+                input_ids=ids[:, :first],
+                position_ids=self._axes(positions[:, None, :first]),
+                use_cache=True,
+            ).past_key_values
+        return _Prefix(ids[0], first, cache, positions, end)
 
 
 def _shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:
@@ -327,24 +439,3 @@ def _shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:
     duplicate = copy.copy(cache)
     duplicate.layers = [copy.copy(layer) for layer in cache.layers]
     return duplicate
-
-
-def _equal_inputs(inputs: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Returns True if both have the same names and bit-equal tensors."""
-    return inputs.keys() == expected.keys() and all(
-        isinstance(value, Tensor) and torch.equal(value, expected[name])
-        for name, value in inputs.items()
-    )
-
-
-def _with_replies(inputs: dict[str, Tensor], replies: tuple[int, ...]) -> dict[str, Tensor]:
-    """Appends one token to each of the right-padded rows."""
-    mask = inputs["attention_mask"]
-    rows, ends = torch.arange(len(mask), device=mask.device), mask.sum(1)
-    longer = dict(inputs)
-    for name, value in inputs.items():
-        if value.shape[:2] == mask.shape:
-            longer[name] = torch.cat([value, torch.zeros_like(value[:, :1])], 1)
-    longer["input_ids"][rows, ends] = torch.tensor(replies, device=mask.device)
-    longer["attention_mask"][rows, ends] = 1
-    return longer

@@ -5,26 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+import torch
 from transformers import AutoConfig, AutoProcessor
 
 from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.prompting import (
+    TEMPLATE_ERRORS,
+    Prompter,
+    context_tokens,
+)
 from alphagrpo_jax.runtime.errors import InputError
 
 LARGEST_SIDE = 1024  # pixels, of what BAGEL draws
 CACHED_SIZES = 64  # of images
-NO_LENGTH = 10**9  # more than any model's; tokenizers without a limit say 10^30
-
-
-def special_tokens(processor: Any) -> frozenset[str]:
-    """Returns the texts that a processor's tokenizer reads as control tokens.
-
-    `all_special_tokens` alone lacks those without a name, such as the marks of roles.
-    """
-    tokenizer = processor.tokenizer
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return frozenset({*added, *tokenizer.all_special_tokens, processor.image_token} - {""})
 
 
 class PromptLimits:
@@ -37,9 +32,9 @@ class PromptLimits:
 
     def __init__(self, processor: Any, config: Any) -> None:
         """Takes both as transformers loads them; `config` is the model's."""
-        self._processor, self._tokenizer = processor, processor.tokenizer
-        self._control = special_tokens(processor)
-        self.context_tokens = _context_tokens(config, self._tokenizer)
+        self._tokenizer = processor.tokenizer
+        self._prompter = Prompter(processor, torch.device("cpu"), torch.float32)
+        self.context_tokens = context_tokens(config, self._tokenizer)
         self._added_by_image = functools.lru_cache(CACHED_SIZES)(self._measure_image)
 
     @classmethod
@@ -69,20 +64,11 @@ class PromptLimits:
         Raises:
           InputError: a text holds a control token, or the template takes no such turns.
         """
-        texts = [instruction, *(item.get("text", "") for item in content)]
-        if tokens := sorted({t for t in self._control for text in texts if t in text}):
-            raise InputError(
-                f"got the control tokens {tokens} in the text {''.join(texts[1:])[:200]!r}; a "
-                "question is plain text"
-            )
-        system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
-        user = {"role": "user", "content": [dict(item) for item in content]}
-        messages = [system, user] if instruction else [user]
         try:
-            return self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # jinja's, raised by templates that refuse
+            return self._prompter.prompt_of(content, instruction)
+        except TEMPLATE_ERRORS as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"the model's chat template refuses the request: {error}") from error
 
     def count(self, prompt: str, height: int, width: int) -> int:
@@ -113,25 +99,12 @@ class PromptLimits:
         return None
 
     def _count_text(self, prompt: str) -> int:
-        # Templates often write the first token themselves; then the tokenizer must not add it.
-        begins = self._tokenizer.bos_token
-        add = begins is None or not prompt.startswith(begins)
-        return len(self._tokenizer(prompt, add_special_tokens=add, verbose=False)["input_ids"])
+        return len(self._prompter.text_tokens(prompt))
 
     def _measure_image(self, height: int, width: int) -> int:
         """Counts the tokens by which an image of a size makes a prompt longer than its text."""
         prompt = self.prompt([{"type": "image"}, {"type": "text", "text": "?"}], "")
-        image = Image.new("RGB", (width, height))
-        full = self._processor(text=[prompt], images=[[image]], return_tensors="np")["input_ids"]
-        return full.shape[1] - len(self._tokenizer(prompt)["input_ids"])
-
-
-def _context_tokens(config: Any, tokenizer: Any) -> int | None:
-    """Returns the longest sequence by the model's configuration, else by its tokenizer."""
-    text_config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
-        limit = getattr(text_config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    limit = tokenizer.model_max_length
-    return int(limit) if limit < NO_LENGTH else None
+        image = np.zeros((height, width, 3), np.uint8)
+        return self._prompter.inputs(image, [prompt])["input_ids"].shape[1] - self._count_text(
+            prompt
+        )

@@ -2,11 +2,12 @@ import json
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alphagrpo_jax.rewards.verifiers import hf
+from alphagrpo_jax.rewards.verifiers import hf, passes
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 
@@ -22,7 +23,8 @@ def image() -> np.ndarray:
 
 @pytest.fixture
 def verifier(llava_folder) -> HFVerifier:
-    return HFVerifier(llava_folder, num_threads=1)
+    """A random model: whatever mass yes and no have is enough."""
+    return HFVerifier(llava_folder, num_threads=1, min_mass=0.0)
 
 
 class Decoder:
@@ -36,12 +38,6 @@ class Decoder:
 
     def batch_decode(self, rows):
         return [self.texts[index] for (index,) in rows]
-
-
-def test_normalize_word_strips_blanks_punctuation_and_case():
-    texts = (" Yes.", "NO!\n", "\u2581yes", "y es", "**No**")
-    words = ["yes", "no", "yes", "y es", "no"]
-    assert [hf.normalize_word(text) for text in texts] == words
 
 
 def test_token_sets_hold_every_spelling():
@@ -75,8 +71,8 @@ def test_answers_do_not_depend_on_the_load(verifier, image):
 
 
 def test_batches_are_cut_at_max_batch(llava_folder, image):
-    uncut = HFVerifier(llava_folder).answer(image, QUESTIONS)
-    cut = HFVerifier(llava_folder, max_batch=2).answer(image, QUESTIONS)
+    uncut = HFVerifier(llava_folder, min_mass=0.0).answer(image, QUESTIONS)
+    cut = HFVerifier(llava_folder, min_mass=0.0, max_batch=2).answer(image, QUESTIONS)
     np.testing.assert_allclose([a.p_yes for a in cut], [a.p_yes for a in uncut], atol=1e-6)
 
 
@@ -114,6 +110,7 @@ def test_nan_is_a_failure(verifier, image):
     answer = verifier.answer(image, QUESTIONS[:1])[0]
     assert answer.p_yes is None
     assert "NaN" in answer.failure
+    assert not answer.permanent  # another worker may have sound weights
 
 
 def test_rating_is_an_expected_value(verifier, image):
@@ -174,7 +171,9 @@ def test_missing_torchvision_is_explained(tmp_path):
     error = ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
     message = hf._explain(tmp_path, error)
     assert "'qwen3_vl'" in message
-    assert "pip install torchvision" in message
+    assert hf.torchvision_command(torch.__version__) in message
+    accelerate = hf._explain(tmp_path, ImportError("`device_map` requires `accelerate`"))
+    assert "pip install 'alphagrpo_jax[judges]'" in accelerate
 
 
 def _only(token: int):
@@ -230,7 +229,8 @@ def test_ten_as_two_tokens_is_rated_by_what_follows_the_one(split_ten, image, wa
     digit_one = verifier.tokenizer.convert_tokens_to_ids("1")
     ratings = verifier.rate(image, QUESTIONS)
     for question, rating in zip(QUESTIONS, ratings, strict=True):
-        inputs = verifier.passes.inputs(image, [verifier.passes.prompt(question, RATE_INSTRUCTION)])
+        prompter = verifier.passes.prompter
+        inputs = prompter.inputs(image, [prompter.prompt(question, RATE_INSTRUCTION)])
         longer = inputs | {
             "input_ids": torch.cat([inputs["input_ids"], torch.tensor([[digit_one]])], 1),
             "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.int64),
@@ -254,12 +254,137 @@ def test_ratings_need_the_digits(verifier, image):
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_control_tokens_in_a_question_are_refused(llava_folder, image, shared_prefix):
-    verifier = HFVerifier(llava_folder, num_threads=1, shared_prefix=shared_prefix)
-    control = [verifier.processor.image_token, verifier.tokenizer.eos_token]
-    for token in control:
+def test_a_question_with_a_control_token_gets_no_answer_and_others_do(
+    llava_folder, image, shared_prefix
+):
+    options = {"num_threads": 1, "min_mass": 0.0, "max_batch": 2}
+    verifier = HFVerifier(llava_folder, shared_prefix=shared_prefix, **options)
+    alone = [verifier.answer(image, [question])[0].p_yes for question in QUESTIONS]
+    for token in (verifier.processor.image_token, verifier.tokenizer.eos_token):
+        questions = [QUESTIONS[0], f"Is it {token} yes?", *QUESTIONS[1:]]
+        answers = verifier.answer(image, questions)
+        refused = answers.pop(1)
+        assert refused.p_yes is None
+        assert refused.permanent
+        assert "got the control tokens" in refused.failure
+        assert token in refused.failure
+        np.testing.assert_allclose([a.p_yes for a in answers], alone, atol=1e-6)
         with pytest.raises(ValueError, match="got the control tokens"):
-            verifier.answer(image, [QUESTIONS[0], f"Is it {token} yes?"])
+            verifier.first_token_logits(image, questions, AUDIT_INSTRUCTION)
+
+
+def test_a_prompt_longer_than_the_context_gets_no_answer_and_others_do(verifier, image):
+    assert verifier.context_tokens == verifier.model.config.text_config.max_position_embeddings
+    alone = [verifier.answer(image, [question])[0].p_yes for question in QUESTIONS]
+    prompt = verifier.passes.prompter.prompt(QUESTIONS[0], AUDIT_INSTRUCTION)
+    inputs = verifier.passes.prompter.inputs(image, [prompt])
+    verifier.passes.context_tokens = inputs["input_ids"].shape[1] + 3
+    for way in passes.WAYS:
+        verifier.passes.way = way
+        long_question = "Is there " + "a red circle " * 20 + "in it?"
+        short, refused, last = verifier.answer(image, [QUESTIONS[0], long_question, QUESTIONS[1]])
+        np.testing.assert_allclose([short.p_yes, last.p_yes], alone[:2], atol=1e-6)
+        assert refused.p_yes is None
+        assert refused.permanent
+        assert f"context holds {verifier.context_tokens}" in refused.failure
+
+
+def test_a_model_that_names_no_context_takes_any_prompt(verifier, image):
+    verifier.passes.context_tokens = None
+    assert verifier.answer(image, ["a " * 300])[0].p_yes is not None
+    assert verifier.context_tokens is None
+
+
+def test_an_answer_tells_its_mass_and_too_little_of_it_is_a_failure(llava_folder, image, verifier):
+    answers = verifier.answer(image, QUESTIONS)
+    logits = verifier.first_token_logits(image, QUESTIONS, AUDIT_INSTRUCTION).double().softmax(-1)
+    masses = logits[:, [*verifier.yes, *verifier.no]].sum(-1)
+    np.testing.assert_allclose([a.mass for a in answers], masses, atol=1e-6)
+    middle = float(masses.median())
+    strict = HFVerifier(llava_folder, num_threads=1, min_mass=middle - 1e-9)
+    for answer, mass in zip(strict.answer(image, QUESTIONS), masses, strict=True):
+        assert (answer.p_yes is None) == (mass < middle - 1e-9)
+        assert answer.mass == pytest.approx(float(mass), abs=1e-6)
+        assert answer.p_yes is not None or "the likeliest token is" in answer.failure
+
+
+def test_the_instruction_is_an_option(llava_folder, image):
+    options = {"num_threads": 1, "min_mass": 0.0}
+    look = HFVerifier(llava_folder, instruction="Look.", **options)
+    logits = look.first_token_logits(image, QUESTIONS, "Look.").double()
+    share = logits[:, look.yes].logsumexp(-1) - logits[:, look.no].logsumexp(-1)
+    answers = [answer.p_yes for answer in look.answer(image, QUESTIONS)]
+    np.testing.assert_allclose(answers, share.sigmoid(), atol=1e-6)
+    default = [a.p_yes for a in HFVerifier(llava_folder, **options).answer(image, QUESTIONS)]
+    assert max(abs(a - b) for a, b in zip(answers, default, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 4])
+def test_flat_images_are_read_with_their_channels_last(verifier, height):
+    """Of 1, 3 or 4 rows, a processor that guesses takes the rows for channels."""
+    pixels = np.random.default_rng(height).integers(0, 256, (height, 40, 3)).astype(np.uint8)
+    prompt = verifier.passes.prompter.prompt(QUESTIONS[0], AUDIT_INSTRUCTION)
+    got = verifier.passes.prompter.inputs(pixels, [prompt])["pixel_values"]
+    torch.testing.assert_close(verifier.passes.prompter.pixels(pixels)["pixel_values"], got)
+    pil = PIL.Image.fromarray(pixels)  # says itself what its rows are
+    expected = verifier.processor(text=prompt, images=[[pil]], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(got, expected)
+    assert verifier.answer(pixels, QUESTIONS)[0].p_yes is not None
+
+
+def test_device_auto_spreads_the_model(llava_folder, image, monkeypatch):
+    calls = {}
+    original = hf.AutoModelForImageTextToText.from_pretrained
+
+    def from_pretrained(*args, **options):
+        calls.update(options)
+        options.pop("device_map")
+        return original(*args, **options)
+
+    monkeypatch.setattr(hf.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    verifier = HFVerifier(llava_folder, device="auto", dtype="auto", min_mass=0.0)
+    assert calls["device_map"] == "auto"
+    assert calls["dtype"] == "auto"
+    assert verifier.answer(image, QUESTIONS)[0].p_yes is not None
+
+
+def test_a_model_split_over_devices_answers_the_same(llava_folder, image, verifier, tmp_path):
+    """As over several GPUs, here with some layers' weights on the disk."""
+    accelerate = pytest.importorskip("accelerate")
+    expected = [answer.p_yes for answer in verifier.answer(image, QUESTIONS)]
+    auto = HFVerifier(llava_folder, device="auto", min_mass=0.0)
+    np.testing.assert_allclose(
+        [a.p_yes for a in auto.answer(image, QUESTIONS)], expected, atol=1e-6
+    )
+    model, processor = hf.load(llava_folder, "cpu", "float32")
+    places = {name: "cpu" for name, _ in model.named_children()}
+    places |= {"model": "disk"} if "model" in places else {}
+    split = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    got = passes.Passes(split, processor, shared_prefix=True)
+    logits = got.logits(image, QUESTIONS, AUDIT_INSTRUCTION)
+    whole = verifier.first_token_logits(image, QUESTIONS, AUDIT_INSTRUCTION)
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "command"),
+    [
+        ("2.13.0", "pip install --no-deps torchvision==0.28.0"),
+        (
+            "2.13.0+cpu",
+            "pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "
+            "torchvision==0.28.0",
+        ),
+        (
+            "2.9.1+cu126",
+            "pip install --no-deps --index-url https://download.pytorch.org/whl/cu126 "
+            "torchvision==0.24.1",
+        ),
+        ("2.14.0a0+gitabc", "see https://pytorch.org/get-started/previous-versions"),
+    ],
+)
+def test_the_torchvision_that_is_advised_fits_the_pytorch_that_is_there(torch_version, command):
+    assert hf.torchvision_command(torch_version).startswith(command)
 
 
 def test_generate_agrees_with_the_first_token(verifier, image):

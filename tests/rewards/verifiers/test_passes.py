@@ -1,5 +1,6 @@
 """The three ways through the model give the same logits, and the choice between them is told."""
 
+import inspect
 import json
 import logging
 import shutil
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from alphagrpo_jax.rewards.verifiers import passes
+from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, load
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.passes import Passes
+from alphagrpo_jax.rewards.verifiers.prompting import Prompter
 from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch
@@ -35,12 +38,12 @@ def ask(passes_: Passes, way: str, image: np.ndarray, *args) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("instruction", [AUDIT_INSTRUCTION, "Look.", ""])
-@pytest.mark.parametrize("replies", [None, (30, 31, 30)])
+@pytest.mark.parametrize("replies", [None, ((30,), (31,), (30,)), ((30, 5), (31,), (9, 30, 7))])
 def test_all_ways_are_the_same_as_single_questions(ways, image, instruction, replies):
     assert ways.way == "packed"
     single = torch.cat(
         [
-            ask(ways, "separate", image, [q], instruction, replies and replies[i : i + 1])
+            ask(ways, "single", image, [q], instruction, replies and replies[i : i + 1])
             for i, q in enumerate(QUESTIONS)
         ]
     )
@@ -82,13 +85,57 @@ def test_the_shipped_verifier_is_packed_in_every_precision(dtype, image, caplog)
         np.testing.assert_allclose(shares[way], shares["separate"], atol=tolerance)
 
 
-def test_positions_that_follow_the_image_are_never_packed(llava_folder, caplog):
+def test_wrong_positions_are_found_out(llava_folder, caplog):
+    """Positions by rows and columns that the model itself does not use."""
     model, processor = load(llava_folder, "cpu", "float32")
-    model.model.get_rope_index = lambda *_: None
+    model.model.get_rope_index = lambda input_ids: (
+        torch.arange(input_ids.shape[1]).expand(1, 1, -1) // 2,
+        torch.zeros(1, 1, dtype=torch.long),
+    )
     with caplog.at_level(logging.WARNING):
-        assert Passes(model, processor, shared_prefix=True).way == "shared"
-    assert "slower way 'shared'" in caplog.text
-    assert "rows and columns" in caplog.text
+        assert Passes(model, processor, shared_prefix=True).way == "separate"
+    assert "slower way 'separate'" in caplog.text
+
+
+def test_padding_that_changes_answers_leaves_one_question_at_a_time(llava_folder, image, caplog):
+    """A model that looks at padding: the yardstick is free of it, so that this is found out."""
+    model, processor = load(llava_folder, "cpu", "float32")
+    request = image, QUESTIONS, AUDIT_INSTRUCTION
+    forward = model.forward
+
+    def sees_padding(**inputs):
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            inputs["attention_mask"] = torch.ones_like(mask)
+            inputs["position_ids"] = torch.arange(mask.shape[1])[None].expand(mask.shape) * (
+                1 + (mask == 0).any().long()
+            )
+        elif mask is not None:
+            raise ValueError("takes no mask of four axes")
+        if inputs.get("past_key_values") is not None:
+            raise ValueError("takes no cache")
+        return forward(**inputs)
+
+    sees_padding.__signature__ = inspect.signature(forward)
+    model.forward = sees_padding
+    with caplog.at_level(logging.WARNING):
+        chosen = Passes(model, processor, shared_prefix=True)
+    assert chosen.way == "single"
+    assert "'separate': probabilities differ" in caplog.text
+    del model.forward
+    expected = Passes(model, processor, shared_prefix=False).logits(*request)
+    torch.testing.assert_close(chosen.logits(*request), expected, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_cannot_answer_at_all_is_explained(llava_folder):
+    model, processor = load(llava_folder, "cpu", "float32")
+
+    def broken(**_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model.forward = broken
+    with pytest.raises(VerifierLoadError, match=r"cannot answer a test question.*mat1 and mat2"):
+        Passes(model, processor, shared_prefix=True)
 
 
 def test_attention_with_a_window_is_never_packed(llava_folder, tmp_path):
@@ -142,7 +189,8 @@ def test_pixels_come_from_the_whole_processor_where_the_image_alone_gives_others
     model, processor = load(llava_folder, "cpu", "float32")
     request = image, QUESTIONS, AUDIT_INSTRUCTION
     expected = Passes(model, processor, shared_prefix=False).logits(*request)
-    monkeypatch.setattr(Passes, "_pixels", lambda *_: {"pixel_values": torch.zeros(1, 3, 48, 48)})
+    zeros = {"pixel_values": torch.zeros(1, 3, 48, 48)}
+    monkeypatch.setattr(Prompter, "pixels", lambda *_: zeros)
     chosen = Passes(model, processor, shared_prefix=True)
     assert chosen.way == "packed"
     torch.testing.assert_close(chosen.logits(*request), expected, atol=1e-5, rtol=0)
