@@ -534,6 +534,9 @@ class CheckpointOptions:
     """Updates between two checkpoints; 0 saves at the end only."""
     keep: int = Field(ge=1, le=1 << 20)
     """Newest checkpoints that are kept."""
+    stop_seconds: float = Field(ge=0, le=1e6)
+    """Seconds from Ctrl-C or SIGTERM on in which the update under way may be finished; then it is
+    dropped, the finished ones are saved and the run ends. An evaluation under way ends at once."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

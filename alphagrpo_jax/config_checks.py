@@ -26,6 +26,7 @@ from alphagrpo_jax.tasks import IMAGE, TASKS
 RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "verifier.audit")
 # Fields that came after the first runs, and the values by which those runs went.
 LATER = {
+    "checkpoint.stop_seconds": 8.0,
     "verifier.cache_size": 0,
     "verifier.extra_body": "",
     "verifier.instruction": (

@@ -19,6 +19,7 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.training.checks import TrainingError, check_validity
 from alphagrpo_jax.training.context import Run
+from alphagrpo_jax.training.pacing import MicroBatches
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TextBlock
 
 CHOICE_STREAM = 2  # of the host's random numbers, apart from the order of prompts
@@ -114,6 +115,8 @@ def sample_initial_images(
       key: typed key[].
     Returns:
       uint8[P, K, Hpx, Wpx, 3].
+    Raises:
+      StoppedError: a stop is overdue.
     """
     config, fns = run.config, run.initial.fns
     assert fns is not None  # made at the start of a run with a refining task
@@ -125,12 +128,14 @@ def sample_initial_images(
         bucket=config.rollout.prompt_tokens,
     )
     no_window, greedy = jnp.int32(config.srr.num_points), jnp.float32(0.0)
-    launched = []
+    launched, pace = [], MicroBatches(run.stop)
     for first in range(0, len(records), prompts_at_once):
+        pace.begin()
         rows = slice(first, first + prompts_at_once)
         prefix = fns.prefill(params, (TextBlock.from_host(tokens[rows], mask[rows]),))
         number = jnp.int32(first * images_per_prompt)
         _, images = fns.generate(params, prefix, key, number, no_window, greedy)
         launched.append(images)
+        pace.dispatched(images)
     images = np.concatenate([distributed.to_host(images) for images in launched])
     return images.reshape(len(records), images_per_prompt, *images.shape[1:])

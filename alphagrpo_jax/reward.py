@@ -63,6 +63,7 @@ def gather(run: Run, rollout: RolloutBatch, step: int) -> BatchRewards:
       step: number of the update.
     Raises:
       TrainingError: the verifiers failed too often.
+      StoppedError: a stop has ended the wait on some process.
     """
     reflection = reflection_scores(run, rollout)
     rewards = collect(run, rollout, reflection, step)
@@ -107,7 +108,8 @@ def reflection_scores(run: Run, rollout: RolloutBatch) -> np.ndarray | None:
     if mode == "rule":
         return np.array([formats.reflection_rule(text) for text in rollout.texts[0]])
     rows = distributed.own_rows(len(rollout.sample_ids))
-    results = run.verifier.gather((*rollout.sample_ids[row], "reflection") for row in rows)
+    sample_ids = [(*rollout.sample_ids[row], "reflection") for row in rows]
+    results = scoring.gather_together(run.verifier, sample_ids)
     scores = [
         float(min(result.p_yes) > 0.5) if result.valid and result.p_yes is not None else np.nan
         for result in results.values()

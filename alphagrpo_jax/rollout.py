@@ -12,6 +12,7 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.training.context import Run
+from alphagrpo_jax.training.pacing import AHEAD, MicroBatches
 from alphagrpo_jax.types import PromptBatch, Rollout, RolloutBatch, TextSample
 
 # (batch, ids, images uint8[N, Hpx, Wpx, 3], records, number of the first) of one micro-batch.
@@ -42,6 +43,8 @@ def sample(
       on_texts: called with the whole batch, its texts decoded.
     Returns:
       P * G trajectories, the members of a group in a row.
+    Raises:
+      StoppedError: a stop is overdue.
     """
     config, group = run.config, run.config.train.group_size
     context = run.tasks[batch.task.name]
@@ -52,23 +55,33 @@ def sample(
     start = jax.random.randint(window_key, (), low, high - config.rollout.window + 1)
     temperature = jnp.float32(config.rollout.temperature)
     prompts_at_once = config.rollout.micro_batch // group
-    # All micro-batches are dispatched before the first result is waited for.
+    records = [data.records[row] for row in np.repeat(batch.rows, group)]
+    sample_ids = [(step, batch.number, number) for number in range(len(records))]
     launched = []
-    for first in range(0, len(batch.rows), prompts_at_once):
+
+    def hand_on(number: int) -> None:
+        """Waits for the images of a micro-batch and hands them on."""
+        _, images = launched[number]
+        if on_images is None or images is None:
+            return
+        first = number * prompts_at_once * group
+        rows = slice(first, first + prompts_at_once * group)
+        on_images(batch, sample_ids[rows], distributed.to_host(images), records[rows], first)
+
+    # Images are handed on while the device samples the micro-batches behind them.
+    pace = MicroBatches(run.stop)
+    for number, first in enumerate(range(0, len(batch.rows), prompts_at_once)):
+        if number > AHEAD:
+            hand_on(number - AHEAD - 1)
+        pace.begin()
         rows = slice(first, first + prompts_at_once)
         images = None if batch.images is None else image_block(run.loaded, batch.images[rows])
         prefix = fns.train.prefill(params, data.inputs(batch.rows[rows], images))
-        number = jnp.int32(first * group)
-        launched.append(fns.train.generate(params, prefix, sample_key, number, start, temperature))
-    records = [data.records[row] for row in np.repeat(batch.rows, group)]
-    sample_ids = [(step, batch.number, number) for number in range(len(records))]
-    if on_images is not None:
-        for number, (_, images) in enumerate(launched):
-            if images is None:
-                continue
-            first = number * prompts_at_once * group
-            rows = slice(first, first + prompts_at_once * group)
-            on_images(batch, sample_ids[rows], distributed.to_host(images), records[rows], first)
+        row = jnp.int32(first * group)
+        launched.append(fns.train.generate(params, prefix, sample_key, row, start, temperature))
+        pace.dispatched(launched[-1])
+    for number in range(max(0, len(launched) - AHEAD - 1), len(launched)):
+        hand_on(number)
     micro_batches = [trajectories for trajectories, _ in launched]
     trajectories = micro_batches[0] if len(micro_batches) == 1 else fns.join(micro_batches)
     samples = distributed.to_host(trajectories.texts)

@@ -3,13 +3,16 @@
     python -m alphagrpo_jax.train --config=configs/grpo.py [--workdir=DIR] [--config.FIELD=VALUE]
 
 Exit codes: 0 done, 75 stopped by SIGTERM or SIGINT after a save (run the same command again), 1 a
-failure explained in one message, 2 wrong usage or configuration.
+failure explained in one message, 2 wrong usage or configuration, 130 ended by a third Ctrl-C.
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -28,7 +31,7 @@ from alphagrpo_jax.runtime.console import Console
 from alphagrpo_jax.runtime.errors import AccessError, UsageError, UserError, is_machine_error
 from alphagrpo_jax.runtime.metric_reductions import merge_batches
 from alphagrpo_jax.runtime.metrics import notify
-from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
+from alphagrpo_jax.runtime.stopping import StoppedError, StopSignals
 from alphagrpo_jax.training import run_folder, setup, verifiers
 from alphagrpo_jax.training.checks import check_end, early_decay
 from alphagrpo_jax.training.closing import closing_words
@@ -47,20 +50,30 @@ from alphagrpo_jax.types import (
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config name>.")
 
+LAST_SECONDS = 1.5  # by which the process that keeps the others' store ends after them
 
-def main(config: Config, workdir: pathlib.Path, console: Console | None = None) -> int:
+
+def main(
+    config: Config,
+    workdir: pathlib.Path,
+    console: Console | None = None,
+    stop: StopSignals | None = None,
+) -> int:
     """Runs a configuration in a folder, from where it stands; returns the exit code.
 
     Args:
       config: the run's.
       workdir: the run's folder.
       console: shows phases and progress; None: nothing is shown.
+      stop: ends the run early; None: SIGTERM and SIGINT do, but not in the middle of compiling.
     Raises:
       UserError: the run cannot start or go on; the message says what to do.
     """
+    if stop is None:
+        with StopSignals(grace_seconds=config.checkpoint.stop_seconds) as stop:
+            return main(config, workdir, console, stop)
     # ------------------------------------------------------------------ build
-    console = console or Console(enabled=False)
-    stop, compiles = StopFlag(), metrics_lib.CompileCounter()
+    console, compiles = console or Console(enabled=False), metrics_lib.CompileCounter()
     console.compile_seconds = lambda: compiles.seconds
     mesh = setup.make_mesh(config)
     jax.set_mesh(mesh)
@@ -89,25 +102,20 @@ def main(config: Config, workdir: pathlib.Path, console: Console | None = None) 
         notify(f"{workdir} is finished: {done} steps are done")
         return DONE
     check_end(config, log, done)
-    writers = Writers(
-        log,
-        workdir,
-        console,
-        config=dataclasses.asdict(config),
-        tensorboard=config.log.tensorboard,
-        step=done,
-        total=config.train.steps,
-    )
+    writers = open_writers(config, workdir, log, console, done)
     emergency = run_folder.EmergencyCheckpoint(saves, data, writers.log_row)
+    stop.rescue, evaluated = emergency.rescue, False
 
     with (
-        verifiers.open_verifiers(config, loaded, console) as (verifier, second_verifier),
+        contextlib.suppress(StoppedError),
+        verifiers.open_verifiers(config, loaded, console, stop) as (verifier, second_verifier),
         emergency.on_error(),
     ):
         if config.train.steps > 0 or not run_folder.holds_run(workdir):
             run_folder.mark_running(workdir, config)
-        run = make_run(config, loaded, data, fns, verifier, workdir, second_verifier, console)
-        evaluated = evaluate_pending(run, state, done, position, data, log, writers, stop)
+        run = make_run(config, loaded, data, fns, verifier, workdir, second_verifier, console, stop)
+        evaluate_pending(run, state, done, position, data, log, writers)
+        evaluated = True
         pool_counts = verifiers.PoolCounts(verifier)
         # ---------------------------------------------------------- the loop
         while done < config.train.steps and not distributed.any_process(stop.requested):
@@ -133,12 +141,9 @@ def main(config: Config, workdir: pathlib.Path, console: Console | None = None) 
                 old = [update.old_log_probs(run, state, batch) for batch in rollouts]
                 rewards = [reward.gather(run, batch, step) for batch in rollouts]
             advantages = [advantage.of_batch(batch, config.advantage) for batch in rewards]
-            emergency.release()
             with timer("update"):
                 state, metrics = update.step(run, state, rollouts, old, advantages, step)
-            row: dict[str, Any] = (
-                step_row(config, rollouts, rewards, advantages, metrics) | timer.metrics()
-            )
+            row = step_row(config, rollouts, rewards, advantages, metrics) | timer.metrics()
             with timer("eval"):
                 if heldout.is_due(config, config.eval.every, step):
                     emergency.hold(state, step, position, row)
@@ -156,17 +161,37 @@ def main(config: Config, workdir: pathlib.Path, console: Console | None = None) 
         # ---------------------------------------------------------------- end
         if done < config.train.steps and saves.latest() != done:  # stopped
             saves.save(done, *run_folder.content(state, done, position, data))
+    saved = saves.latest() or 0  # more than `done` if a stop has ended an evaluation
     saves.close()
     writers.close()
-    if config.train.steps == 0:
-        return DONE if evaluated else STOPPED
     if done < config.train.steps or not evaluated:
-        notify(f"stopped after step {done}; the same command continues")
+        notify(f"stopped after step {saved}; the same command continues")
         return STOPPED
+    if config.train.steps == 0:
+        return DONE
     run_folder.mark_finished(workdir, done)
     notify(f"{workdir}: {done} steps are done")
     console.message(closing_words(config, workdir, log.rows, data, console.seconds))
     return DONE
+
+
+def open_writers(
+    config: Config,
+    workdir: pathlib.Path,
+    log: metrics_lib.MetricsLog,
+    console: Console,
+    done: int,
+) -> Writers:
+    """Opens the writers of a run's rows, behind those of the steps that are done."""
+    return Writers(
+        log,
+        workdir,
+        console,
+        config=dataclasses.asdict(config),
+        tensorboard=config.log.tensorboard,
+        step=done,
+        total=config.train.steps,
+    )
 
 
 def step_row(
@@ -195,15 +220,15 @@ def evaluate(
     *,
     greedy: bool,
     label: str | None = None,
-    stop: StopFlag | None = None,
     update_row: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a train state; see `heldout.evaluate`."""
     params = run.sampling_params(state)
     verifiers.follow(run.verifier, params)
-    return heldout.evaluate(
-        run, params, step, greedy=greedy, label=label, stop=stop, update_row=update_row
-    )
+    with run.stop.at_once():
+        return heldout.evaluate(
+            run, params, step, greedy=greedy, label=label, update_row=update_row
+        )
 
 
 def evaluate_pending(
@@ -214,31 +239,25 @@ def evaluate_pending(
     data: Mapping[str, prompts.TaskData],
     log: metrics_lib.MetricsLog,
     writers: Writers,
-    stop: StopFlag,
-) -> bool:
+) -> None:
     """Does the evaluation that is due before the first update; see `heldout.Pending`.
 
-    Returns:
-      False if a stop was requested before it was done.
+    Raises:
+      StoppedError: a stop was requested before it was done.
     """
     config, pending = run.config, heldout.pending(run.config, log, done)
     if pending is heldout.Pending.NONE:
-        return True
+        return
     if pending is heldout.Pending.REPORT:
         row = evaluate(run, state, done, greedy=True, label="evaluation")
         heldout.write_report(run.workdir, {"step": done} | row)
-        return True
-    try:
-        row = evaluate(run, state, done, greedy=done in (0, config.train.steps), stop=stop)
-    except StoppedError:
-        notify(f"stopped before the evaluation of step {done} was done; it is done again")
-        return False
+        return
+    row = evaluate(run, state, done, greedy=done in (0, config.train.steps))
     if done and heldout.is_due(config, config.checkpoint.every, done):
         row["state/digest"] = checkpoint.digest(*run_folder.content(state, done, position, data))
     writers.log_row(done, row)
     if config.train.steps == 0:
         heldout.write_report(run.workdir, {"step": 0} | row)
-    return True
 
 
 def command(argv: Sequence[str]) -> None:
@@ -264,11 +283,15 @@ def start(fields: Mapping[str, Any], workdir: pathlib.Path) -> int:
     config = config_lib.from_config_dict(fields)
     distributed.initialize()
     progress = config.log.progress and distributed.is_primary()
+    stop = StopSignals(
+        grace_seconds=config.checkpoint.stop_seconds,
+        end_process=end_process,
+        announce=distributed.announce_stop,
+        announced=distributed.stop_announced if distributed.is_joined() else None,
+    )
     try:
-        with Console(enabled=progress) as console:
-            return main(config, workdir, console)
-    except KeyboardInterrupt:
-        raise UserError("interrupted twice; the last checkpoint is untouched") from None
+        with stop, Console(enabled=progress) as console:
+            return main(config, workdir, console, stop)
     except OSError as error:
         in_workdir = isinstance(error.filename, str) and (
             pathlib.Path(error.filename).absolute().is_relative_to(workdir.absolute())
@@ -280,6 +303,13 @@ def start(fields: Mapping[str, Any], workdir: pathlib.Path) -> int:
             "for a full disk, then run the same command again: it continues from the last "
             "checkpoint"
         ) from error
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process at once, whatever its main thread does; called from another thread."""
+    if distributed.is_joined() and distributed.is_primary():
+        time.sleep(LAST_SECONDS)  # without its store the other processes would end by a failure
+    os._exit(code)
 
 
 def fail(message: str) -> NoReturn:

@@ -11,9 +11,11 @@ import numpy as np
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metric_reductions import reduction_of
+from alphagrpo_jax.runtime.stopping import NEVER
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.gradient import LossNormalizers
+from alphagrpo_jax.training.pacing import MicroBatches
 from alphagrpo_jax.training.steps import TaskFns
 from alphagrpo_jax.types import BatchAdvantages, LogProbs, RolloutBatch, TrainState, UpdateBatch
 
@@ -31,14 +33,19 @@ def old_log_probs(run: Run, state: TrainState, rollout: RolloutBatch) -> list[Lo
     Returns:
       One `LogProbs` per micro-batch; None with `train.old_logprob` "self", where the loss takes
       its own log-probs for the old ones.
+    Raises:
+      StoppedError: a stop is overdue.
     """
     if run.config.train.old_logprob == "self":
         return None
     forward = run.tasks[rollout.batch.task.name].fns.forward
-    return [
-        forward(state.trainable, run.loaded.base, rollout.trajectories, index)[0]
-        for index in _micro_batch_indices(run.config)
-    ]
+    log_probs, pace = [], MicroBatches(run.stop)
+    for index in _micro_batch_indices(run.config):
+        pace.begin()
+        new, _ = forward(state.trainable, run.loaded.base, rollout.trajectories, index)
+        log_probs.append(new)
+        pace.dispatched(new)
+    return log_probs
 
 
 def step(
@@ -57,12 +64,14 @@ def step(
 
     Args:
       run: the run.
-      state: its memory is given to the new state.
+      state: its memory is given to the new state once the last optimizer step is taken; if all
+        weights are trained, already with the first.
       rollouts, old, advantages: one entry per batch, from the stages before.
       step: number of the update, for messages.
     Raises:
       TrainingError: a loss or gradient that is not finite, before it has changed anything; or
         nothing differs and the sampled log-probs are not finite.
+      StoppedError: a stop is overdue, and the state as it was before is still there.
     """
     if all(batch.text.all_zero and not batch.image.any() for batch in advantages):
         for rollout in rollouts:
@@ -72,8 +81,13 @@ def step(
     tasks = _group_by_task(run, rollouts, old, advantages)
     batch_metrics: list[dict[str, float]] = [{"update/skipped": 1} for _ in rollouts]
     update_metrics: dict[str, float] = {}
-    for _ in range(run.config.train.updates_per_batch):
-        gradient, loss_total, metrics = _gradient(run, state, tasks)
+    count, adapters = run.config.train.updates_per_batch, run.config.train.trainable == "lora"
+    if count > 1 and adapters:
+        state = run.fns.copy(state)  # so that a stop between two optimizer steps leaves the first
+    for number in range(count):
+        # A copy of all weights would not fit: such an update is finished once it has begun.
+        stop = run.stop if number == 0 or adapters else NEVER
+        gradient, loss_total, metrics = _gradient(run._replace(stop=stop), state, tasks)
         state, update_metrics = _apply(run, state, gradient, loss_total, step)
         for task, device_metrics in zip(tasks, jax.device_get(metrics), strict=True):
             values = {key: float(value) for key, value in device_metrics.items()}
@@ -149,10 +163,11 @@ def _batch_update(
     batch = UpdateBatch(rollout.trajectories, text, image, used)
     reference = entropy = None
     if loss_options.text_beta > 0 or loss_options.image_beta > 0 or loss_options.report_kl:
-        reference = [
-            fns.reference(run.loaded.base, rollout.trajectories, index)
-            for index in _micro_batch_indices(run.config)
-        ]
+        reference, pace = [], MicroBatches(run.stop)
+        for index in _micro_batch_indices(run.config):
+            pace.begin()
+            reference.append(fns.reference(run.loaded.base, rollout.trajectories, index))
+            pace.dispatched(reference[-1])
     if loss_options.entropy_fraction < 1 and rollout.trajectories.texts:
         entropy = fns.entropy(old)
     return _BatchUpdate(fns, batch, old, reference, entropy)
@@ -224,9 +239,10 @@ def _task_gradient(
     run: Run, state: TrainState, task: _TaskUpdate, weight: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Adds up gradient and metrics over the micro-batches of a task's batches."""
-    accumulated = None
+    accumulated, pace = None, MicroBatches(run.stop)
     for batch in task.batches:
         for number, index in enumerate(_micro_batch_indices(run.config)):
+            pace.begin()
             new, pullback = batch.fns.forward(
                 state.trainable, run.loaded.base, batch.batch.rollout, index
             )
@@ -238,6 +254,7 @@ def _task_gradient(
             accumulated = (
                 micro_batch if accumulated is None else run.fns.accumulate(accumulated, micro_batch)
             )
+            pace.dispatched(new)
     assert accumulated is not None  # a task of an update has at least one batch
     return accumulated
 

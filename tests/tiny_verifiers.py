@@ -94,3 +94,29 @@ class Interrupts(Honest):
                 path.unlink()
                 os.kill(os.getppid(), number)
         return super().answer(image, questions)
+
+
+class Stalls(Honest):
+    """As `Honest`, but never answers after as many images as the file `stalls_after` says.
+
+    The file `reached` tells that it has begun to stall.
+    """
+
+    def __init__(self):
+        self.answered = 0
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        self.answered += 1
+        limit = pathlib.Path("stalls_after")
+        if limit.exists() and self.answered > int(limit.read_text()):
+            pathlib.Path("reached").touch()
+            time.sleep(1e4)
+        return super().answer(image, questions)
+
+
+def never_starts():
+    """Takes for ever to be built, if the file `stalls_after` is there."""
+    if pathlib.Path("stalls_after").exists():
+        pathlib.Path("reached").touch()
+        time.sleep(1e4)
+    return Honest()

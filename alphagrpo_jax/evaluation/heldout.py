@@ -29,7 +29,6 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metrics import MetricsLog, sample_label
 from alphagrpo_jax.runtime.records import Record
-from alphagrpo_jax.runtime.stopping import StopFlag, StoppedError
 from alphagrpo_jax.tasks import TASKS, Task, think_texts
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
@@ -99,7 +98,6 @@ def evaluate(
     *,
     greedy: bool,
     label: str | None = None,
-    stop: StopFlag | None = None,
     update_row: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Evaluates all tasks on their held-out prompts, writes sample grids, returns the metrics.
@@ -112,10 +110,9 @@ def evaluate(
       step: updates done.
       greedy: evaluate a second time with the likeliest think texts ("eval_greedy").
       label: of the sample grid's files, default that of the step.
-      stop: where given, a requested stop ends the evaluation.
       update_row: metrics of the update before it, for the curves of the report.
     Raises:
-      StoppedError: see `stop`.
+      StoppedError: a stop is overdue.
       TrainingError: the verifiers failed too often.
     """
     config = run.config
@@ -125,7 +122,7 @@ def evaluate(
     for name, context in run.tasks.items():
         if context.task.refines:
             with run.console.phase(f"sampling what {name} refines", lasting=lasting):
-                initial[name] = evaluate_initial_images(run, params, name, stop=stop)
+                initial[name] = evaluate_initial_images(run, params, name)
     row: dict[str, float] = {}
     sampled: dict[str, Evaluation] = {}
     for prefix, temperature in temperatures.items():
@@ -139,7 +136,6 @@ def evaluate(
                     temperature=temperature,
                     prefix=prefix,
                     initial=initial.get(name),
-                    stop=stop,
                 )
             kind = "evaluation" if prefix == "eval" else "greedy evaluation"
             where = f"{kind} of {name} at step {step}"
@@ -169,7 +165,6 @@ def evaluate_task(
     temperature: float,
     prefix: str,
     initial: Evaluation | None = None,
-    stop: StopFlag | None = None,
 ) -> Evaluation:
     """Evaluates one task on its held-out prompts, with the same keys every time.
 
@@ -178,7 +173,6 @@ def evaluate_task(
       temperature: of texts.
       prefix: of the metrics' names.
       initial: what a refining task repairs, whatever its reward; from `evaluate_initial_images`.
-      stop: see `evaluate`.
     Raises:
       StoppedError: see `evaluate`.
     """
@@ -197,7 +191,7 @@ def evaluate_task(
 
     key = jax.random.key(config.eval.seed)
     sample = _sample_fn(
-        run, params, context.fns.eval, key, inputs, task, temperature, stop, total=len(rows)
+        run, params, context.fns.eval, key, inputs, task, temperature, total=len(rows)
     )
     if task.reward == "answer":
         return evaluate_answers(sample, records, micro_batch=config.eval.micro_batch, prefix=prefix)
@@ -221,9 +215,7 @@ def evaluate_task(
     return evaluation._replace(metrics=evaluation.metrics | named)
 
 
-def evaluate_initial_images(
-    run: Run, params: PolicyParams, name: str, *, stop: StopFlag | None = None
-) -> Evaluation:
+def evaluate_initial_images(run: Run, params: PolicyParams, name: str) -> Evaluation:
     """Scores and checks the images that a refining task starts from, as `eval/initial/...`.
 
     One per held-out prompt: sampled without thinking, or the records' own; no text takes part, so
@@ -248,7 +240,7 @@ def evaluate_initial_images(
         inputs = _prompt_inputs(run, records)
         fns, plain, count = run.initial.eval_fns, TASKS["t2i"], len(rows)
         assert fns is not None  # made at the start of a run with a refining task
-        sample = _sample_fn(run, params, fns, key, inputs, plain, 0.0, stop, total=count)
+        sample = _sample_fn(run, params, fns, key, inputs, plain, 0.0, total=count)
     evaluation = evaluate_images(
         sample,
         run.verifier,
@@ -283,15 +275,13 @@ def _sample_fn(
     inputs: InputsFn,
     task: Task,
     temperature: float,
-    stop: StopFlag | None,
     *,
     total: int,
 ) -> SampleFn:
     """Returns the function that samples a task's steps for a batch of `total` evaluation rows."""
 
     def sample(batch: np.ndarray, first: int) -> Sampled:
-        if stop is not None and distributed.any_process(stop.requested):
-            raise StoppedError
+        distributed.check_stop(run.stop)
         run.console.count(first, total)
         prefix = fns.prefill(params, inputs(batch))
         # A window that starts at the end of the schedule: no step is stochastic.

@@ -17,6 +17,7 @@ from alphagrpo_jax.rewards.viescore import viescore
 from alphagrpo_jax.rewards.workers import ledger
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
+from alphagrpo_jax.runtime.stopping import StoppedError
 
 REFLECTION_WEIGHT = 0.5
 HOLISTIC = "holistic"  # the score that ratings make; the others come from answers
@@ -162,9 +163,11 @@ def gather(
       sample_ids, records: as submitted.
       thinks: texts of each think step, for the format reward; none if the task has none.
       options: how to combine.
+    Raises:
+      StoppedError: a stop has ended the wait on some process.
     """
     local_rows = distributed.own_rows(len(sample_ids))
-    results = pool.gather(sample_ids[row] for row in local_rows)
+    results = gather_together(pool, [sample_ids[row] for row in local_rows])
     questions = max((len(yes_no_questions(options, record)) for record in records), default=0)
     lengths = (len(Reward._fields), len(options.scores), questions, _rating_count(options))
     # All numbers in one array, NaN where there is none: one exchange between processes is enough.
@@ -197,6 +200,24 @@ def gather(
         reasons=tuple(None if ok else why for ok, why in zip(valid, reasons, strict=True)),
         tags=_tag_means(records, p_yes, options),
     )
+
+
+def gather_together(
+    pool: VerifierPool, sample_ids: Sequence[Hashable]
+) -> dict[Hashable, ledger.VerifierResult]:
+    """Waits for this process's samples; if a stop ends the wait of one process, it ends all.
+
+    Raises:
+      StoppedError: a stop has ended the wait on some process.
+    """
+    results, stopped = {}, False
+    try:
+        results = pool.gather(sample_ids)
+    except StoppedError:
+        stopped = True  # the others may wait for this process already
+    if distributed.any_process(stopped):
+        raise StoppedError
+    return results
 
 
 def answer_scores(

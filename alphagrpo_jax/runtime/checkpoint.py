@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,11 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run. A save is complete or invisible, and synchronous."""
+    """The `checkpoints/` folder of a run. A save is complete or invisible, and synchronous.
+
+    Attributes:
+      lock: held during a save; hold it to save from another thread than the run's.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int) -> None:
         options = ocp.CheckpointManagerOptions(
@@ -38,6 +43,7 @@ class Checkpoints:
         )
         path = pathlib.Path(folder).absolute() / FOLDER
         self._manager = ocp.CheckpointManager(path, options=options)
+        self.lock = threading.RLock()
 
     def latest(self) -> int | None:
         """Returns the newest step that was saved, None before the first."""
@@ -54,14 +60,16 @@ class Checkpoints:
           CheckpointError: it could not be written; earlier ones are untouched.
         """
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress))
-                ),
-                force=True,
-            )
-            self._manager.wait_until_finished()
+            with self.lock:
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state),
+                        progress=ocp.args.JsonSave(dict(progress)),
+                    ),
+                    force=True,
+                )
+                self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             if not isinstance(error, OSError) and not _STORAGE_STATUS.match(str(error)):
                 raise

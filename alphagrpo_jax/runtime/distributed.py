@@ -1,13 +1,18 @@
-"""Joins processes, and merges arrays that lie on several hosts."""
+"""Joins processes, merges arrays that lie on several hosts, lets all processes stop together."""
 
+import contextlib
 import os
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed  # its store has no public name
 from jax.experimental import multihost_utils
 
 from alphagrpo_jax.runtime.errors import InputError
+from alphagrpo_jax.runtime.stopping import StoppedError, StopRequest
+
+STOP_KEY = "alphagrpo_jax/stop"  # in the store that all processes share
 
 
 def initialize() -> None:
@@ -34,6 +39,11 @@ def initialize() -> None:
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=count, process_id=number)
+
+
+def is_joined() -> bool:
+    """Tells if this process has joined others by `initialize`."""
+    return jax_distributed.global_state.client is not None
 
 
 def is_primary() -> bool:
@@ -98,3 +108,32 @@ def any_process(flag: bool) -> bool:  # noqa: FBT001
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
+
+
+def check_stop(stop: StopRequest) -> None:
+    """Ends the work that calls it, on all processes, once a stop is overdue on any.
+
+    Raises:
+      StoppedError: it is.
+    """
+    if any_process(stop.overdue):
+        raise StoppedError
+
+
+def announce_stop() -> None:
+    """Tells the other processes that this one was told to stop; called from any thread."""
+    client = jax_distributed.global_state.client
+    if client is not None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: so is the run
+            client.key_value_set(STOP_KEY, "1", allow_overwrite=True)
+
+
+def stop_announced() -> bool:
+    """Returns whether a process was told to stop; called from any thread."""
+    client = jax_distributed.global_state.client
+    if client is None:
+        return False
+    try:
+        return bool(client.key_value_try_get(STOP_KEY))
+    except RuntimeError:  # nobody has told, or the store is gone
+        return False

@@ -10,6 +10,7 @@ from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.rewards.scoring import VerifierPool
 from alphagrpo_jax.runtime.console import SILENT, Console
+from alphagrpo_jax.runtime.stopping import NEVER, StopRequest
 from alphagrpo_jax.tasks import TASKS, Task
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.steps import CompiledFns, SampleFns, TaskFns
@@ -45,6 +46,7 @@ class Run(NamedTuple):
     workdir: pathlib.Path
     second_verifier: VerifierPool | None = None  # asked at evaluations only
     console: Console = SILENT  # shows how far an evaluation is
+    stop: StopRequest = NEVER  # ends what is under way; looked at between micro-batches
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -65,6 +67,7 @@ def make_run(
     workdir: pathlib.Path,
     second_verifier: VerifierPool | None = None,
     console: Console = SILENT,
+    stop: StopRequest = NEVER,
 ) -> Run:
     """Puts a run together.
 
@@ -77,6 +80,7 @@ def make_run(
       workdir: the run's folder.
       second_verifier: rates held-out images beside it.
       console: shows how far an evaluation is.
+      stop: ends the run's work once it is overdue.
     """
     contexts = {
         name: TaskContext(
@@ -89,4 +93,6 @@ def make_run(
     }
     plain_scoring = options_lib.scoring_options(config, TASKS["t2i"])
     initial = InitialImagesContext(fns.initial, fns.eval_initial, plain_scoring)
-    return Run(config, loaded, fns, contexts, initial, verifier, workdir, second_verifier, console)
+    return Run(
+        config, loaded, fns, contexts, initial, verifier, workdir, second_verifier, console, stop
+    )

@@ -5,7 +5,7 @@ import copy
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metrics import METRICS, PENDING, notify, read_rows
+from alphagrpo_jax.runtime.stopping import StoppedError
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TrainState
 
@@ -88,7 +89,11 @@ def restore(
 
 
 class EmergencyCheckpoint:
-    """In-memory snapshot that becomes a checkpoint if an error ends the run between checkpoints."""
+    """In-memory snapshot that becomes a checkpoint if a run ends between checkpoints.
+
+    The snapshot's arrays are not copied: an update takes their memory, and from then until the
+    next snapshot there is none.
+    """
 
     def __init__(
         self,
@@ -104,7 +109,7 @@ class EmergencyCheckpoint:
           log_row: writes a row of the metrics.
         """
         self._saves, self._data, self._log_row = saves, data, log_row
-        self._snapshot: tuple[TrainState, int, DataPosition, dict[str, Any] | None] | None = None
+        self._snapshot: _Snapshot | None = None
 
     def hold(
         self,
@@ -116,22 +121,23 @@ class EmergencyCheckpoint:
         """Takes a snapshot in place of the one before.
 
         Args:
-          state: not copied; see `release`.
+          state: not copied.
           step: updates done.
           position: after these updates; copied.
           row: metrics of the last of them, if they wait for their evaluation.
         """
-        self._snapshot = (state, step, copy.deepcopy(position), None if row is None else dict(row))
-
-    def release(self) -> None:
-        """Drops the snapshot, before its state's memory is donated to an update."""
-        self._snapshot = None
+        # The key's numbers are read now: it takes a program, which later would wait for the device.
+        arrays, numbers = content(state, step, copy.deepcopy(position), self._data)
+        self._snapshot = _Snapshot(step, arrays, numbers, None if row is None else dict(row))
 
     @contextlib.contextmanager
     def on_error(self) -> Iterator[None]:
-        """Saves the snapshot if the block ends with an error of verifiers or of training."""
+        """Saves the snapshot if a stop, or an error of verifiers or of training, ends the block."""
         try:
             yield
+        except StoppedError:
+            self._save()
+            raise
         except (TrainingError, PoolError) as error:
             # Saving is collective: of several processes, all raise the same TrainingError, but a
             # PoolError is one's own.
@@ -142,14 +148,68 @@ class EmergencyCheckpoint:
                     notify(f"the steps since the last checkpoint are lost: {save_error}")
             raise
 
+    def rescue(self) -> bool:
+        """Saves the snapshot while the run's own thread is busy; called from another thread.
+
+        Returns:
+          True if nothing that is finished can be lost any more; False if it cannot be saved at
+          this moment: an update has taken the arrays, or other processes would have to take part.
+        """
+        with self._saves.lock:
+            snapshot = self._snapshot
+            if snapshot is None or self._is_saved(snapshot):
+                return True
+            if jax.process_count() > 1:
+                return False
+            # Numpy's copies: the run's own thread may go on at any moment, and its update would
+            # take the arrays while they are being written.
+            arrays = _host_copy(snapshot.arrays)
+            if arrays is None:
+                return False
+            self._write(snapshot._replace(arrays=arrays))
+            return True
+
     def _save(self) -> None:
-        """Writes the pending row and the snapshot as a checkpoint, if they are new."""
-        if self._snapshot is None or self._snapshot[1] in (0, self._saves.latest()):
-            return
-        state, step, position, row = self._snapshot
-        if row is not None:
-            self._log_row(step, row | {PENDING: 1})
-        self._saves.save(step, *content(state, step, position, self._data))
+        """Saves the snapshot, if it is new and its arrays are still there."""
+        with self._saves.lock:
+            snapshot = self._snapshot
+            if snapshot is None or self._is_saved(snapshot):
+                return
+            if not any(leaf.is_deleted() for leaf in _device_arrays(snapshot.arrays)):
+                self._write(snapshot)
+
+    def _is_saved(self, snapshot: "_Snapshot") -> bool:
+        """Returns whether there is a checkpoint of it, or nothing to be saved."""
+        return snapshot.step in (0, self._saves.latest())
+
+    def _write(self, snapshot: "_Snapshot") -> None:
+        """Writes the pending row and the checkpoint."""
+        if snapshot.row is not None:
+            self._log_row(snapshot.step, snapshot.row | {PENDING: 1})
+        self._saves.save(snapshot.step, snapshot.arrays, snapshot.progress)
+
+
+class _Snapshot(NamedTuple):
+    """Content of a checkpoint that may have to be written."""
+
+    step: int
+    arrays: dict[str, Any]
+    progress: dict[str, Any]
+    row: dict[str, Any] | None  # waits for its evaluation
+
+
+def _device_arrays(tree: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+
+
+def _host_copy(tree: Any) -> Any | None:
+    """Copies arrays to numpy's; returns None if an update has taken one of them."""
+    try:
+        return jax.tree.map(np.array, tree)
+    except RuntimeError:
+        if any(leaf.is_deleted() for leaf in _device_arrays(tree)):
+            return None
+        raise
 
 
 def check_folder(config: Config, workdir: pathlib.Path) -> None:

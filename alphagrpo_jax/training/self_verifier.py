@@ -24,6 +24,7 @@ from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Score
 from alphagrpo_jax.rewards.verifiers.instructions import CAPTION_REQUEST
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, normalize_word
+from alphagrpo_jax.runtime.stopping import NEVER, StopRequest
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling.trajectory import image_block
 
@@ -34,12 +35,15 @@ QUESTIONS = 48  # about these images, answered at once
 class PolicyVerifier:
     """The policy as a `BatchVerifier`; `workers.in_process.InProcessPool` makes a pool of it."""
 
-    def __init__(self, loaded: LoadedModel, *, question_tokens: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, question_tokens: int, stop: StopRequest = NEVER
+    ) -> None:
         """Finds the tokens that spell yes and no.
 
         Args:
           loaded: the pretrained model; `follow` sets the weights that answer.
           question_tokens: most tokens of a question with its delimiters.
+          stop: ends `answer_batch` once it is overdue.
         Raises:
           ConfigError: no token spells one of the two, or there are several processes, each of
             which would answer about images of its own while the model lies on all of them.
@@ -49,6 +53,7 @@ class PolicyVerifier:
                 "verifier.kind=self runs in a single process; use hf or openai with several"
             )
         # One more token: the beginning of the answer, from which its first token is predicted.
+        self._stop = stop
         self._tokenizer, self._length = loaded.tokenizer, question_tokens + 1
         words = [_spellings(loaded.tokenizer, word) for word in ("yes", "no")]
         if not all(words):
@@ -97,11 +102,13 @@ class PolicyVerifier:
           N lists, one `Answer` per question.
         Raises:
           ValueError: no weights yet.
+          StoppedError: a stop is overdue.
         """
         if self._params is None:
             raise ValueError("got no weights to answer with, expected a call of `follow` before")
         answers: list[list[Answer]] = []
         for first in range(0, len(images), IMAGES):
+            self._stop.check()
             batch = slice(first, first + IMAGES)
             answers += self._answer_batch(self._params, images[batch], questions[batch])
         return answers

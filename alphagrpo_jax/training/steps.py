@@ -63,6 +63,7 @@ class CompiledFns(NamedTuple):
     eval_initial: SampleFns | None  # one per prompt
     accumulate: Callable
     add: Callable  # gradients of two batches
+    copy: Callable  # a train state
     apply_gradient: Callable
 
 
@@ -101,6 +102,7 @@ def compile_fns(
         eval_initial=eval_initial,
         accumulate=jax.jit(gradient_lib.accumulate, donate_argnums=0),
         add=jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second), donate_argnums=0),
+        copy=jax.jit(lambda state: jax.tree.map(jnp.copy, state)),
         apply_gradient=jax.jit(
             functools.partial(
                 _apply, optimizer=optimizer, schedule=optimizer_lib.make_schedule(config.optimizer)

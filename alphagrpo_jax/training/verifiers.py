@@ -19,26 +19,32 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.console import SILENT, Console
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder
+from alphagrpo_jax.runtime.stopping import NEVER, StoppedError, StopRequest
 from alphagrpo_jax.training.scorers import audit_path, with_scorers
 from alphagrpo_jax.training.self_verifier import PolicyVerifier
 
 
-def make_pool(config: Config) -> Pool | CombinedPool:
+def make_pool(config: Config, stop: StopRequest = NEVER) -> Pool | CombinedPool:
     """Starts the workers of the verifier and of scorers in the background.
 
+    Args:
+      config: the run's.
+      stop: ends waits for them once it is overdue.
     Raises:
       ConfigError: see `verifier_factories`.
       MissingFileError: a scorer's folder is missing.
       OSError: an audit log cannot be opened.
     """
-    pool = with_scorers(config, make_verifier_pool(config))
+    pool = with_scorers(config, make_verifier_pool(config, stop), stop=stop)
     assert not isinstance(pool, InProcessPool)  # it has workers
     return pool
 
 
-def make_verifier_pool(config: Config) -> Pool:
+def make_verifier_pool(config: Config, stop: StopRequest = NEVER) -> Pool:
     """Starts the verifier's workers in the background.
 
+    Args:
+      config, stop: see `make_pool`.
     Raises:
       ConfigError, OSError: see `make_pool`.
     """
@@ -47,6 +53,7 @@ def make_verifier_pool(config: Config) -> Pool:
         config.verifier,
         capacity=max(1024, 2 * config.trajectories),
         audit_path=audit_path(config.verifier.audit),
+        stop=stop,
     )
 
 
@@ -115,7 +122,10 @@ def _endpoint_factory(config: Config) -> Factory:
 
 @contextlib.contextmanager
 def open_verifiers(
-    config: Config, loaded: LoadedModel, console: Console = SILENT
+    config: Config,
+    loaded: LoadedModel,
+    console: Console = SILENT,
+    stop: StopRequest = NEVER,
 ) -> Iterator[tuple[VerifierPool, VerifierPool | None]]:
     """Opens the verifier of the training, and the one that only evaluations ask, if any.
 
@@ -125,24 +135,32 @@ def open_verifiers(
       config: the run's.
       loaded: the pretrained model, which may be the verifier.
       console: shows for how long the verifiers are being started.
+      stop: ends waits for them once it is overdue.
     Raises:
       ConfigError: wrong endpoints, or a policy that cannot be a verifier.
       FileNotFoundError: a verifier's folder is missing.
       PoolError: a verifier cannot be started.
+      StoppedError: a stop has ended the wait for them on some process.
     """
     with contextlib.ExitStack() as stack:
-        with console.phase("starting the verifiers"):
-            second = stack.enter_context(_second_pool(config)) if config.verifier.second else None
+        with console.phase("starting the verifiers"), stop.at_once():
+            second = None
+            if config.verifier.second:
+                second = stack.enter_context(_second_pool(config, stop))
             if config.verifier.kind == "self":
-                policy = PolicyVerifier(loaded, question_tokens=config.rollout.prompt_tokens)
-                first: VerifierPool = with_scorers(config, InProcessPool(policy))
+                policy = PolicyVerifier(
+                    loaded, question_tokens=config.rollout.prompt_tokens, stop=stop
+                )
+                first: VerifierPool = with_scorers(config, InProcessPool(policy), stop=stop)
             else:
-                first = make_pool(config)
+                first = make_pool(config, stop)
             if not isinstance(first, InProcessPool):
                 stack.enter_context(first)
-                first.wait_ready()
-            if second is not None:
-                second.wait_ready()
+            with contextlib.suppress(StoppedError):  # all processes leave together, by the check
+                for pool in (first, second):
+                    if pool is not None and not isinstance(pool, InProcessPool):
+                        pool.wait_ready()
+            distributed.check_stop(stop)
         yield first, second
 
 
@@ -153,7 +171,7 @@ def follow(verifier: VerifierPool, params: PolicyParams) -> None:
         pool.verifier.follow(params)
 
 
-def _second_pool(config: Config) -> Pool:
+def _second_pool(config: Config, stop: StopRequest) -> Pool:
     """Starts one process with the second verifier."""
     first = config.verifier
     scheme, _, urls = first.second.partition(":")
@@ -163,7 +181,7 @@ def _second_pool(config: Config) -> Pool:
         kind = "callable" if first.kind == "callable" else "hf"
         changes = {"kind": kind, "path": first.second, "endpoints": ()}
     second = dataclasses.replace(first, **changes, workers=1, audit="")
-    return make_verifier_pool(dataclasses.replace(config, verifier=second))
+    return make_verifier_pool(dataclasses.replace(config, verifier=second), stop)
 
 
 class PoolCounts:

@@ -1,4 +1,6 @@
-"""What an error that ends a run leaves behind."""
+"""What a stop or an error that ends a run leaves behind."""
+
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import pytest
 
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
+from alphagrpo_jax.runtime.stopping import StoppedError
 from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import DataPosition, TrainState
@@ -15,7 +18,7 @@ class Saves:
     """Checkpoints in memory."""
 
     def __init__(self, *, full: bool = False) -> None:
-        self.kept, self.full = {}, full
+        self.kept, self.full, self.lock = {}, full, threading.RLock()
 
     def latest(self) -> int | None:
         return max(self.kept, default=None)
@@ -45,7 +48,7 @@ def stopped_by(error: Exception, saves: Saves, act) -> dict[int, dict]:
     return rows
 
 
-@pytest.mark.parametrize("error", [TrainingError("x"), PoolError("x")], ids=type)
+@pytest.mark.parametrize("error", [TrainingError("x"), PoolError("x"), StoppedError()], ids=type)
 def test_the_newest_point_is_saved_with_its_place(error):
     saves, position = Saves(), DataPosition({"rt2i": 16}, None)
 
@@ -74,8 +77,9 @@ def test_nothing_is_saved_where_nothing_can_be():
     position = DataPosition({}, None)
 
     def in_the_update(emergency):
-        emergency.hold(state(1.0), 2, position)
-        emergency.release()
+        snapshot = state(1.0)
+        emergency.hold(snapshot, 2, position)
+        snapshot.trainable["a"].delete()
 
     for error, act in (
         (TrainingError("x"), in_the_update),  # its memory is given away
