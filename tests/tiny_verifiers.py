@@ -120,3 +120,18 @@ def never_starts():
         pathlib.Path("reached").touch()
         time.sleep(1e4)
     return Honest()
+
+
+def redness(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+    """A scorer: the mean of red, 0 to 255, less the prompt's length."""
+    pairs = zip(images, prompts, strict=True)
+    return [float(image[..., 0].mean()) - len(prompt) for image, prompt in pairs]
+
+
+def sometimes_nothing(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float | None]:
+    """As `redness`, but gives no score for some images, NaN for others: always the same ones."""
+    odd = {0: None, 1: float("nan")}
+    return [
+        odd.get(int(image.astype(np.int64).sum()) % 7, score)
+        for image, score in zip(images, redness(images, prompts), strict=True)
+    ]

@@ -55,6 +55,7 @@ class PolicyVerifier:
         # One more token: the beginning of the answer, from which its first token is predicted.
         self._stop = stop
         self._tokenizer, self._length = loaded.tokenizer, question_tokens + 1
+        self._most_reply_tokens = question_tokens
         words = [_spellings(loaded.tokenizer, word) for word in ("yes", "no")]
         if not all(words):
             raise ConfigError(
@@ -146,7 +147,7 @@ class PolicyVerifier:
         ids = [filler if isinstance(reply, Score) else reply for reply in replies]
         request = [*self._tokenizer.wrap(CAPTION_REQUEST), self._tokenizer.special.im_start]
         tokens, mask = self._tokenizer.batch(
-            [[*request, *ids[row]] for row in rows], len(request) + self._length
+            [[*request, *ids[row]] for row in rows], len(request) + self._most_reply_tokens
         )
         means = jax.device_get(
             self._mean_log_probs(params, contexts, tokens, mask, first=len(request))
@@ -162,10 +163,10 @@ class PolicyVerifier:
         if self._holds_control_tokens(ids):
             reason = f"got control tokens in the prompt {prompt!r}; a prompt is plain text"
             return Score(None, reason, permanent=True)
-        if not 1 <= len(ids) <= self._length:
+        if not 1 <= len(ids) <= self._most_reply_tokens:
             reason = (
-                f"the prompt {prompt!r} has {len(ids)} tokens, expected 1 to {self._length} "
-                "(rollout.prompt_tokens)"
+                f"the prompt {prompt!r} has {len(ids)} tokens, expected 1 to "
+                f"{self._most_reply_tokens} (rollout.prompt_tokens)"
             )
             return Score(None, reason, permanent=True)
         return ids
