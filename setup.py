@@ -53,8 +53,19 @@ setuptools.setup(
     ],
     extras_require={
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
-        "tests": ["httpx2>=2.16,<3", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
+        "tests": [
+            "accelerate>=1.10,<2",
+            "httpx2>=2.16,<3",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff==0.17.6",
+        ],
         "dev": ["pyright[nodejs]==1.1.414"],  # brings its own Node.js: nothing else to install
+        # Hugging Face judges larger than one device, and the spelled-out numbers of SmolVLM.
+        "judges": ["accelerate>=1.10,<2", "num2words>=0.5.14,<0.6"],
+        # Judges whose processors need it. Each torchvision fits one torch only: this one the pinned
+        # torch, from the same index; beside another, see the command in the error's message.
+        "torchvision": ["torch==2.13.0", "torchvision==0.28.0"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
     },

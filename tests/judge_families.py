@@ -94,7 +94,10 @@ def sentence_piece(
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return _trained(tokenizer, ("<unk>", *controls), bos, eos, {}, options)
+    printable = [chr(code) for code in range(0x21, 0x7F)]
+    return _trained(
+        tokenizer, ("<unk>", *controls), bos, eos, {"initial_alphabet": printable}, options
+    )
 
 
 def _trained(
@@ -107,7 +110,9 @@ def _trained(
 ) -> hf.PreTrainedTokenizerFast:
     """Trains the tokenizer on `CORPUS` and adds its control tokens."""
     special = [*dict.fromkeys([*([bos] if bos else []), eos, "<pad>", *controls])]
-    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=special, **training)
+    trainer = trainers.BpeTrainer(
+        vocab_size=480, special_tokens=special, show_progress=False, **training
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if bos:
         identifier = tokenizer.token_to_id(bos)

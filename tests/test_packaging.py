@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import alphagrpo_jax
+from alphagrpo_jax.rewards.verifiers.hf import torchvision_command
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "alphagrpo_jax"
@@ -48,12 +49,18 @@ def test_constraints_lie_in_the_ranges_of_setup(setup_arguments):
     versions = pinned()
     extras = setup_arguments["extras_require"]
     wanted = [*setup_arguments["install_requires"]]
-    for extra in ("tests", "dev", "docs"):
+    for extra in ("tests", "dev", "docs", "judges", "torchvision"):
         wanted += extras[extra]
     for requirement in map(Requirement, wanted):
         version = versions[canonical(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement}: {version} is pinned"
         assert len(requirement.specifier) > 0, f"{requirement} has no range"
+
+
+def test_the_pinned_torchvision_fits_the_pinned_torch():
+    versions = pinned()
+    command = torchvision_command(versions["torch"])
+    assert command.endswith(f"torchvision=={versions['torchvision']}")
 
 
 def test_every_imported_package_is_declared(setup_arguments):

@@ -190,18 +190,19 @@ class ThinkingReader:
         if self._passes.context_tokens is not None:
             limit = min(limit, max(1, self._passes.context_tokens - int(lengths.max())))
         replies = [Reply(prompt, self._decode) for prompt in prompts]
-        self._generate(
-            inputs,
-            limit,
-            logits_processor=LogitsProcessorList([_Expect(replies)]),
-            stopping_criteria=StoppingCriteriaList([_Append(replies, self._ends)]),
-        )
+        config = self._greedy(limit)
+        with torch.inference_mode():
+            self._model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Expect(replies)]),
+                stopping_criteria=StoppingCriteriaList([_Append(replies, self._ends)]),
+            )
         return [reply.reading(limit) for reply in replies]
 
-    @torch.inference_mode()
-    def _generate(self, inputs: dict[str, Any], limit: int, **options: Any) -> Any:
-        """Generates at most `limit` greedy tokens."""
-        config = GenerationConfig(
+    def _greedy(self, limit: int, **options: Any) -> GenerationConfig:
+        """Returns the options of at most `limit` greedy tokens."""
+        return GenerationConfig(
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,  # None would be filled with the folder's own
@@ -209,8 +210,8 @@ class ThinkingReader:
             max_new_tokens=limit,
             eos_token_id=self._ends or None,
             pad_token_id=self._passes.prompter.tokenizer.pad_token_id,
+            **options,
         )
-        return self._model.generate(**inputs, generation_config=config, **options)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._passes.prompter.tokenizer.decode(
@@ -238,5 +239,7 @@ class ThinkingReader:
     def _first_shares(self, prompts: Sequence[str]) -> Tensor:
         """Computes probabilities float32[Q, V] of the replies' first tokens."""
         inputs = self._passes.prompter.inputs(probe_image(), prompts, side="left")
-        output = self._generate(inputs, 1, return_dict_in_generate=True, output_logits=True)
+        config = self._greedy(1, return_dict_in_generate=True, output_logits=True)
+        with torch.inference_mode():
+            output = self._model.generate(**inputs, generation_config=config)
         return output.logits[0].float().softmax(-1)
