@@ -86,9 +86,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     image = judge_families.picture()
-    print("| family | way | apart | times as fast |\n|---|---|---|---|")
+    sys.stdout.write("| family | way | apart | times as fast |\n|---|---|---|---|\n")
     for name in sys.argv[1:] or judge_families.FAMILIES:
-        print(f"| {name} | {' | '.join(row(name, image))} |", flush=True)
+        sys.stdout.write(f"| {name} | {' | '.join(row(name, image))} |\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
