@@ -27,6 +27,7 @@ setuptools.setup(
         "certifi>=2025.1,<2027",
         "chex>=0.1.90,<0.2",
         "flax>=0.12,<0.13",
+        "httptools>=0.6,<1",  # uvicorn parses requests by it, faster than without
         "huggingface_hub>=2,<3",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it without declaring it
         "jax>=0.10,<0.12",
@@ -56,6 +57,7 @@ setuptools.setup(
         "tests": [
             "accelerate>=1.10,<2",
             "httpx2>=2.16,<3",
+            "openai>=3,<4",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff==0.17.6",

@@ -3,8 +3,9 @@
     python -m alphagrpo_jax.serve_verifier --model package:verifier --port 8000
 
 Routes: POST /v1/chat/completions (one question about one image, given as a data URL; greedy; with
-log-probs of up to --max-logprobs candidates), GET /v1/models, /health and /metrics (Prometheus).
-Questions about the same image that arrive together share one forward pass.
+log-probs of up to --max-logprobs candidates; whole or as a stream), GET /v1/models and
+/v1/models/NAME, /health and /metrics (Prometheus). Questions about the same image that arrive
+together share one forward pass.
 """
 
 import argparse
@@ -24,13 +25,20 @@ import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from alphagrpo_jax.rewards.verifiers import serving
 from alphagrpo_jax.rewards.verifiers.chat.keys import read_key
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
-from alphagrpo_jax.rewards.verifiers.serving import Batcher, RequestError
+from alphagrpo_jax.rewards.verifiers.prompt_limits import PromptLimits
+from alphagrpo_jax.rewards.verifiers.serving.batcher import Batcher
+from alphagrpo_jax.rewards.verifiers.serving.replies import ReplyWriter, request_id_of
+from alphagrpo_jax.rewards.verifiers.serving.requests import (
+    ChatRequest,
+    ImageQuestion,
+    RequestError,
+    RequestReader,
+)
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import AccessError, UsageError
 from alphagrpo_jax.runtime.paths import model_folder
@@ -38,6 +46,7 @@ from alphagrpo_jax.runtime.paths import model_folder
 _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 * 2**20
 RETRY_AFTER_SECONDS = 1
+SMALL_BODY = 64 * 2**10  # bytes; what is parsed faster than handed to a thread
 GRACE_SECONDS = 10  # for requests under way when the server is told to end
 
 
@@ -67,33 +76,34 @@ class Metrics:
 
 
 class Service:
-    """The routes over one verifier."""
+    """The routes over one model."""
 
     def __init__(
-        self, verifier: HFVerifier, batcher: Batcher, *, name: str, key: str, max_logprobs: int
+        self, reader: RequestReader, batcher: Batcher, writer: ReplyWriter, *, name: str, key: str
     ) -> None:
-        """Takes the arguments of `make_app`."""
-        self._verifier, self._batcher, self._name, self._key = verifier, batcher, name, key
-        self._max_logprobs = max_logprobs
-        self._metrics = Metrics(batcher)
+        """Takes what parses, answers and writes; see `make_app` for the others."""
+        self._reader, self._batcher, self._writer = reader, batcher, writer
+        self._name, self._key = name, key
+        self._metrics, self._created = Metrics(batcher), int(time.time())
 
     async def chat(self, request: Request) -> Response:
         """Answers POST /v1/chat/completions."""
         started = time.monotonic()
         self._metrics.requests.inc()
-        request_id = serving.request_id_of(request.headers.get("x-request-id"))
+        request_id = request_id_of(request.headers.get("x-request-id"))
         try:
             self._check_key(request)
-            chat_request, question = await asyncio.to_thread(
-                serving.read_request, await _body_of(request), max_logprobs=self._max_logprobs
-            )
+            chat_request, question = await self._read(request)
             self._check_model(chat_request.model)
-            ids, logprobs = await self._batcher.ask(question)
-            reply: Response = JSONResponse(
-                serving.completion(
-                    self._verifier, chat_request, question, ids, logprobs, request_id
+            answer = await self._batcher.ask(question)
+            written = chat_request, question, answer, request_id
+            reply: Response
+            if chat_request.stream:
+                reply = StreamingResponse(
+                    self._writer.chunks(*written), media_type="text/event-stream"
                 )
-            )
+            else:
+                reply = JSONResponse(self._writer.completion(*written))
         except RequestError as error:
             self._metrics.failures.labels(error.kind).inc()
             reply = _error_reply(error)
@@ -110,13 +120,17 @@ class Service:
         return reply
 
     async def models(self, request: Request) -> Response:
-        """Answers GET /v1/models."""
+        """Answers GET /v1/models and /v1/models/NAME."""
+        name = request.path_params.get("name")
         try:
             self._check_key(request)
+            if name is not None:
+                self._check_model(name)
         except RequestError as error:
             return _error_reply(error)
-        row = {"id": self._name, "object": "model", "owned_by": "alphagrpo_jax"}
-        return JSONResponse({"object": "list", "data": [row]})
+        row = {"id": self._name, "object": "model", "created": self._created}
+        row["owned_by"] = "alphagrpo_jax"
+        return JSONResponse({"object": "list", "data": [row]} if name is None else row)
 
     async def health(self, _: Request) -> Response:
         """Answers GET /health: 200, or 503 while the model is stuck."""
@@ -132,15 +146,28 @@ class Service:
         """Answers GET /metrics."""
         return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def _read(self, request: Request) -> tuple[ChatRequest, ImageQuestion]:
+        """Parses a request; large ones, which decode large images, beside the event loop."""
+        body = await _body_of(request)
+        if len(body) < SMALL_BODY:
+            return self._reader.read(body)
+        return await asyncio.to_thread(self._reader.read, body)
+
     def _check_key(self, request: Request) -> None:
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self._key and not hmac.compare_digest(sent.encode(), self._key.encode()):
-            raise RequestError("wrong or missing API key", status=401, kind="key")
+            raise RequestError(
+                "wrong or missing API key", status=401, kind="key", code="invalid_api_key"
+            )
 
     def _check_model(self, name: str) -> None:
         if name != self._name:
             raise RequestError(
-                f"model: got {name[:100]!r}, expected {self._name!r}", status=404, kind="model_name"
+                f"model: got {name[:100]!r}, expected {self._name!r}",
+                status=404,
+                kind="model_name",
+                param="model",
+                code="model_not_found",
             )
 
 
@@ -153,6 +180,7 @@ def make_app(
     max_queue: int,
     seconds: float,
     max_logprobs: int,
+    max_tokens: int,
 ) -> Starlette:
     """Builds the web application.
 
@@ -160,11 +188,14 @@ def make_app(
       verifier: answers the questions.
       name: of the model, as clients call it.
       key: that clients must send as a bearer token; "" for none.
-      max_batch, max_queue, seconds: see `serving.Batcher`.
+      max_batch, max_queue, seconds: see `serving.batcher.Batcher`.
       max_logprobs: most candidates of a token that a request may ask for.
+      max_tokens: most tokens of a reply, whatever a request asks for.
     """
     batcher = Batcher(verifier, max_batch=max_batch, max_queue=max_queue, seconds=seconds)
-    service = Service(verifier, batcher, name=name, key=key, max_logprobs=max_logprobs)
+    limits = PromptLimits(verifier.processor, verifier.model.config)
+    reader = RequestReader(limits, max_logprobs=max_logprobs, max_tokens=max_tokens)
+    service = Service(reader, batcher, ReplyWriter(verifier.tokenizer), name=name, key=key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -177,6 +208,7 @@ def make_app(
     routes = [
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.models),
         Route("/health", service.health),
         Route("/metrics", service.metrics),
     ]
@@ -195,9 +227,10 @@ async def _body_of(request: Request) -> bytes:
 
 
 def _error_reply(error: RequestError) -> Response:
-    content = {"error": {"message": str(error), "type": error.kind, "code": error.status}}
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    fields = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
-    return JSONResponse(content, status_code=error.status, headers=headers)
+    return JSONResponse({"error": fields}, status_code=error.status, headers=headers)
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -231,6 +264,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-wait", type=float, default=60.0, help="seconds that a question may wait, and a pass "
         "take until /health says 503")  # fmt: skip
     add("--max-logprobs", type=cli.COUNT, default=20, help="most candidates of a token")
+    add("--max-tokens", type=cli.COUNT, default=2048, help="most tokens of a reply")
     add("--api-key-env", default="", help="environment variable with the key clients must send")
     options = parser.parse_args(arguments)
     if not options.max_wait > 0:
@@ -285,6 +319,7 @@ def run(options: argparse.Namespace) -> None:
         max_queue=options.max_queue,
         seconds=options.max_wait,
         max_logprobs=options.max_logprobs,
+        max_tokens=options.max_tokens,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn ends in order, then raises the signal again: that must not be a second end.

@@ -1,6 +1,8 @@
 """The server as users start it: a process of its own, over the shipped verifier."""
 
 import asyncio
+import base64
+import io
 import json
 import math
 import os
@@ -13,13 +15,25 @@ import threading
 
 import httpx2
 import numpy as np
+import openai as official
 import pytest
+from PIL import Image
 
 from alphagrpo_jax import serve_verifier
-from alphagrpo_jax.rewards.verifiers import openai, serving
+from alphagrpo_jax.rewards.verifiers import openai
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.openai import OpenAIVerifier
+from alphagrpo_jax.rewards.verifiers.serving.batcher import Batcher, reply_tokens
+from alphagrpo_jax.rewards.verifiers.serving.requests import (
+    DEFAULT_TOKENS,
+    IGNORED,
+    NEUTRAL,
+    ChatRequest,
+    ImageQuestion,
+    RequestError,
+)
+from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.paths import resolve
 
@@ -147,45 +161,30 @@ def test_the_request_id_comes_back(url):
     assert strange.headers["x-request-id"] != "two words"
 
 
-def content(*items):
-    return [{"role": "user", "content": list(items)}]
+def test_bad_requests_are_explained_as_the_protocol_does(url):
+    for body, words, param in (
+        (b"{", "the body: Invalid JSON", None),
+        ({"temperature": 0.7}, "temperature: got 0.7, expected 0", "temperature"),
+        ({"guided_choice": ["yes"]}, "guided_choice: not supported here", "guided_choice"),
+        ({"top_logprobs": 5}, "top_logprobs needs logprobs", "top_logprobs"),
+    ):
+        reply = ask(url, body)
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert words in error["message"]
+        assert (error["type"], error["param"]) == ("invalid_request_error", param)
 
 
-TEXT = {"type": "text", "text": "Is it?"}
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (b"{", "the body: Invalid JSON"),
-        ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": content(TEXT)}, "expected an image_url and then a text"),
-        ({"messages": [{"role": "assistant", "content": "yes"}]}, "messages.0.role"),
-        ({"messages": content({"type": "image_url"}, TEXT)}, "lacks the field of its type"),
-        (
-            {"messages": content({"type": "image_url", "image_url": {"url": "http://a/b"}}, TEXT)},
-            "nothing is fetched",
-        ),
-        (
-            {
-                "messages": content(
-                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}, TEXT
-                )
-            },
-            "no readable image",
-        ),
-        ({"temperature": 0.7}, "temperature: got 0.7, expected 0"),
-        ({"n": 2}, "n: Input should be 1"),
-        ({"stream": True}, "stream: Input should be False"),
-        ({"top_logprobs": 5}, "top_logprobs needs logprobs"),
-        ({"logprobs": True, "top_logprobs": 100001}, "got 100001, at most 100000 are given here"),
-        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
-    ],
-)
-def test_bad_requests_are_explained(url, body, words):
-    reply = ask(url, body)
+def test_a_long_prompt_is_refused_at_once_and_holds_nobody_up(url, images):
+    """20,000 words kept the model busy for minutes; others are answered meanwhile."""
+    image = openai.data_url(images[1])
+    messages = openai.messages(image, "Is it red? " * 10_000, AUDIT_INSTRUCTION)
+    reply = ask(url, {"messages": messages})
     assert reply.status_code == 400
-    assert words in reply.json()["error"]["message"]
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "and the model's context 1024" in error["message"]
+    assert ask(url, {}).status_code == 200
 
 
 def test_control_tokens_in_a_question_are_refused(url):
@@ -202,6 +201,16 @@ def test_keys_and_model_names_are_checked(url):
     wrong = ask(url, {"model": "other"})
     assert wrong.status_code == 404
     assert "expected 'verifier'" in wrong.json()["error"]["message"]
+    assert wrong.json()["error"]["code"] == "model_not_found"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx2.Client(trust_env=False, headers=headers) as client:
+        row = client.get(f"{url}/models/verifier").json()
+        assert client.get(f"{url}/models").json()["data"] == [row]
+        missing = client.get(f"{url}/models/ORG/other")
+    assert (row["id"], row["object"]) == ("verifier", "model")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["type"] == "invalid_request_error"
+    assert httpx2.get(f"{url}/models/verifier", trust_env=False).status_code == 401
 
 
 def test_health_models_and_metrics(url):
@@ -288,6 +297,181 @@ def test_wrong_usage_is_refused(flags, capsys, monkeypatch):
     assert "sk-0" not in errors
 
 
+def client_of(url, kind=official.OpenAI):
+    return kind(base_url=url, api_key=KEY, max_retries=0, timeout=60)
+
+
+def turns(url, text, *, role="system", image_first=True):
+    """A chat as the official client takes it."""
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    return [
+        {"role": role, "content": AUDIT_INSTRUCTION},
+        {"role": "user", "content": content if image_first else content[::-1]},
+    ]
+
+
+ONE_TOKEN = {"model": "verifier", "max_tokens": 1, "temperature": 0, "logprobs": True}
+
+
+def p_yes(choice):
+    """P(yes) among the first token's candidates, as the official client shows them."""
+    mass = {"yes": 0.0, "no": 0.0}
+    for candidate in choice.logprobs.content[0].top_logprobs:
+        mass[candidate.token.strip().lower()] = math.exp(candidate.logprob)
+    return mass["yes"] / (mass["yes"] + mass["no"])
+
+
+def test_the_official_client(url, few, images):
+    client, image = client_of(url), openai.data_url(images[1])
+    assert [model.id for model in client.models.list()] == ["verifier"]
+    assert client.models.retrieve("verifier").id == "verifier"
+    with pytest.raises(official.NotFoundError) as missing:
+        client.models.retrieve("other")
+    assert missing.value.code == "model_not_found"
+    for role in ("system", "developer"):
+        reply = client.chat.completions.create(
+            messages=turns(image, QUESTIONS[0], role=role), top_logprobs=5, seed=1, user="me",
+            metadata={"run": "7"}, store=False, top_p=0.9, **ONE_TOKEN
+        )  # fmt: skip
+        (expected,) = few.answer(images[1], QUESTIONS[:1])
+        assert p_yes(reply.choices[0]) == pytest.approx(expected.p_yes, abs=1e-5)
+    inputs = few.processor(
+        text=[few.passes.prompter.prompt(QUESTIONS[0], AUDIT_INSTRUCTION)], images=[[images[1]]]
+    )
+    usage = reply.usage
+    assert usage.prompt_tokens == len(inputs["input_ids"][0])
+    assert (usage.completion_tokens, usage.total_tokens) == (1, usage.prompt_tokens + 1)
+    with pytest.raises(official.BadRequestError, match="response_format: got") as refused:
+        client.chat.completions.create(
+            messages=turns(image, QUESTIONS[0]),
+            response_format={"type": "json_object"},
+            **ONE_TOKEN,
+        )
+    assert refused.value.param == "response_format"
+
+
+def test_the_official_client_asynchronously(url, few, images):
+    async def ask_all():
+        async with client_of(url, official.AsyncOpenAI) as client:
+            requests = (
+                client.chat.completions.create(
+                    messages=turns(openai.data_url(image), text), top_logprobs=5, **ONE_TOKEN
+                )
+                for image in images
+                for text in QUESTIONS * 6
+            )
+            return await asyncio.gather(*requests)
+
+    replies = asyncio.run(ask_all())
+    expected = [answer for image in images for answer in few.answer(image, QUESTIONS) * 6]
+    for reply, answer in zip(replies, expected, strict=True):
+        assert p_yes(reply.choices[0]) == pytest.approx(answer.p_yes, abs=1e-5)
+
+
+def test_a_stream_is_the_whole_reply_in_pieces(url, images):
+    client = client_of(url)
+    options = {"messages": turns(openai.data_url(images[0]), QUESTIONS[1]), "model": "verifier",
+               "max_tokens": 5, "logprobs": True, "top_logprobs": 3}  # fmt: skip
+    complete = client.chat.completions.create(**options)
+    stream = client.chat.completions.create(
+        stream=True, stream_options={"include_usage": True}, **options
+    )
+    *chunks, last = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == (
+        complete.choices[0].message.content
+    )
+    tokens = [
+        token for c in chunks if c.choices[0].logprobs for token in c.choices[0].logprobs.content
+    ]
+    assert [token.model_dump() for token in tokens] == [
+        token.model_dump() for token in complete.choices[0].logprobs.content
+    ]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    finishes = [c.choices[0].finish_reason for c in chunks]
+    assert finishes == [None] * (len(chunks) - 1) + [complete.choices[0].finish_reason]
+    assert all(c.usage is None for c in chunks)
+    assert (last.choices, last.usage) == ([], complete.usage)
+    plain = ask(url, {"stream": True, "logprobs": None})
+    assert plain.headers["content-type"].startswith("text/event-stream")
+    lines = plain.text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(line.removeprefix("data: "))["choices"] for line in lines[:-2])
+    assert not any("usage" in line for line in lines)
+    refused = ask(url, {"stream": True, "n": 2})
+    assert (refused.status_code, refused.headers["content-type"]) == (400, "application/json")
+
+
+def test_the_model_gets_text_and_image_in_the_clients_order(url, direct, images):
+    client, image = client_of(url), openai.data_url(images[1])
+    probabilities = {}
+    for image_first in (True, False):
+        reply = client.chat.completions.create(
+            messages=turns(image, QUESTIONS[0], image_first=image_first),
+            top_logprobs=5,
+            **ONE_TOKEN,
+        )
+        content = turns("", QUESTIONS[0], image_first=image_first)[1]["content"]
+        content = [{"type": "image"} if "image_url" in item else item for item in content]
+        prompt = direct.passes.prompter.prompt_of(content, AUDIT_INSTRUCTION)
+        _, logits = direct.reply(images[1], prompt, 1)
+        (token,) = reply_tokens(logits.argmax(-1), logits, 5)
+        first = reply.choices[0].logprobs.content[0]
+        assert first.logprob == pytest.approx(token.logprob, abs=1e-5)
+        probabilities[image_first] = first.logprob
+    assert probabilities[True] != probabilities[False]
+
+
+def test_a_reply_without_a_limit_is_short(url):
+    reply = ask(url, {"max_tokens": None}).json()
+    assert 1 <= reply["usage"]["completion_tokens"] <= DEFAULT_TOKENS
+
+
+def encoded(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def image_files():
+    """Files that a careless reader gets wrong, each with another picture."""
+    rng = np.random.default_rng(5)
+    noise = Image.fromarray(rng.integers(0, 256, (24, 40, 3)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    hidden = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    hidden.paste((200, 0, 0, 255), (8, 8, 30, 30))
+    deep = Image.fromarray((rng.integers(0, 256, (20, 20)) * 256).astype(np.uint16))
+    return {
+        "exif": encoded(noise, "JPEG", exif=exif),
+        "alpha": encoded(hidden, "PNG"),
+        "palette": encoded(hidden.convert("P"), "PNG", transparency=0),
+        "16 bits": encoded(deep, "PNG"),
+        "cmyk": encoded(noise.convert("CMYK"), "JPEG"),
+        "grey": encoded(noise.convert("L"), "PNG"),
+        "tiff": encoded(noise, "TIFF"),
+        "thin": encoded(noise.crop((0, 0, 40, 3)), "PNG"),
+    }
+
+
+@pytest.mark.parametrize("name", image_files())
+def test_images_are_read_as_score_reads_them(url, few, tmp_path, name):
+    contents = image_files()[name]
+    (tmp_path / "image").write_bytes(contents)
+    pixels = np.asarray(images_lib.open_rgb(tmp_path / "image"))  # as score does
+    (expected,) = few.answer(pixels, QUESTIONS[2:])
+    address = "data:image/jpg;base64," + base64.b64encode(contents).decode()
+    reply = client_of(url).chat.completions.create(
+        messages=turns(address, QUESTIONS[2]), top_logprobs=5, **ONE_TOKEN
+    )
+    assert p_yes(reply.choices[0]) == pytest.approx(expected.p_yes, abs=1e-5)
+
+
+def test_fields_that_are_null_count_as_left_out(url):
+    names = {*IGNORED, *NEUTRAL, *ChatRequest.model_fields} - {"model", "messages", "max_tokens"}
+    reply = ask(url, dict.fromkeys(names))
+    assert reply.status_code == 200, reply.text
+
+
 class Blocked:
     """A model that answers when told to."""
 
@@ -306,14 +490,15 @@ class Blocked:
         return torch.tensor([[float(len(text)), 0.0] for text in texts])
 
 
-def question(text, group="a", max_tokens=1):
-    return serving.ImageQuestion(np.zeros((1, 1, 3), np.uint8), text, "", max_tokens, group)
+def question(text, group="a"):
+    image = np.zeros((1, 1, 3), np.uint8)
+    return ImageQuestion(image, text, "", None, len(text), 1, 2, group)
 
 
 def test_batches_hold_one_image_and_a_bad_question_fails_alone():
     async def scenario():
         model = Blocked()
-        batcher = serving.Batcher(model, max_batch=3, max_queue=9, seconds=60.0)
+        batcher = Batcher(model, max_batch=3, max_queue=9, seconds=60.0)
         running = asyncio.create_task(batcher.run())
         texts = [("one", "a"), ("three", "b"), ("bad", "a"), ("four", "a"), ("five", "a")]
         tasks = [
@@ -328,13 +513,15 @@ def test_batches_hold_one_image_and_a_bad_question_fails_alone():
     batches, outcomes, exploded = asyncio.run(scenario())
     assert batches[:4] == [["one", "bad", "four"], ["one"], ["bad"], ["four"]]
     assert sorted(batches[4:6]) == [["five"], ["three"]]
-    assert isinstance(outcomes[2], serving.RequestError)
+    assert isinstance(outcomes[2], RequestError)
     assert outcomes[2].status == 400
     for (text, _), outcome in zip([("one", 0), ("three", 0)], outcomes[:2], strict=True):
-        ids, logprobs = outcome
-        assert ids == [0]
+        assert outcome.ids == [0]
+        (token,) = outcome.tokens
         expected = float(len(text)) - math.log(math.exp(len(text)) + 1.0)
-        assert float(logprobs[0, 0]) == pytest.approx(expected, abs=1e-6)
+        assert token.logprob == pytest.approx(expected, abs=1e-6)
+        assert token.top[0] == (0, token.logprob)
+        assert len(token.top) == 2
     assert exploded.status == 500
     assert "out of memory" in str(exploded)
 
@@ -342,8 +529,8 @@ def test_batches_hold_one_image_and_a_bad_question_fails_alone():
 def test_health_says_when_a_pass_does_not_end():
     async def scenario():
         model = Blocked()
-        batcher = serving.Batcher(model, max_batch=1, max_queue=9, seconds=0.05)
-        service = serve_verifier.Service(model, batcher, name="blocked", key="", max_logprobs=20)
+        batcher = Batcher(model, max_batch=1, max_queue=9, seconds=0.05)
+        service = serve_verifier.Service(None, batcher, None, name="blocked", key="")
         running = asyncio.create_task(batcher.run())
         health = [await service.health(None)]
         task = asyncio.create_task(batcher.ask(question("one")))
@@ -364,10 +551,10 @@ def test_health_says_when_a_pass_does_not_end():
 def test_a_full_queue_and_a_long_wait_are_refused():
     async def scenario():
         model = Blocked()
-        batcher = serving.Batcher(model, max_batch=1, max_queue=2, seconds=0.0)
+        batcher = Batcher(model, max_batch=1, max_queue=2, seconds=0.0)
         waiting = [asyncio.create_task(batcher.ask(question(str(n)))) for n in range(2)]
         await asyncio.sleep(0)
-        with pytest.raises(serving.RequestError, match="2 questions wait already") as full:
+        with pytest.raises(RequestError, match="2 questions wait already") as full:
             await batcher.ask(question("more"))
         running = asyncio.create_task(batcher.run())
         late = await asyncio.gather(*waiting, return_exceptions=True)

@@ -387,8 +387,18 @@ class HFVerifier:
         Raises:
           ValueError: see `first_token_logits`.
         """
-        prompts = [self.passes.prompter.prompt(question, instruction)]
-        inputs = self.passes.prompter.inputs(checked_image(image), prompts)
+        return self.reply(image, self.passes.prompter.prompt(question, instruction), max_tokens)
+
+    def reply(self, image: np.ndarray, prompt: str, max_tokens: int) -> tuple[Tensor, Tensor]:
+        """Generates the greedy reply to a complete prompt that holds the image's token once.
+
+        Returns:
+          ids int[T] and logits float32[T, V], T at most `max_tokens`.
+
+        Raises:
+          ValueError: the image is not uint8[H, W, 3].
+        """
+        inputs = self.passes.prompter.inputs(checked_image(image), [prompt])
         options = copy.deepcopy(self.model.generation_config)
         options.do_sample, options.max_new_tokens = False, max_tokens
         options.pad_token_id = self.tokenizer.pad_token_id

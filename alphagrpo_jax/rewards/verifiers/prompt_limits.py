@@ -1,7 +1,11 @@
 """Tells which prompts a Hugging Face verifier can be asked, before a model computes anything."""
 
+import copy
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from alphagrpo_jax.runtime.errors import InputError
 
 LARGEST_SIDE = 1024  # pixels, of what BAGEL draws
 CACHED_SIZES = 64  # of images
+CACHED_FRAMES = 64  # instructions with orders of text and image
+# Texts that a template which only places texts leaves as they are.
+PROBES = ("Is it?", "<b>'a' & \"c\"</b>\n\n{{ x }} {% y %} \\n \u00e9")
 
 
 class PromptLimits:
@@ -31,10 +38,13 @@ class PromptLimits:
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
-        """Takes both as transformers loads them; `config` is the model's."""
-        self._tokenizer = processor.tokenizer
-        self._prompter = Prompter(processor, torch.device("cpu"), torch.float32)
+        """Copies what it needs of both, as transformers loads them; `config` is the model's."""
+        # Copies, since calls of a processor change its tokenizer, which another thread must not
+        # read meanwhile: that of the processor is locked, the other one never changes.
+        self._lock, self._tokenizer = threading.Lock(), copy.deepcopy(processor.tokenizer)
+        self._prompter = Prompter(copy.deepcopy(processor), torch.device("cpu"), torch.float32)
         self.context_tokens = context_tokens(config, self._tokenizer)
+        self._frame = functools.lru_cache(CACHED_FRAMES)(self._find_frame)
         self._added_by_image = functools.lru_cache(CACHED_SIZES)(self._measure_image)
 
     @classmethod
@@ -63,6 +73,42 @@ class PromptLimits:
           instruction: of the system's turn; "" for none.
         Raises:
           InputError: a text holds a control token, or the template takes no such turns.
+        """
+        texts = [item["text"] for item in content if item["type"] == "text"]
+        self._prompter.check_texts(texts, instruction)
+        frame = self._frame(tuple(item["type"] for item in content), instruction)
+        if frame is None or any(text != text.strip() for text in texts):
+            return self._render(content, instruction)
+        pairs = zip(frame, [*texts, ""], strict=True)
+        return "".join(text for pair in pairs for text in pair)
+
+    def _find_frame(self, layout: tuple[str, ...], instruction: str) -> tuple[str, ...] | None:
+        """Returns what the template writes around the texts of a user's turn of this layout.
+
+        Rendering takes longer than the tokenizer. None: the template does more than to place texts.
+        """
+
+        def filled(texts: Iterator[str]) -> str:
+            content = [
+                {"type": "text", "text": next(texts)} if kind == "text" else {"type": "image"}
+                for kind in layout
+            ]
+            return self._render(content, instruction)
+
+        marks = [f"TEXT-{number}-OF-THE-TURN" for number in range(layout.count("text"))]
+        frame = re.split("|".join(marks), filled(iter(marks)))
+        if len(frame) != len(marks) + 1:
+            return None
+        for probe in PROBES:
+            if probe.join(frame) != filled(itertools.repeat(probe)):
+                return None
+        return tuple(frame)
+
+    def _render(self, content: Sequence[Mapping[str, str]], instruction: str) -> str:
+        """Returns the complete prompt as the template writes it.
+
+        Raises:
+          InputError: the template takes no such turns.
         """
         try:
             return self._prompter.prompt_of(content, instruction)
@@ -99,12 +145,16 @@ class PromptLimits:
         return None
 
     def _count_text(self, prompt: str) -> int:
-        return len(self._prompter.text_tokens(prompt))
+        special = self._prompter.adds_special(prompt)
+        if self._tokenizer.is_fast:  # without the detours of the general way
+            return len(self._tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=special))
+        ids = self._tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
+        return len(ids)
 
     def _measure_image(self, height: int, width: int) -> int:
         """Counts the tokens by which an image of a size makes a prompt longer than its text."""
         prompt = self.prompt([{"type": "image"}, {"type": "text", "text": "?"}], "")
         image = np.zeros((height, width, 3), np.uint8)
-        return self._prompter.inputs(image, [prompt])["input_ids"].shape[1] - self._count_text(
-            prompt
-        )
+        with self._lock:
+            ids = self._prompter.inputs(image, [prompt])["input_ids"]
+        return ids.shape[1] - self._count_text(prompt)

@@ -165,13 +165,21 @@ class Prompter:
         Raises:
           InputError: a text holds a control token, which the tokenizer would read as one.
         """
-        texts = [instruction, *(item.get("text", "") for item in content)]
-        if tokens := sorted({t for t in self._control for text in texts if t in text}):
+        self.check_texts([item.get("text", "") for item in content], instruction)
+        return self._render(self._form(content, instruction))
+
+    def check_texts(self, texts: Sequence[str], instruction: str) -> None:
+        """Refuses texts that hold a control token.
+
+        Raises:
+          InputError: the tokenizer would read one of them as more than text.
+        """
+        all_texts = [instruction, *texts]
+        if tokens := sorted({t for t in self._control for text in all_texts if t in text}):
             raise InputError(
-                f"got the control tokens {tokens} in the text {''.join(texts[1:])[:200]!r}; a "
+                f"got the control tokens {tokens} in the text {''.join(texts)[:200]!r}; a "
                 "question is plain text"
             )
-        return self._render(self._form(content, instruction))
 
     def inputs(self, image: np.ndarray, prompts: Sequence[str], side: str = "right") -> dict:
         """Runs the processor on prompts about one image; returns a batch padded on one side.
@@ -183,7 +191,7 @@ class Prompter:
         Returns:
           The model's inputs; all but the image's have shape int64[prompts, T, ...].
         """
-        special = {} if self._adds_special(prompts[0]) else {"add_special_tokens": False}
+        special = {} if self.adds_special(prompts[0]) else {"add_special_tokens": False}
         batch = self._processor(
             text=list(prompts),
             images=[[image]] * len(prompts),
@@ -205,7 +213,7 @@ class Prompter:
 
     def text_tokens(self, text: str) -> list[int]:
         """Returns the ids of a prompt, or of its beginning, with one token for an image."""
-        special = self._adds_special(text)
+        special = self.adds_special(text)
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def tokens_behind(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -230,7 +238,7 @@ class Prompter:
         tokens[mask.bool()] = torch.tensor([token for row in rows for token in row])
         return tokens.to(self._device), mask.to(self._device)
 
-    def _adds_special(self, prompt: str) -> bool:
+    def adds_special(self, prompt: str) -> bool:
         """Tells whether the tokenizer is to add what begins a text.
 
         As in `apply_chat_template`: a template that writes BOS itself gets no second one.

@@ -1,0 +1,1 @@
+"""Parts of `serve_verifier` behind its routes: requests, batching, replies."""
