@@ -109,9 +109,9 @@ def _check_extra_body(text: str) -> str:
 
 
 def _check_instruction(text: str) -> str:
-    """Refuses a blank instruction."""
-    if not text.strip():
-        raise ValueError(f"got {text!r}, expected a text that tells the verifier how to answer")
+    """Refuses an instruction of blanks alone."""
+    if text and not text.strip():
+        raise ValueError(f"got {text!r}, expected a text, or an empty one for none")
     return text
 
 
@@ -213,8 +213,8 @@ class VerifierOptions(PoolOptions):
     top_k: int = Field(ge=0, le=1 << 20)
     """Number of candidates of the first token that count for P(yes); 0 counts all."""
     instruction: Annotated[str, AfterValidator(_check_instruction)]
-    """System turn of every yes/no question; answers under different instructions are not
-    comparable."""
+    """System turn of every yes/no question, "" for none; answers under different instructions are
+    not comparable."""
     min_mass: float = Field(ge=1e-6, le=1.0)
     """P(yes) + P(no) of the token that is read, below which the question has no answer."""
     read: Literal["first", "after_thinking"]

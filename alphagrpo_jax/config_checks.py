@@ -24,6 +24,9 @@ from alphagrpo_jax.tasks import IMAGE, TASKS
 
 # What may differ when a run is resumed.
 RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "verifier.audit")
+# What may differ too, with a notice: the same verifier, asked in another way.
+RESUMABLE_WITH_NOTICE = ("verifier.",)
+NEVER_RESUMABLE = ("verifier.model", "verifier.instruction")  # another verifier, other questions
 # Fields that came after the first runs, and the values by which those runs went.
 LATER = {
     "checkpoint.stop_seconds": 8.0,
@@ -96,27 +99,48 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
-def check_resumable(config: Config, saved: Mapping[str, Any]) -> None:
+def check_resumable(config: Config, saved: Mapping[str, Any]) -> str:
     """Refuses to continue a run under another configuration.
 
     Args:
       config: of this start.
       saved: the JSON object that the run wrote.
+    Returns:
+      A notice of differences that are allowed but may change the last bits of rewards; "" without
+      any.
     Raises:
-      ConfigError: a field outside `RESUMABLE` differs; all such fields are listed.
+      ConfigError: a field that may not change differs; all such fields are listed.
     """
     now, then = _flatten(json.loads(to_json(config))), LATER | _flatten(saved)
-    differences = [
-        f"{key}: the run has {then.get(key)!r}, this start {now.get(key)!r}"
+    changed = [
+        key
         for key in sorted(now.keys() | then.keys())
         if now.get(key) != then.get(key) and not key.startswith(RESUMABLE)
     ]
-    if differences:
+    differences = {
+        key: f"{key}: the run has {then.get(key)!r}, this start {now.get(key)!r}" for key in changed
+    }
+    noticed = [
+        key
+        for key in changed
+        if key.startswith(RESUMABLE_WITH_NOTICE) and key not in NEVER_RESUMABLE
+    ]
+    # A run that asked no chat server had no name for its verifier there.
+    if "verifier.model" in changed and not then.get("verifier.model"):
+        noticed.append("verifier.model")
+    if refused := [key for key in changed if key not in noticed]:
         raise ConfigError(
             "the run folder holds a run of another configuration:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(differences[key] for key in refused)
             + "\nuse these values, or another --workdir"
         )
+    if not noticed:
+        return ""
+    return (
+        "notice: the run goes on with another way to its verifier, which must be the same model "
+        "(the last bits of rewards may change):\n  "
+        + "\n  ".join(differences[key] for key in noticed)
+    )
 
 
 def _problems(error: pydantic.ValidationError) -> list[str]:

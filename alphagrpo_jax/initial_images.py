@@ -99,7 +99,7 @@ def _score(
     flat = images.reshape(-1, *images.shape[2:])
     scoring.submit(run.verifier, sample_ids, flat, repeated, scoring_options, first=0)
     rewards = scoring.gather(run.verifier, sample_ids, repeated, (), scoring_options)
-    check_validity(run.config, rewards, f"step {step}, initial images")
+    check_validity(run.config, rewards, repeated, f"step {step}, initial images")
     return rewards.reward.reshape(shape), rewards.valid.reshape(shape)
 
 

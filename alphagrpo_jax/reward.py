@@ -92,7 +92,7 @@ def collect(
     )
     if reflection is not None:
         rewards = scoring.without(rewards, np.isnan(reflection), "no verdict on the reflection")
-    check_validity(run.config, rewards, f"step {step}")
+    check_validity(run.config, rewards, rollout.records, f"step {step}")
     return rewards
 
 

@@ -110,6 +110,7 @@ class _State:
     def __init__(self, log: pathlib.Path) -> None:
         self._lock, self._log = threading.Lock(), log
         self.together = 0  # requests under way
+        self.connections = 0  # accepted so far
         self.tell({"faults": [], "every": 1, "times": None, "after": 0})
 
     def tell(self, command: dict) -> None:
@@ -162,12 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
         request, fault = read_request(body), self.state.next_fault()
         row = {key: value for key, value in request.items() if key != "pixels"}
         row |= {"fault": fault, "id": self.headers["X-Request-Id"], "p_yes": None}
-        row["together"] = self.state.together
+        row["together"], row["connections"] = self.state.together, self.state.connections
         if request["pixels"] is not None:
             image = request["pixels"]
             p_yes = truth(image, request["question"])
             row["image"] = digest(image)
-            if fault in (None, "slow"):
+            if fault in HONEST:
                 row["p_yes"] = p_yes
         else:
             p_yes = 0.5
@@ -316,10 +317,52 @@ def _cut(handler: _Handler, reply: dict) -> None:
     handler.close_connection = True
 
 
+def _thinking(reply: dict, before: list[str], *, behind: tuple[str, ...] = (), **message) -> dict:
+    """The honest answer behind tokens of thinking, as servers without a parser send it."""
+    choice = reply["choices"][0]
+    thought = [_sure(token) for token in before]
+    answer = choice["logprobs"]["content"]
+    choice["logprobs"] = {"content": [*thought, *answer, *map(_sure, behind)]}
+    choice["message"] |= {"content": "".join(before) + answer[0]["token"]} | message
+    return reply
+
+
+def _sure(token: str) -> dict:
+    """The row of a token that the model was sure of."""
+    row = {"token": token, "logprob": 0.0}
+    return row | {"top_logprobs": [row]}
+
+
+def _parsed(reply: dict) -> dict:
+    """The same from a server that has split off the thinking."""
+    text = reply["choices"][0]["message"]["content"]
+    message = {"content": text.strip(), "reasoning_content": "So yes or no."}
+    before = ["So", " yes or", " no.", "\n\n"]
+    return _thinking(reply, before, behind=("<|im_end|>",), **message)
+
+
+def _cut_thinking(reply: dict) -> dict:
+    """Thinking that was cut before its end."""
+    reply["choices"][0]["logprobs"] = {"content": [_sure("<think>"), _sure("Yes"), _sure(" or")]}
+    return reply
+
+
+_THOUGHT = ["<think>", "So", " yes", " or no", ".</", "think", ">", "\n\n"]
 _NEITHER = [("Maybe", math.log(0.6)), ("It", math.log(0.3))]
 _NANS = [("Yes", math.nan), ("No", math.log(0.3))]
 _OVERFULL = [("Yes", math.log(0.9)), ("No", math.log(0.9))]
+# Sound replies, which hold the truth.
+HONEST = (None, "slow", "think", "think parsed")
 FAULTS = {
+    "think": lambda handler, reply: handler.send_json(_thinking(reply, _THOUGHT)),
+    "think parsed": lambda handler, reply: handler.send_json(_parsed(reply)),
+    "think cut": lambda handler, reply: handler.send_json(_cut_thinking(reply)),
+    "think twice": lambda handler, reply: handler.send_json(
+        _thinking(reply, [*_THOUGHT, "No", "</think>"])
+    ),
+    "think for ever": lambda handler, reply: handler.send_json(
+        _with_logprobs(reply, [("<think>", math.log(0.998)), ("Yes", math.log(0.0012))])
+    ),
     None: lambda handler, reply: handler.send_json(reply),
     "slow": _slow,
     "reset": lambda handler, reply: handler.abort(),
@@ -354,6 +397,11 @@ FAULTS = {
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def get_request(self):
+        request = super().get_request()
+        _Handler.state.connections += 1
+        return request
 
     def handle_error(self, *_: object) -> None:
         """Connections that the client gave up are no news."""

@@ -169,8 +169,8 @@ def test_runs_without_the_newest_fields_are_read_and_continued():
     assert config_lib.from_saved(saved) == config
     config_lib.check_resumable(config, saved)
     remembers = config_lib.from_config_dict(changed(verifier__cache_size=9))
-    with pytest.raises(ConfigError, match=r"verifier\.cache_size: the run has 0, this start 9"):
-        config_lib.check_resumable(remembers, saved)
+    notice = config_lib.check_resumable(remembers, saved)
+    assert "verifier.cache_size: the run has 0, this start 9" in notice
 
 
 def test_only_some_fields_may_differ_on_resume():
@@ -181,6 +181,31 @@ def test_only_some_fields_may_differ_on_resume():
     message = r"loss\.level: the run has 'sequence'.*'token'\n  seed: "
     with pytest.raises(ConfigError, match=message):
         config_lib.check_resumable(differing, saved)
+
+
+def test_a_run_may_go_on_with_another_way_to_its_verifier_but_no_other_verifier():
+    served = {
+        "verifier__kind": "openai",
+        "verifier__endpoints": ("http://a/v1",),
+        "verifier__model": "m",
+    }
+    local = json.loads(config_lib.to_json(config_lib.from_config_dict(changed())))
+    config = config_lib.from_config_dict(changed(**served))
+    notice = config_lib.check_resumable(config, local)
+    assert notice.startswith("notice: the run goes on with another way to its verifier")
+    assert "verifier.kind: the run has 'hf', this start 'openai'" in notice
+    saved = json.loads(config_lib.to_json(config))
+    assert not config_lib.check_resumable(config, saved)
+    audited = config_lib.from_config_dict(changed(**served, verifier__audit="log.jsonl"))
+    assert not config_lib.check_resumable(audited, saved)
+    for field, message in (
+        ({"verifier__model": "n"}, r"verifier\.model: the run has 'm', this start 'n'"),
+        ({"verifier__instruction": "Say yes."}, r"verifier\.instruction: the run has 'You are"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config_lib.check_resumable(
+                config_lib.from_config_dict(changed(**(served | field))), saved
+            )
 
 
 def test_the_default_instruction_is_the_one_that_runs_before_it_had():

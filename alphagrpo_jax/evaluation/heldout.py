@@ -139,7 +139,7 @@ def evaluate(
                 )
             kind = "evaluation" if prefix == "eval" else "greedy evaluation"
             where = f"{kind} of {name} at step {step}"
-            check_validity(config, evaluations[name].rewards, where)
+            check_validity(config, evaluations[name].rewards, evaluations[name].records, where)
         metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
         if prefix == "eval":
             sampled = evaluations
@@ -250,7 +250,7 @@ def evaluate_initial_images(run: Run, params: PolicyParams, name: str) -> Evalua
         check=CHECKERS[config.eval.checker],
         prefix="eval/initial",
     )
-    check_validity(config, evaluation.rewards, f"initial images of {name}")
+    check_validity(config, evaluation.rewards, records, f"initial images of {name}")
     return evaluation
 
 

@@ -96,6 +96,9 @@ class Rewards:
     ratings: tuple[tuple[float, ...], ...] = ()  # the same, 0 to 10
     reasons: tuple[str | None, ...] = ()  # per sample, why it is invalid
     tags: Mapping[str, float] = dataclasses.field(default_factory=dict)  # see `_tag_means`
+    masses: np.ndarray | None = None  # float64[N, Q], P(yes) + P(no); NaN where not known
+    # Samples by number with a text that no verifier could answer; None if another host asked it.
+    unanswerable: Mapping[int, str | None] = dataclasses.field(default_factory=dict)
 
     @property
     def shown_scores(self) -> Mapping[str, np.ndarray]:
@@ -106,7 +109,8 @@ class Rewards:
     def metrics(self) -> dict[str, float]:
         """Computes means over the valid samples (NaN if there are none), and the valid share.
 
-        Where there are yes/no questions: their means by tag, and the share of saturated ones.
+        Where there are yes/no questions: their means by tag, the share of saturated ones, and the
+        mean mass of yes and no where the verifier tells it.
         """
         metrics = {"reward/mean": _mean(self.reward, self.valid)}
         for name in ("semantic", "quality", "format"):
@@ -119,6 +123,8 @@ class Rewards:
         if answers.size:
             saturated = (answers < SATURATED) | (answers > 1.0 - SATURATED)
             metrics["question/saturated_fraction"] = float(saturated.mean())
+        if self.masses is not None and not np.isnan(self.masses).all():
+            metrics["reward/answer_mass"] = float(np.nanmean(self.masses))
         return metrics
 
 
@@ -169,7 +175,9 @@ def gather(
     local_rows = distributed.own_rows(len(sample_ids))
     results = gather_together(pool, [sample_ids[row] for row in local_rows])
     questions = max((len(yes_no_questions(options, record)) for record in records), default=0)
-    lengths = (len(Reward._fields), len(options.scores), questions, _rating_count(options))
+    rating_count = _rating_count(options)
+    # The last column tells of a text that no verifier could answer.
+    lengths = (len(Reward._fields), len(options.scores), questions, rating_count, questions, 1)
     # All numbers in one array, NaN where there is none: one exchange between processes is enough.
     local_table = np.full((len(local_rows), sum(lengths)), np.nan)
     reasons: list[str | None] = [ELSEWHERE] * len(sample_ids)
@@ -179,14 +187,18 @@ def gather(
         reasons[row] = None if result.valid else str(result.failure)
         if result.valid and not reward.valid:
             reasons[row] = f"the numbers {result.p_yes, result.scores} make no finite reward"
-        numbers = (reward, by_score, result.p_yes or (), result.ratings)
+        masses = [np.nan if mass is None else mass for mass in result.masses]
+        hopeless = [float(result.unanswerable is not None)]
+        numbers = (reward, by_score, result.p_yes or (), result.ratings, masses, hopeless)
         for start, values in zip(np.cumsum((0, *lengths)), numbers, strict=False):
             local_table[line, start : start + len(values)] = values
     failures = collections.Counter(reasons[row] for row in local_rows if reasons[row] is not None)
     merged = distributed.merge_rows(local_table, len(sample_ids))
-    table, by_score, answers, ratings = np.split(merged, np.cumsum(lengths)[:-1], axis=1)
+    columns = np.split(merged, np.cumsum(lengths)[:-1], axis=1)
+    table, by_score, answers, ratings, masses, hopeless = columns
     valid = table[:, 3] > 0
     p_yes = _without_padding(answers)
+    texts = {row: results[sample_ids[row]].unanswerable for row in local_rows}
     return Rewards(
         reward=table[:, 0],
         semantic=table[:, 1],
@@ -199,6 +211,8 @@ def gather(
         ratings=_without_padding(ratings),
         reasons=tuple(None if ok else why for ok, why in zip(valid, reasons, strict=True)),
         tags=_tag_means(records, p_yes, options),
+        masses=masses,
+        unanswerable={row: texts.get(row) for row in np.flatnonzero(hopeless[:, 0] > 0).tolist()},
     )
 
 

@@ -35,6 +35,7 @@ REDUCTIONS = {
     "loss/text": MEAN,
     "loss/total": MEAN,
     "question/saturated_fraction": MEAN,
+    "reward/answer_mass": MEAN,
     "reward/format": MEAN,
     "reward/mean": MEAN,
     "reward/quality": MEAN,

@@ -161,6 +161,20 @@ def read_jsonl(path: str | os.PathLike, *, form: str = "questions") -> list[Reco
     return records
 
 
+def find_line(path: str | os.PathLike, record: Record) -> int | None:
+    """Returns the number of the first line that holds a record; None if no line does.
+
+    Records do not carry their lines: only a failure asks for one.
+    """
+    for number, line in numbered_lines(path):
+        try:
+            if parse_record(parse_line(line)) == record:
+                return number
+        except RecordError:  # a line of another form
+            continue
+    return None
+
+
 def numbered_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
     """Yields the lines of a file that are not blank, and their numbers from 1.
 

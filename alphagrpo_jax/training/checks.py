@@ -1,14 +1,19 @@
 """Checks that refuse or stop a run with one actionable error message."""
 
 import collections
+import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import distributed
-from alphagrpo_jax.runtime.errors import UserError
+from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
 from alphagrpo_jax.runtime.metrics import MetricsLog
+from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.records import Record, find_line
+from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.types import Rollout
 
 REPORTED_FAILURES = 5  # kinds of verifier failures in one message
@@ -47,12 +52,28 @@ def early_decay(config: Config) -> str:
     )
 
 
-def check_validity(config: Config, rewards: scoring.Rewards, where: str) -> None:
-    """Stops a run whose verifiers fail too often.
+def check_validity(
+    config: Config, rewards: scoring.Rewards, records: Sequence[Record], where: str
+) -> None:
+    """Stops a run whose verifiers fail too often, or that has a record nobody can answer.
 
+    Args:
+      config: the run's.
+      rewards: of N samples.
+      records: of the samples, N.
+      where: begins the message.
     Raises:
+      InputError: no verifier could answer a question: the record's group would be lost each time.
       TrainingError: more samples are invalid than `reward.max_invalid_fraction` allows.
     """
+    if rewards.unanswerable:
+        row, question = min(rewards.unanswerable.items(), key=lambda item: item[1] is None)
+        record = records[row]
+        raise InputError(
+            f"{_location(config, record)}: the prompt {record.prompt!r} can never have a reward: "
+            f"{rewards.reasons[row] if question else 'another host says why'}. Mend the question, "
+            'or set its "is_valid" to false, then run the same command again'
+        )
     invalid = 1.0 - float(np.mean(rewards.valid))
     if invalid > config.reward.max_invalid_fraction:
         common = collections.Counter(rewards.failures).most_common(REPORTED_FAILURES)
@@ -63,6 +84,18 @@ def check_validity(config: Config, rewards: scoring.Rewards, where: str) -> None
             f"the most frequent failures on this host: {failures}. Mend the verifier, then run the "
             "same command again: it continues from the last checkpoint"
         )
+
+
+def _location(config: Config, record: Record) -> str:
+    """Returns FILE:LINE of a record, or what else tells it."""
+    kinds = {TASKS[name].data for name in config.tasks} & {"prompts", "edits"}
+    for name in (path for kind in sorted(kinds) for path in config.data.pair(kind)):
+        with contextlib.suppress(MissingFileError):  # removed since the run has read it
+            path = resolve(name)
+            line = find_line(path, record)
+            if line is not None:
+                return f"{path}:{line}"
+    return f"record {record.id or ''}".strip()
 
 
 def check_sampled(trajectories: Rollout, step: int) -> None:

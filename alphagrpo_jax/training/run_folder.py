@@ -213,14 +213,16 @@ def _host_copy(tree: Any) -> Any | None:
 
 
 def check_folder(config: Config, workdir: pathlib.Path) -> None:
-    """Refuses a folder that holds a run of another configuration.
+    """Refuses a folder that holds a run of another configuration; notifies of small differences.
 
     Raises:
       ConfigError: fields that may not change differ.
     """
     path = workdir / CONFIG_FILE
-    if path.exists() and holds_run(workdir):
-        config_lib.check_resumable(config, _read_json(path))
+    if not path.exists() or not holds_run(workdir):
+        return
+    if notice := config_lib.check_resumable(config, _read_json(path)):
+        notify(notice)
 
 
 def holds_run(workdir: pathlib.Path) -> bool:

@@ -227,7 +227,9 @@ class PolicyVerifier:
         question_ids = self._tokenizer.encode(question)
         if self._holds_control_tokens(question_ids):
             return Answer(
-                None, f"got control tokens in the question {question!r}; a question is plain text"
+                None,
+                f"got control tokens in the question {question!r}; a question is plain text",
+                permanent=True,
             )
         ids = [special.im_start, *question_ids, special.im_end, special.im_start]
         if len(ids) > self._length:
@@ -235,6 +237,7 @@ class PolicyVerifier:
                 None,
                 f"the question {question!r} has {len(ids) - 1} tokens with its delimiters, at most "
                 f"{self._length - 1} fit (rollout.prompt_tokens)",
+                permanent=True,
             )
         return ids
 

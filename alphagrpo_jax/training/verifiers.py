@@ -191,9 +191,12 @@ class PoolCounts:
     """
 
     def __init__(self, verifier: VerifierPool) -> None:
-        """Counts from now on; a verifier without worker processes has no counters."""
+        """Counts from the pool's start on, so that the first row counts what went before it too.
+
+        A verifier in this process has no counters.
+        """
         self._pool = verifier if isinstance(verifier, Pool | CombinedPool) else None
-        self._before = self._pool.counters() if self._pool else {}
+        self._before: dict[str, float] = {}
 
     def metrics(self) -> dict[str, float]:
         """Returns `time/pool/NAME` per counter (see `Pool.counters`), summed over all processes.
@@ -203,6 +206,7 @@ class PoolCounts:
         if self._pool is None:
             return {}
         now = self._pool.counters()
-        counts = distributed.total(np.array([now[name] - self._before[name] for name in now]))
+        counts = [now[name] - self._before.get(name, 0) for name in now]
+        counts = distributed.total(np.array(counts))
         self._before = now
         return {f"time/pool/{name}": float(value) for name, value in zip(now, counts, strict=True)}

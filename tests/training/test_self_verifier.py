@@ -171,13 +171,13 @@ def test_a_second_verifier_stands_beside_the_first(images):
             pool.submit(0, images[0], QUESTIONS)
         assert first.gather([0])[0].p_yes != (0.5,) * 3
         assert second.gather([0])[0].p_yes == (0.5,) * 3
-        counts = verifiers_lib.PoolCounts(first)  # from here on
+        counts = verifiers_lib.PoolCounts(first)  # counts what was before it, too
         first.submit(1, images[1], QUESTIONS)
         first.gather([1])
         once, nothing = counts.metrics(), counts.metrics()
         assert {name for name in once if not name.startswith("time/pool/")} == set()
-        assert once["time/pool/questions"] == len(QUESTIONS)
-        assert once["time/pool/answered"] == once["time/pool/attempts"] == 1
+        assert once["time/pool/questions"] == 2 * len(QUESTIONS)
+        assert once["time/pool/answered"] == once["time/pool/attempts"] == 2
         assert once["time/pool/busy_seconds"] > 0
         assert once.keys() == nothing.keys() >= {"time/pool/retries", "time/pool/lost_workers"}
         assert set(nothing.values()) == {0.0}

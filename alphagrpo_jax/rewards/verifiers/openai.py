@@ -118,7 +118,7 @@ class OpenAIVerifier:
             beyond them do not count.
           text_fallback: if neither yes nor no is a candidate, a text that is exactly yes or no
             counts as 1 or 0, and one that is exactly a number as that rating.
-          instruction: system turn of every yes/no question.
+          instruction: system turn of every yes/no question; "" for none.
           min_mass: P(yes) + P(no) below which a question has no answer.
           read: token that is read, the first or the first behind the end of the thinking.
           max_tokens: most tokens of a reply with read="after_thinking".
@@ -397,7 +397,7 @@ def data_url(image: np.ndarray) -> str:
 
 
 def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
-    """Returns a chat: the instruction as the system's turn, image and question as the user's.
+    """Returns a chat: the instruction, if any, as the system's turn, then image and question.
 
     Raises:
       InputError: the question holds a control token, which a server would read as one, or half of
@@ -418,4 +418,5 @@ def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": question},
     ]
-    return [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
+    system = [{"role": "system", "content": instruction}] if instruction else []
+    return [*system, {"role": "user", "content": content}]

@@ -110,7 +110,7 @@ class EndpointMember:
                 self._fruitless = 0
             # Of attempts at the same time the first failure counts, else one hiccup looks like
             # many. A question that nobody could answer says nothing about the servers.
-            elif started > self._last_failure and job.unanswerable is None:
+            elif started > self._last_failure and not job.permanent:
                 self._last_failure = time.monotonic()
                 self._fruitless += 1
                 self._pause_ends = self._last_failure + self._state.pause_seconds(self._fruitless)

@@ -94,13 +94,15 @@ class InProcessPool:
         for sample_id, sample in zip(sample_ids, samples, strict=True):
             sample_answers = next(answers) if sample.request.questions else []
             sample_scores = [next(scores) for _ in sample.request.scored]
-            results[sample_id] = _result(sample_answers, sample_scores)
+            results[sample_id] = _result(sample.request, sample_answers, sample_scores)
         for sample_id in sample_ids:
             del self._waiting[sample_id]
         return results
 
 
-def _result(answers: Sequence[Answer], scores: Sequence[Score]) -> VerifierResult:
+def _result(
+    request: VerifierRequest, answers: Sequence[Answer], scores: Sequence[Score]
+) -> VerifierResult:
     """Returns all numbers of a sample, or its first failure."""
     p_yes = tuple(answer.p_yes for answer in answers if answer.p_yes is not None)
     values = tuple(score.value for score in scores if score.value is not None)
@@ -111,6 +113,11 @@ def _result(answers: Sequence[Answer], scores: Sequence[Score]) -> VerifierResul
         for value in values
         if not math.isfinite(value)
     ]
+    hopeless = [
+        question
+        for question, answer in zip(request.questions, answers, strict=True)
+        if answer.permanent
+    ]
     return VerifierResult(
         p_yes=None if failures else p_yes,
         valid=not failures,
@@ -118,5 +125,7 @@ def _result(answers: Sequence[Answer], scores: Sequence[Score]) -> VerifierResul
         attempts=1,
         worker=None,
         latency_s=0.0,
+        masses=tuple(answer.mass for answer in answers),
+        unanswerable=hopeless[0] if hopeless else None,
         scores=() if failures else values,
     )

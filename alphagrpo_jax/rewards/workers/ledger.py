@@ -45,7 +45,7 @@ class VerifierResult:
     ratings: tuple[float, ...] = ()  # in [0, 10], one per question that asks for a rating
     scores: tuple[float, ...] = ()  # finite, one per prompt that the image is scored by
     masses: tuple[float | None, ...] = ()  # P(yes) + P(no) per yes/no question, None if unknown
-    unanswerable: str | None = None  # the text that no verifier could answer, if that is why
+    unanswerable: str | None = None  # question that no verifier could answer, if that is why
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,7 +62,8 @@ class Job:
     avoid: int | None = None  # worker that failed last; it leaves the sample to others ...
     avoid_until: float = 0.0  # ... until this moment
     failure: str = "no worker was free"
-    unanswerable: str | None = None  # text that no verifier could answer
+    permanent: bool = False  # no attempt can succeed
+    unanswerable: str | None = None  # question that no verifier could answer
 
     @property
     def keys(self) -> list[tuple[str, Kind, str]]:
@@ -103,7 +104,8 @@ class Ledger:
         # Results by `Job.keys`. All workers serve the same model, so it is not part of the key.
         self._cache: collections.OrderedDict[tuple, TextResult] = collections.OrderedDict()
         self._total_seconds = total_seconds
-        self._last_answer = -math.inf  # when a verifier answered a text last
+        # When a verifier started or answered a text last. A start has a deadline of its own.
+        self._last_sign_of_life = math.inf
         self._cache_size = cache_size
         self._audit = audit
 
@@ -147,12 +149,12 @@ class Ledger:
         """Books a successful attempt; `results` holds one per text of the request, in order."""
         self._book_attempt(job, worker, seconds, results=results, failure=None)
         self.counters["questions"] += len(results)
-        self.note_answer()
+        self.note_life()
         self._finish(job, results, worker)
 
-    def note_answer(self) -> None:
-        """Notes that a verifier has answered a text: whoever waits, waits for a healthy one."""
-        self._last_answer = time.monotonic()
+    def note_life(self) -> None:
+        """Notes that a verifier has started or answered: whoever waits, waits for a healthy one."""
+        self._last_sign_of_life = time.monotonic()
 
     def deadline(self, job: Job) -> float:
         """Returns when a waiting sample is given up.
@@ -160,7 +162,7 @@ class Ledger:
         A queue of any length is no reason, as long as it moves: only the time counts in which no
         verifier answers anything.
         """
-        return max(job.submitted, self._last_answer) + self._total_seconds
+        return max(job.submitted, self._last_sign_of_life) + self._total_seconds
 
     def failed(self, job: Job, worker: int, kind: str, failure: str, seconds: float) -> None:
         """Books a failed attempt; `kind` names the counter."""

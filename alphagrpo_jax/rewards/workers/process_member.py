@@ -48,7 +48,7 @@ class ProcessMember:
                 answered = self._attempt(job)
                 failures = 0 if answered else failures + (not worker.running)
                 # A question that nobody could answer says nothing about the process.
-                if job.unanswerable is None:
+                if not job.permanent:
                     fruitless = 0 if answered else fruitless + 1
                 state.pause(state.pause_seconds(fruitless))
         except GivenUpError as error:

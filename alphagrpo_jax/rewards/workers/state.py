@@ -29,12 +29,15 @@ class BadAnswerError(Exception):
     """The results are not one number per text, or one is outside the range of its kind.
 
     Attributes:
-      unanswerable: the text that no verifier could answer, if that is why.
+      permanent: True if no attempt can succeed.
+      unanswerable: the question that no verifier could answer, if that is why.
     """
 
-    def __init__(self, message: str, unanswerable: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, permanent: bool = False, unanswerable: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.unanswerable = unanswerable
+        self.permanent, self.unanswerable = permanent, unanswerable
 
 
 class GivenUpError(Exception):
@@ -117,6 +120,8 @@ class PoolState:
         """Books the start of a member."""
         with self.changed:
             self.ledger.counters["starts"] += 1
+            if index not in self.ready:  # one that is started again and again gives no sign of life
+                self.ledger.note_life()
             self.ready.add(index)
             self.changed.notify_all()
 
@@ -146,7 +151,7 @@ class PoolState:
     def note_answer(self) -> None:
         """Notes that a verifier has answered a text of a sample that is not finished yet."""
         with self.changed:
-            self.ledger.note_answer()
+            self.ledger.note_life()
 
     def settle_results(
         self, index: int, job: ledger_lib.Job, results: Sequence[TextResult], started: float
@@ -155,7 +160,7 @@ class PoolState:
         try:
             checked = checked_results(results, job.request)
         except BadAnswerError as error:
-            job.unanswerable = error.unanswerable
+            job.permanent, job.unanswerable = error.permanent, error.unanswerable
             self.settle_failure(index, job, "bad_answers", str(error), started)
             return False
         with self.changed:
@@ -175,7 +180,7 @@ class PoolState:
             self.ledger.failed(job, index, kind, failure, now - started)
             self.failures[index] = failure
             _LOG.warning("sample %r: %s", job.sample_id, job.failure)
-            is_last = job.attempts >= self.options.max_attempts or job.unanswerable is not None
+            is_last = job.attempts >= self.options.max_attempts or job.permanent
             if is_last or now >= self.ledger.deadline(job):
                 self.ledger.reject(job)
             else:
@@ -248,7 +253,11 @@ def checked_results(
         number = result.number
         if result.failure is not None or number is None or not low <= number <= high:
             reason = result.failure or f"got {name} {number}, expected {expected}"
+            # A score fails because of its image, a question whatever the image.
+            if result.permanent and request.kinds[position] == "score":
+                raise BadAnswerError(f"question {position}: {reason}", permanent=True)
             if result.permanent:
-                raise BadAnswerError(f"question {text!r} cannot be answered: {reason}", text)
+                message = f"no verifier can answer {text!r}: {reason}"
+                raise BadAnswerError(message, permanent=True, unanswerable=text)
             raise BadAnswerError(f"question {position}: {reason}")
     return tuple(results)

@@ -1,15 +1,18 @@
 """Finds where the answer begins in a reply that thinks first.
 
 The token that is read is the first one behind the end of the thinking that is not blank. The end is
-`</think>` in the stream of tokens; or a server has split the reply itself and gives the thinking
-apart, and then the answer's tokens are those that spell its text at the end of the stream. Where
-neither is certain there is no answer.
+`</think>`, or what another family writes (`spelling.THINKING_TAGS`), in the stream of tokens; or a
+server has split the reply itself and gives the thinking apart, and then the answer's tokens are
+those that spell its text at the end of the stream. Where neither is certain there is no answer.
 """
+
+import re
 
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import CONTROL
 from alphagrpo_jax.rewards.verifiers.chat.replies import NoAnswerError, ReplyText
+from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS
 
-END = "</think>"
+END = re.compile("|".join(re.escape(end) for _, end in THINKING_TAGS))
 
 
 def answer_position(reply: ReplyText) -> int:
@@ -19,11 +22,11 @@ def answer_position(reply: ReplyText) -> int:
       NoAnswerError: the thinking was cut, nothing stands behind it, or its end is not certain.
     """
     stream = "".join(reply.tokens)
-    count = stream.count(END)
-    if count > 1:
-        raise NoAnswerError(f"the thinking ends {count} times ({END}), so its end is not certain")
-    if count == 1:
-        return _first_behind(reply, stream.index(END) + len(END))
+    ends = list(END.finditer(stream))
+    if len(ends) > 1:
+        raise NoAnswerError(f"the thinking ends {len(ends)} times, so its end is not certain")
+    if ends:
+        return _first_behind(reply, ends[0].end())
     if not reply.reasoning.strip():
         if reply.finish_reason == "length":
             raise NoAnswerError(
@@ -31,7 +34,7 @@ def answer_position(reply: ReplyText) -> int:
                 "verifier.max_tokens"
             )
         raise NoAnswerError(
-            f"no end of thinking ({END}) in a reply of {len(reply.tokens)} tokens; "
+            f"no end of thinking (</think>) in a reply of {len(reply.tokens)} tokens; "
             "verifier.read='first' is for models that do not think"
         )
     return _position_of_text(reply)
@@ -39,7 +42,7 @@ def answer_position(reply: ReplyText) -> int:
 
 def answer_text(text: str) -> str:
     """Returns the part of a reply's text that stands behind the thinking."""
-    return text.rpartition(END)[2]
+    return END.split(text)[-1]
 
 
 def _first_behind(reply: ReplyText, end: int) -> int:

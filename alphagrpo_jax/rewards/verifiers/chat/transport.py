@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -105,7 +106,7 @@ class Transport:
             raise self._error(url, message, kind="timeout", retryable=True) from None
         except (aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
             # Not chained: a traceback would show the server's text, in which a key may stand.
-            message = f"{type(error).__name__}: {error}".removesuffix(": ")
+            message = f"{type(error).__name__}: {_reason(error)}".removesuffix(": ")
             raise self._error(url, message, kind="connection", retryable=True) from None
         body = keys.hidden_in_reply(bytes(received), self._key)
         if not 200 <= reply.status < 300:
@@ -146,6 +147,13 @@ async def _sent(pieces: Sequence[bytes]) -> AsyncIterator[bytes]:
     """Yields the pieces of a body, uncopied: an image is part of many bodies."""
     for piece in pieces:
         yield piece
+
+
+def _reason(error: Exception) -> str:
+    """Returns why a connection failed, as the system says it: "Connection refused"."""
+    if isinstance(error, aiohttp.ClientConnectorError) and (error.os_error.errno or 0) > 0:
+        return os.strerror(error.os_error.errno or 0)
+    return str(error)
 
 
 def seconds_of(value: str | None) -> float | None:
