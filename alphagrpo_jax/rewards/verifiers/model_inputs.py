@@ -1,9 +1,11 @@
-"""Handles a processor's output as a dict of the model's inputs: parts, comparison, longer rows."""
+"""Handles a model's inputs, as its processor makes them, and its caches: parts and copies."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 
 def per_token(inputs: dict[str, Any]) -> list[str]:
@@ -50,3 +52,38 @@ def with_replies(inputs: dict[str, Any], replies: tuple[tuple[int, ...], ...]) -
         longer["input_ids"][row, start:end] = torch.tensor(reply, device=mask.device)
         longer["attention_mask"][row, end:] = 0
     return longer
+
+
+def embedding_device(model: Any) -> torch.device:
+    """Returns the device that takes a model's inputs, wherever its other layers are."""
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.device.type != "meta":
+        return embeddings.weight.device
+    return torch.device(embeddings._hf_hook.execution_device)  # accelerate fetches them from disk
+
+
+def shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:
+    """Copies a cache so that the copy may grow while the original stays as it is.
+
+    No tensor is copied: a layer that grows binds new tensors.
+    """
+    if cache is None:
+        return None
+    duplicate = copy.copy(cache)
+    duplicate.layers = [copy.copy(layer) for layer in cache.layers]
+    return duplicate
+
+
+def inputs_behind(inputs: dict[str, Any], rows: int, width: int) -> dict[str, Any]:
+    """Returns what a model with cross attention needs for tokens behind a prompt.
+
+    Args:
+      inputs: of the prompt, one row.
+      rows, width: of the tokens int64[rows, width].
+    Returns:
+      The images that the prompt's last token sees, for each of the tokens; else nothing.
+    """
+    name = "cross_attention_mask"
+    if name not in inputs:
+        return {}
+    return {name: inputs[name][:, -1:].expand(rows, width, *inputs[name].shape[2:])}

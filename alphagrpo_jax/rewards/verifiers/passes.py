@@ -6,6 +6,8 @@
   its positions continue those of the image. Nothing is padded, no cache is copied per question.
 - "shared": a pass over the prompt up to the image, whose cache is repeated for each question, and
   a pass over the questions as a padded batch. It needs only a cache that can be repeated.
+- "forked": a pass over the prompt up to the image, and one for each question behind a copy of what
+  the model remembers of it. Any memory can be copied, also the state of linear attention.
 - "separate": one pass over the complete prompts as a padded batch.
 - "single": one pass for each question, without any padding; every model allows that.
 
@@ -28,8 +30,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.model_inputs import (
+    embedding_device,
     equal_inputs,
+    inputs_behind,
     per_token,
+    shallow_copy,
     with_replies,
     without_text,
 )
@@ -38,46 +43,17 @@ from alphagrpo_jax.rewards.verifiers.prompting import (
     PromptTooLongError,
     context_tokens,
 )
+from alphagrpo_jax.rewards.verifiers.trials import (
+    PROBE_QUESTIONS,
+    TRIAL_ERRORS,
+    probe_image,
+    tolerance,
+)
 
-WAYS = ("packed", "shared", "separate", "single")
-# Largest difference of a probability from "single" that rounding explains. The shipped verifier
-# has at most 5e-7, 7e-4 and 6e-3; deeper models round more often.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.03}
+WAYS = ("packed", "shared", "forked", "separate", "single")
 CACHED_QUESTION_LISTS = 1024
 CACHED_PREFIXES = 16  # one per instruction and image size
-PROBE_SIZE = (208, 304)  # not square, and many patches: wrong positions would show
-PROBE_QUESTIONS = ("Is there anything in the image?", "Is it flat?", "Are there exactly two?")
-# What models of many families raise where a way is not theirs: a cache of another kind, an image
-# token of another name, arguments that they do not take, memory that is not there.
-TRIAL_ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 _LOG = logging.getLogger(__name__)
-
-
-def probe_image() -> np.ndarray:
-    """Returns the test image uint8[H, W, 3]: noise, the same every time."""
-    return np.random.default_rng(0).integers(0, 256, (*PROBE_SIZE, 3)).astype(np.uint8)
-
-
-def embedding_device(model: Any) -> torch.device:
-    """Returns the device that takes a model's inputs, wherever its other layers are."""
-    embeddings = model.get_input_embeddings()
-    if embeddings.weight.device.type != "meta":
-        return embeddings.weight.device
-    return torch.device(embeddings._hf_hook.execution_device)  # accelerate fetches them from disk
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Returns the largest difference of a probability that rounding in this dtype explains."""
-    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])
 
 
 class _Request(NamedTuple):
@@ -146,7 +122,7 @@ class Passes:
         self._prefix = functools.lru_cache(maxsize=CACHED_PREFIXES)(self._encode_prefix)
         self._image_only = False
         self._pixel_names: frozenset[str] = frozenset()
-        self.way = self._choose(WAYS if shared_prefix else WAYS[2:])
+        self.way = self._choose(WAYS if shared_prefix else ("separate", "single"))
 
     @torch.inference_mode()
     def logits(
@@ -170,6 +146,7 @@ class Passes:
         forward = {
             "packed": self._packed,
             "shared": self._shared,
+            "forked": self._forked,
             "separate": self._separate,
             "single": self._single,
         }
@@ -194,7 +171,7 @@ class Passes:
         for way in ways[:-1]:
             self.way = way
             try:
-                if way in ("packed", "shared"):
+                if way in ("packed", "shared", "forked"):
                     self._check_split(*probe)
                 if way == "packed":
                     self._check_packable(*probe)
@@ -287,30 +264,63 @@ class Passes:
             input_ids=torch.cat([prefix.ids[first:], suffixes.packed])[None],
             attention_mask=mask[None, None],
             position_ids=self._axes(torch.cat([prefix.positions[:, first:], offsets], 1)[:, None]),
-            past_key_values=_shallow_copy(prefix.cache),
+            past_key_values=shallow_copy(prefix.cache),
             **pixels,
         )[0]
 
     def _shared(self, request: _Request) -> Tensor:
         """Computes `logits` in a pass over the prefix and one over the padded questions."""
         suffixes = self._suffixes(*request.suffix_key)
-        prefix = self.prompter.inputs(request.image, [suffixes.prefix])
-        self.check_lengths(prefix["input_ids"].shape[1] + suffixes.mask.sum(1))
-        cache = self._model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+        prefix, cache, behind = self._begin(request.image, suffixes)
         cache.batch_repeat_interleave(len(suffixes.tokens))
         prefix_mask = prefix["attention_mask"].expand(len(suffixes.tokens), -1)
-        positions = {}
-        if self._rope is not None:  # the model would make positions for the prefix's tokens too
-            axes, end = self._positions(prefix)
-            offsets = end + torch.arange(suffixes.tokens.shape[1], device=axes.device)
-            positions["position_ids"] = offsets.expand(len(axes), len(suffixes.tokens), -1)
         return self._last_logits(
             suffixes.mask,
             input_ids=suffixes.tokens,
             attention_mask=torch.cat([prefix_mask, suffixes.mask], 1),
             past_key_values=cache,
-            **positions,
+            **behind,
         )
+
+    def _forked(self, request: _Request) -> Tensor:
+        """Computes `logits` in a pass over the prefix and one for each question."""
+        suffixes = self._suffixes(*request.suffix_key)
+        prefix, cache, behind = self._begin(request.image, suffixes)
+        rows = []
+        for row, length in enumerate(suffixes.mask.sum(1).tolist()):
+            ones = prefix["attention_mask"].new_ones(1, length)
+            logits = self._logits_at(
+                torch.tensor([length - 1]),
+                input_ids=suffixes.tokens[row : row + 1, :length],
+                attention_mask=torch.cat([prefix["attention_mask"], ones], 1),
+                past_key_values=copy.deepcopy(cache),
+                # Their axes are [3, questions, T] for positions and [questions, T, ...] for others.
+                **{
+                    name: value[:, row : row + 1, :length]
+                    if name == "position_ids"
+                    else value[row : row + 1, :length]
+                    for name, value in behind.items()
+                },
+            )
+            rows.append(logits[:, 0])
+        return torch.cat(rows)
+
+    def _begin(self, image: np.ndarray, suffixes: _Suffixes) -> tuple[dict, Any, dict]:
+        """Runs the model on the prefix.
+
+        Returns:
+          The prefix's inputs, what the model remembers of them, and inputs of the questions' tokens
+          beside their ids.
+        """
+        prefix = self.prompter.inputs(image, [suffixes.prefix])
+        self.check_lengths(prefix["input_ids"].shape[1] + suffixes.mask.sum(1))
+        output = self._model(**prefix, use_cache=True, logits_to_keep=1)
+        behind = inputs_behind(prefix, *suffixes.tokens.shape)
+        if self._rope is not None:  # the model would make positions for the prefix's tokens too
+            axes, end = self._positions(prefix)
+            offsets = end + torch.arange(suffixes.tokens.shape[1], device=axes.device)
+            behind["position_ids"] = offsets.expand(len(axes), len(suffixes.tokens), -1)
+        return prefix, output.past_key_values, behind
 
     def _separate(self, request: _Request) -> Tensor:
         """Computes `logits` in one pass over the padded, complete prompts."""
@@ -427,15 +437,3 @@ class Passes:
                 use_cache=True,
             ).past_key_values
         return _Prefix(ids[0], first, cache, positions, end)
-
-
-def _shallow_copy(cache: DynamicCache | None) -> DynamicCache | None:
-    """Copies a cache so that the copy may grow while the original stays as it is.
-
-    No tensor is copied: a layer that grows binds new tensors.
-    """
-    if cache is None:
-        return None
-    duplicate = copy.copy(cache)
-    duplicate.layers = [copy.copy(layer) for layer in cache.layers]
-    return duplicate

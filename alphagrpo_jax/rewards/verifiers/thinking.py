@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
-from alphagrpo_jax.rewards.verifiers.passes import (
+from alphagrpo_jax.rewards.verifiers.passes import Passes
+from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS
+from alphagrpo_jax.rewards.verifiers.trials import (
     PROBE_QUESTIONS,
     TRIAL_ERRORS,
-    Passes,
     probe_image,
     tolerance,
 )
-from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS
 
 _TAIL = 16  # tokens that surely hold the end of thinking, however it is tokenized
 _LOG = logging.getLogger(__name__)

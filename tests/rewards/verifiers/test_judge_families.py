@@ -11,15 +11,15 @@ from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE
 
 pytestmark = pytest.mark.torch
 
-# Families with windows, chunks, image tokens that see each other or token types cannot be packed;
-# linear attention, cross attention and texts that see all of the prompt share nothing.
+# Families with windows, chunks, image tokens that see each other or cross attention cannot be
+# packed; the state of linear attention cannot be repeated; where the image sees the question,
+# nothing is shared.
 WAYS = dict.fromkeys(FAMILIES, "packed")
 WAYS |= dict.fromkeys(
     ("qwen2_5_vl_window", "aya_vision", "cohere2_vision", "llama4", "llama4_chunks", "gemma3"),
     "shared",
 )
-WAYS |= {"llava_next": "shared", "qwen3_5": "separate", "paligemma": "separate"}
-WAYS |= {"mllama": "separate"}
+WAYS |= {"llava_next": "shared", "mllama": "shared", "qwen3_5": "forked", "paligemma": "separate"}
 NO_SYSTEM_TURN = ("mllama",)
 
 
@@ -73,7 +73,10 @@ def test_p_yes_is_that_of_plain_transformers(build, name):
     assert max(abs(a - b) for a, b in zip(changed, first, strict=True)) > 1e-3  # the image counts
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v", "aya_vision", "llava", "mllama"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_vl", "qwen3_vl", "glm4v", "aya_vision", "llava", "mllama", "gemma3", "llama4_chunks"],
+)
 def test_every_way_that_a_family_allows_is_right(build, name):
     verifier, _ = build(name)
     expected = expected_answers(name, picture(), QUESTIONS[:4])

@@ -15,6 +15,7 @@ from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, load
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.passes import Passes
 from alphagrpo_jax.rewards.verifiers.prompting import Prompter
+from alphagrpo_jax.rewards.verifiers.trials import tolerance
 from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch
@@ -80,9 +81,9 @@ def test_the_shipped_verifier_is_packed_in_every_precision(dtype, image, caplog)
     for way in passes.WAYS:
         verifier.passes.way = way
         shares[way] = [answer.p_yes for answer in verifier.answer(image, QUESTIONS)]
-    tolerance = passes.TOLERANCE[verifier.model.dtype]
+    limit = tolerance(verifier.model.dtype)
     for way in passes.WAYS:
-        np.testing.assert_allclose(shares[way], shares["separate"], atol=tolerance)
+        np.testing.assert_allclose(shares[way], shares["separate"], atol=limit)
 
 
 def test_wrong_positions_are_found_out(llava_folder, caplog):
