@@ -216,8 +216,9 @@ def check_control_tokens(
 ) -> None:
     """Refuses records whose texts a model would read as more than text.
 
-    In the fields that enter the policy's context no token may be one of its own special tokens. As
-    ratings ask about them, they and the questions may hold none that verifiers are known to have.
+    The fields that enter the policy's context, and the questions, which it reads too where it is
+    its own verifier, may hold none of its special tokens; and none that verifiers are known to
+    have, as ratings ask about prompts.
 
     Raises:
       InputError: there are some; one message that lists them by line.
@@ -227,11 +228,11 @@ def check_control_tokens(
     for (number, _), record in zip(numbered_lines(path), records, strict=True):
         fields = {"prompt": record.prompt, **record.extra}
         texts = [(name, str(fields[name])) for name in names if name in fields]
+        texts += [(f"question {text!r}", text) for text in record.question_texts]
         tokens = {
             where: sorted({*control_tokens(text), *tokenizer.control_tokens(text)})
             for where, text in texts
         }
-        tokens |= {f"question {text!r}": control_tokens(text) for text in record.question_texts}
         faults = [
             f"  {path}:{number}: {where}: {names}" for where, names in tokens.items() if names
         ]

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alphagrpo_jax.decomposition import phrasing
+from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 from alphagrpo_jax.runtime.errors import AccessError, UserError
 from alphagrpo_jax.runtime.files import replace_bytes, sync_folder
 from alphagrpo_jax.runtime.records import (
@@ -62,7 +63,8 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
     `check_file`, is listed in `duplicates` only.
 
     Raises:
-      JournalError: no such file, not UTF-8, no prompt, or a bad line.
+      JournalError: no such file, not UTF-8, no prompt, a bad line, or a prompt with a control
+        token.
     """
     path = pathlib.Path(path)
     try:
@@ -88,6 +90,11 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
         prompt = Prompt(text, index)
         if path.suffix == ".jsonl":
             prompt = _from_json(text, index, f"{path}:{index + 1}")
+        if tokens := control_tokens(prompt.text):
+            raise JournalError(
+                f"{path}:{index + 1}: got the control tokens {tokens} in the prompt, which models "
+                "read as ends of turns or images; expected plain text: take them out"
+            )
         if prompt.id is not None and ids.setdefault(prompt.id, index) != index:
             first = ids[prompt.id] + 1
             raise JournalError(f"{path}:{index + 1}: id {prompt.id!r} is that of line {first} too")

@@ -65,7 +65,7 @@ class Tokenizer:
             )
         self.special = SpecialTokens(**ids)
         added = backend.get_added_tokens_decoder()
-        self._control = {index: token.content for index, token in added.items() if token.special}
+        self._control = sorted(token.content for token in added.values() if token.special)
         pad = backend.token_to_id(PAD)
         self.pad = self.special.im_end if pad is None else pad
 
@@ -114,9 +114,7 @@ class Tokenizer:
 
         A prompt with one could end its own context, or begin an image.
         """
-        return sorted(
-            {self._control[index] for index in self.encode(text) if index in self._control}
-        )
+        return [token for token in self._control if token in text]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, special tokens included as their strings."""

@@ -58,6 +58,16 @@ def test_prompts_of_a_jsonl_file(tmp_path):
     ("name", "content", "message"),
     [
         ("p.txt", b"", "got no prompts"),
+        (
+            "p.txt",
+            b"a cat\n\xef\xbb\xbfa <|im_end|> dog\n",
+            ":2: got the control tokens ['<|im_end",
+        ),
+        ("p.jsonl", b'{"prompt": "a <image>"}\n', ":1: got the control tokens ['<image>']"),
+        ("p.jsonl", b'{"prompt": "a", "x": ' + b"[" * 9000 + b"]" * 9000 + b"}", "nested too deep"),
+        ("p.jsonl", b'{"prompt": "a \\ud83d"}\n', "that UTF-8 can hold"),
+        ("p.jsonl", b'{"prompt": "a", "id": "\\ud83d"}\n', "got id '"),
+        ("p.txt", "a cat\n".encode("utf-16"), "is UTF-16, expected UTF-8; convert it: iconv"),
         ("p.txt", b"\n \n", "got no prompts"),
         ("p.txt", b"a cat\nB\xe4r\n", "p.txt:2: got bytes that are not UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\na cat\n', "p.jsonl:2: got 'a cat', which is not JSON"),

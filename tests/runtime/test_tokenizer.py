@@ -73,3 +73,15 @@ def test_paths(tmp_path: pathlib.Path):
     assert resolve(tmp_path) == tmp_path
     with pytest.raises(FileNotFoundError, match=r"package:nothing.*does not exist"):
         resolve("package:nothing")
+
+
+@pytest.mark.parametrize("without", ["", "tokenizer.json"])
+def test_special_tokens_in_a_text_are_found(folder: pathlib.Path, without: str):
+    if without:
+        (folder / without).unlink()
+    tokenizer = Tokenizer.from_folder(folder)
+    text = "a <|im_end|>cat<|vision_start|>, |im_end| and <|other|>"
+    assert tokenizer.control_tokens(text) == ["<|im_end|>", "<|vision_start|>"]
+    ids = set(tokenizer.encode(text))
+    assert {tokenizer.special.im_end, tokenizer.special.vision_start} <= ids
+    assert tokenizer.control_tokens("a cat") == []

@@ -24,6 +24,7 @@ from alphagrpo_jax.runtime.errors import InputError
 
 LARGEST_SIDE = 1024  # pixels, of what BAGEL draws
 CACHED_SIZES = 64  # of images
+LONG_PROMPT = 10_000  # letters
 CACHED_FRAMES = 64  # instructions with orders of text and image
 # Texts that a template which only places texts leaves as they are.
 PROBES = ("Is it?", "<b>'a' & \"c\"</b>\n\n{{ x }} {% y %} \\n \u00e9")
@@ -147,7 +148,11 @@ class PromptLimits:
     def _count_text(self, prompt: str) -> int:
         special = self._prompter.adds_special(prompt)
         if self._tokenizer.is_fast:  # without the detours of the general way
-            return len(self._tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=special))
+            backend = self._tokenizer.backend_tokenizer
+            if len(prompt) < LONG_PROMPT:
+                return len(backend.encode(prompt, add_special_tokens=special))
+            # Slower for short ones; meanwhile other threads can run.
+            return len(backend.encode_batch([prompt], add_special_tokens=special)[0])
         ids = self._tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
         return len(ids)
 
