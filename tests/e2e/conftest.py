@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -85,12 +86,14 @@ def captured(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @pytest.fixture(scope="session")
 def start(world) -> Callable[..., subprocess.Popen]:
-    """start(workdir, *arguments, devices=1, **environment): the command as a process of its own.
+    """start(workdir, *arguments, devices=1, ...): the command as a process of its own.
+
+    Further keywords are its environment; with `start_new_session` it leads a process group.
 
     It keeps all that it compiles: most of it a later run compiles as well.
     """
 
-    def start(workdir, *arguments, devices=1, **environment):
+    def start(workdir, *arguments, devices=1, start_new_session=False, **environment):
         compiler = environment.pop("XLA_FLAGS", os.environ["XLA_FLAGS"])
         return subprocess.Popen(
             [
@@ -113,6 +116,7 @@ def start(world) -> Callable[..., subprocess.Popen]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=start_new_session,
         )
 
     return start
@@ -128,6 +132,13 @@ def run_process(start) -> Callable[..., tuple[int, str]]:
         return process.returncode, errors
 
     return run_process
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
