@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -23,12 +22,14 @@ from alphagrpo_jax.decomposition.journal import Journal, read_prompts
 from alphagrpo_jax.decomposition.limits import Pace, PatientModel
 from alphagrpo_jax.decomposition.pipeline import TRIES, DecompositionError
 from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
-from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime import cli, stopping
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.paths import model_folder
 from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.runtime.texts import printable
 from alphagrpo_jax.shapes import grammar
+
+GRACE_SECONDS = 8.0  # of requests under way when a stop is requested
 
 
 def decompose_by_grammar(prompt: str) -> running.NewRecord:
@@ -68,14 +69,14 @@ def decompose(options: argparse.Namespace) -> int:
       UsageError: flags that do not fit each other.
       InputError: more prompts failed than are allowed.
     """
-    flag, halt = StopFlag(), threading.Event()
+    flag, halt = StopFlag(grace_seconds=GRACE_SECONDS), threading.Event()
 
     def stopped() -> bool:
         return flag.requested or halt.is_set()
 
     prompts = read_prompts(options.input)
     with Journal(options.output, prompts) as journal:
-        pace = Pace(options.requests_per_minute, stopped=stopped)
+        pace = Pace(options.requests_per_minute, stopped=stopped, overdue=lambda: flag.overdue)
         with open_decomposer(options, pace) as decompose_prompt:
             summary = running.decompose_all(
                 journal, decompose_prompt, threads=options.concurrency, stopped=stopped, halt=halt
@@ -191,4 +192,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

@@ -167,6 +167,24 @@ def test_a_signal_stops_cleanly_and_the_same_command_continues(files, number):
     assert len(model.asked) == 7 * len(PROMPTS)
 
 
+def test_a_second_ctrl_c_abandons_requests_that_stall(files):
+    gate = Gate(free=5)
+    with fake_llm.serve(FakeModel(gate)) as url:
+        process = start(served(files, url, "--timeout-seconds", "600"))
+        wait_for(lambda: len(lines_of(files)) == 5 and gate.held == 3)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: process.stderr.readline().startswith("stopping"))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        gate.open.set()
+        assert process.returncode == 75, err
+        assert "Traceback" not in err
+        assert "7 not tried" in out
+        assert len(lines_of(files)) == 5
+        assert decompose.main(served(files, url)) == 0
+    assert_complete(files)
+
+
 def test_a_stop_gives_up_prompts_that_need_further_requests(files):
     received = threading.Event()
 

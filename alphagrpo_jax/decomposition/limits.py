@@ -1,5 +1,6 @@
 """Asks a language model at a limited rate, again after failures, and stops when told to."""
 
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ class Pace:
         per_minute: float,
         *,
         stopped: Callable[[], bool] = lambda: False,
+        overdue: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -35,11 +37,13 @@ class Pace:
         Args:
           per_minute: requests; 0 is no limit.
           stopped: asked while waiting; True ends the wait.
+          overdue: asked during a request; True abandons it.
           clock: seconds, monotonic.
           sleep: called with seconds.
         """
         self._distance = 60.0 / per_minute if per_minute else 0.0
-        self._stopped, self._clock, self._sleep = stopped, clock, sleep
+        self._stopped, self._overdue = stopped, overdue
+        self._clock, self._sleep = clock, sleep
         self._lock = threading.Lock()
         self._next = clock()
 
@@ -67,6 +71,26 @@ class Pace:
                 return
             self._sleep(min(remaining, NAP_SECONDS))
         raise StopRequestedError
+
+    def request(self, ask: Callable[[], str]) -> str:
+        """Returns what a request returns, unless a stop is overdue before.
+
+        Raises:
+          StopRequestedError: it is; the request goes on, on a thread that nobody waits for.
+        """
+        reply: concurrent.futures.Future[str] = concurrent.futures.Future()
+
+        def answer() -> None:
+            try:
+                reply.set_result(ask())
+            except BaseException as error:  # whatever it is, it belongs to who asked
+                reply.set_exception(error)
+
+        threading.Thread(target=answer, daemon=True, name="request").start()
+        while not concurrent.futures.wait([reply], timeout=NAP_SECONDS).done:
+            if self._overdue():
+                raise StopRequestedError
+        return reply.result()
 
 
 class PatientModel:
@@ -102,7 +126,7 @@ class PatientModel:
 
     def _attempt(self, messages: Sequence[Message], form: type[pydantic.BaseModel] | None) -> str:
         self._pace.wait()
-        return self._model.complete(messages, form)
+        return self._pace.request(lambda: self._model.complete(messages, form))
 
 
 def _is_retryable(error: BaseException) -> bool:

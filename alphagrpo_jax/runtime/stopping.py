@@ -7,11 +7,12 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from alphagrpo_jax.runtime.cli import FAILED, STOPPED
 from alphagrpo_jax.runtime.errors import UserError
@@ -87,20 +88,31 @@ class StopRequest:
 NEVER = StopRequest()
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code; after a stop, without waiting for abandoned threads."""
+    if code == STOPPED:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 class StopFlag(StopRequest):
     """Requested by SIGTERM or SIGINT; the loop looks at it after every step.
 
-    A second SIGINT raises KeyboardInterrupt.
+    A second SIGINT ends the grace; one without a grace left raises KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, grace_seconds: float = math.inf) -> None:
+        super().__init__(grace_seconds=grace_seconds)
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
         if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            if self.overdue or not math.isfinite(self._grace_seconds):
+                raise KeyboardInterrupt
+            self.hurry()
         self.request()
         _write(f"stopping after this step ({signal.Signals(number).name})")
 

@@ -80,6 +80,24 @@ def test_a_stop_ends_the_waiting():
     assert clock.now < 101.0
 
 
+def test_a_request_is_abandoned_once_a_stop_is_overdue():
+    """And the model may answer when nobody waits any more."""
+    free, overdue = threading.Event(), threading.Event()
+
+    class Stalling:
+        def complete(self, messages, form=None):
+            overdue.set()
+            free.wait(60.0)
+            return "too late"
+
+    pace = Pace(0, overdue=overdue.is_set)
+    with pytest.raises(StopRequestedError):
+        PatientModel(Stalling(), pace).complete([])
+    assert not free.is_set()
+    free.set()
+    assert pace.request(lambda: "reply") == "reply"
+
+
 class Flaky:
     """Fails as told, then replies."""
 
