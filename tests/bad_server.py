@@ -27,6 +27,9 @@ import numpy as np
 from PIL import Image
 
 MODEL = "judge"
+# Fields of requests; all others are further ones of the user's.
+KNOWN = ("model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs")
+KNOWN += ("response_format", "seed")
 
 
 def digest(image: np.ndarray) -> str:
@@ -218,6 +221,7 @@ def read_request(body: dict) -> dict:
         "temperature": body.get("temperature"),
         "top_logprobs": body.get("top_logprobs"),
         "response_format": body.get("response_format"),
+        "extra": {name: value for name, value in body.items() if name not in KNOWN},
         "pixels": pixels,
     }
 

@@ -13,7 +13,6 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
-import io
 import json
 import logging
 import time
@@ -22,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tenacity
-from PIL import Image
 
 from alphagrpo_jax.config import extra_fields
+from alphagrpo_jax.rewards.verifiers import png
 from alphagrpo_jax.rewards.verifiers.base import (
     Answer,
     Rating,
@@ -382,7 +381,8 @@ def _answered(number: float | None, failure: str | None, mass: float | None = No
 
 def encoded_url(image: np.ndarray) -> bytes:
     """Encodes an image as `data_url` does, as it stands inside JSON."""
-    return data_url(image).encode()  # base64 has no letter that JSON would escape
+    # Base64 has no letter that JSON would escape.
+    return b"data:image/png;base64," + base64.b64encode(png.encode(checked_image(image)))
 
 
 def data_url(image: np.ndarray) -> str:
@@ -391,9 +391,7 @@ def data_url(image: np.ndarray) -> str:
     Raises:
       ValueError: the image is not uint8[H, W, 3].
     """
-    file = io.BytesIO()
-    Image.fromarray(checked_image(image)).save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return encoded_url(image).decode()
 
 
 def messages(url: str, question: str, instruction: str) -> list[dict[str, Any]]:

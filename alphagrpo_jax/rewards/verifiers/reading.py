@@ -1,5 +1,6 @@
 """Reads answers and ratings from the log-probs of a chat server's reply."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -8,6 +9,8 @@ from alphagrpo_jax.rewards.verifiers.chat import thinking
 from alphagrpo_jax.rewards.verifiers.chat.replies import Candidate, Completion
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, RATINGS, normalize_word
 
+# Candidates are mostly the same few words.
+_word = functools.lru_cache(maxsize=4096)(normalize_word)
 MAX_UNSPLIT = 0.02  # share of "1" up to which it counts as 1 although it may begin "10"
 
 
@@ -57,7 +60,7 @@ def read_rating(reply: Completion, *, text_fallback: bool) -> Rating:
             return Rating(_mean(mass))
         if reply.later and _begins_with_one(candidates):
             ten = mass[1] * _mass(reply.later[0], "0")
-            ends = (c for c in reply.later[0] if not normalize_word(c.token)[:1].isdigit())
+            ends = (c for c in reply.later[0] if not _word(c.token)[:1].isdigit())
             mass[1], mass[10] = mass[1] * sum(math.exp(c.logprob) for c in ends), ten
             if sum(mass) >= MIN_MASS:
                 return Rating(_mean(mass))
@@ -71,12 +74,12 @@ def read_rating(reply: Completion, *, text_fallback: bool) -> Rating:
 
 def _begins_with_one(candidates: Sequence[Candidate]) -> bool:
     """Returns True if the greedy first token, i.e. the likeliest, is "1"."""
-    return normalize_word(max(candidates, key=lambda c: c.logprob).token) == "1"
+    return _word(max(candidates, key=lambda c: c.logprob).token) == "1"
 
 
 def _mass(candidates: Iterable[Candidate], word: str) -> float:
     """Sums the probabilities of the candidates that spell a word."""
-    return sum(math.exp(c.logprob) for c in candidates if normalize_word(c.token) == word)
+    return sum(math.exp(c.logprob) for c in candidates if _word(c.token) == word)
 
 
 def _mean(mass: Sequence[float]) -> float:

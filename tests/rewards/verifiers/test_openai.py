@@ -17,6 +17,16 @@ from alphagrpo_jax.rewards.verifiers.openai import OpenAIVerifier
 QUESTIONS = ["Is there a circle?", "Is it red?", "Is it flat?"]
 
 
+OPEN = []  # verifiers of the test that runs
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with BadServer(tmp_path_factory.mktemp("server")) as server:
@@ -32,7 +42,8 @@ def verifier_of(*servers, **options):
     urls = [server.url for server in servers]
     fast = {"question_seconds": 5.0, "answer_seconds": 10.0, "start_seconds": 5.0}
     fast["backoff_seconds"] = 0.01
-    return OpenAIVerifier(urls, bad_server.MODEL, **(fast | options))
+    OPEN.append(OpenAIVerifier(urls, bad_server.MODEL, **(fast | options)))
+    return OPEN[-1]
 
 
 def reply(*rows, text="", later=()):
@@ -224,3 +235,41 @@ def test_a_server_that_others_can_stand_in_for_may_come_later(tmp_path, image):
 def test_nothing_imports_torch(run_python):
     program = "import sys, alphagrpo_jax.rewards.verifiers.openai; print('torch' in sys.modules)"
     assert run_python("-c", program).stdout.strip() == "False"
+
+
+def test_a_judge_that_thinks_is_read_behind_its_thinking(server, image):
+    verifier = verifier_of(
+        server,
+        read="after_thinking",
+        max_tokens=99,
+        instruction="Think first.",
+        extra_body='{"chat_template_kwargs": {"enable_thinking": true}}',
+    )
+    for form in ("think", "think parsed"):
+        server.behave(form)
+        for question, answer in zip(QUESTIONS, verifier.answer(image, QUESTIONS), strict=True):
+            assert answer.p_yes == pytest.approx(bad_server.truth(image, question), abs=1e-9)
+            assert answer.mass == pytest.approx(0.9)
+    sent = server.log()[-1]
+    assert (sent["system"], sent["max_tokens"]) == ("Think first.", 99)
+    assert sent["extra"] == {"chat_template_kwargs": {"enable_thinking": True}}
+    for form in ("think cut", "think twice"):
+        server.behave(form)
+        (answer,) = verifier.answer(image, QUESTIONS[:1])
+        assert (answer.p_yes, answer.permanent) == (None, False)
+        assert "thinking" in answer.failure
+    server.behave()
+
+
+def test_a_judge_that_thinks_unasked_is_told_apart(server, image):
+    server.behave("think for ever")
+    (answer,) = verifier_of(server, max_attempts=1).answer(image, QUESTIONS[:1])
+    assert answer.p_yes is None  # although yes is a candidate
+    assert "verifier.read='after_thinking'" in answer.failure
+    server.behave()
+
+
+def test_without_an_instruction_there_is_no_system_turn(server, image):
+    server.behave()
+    verifier_of(server, instruction="").answer(image, QUESTIONS[:1])
+    assert server.log()[-1]["system"] is None

@@ -16,8 +16,6 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-import tenacity
-
 from alphagrpo_jax.rewards.verifiers.chat import keys, replies
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import Endpoint, Endpoints
 from alphagrpo_jax.rewards.verifiers.chat.errors import ChatError, chat_error
@@ -155,18 +153,15 @@ class ChatClient:
         """
         default = self._timeout * self._max_attempts
         call = _Call(pieces, wanted, default if total_seconds is None else total_seconds)
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(lambda error: self._again(error, call)),
-            stop=lambda state: self._is_last(state) or state.upcoming_sleep >= call.seconds_left,
-            wait=lambda state: self._pause_seconds(state, call),
-            sleep=call.sleep,
-            reraise=True,
-        )
-        try:
-            return await retrying(self._attempt, call, read)
-        except ChatError as error:
-            error.permanent = call.rejections >= CONFIRMATIONS
-            raise
+        while True:
+            try:
+                return await self._attempt(call, read)
+            except ChatError as error:
+                pause_seconds = self._pause_seconds(call)
+                if self._is_last(error, call) or pause_seconds >= call.seconds_left:
+                    error.permanent = call.rejections >= CONFIRMATIONS
+                    raise
+            await call.sleep(pause_seconds)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Runs a coroutine on the event loop's thread and waits for its result."""
@@ -231,27 +226,24 @@ class ChatClient:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._transport.close()
 
-    def _again(self, error: BaseException, call: "_Call") -> bool:
-        """Returns True if another attempt may succeed."""
-        if not isinstance(error, ChatError):
-            return False
+    def _is_last(self, error: ChatError, call: "_Call") -> bool:
+        """Returns True if no other attempt can succeed, or the attempts are used up."""
         if error.kind == "wrong request":
-            return call.rejections < CONFIRMATIONS
-        # What one server refuses, e.g. for a wrong key, another may accept.
-        return error.retryable or (error.kind == "refused" and len(self._endpoints.all) > 1)
-
-    def _is_last(self, state: tenacity.RetryCallState) -> bool:
-        """Returns True if the attempts are used up; an outage has a number of its own."""
-        error = state.outcome.exception() if state.outcome else None
-        outage = isinstance(error, ChatError) and error.kind in ("connection", "busy")
+            again = call.rejections < CONFIRMATIONS
+        else:
+            # What one server refuses, e.g. for a wrong key, another may accept.
+            elsewhere = error.kind == "refused" and len(self._endpoints.all) > 1
+            again = error.retryable or elsewhere
+        # An outage has a number of its own.
+        outage = error.kind in ("connection", "busy")
         limit = self._outage_attempts if outage else self._max_attempts
-        return state.attempt_number >= limit
+        return not again or len(call.failures) >= limit
 
-    def _pause_seconds(self, state: tenacity.RetryCallState, call: "_Call") -> float:
+    def _pause_seconds(self, call: "_Call") -> float:
         """Returns the back-off before the next attempt; none where another server can take over."""
-        if call.failures and self._endpoints.has_other(call.failures[-1][0]):
+        if self._endpoints.has_other(call.failures[-1][0]):
             return 0.0
-        return min(self._backoff(state), call.total_seconds)
+        return self._backoff.seconds(len(call.failures))
 
     async def _attempt(self, call: "_Call", read: Callable[[Completion], _T]) -> _T:
         """Sends one request to one server; waits for the end of its rest if all servers rest."""
@@ -264,11 +256,13 @@ class ChatClient:
             # Asleep, a request leaves its slot to others.
             if rest_seconds >= call.seconds_left:
                 reason = call.reason or "they failed at other requests just now"
-                raise ChatError(
+                error = ChatError(
                     f"no endpoint is available within the time left: {reason}",
                     kind="busy",
                     retryable=True,
                 )
+                call.failures.append((endpoint, error))
+                raise error
             await call.sleep(rest_seconds)
 
     async def _ask_endpoint(
