@@ -21,8 +21,11 @@ __all__ = [
     "Rating",
     "Record",
     "Reward",
+    "Score",
+    "Scorer",
     "Task",
     "TextTerms",
+    "TwoTowerScorer",
     "UserError",
     "Verifier",
     "change_options",
@@ -47,8 +50,9 @@ _NAMES = {
     "inference": ("Policy",),
     "loss": ("ImageTerms", "TextTerms", "grpo_loss", "image_grpo", "text_grpo"),
     "rewards.dvreward": ("Reward", "dvreward"),
-    "rewards.verifiers.base": ("Answer", "Rating", "Verifier"),
+    "rewards.verifiers.base": ("Answer", "Rating", "Score", "Scorer", "Verifier"),
     "rewards.verifiers.hf": ("HFVerifier",),
+    "rewards.verifiers.two_tower": ("TwoTowerScorer",),
     "rewards.viescore": ("viescore",),
     "runtime.errors": ("UserError",),
     "runtime.records": ("Record", "read_jsonl"),
@@ -64,8 +68,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from alphagrpo_jax.inference import Policy
     from alphagrpo_jax.loss import ImageTerms, TextTerms, grpo_loss, image_grpo, text_grpo
     from alphagrpo_jax.rewards.dvreward import Reward, dvreward
-    from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Verifier
+    from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Score, Scorer, Verifier
     from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
+    from alphagrpo_jax.rewards.verifiers.two_tower import TwoTowerScorer
     from alphagrpo_jax.rewards.viescore import viescore
     from alphagrpo_jax.runtime.errors import UserError
     from alphagrpo_jax.runtime.records import Record, read_jsonl

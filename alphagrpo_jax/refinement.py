@@ -41,7 +41,10 @@ def choose_initial(
     if choice == "worst":
         chosen = np.where(valid, reward, np.inf).argmin(axis=1)
     else:
-        weights = np.where(valid, np.exp(1.0 - np.where(valid, reward, 0.0)), 0.0)
+        # Relative to the lowest reward of a row: scorers may give any number, and exp overflows.
+        lowest = np.where(valid, reward, np.inf).min(axis=1, keepdims=True)
+        excess = np.where(valid, reward, np.inf) - np.where(np.isfinite(lowest), lowest, 0.0)
+        weights = np.exp(-excess)
         total = np.cumsum(weights, axis=1)
         reached = total > draws[:, None] * total[:, -1:]
         chosen = reached.argmax(axis=1)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 ScorerKind = Literal["exact", "likelihood", "hf_clip", "callable"]
+SCORER_KINDS: tuple[ScorerKind, ...] = get_args(ScorerKind)
 
 JUDGED = ("confidence", "binary", "holistic")  # made of a verifier's answers and ratings
 EXPECTED = (
@@ -36,6 +37,7 @@ class ScorerSpec:
     name: str  # in metrics, reports and the names of audit logs
     value: str = ""  # one of `VALUES`
     range: tuple[float, float] = (0.0, 1.0)  # scores that count as 0 and as 1 in the reward
+    processor: str = ""  # folder or ORG/NAME of another processor than the model's own
     truncate: bool = False  # cut prompts that are longer than the model reads
     processes: int = 1  # that score
     device: str = "cpu"
@@ -81,8 +83,9 @@ def parse(text: str) -> ScorerSpec | None:
     if text in JUDGED:
         return None
     location, mark, options = text.partition("?")
-    kind, _, target = location.partition(":")
-    if kind not in get_args(ScorerKind) or bool(target) != (kind in ("hf_clip", "callable")):
+    kind_name, _, target = location.partition(":")
+    kind = next((kind for kind in SCORER_KINDS if kind == kind_name), None)
+    if kind is None or bool(target) != (kind in ("hf_clip", "callable")):
         raise ValueError(f"got {text!r}, expected {EXPECTED}")
     if kind == "callable" and not re.fullmatch(r"[\w.]+:\w+", target):
         raise ValueError(
@@ -92,8 +95,8 @@ def parse(text: str) -> ScorerSpec | None:
         raise ValueError(f"got {text!r}, expected options behind the question mark")
     fields = _options(text, kind, options)
     default_name = f"{kind}.{_last_component(kind, target)}" if target else kind
-    values = {"value": VALUES[kind][0]} if VALUES[kind] else {}
-    return ScorerSpec(kind, target, **({"name": default_name} | values | fields))
+    spec = ScorerSpec(kind, target, default_name, value="".join(VALUES[kind][:1]))
+    return dataclasses.replace(spec, **fields)
 
 
 def check(text: str) -> str:
@@ -144,7 +147,7 @@ def _readers(kind: ScorerKind) -> dict[str, Callable[[str], Any]]:
         readers["processes"] = _read_count
     if kind == "hf_clip":
         readers["truncate"] = lambda value: _SWITCH[_read_choice("truncate", _SWITCH, value)]
-        readers |= {"device": _read_word, "dtype": _read_word}
+        readers |= {"processor": _read_path, "device": _read_word, "dtype": _read_word}
     return readers
 
 
@@ -172,6 +175,12 @@ def _read_name(value: str) -> str:
 def _read_word(value: str) -> str:
     if not re.fullmatch(r"[\w:]+", value, re.ASCII):
         raise ValueError(f"got {value!r}, expected the name of a device or of a number format")
+    return value
+
+
+def _read_path(value: str) -> str:
+    if not value:
+        raise ValueError("got processor='', expected a folder or ORG/NAME of the hub")
     return value
 
 

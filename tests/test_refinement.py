@@ -29,6 +29,16 @@ def test_softmax_draws_in_proportion_and_never_an_invalid_image():
     assert shares[0] == 0
 
 
+@pytest.mark.parametrize("level", [-1e4, 1e4])
+def test_softmax_takes_rewards_of_any_size(level):
+    reward, valid = np.repeat(REWARD[1:2], 400, 0), np.repeat(VALID[1:2], 400, 0)
+    pair = [
+        choose_initial(values, valid, choice="softmax", rng=np.random.default_rng(1))[0]
+        for values in (reward, reward + level)
+    ]
+    np.testing.assert_array_equal(*pair)
+
+
 def test_values_of_invalid_images_are_never_looked_at():
     broken = np.where(VALID, REWARD, np.nan)
     for choice in get_args(InitialChoice):

@@ -27,6 +27,7 @@ def test_scores_have_short_names(text, name):
 def test_options_are_read():
     spec = score_specs.parse(
         "hf_clip:a/b?range=0.1..0.4&value=logit&truncate=yes&processes=3&device=cuda:1&dtype=auto"
+        "&processor=c/d"
     )
     assert spec == score_specs.ScorerSpec(
         kind="hf_clip",
@@ -34,6 +35,7 @@ def test_options_are_read():
         name="hf_clip.b",
         value="logit",
         range=(0.1, 0.4),
+        processor="c/d",
         truncate=True,
         processes=3,
         device="cuda:1",
@@ -69,6 +71,7 @@ def test_options_are_read():
         "callable:a:b?name=confidence",
         "callable:a:b?name=two words",
         "hf_clip:a?device=",
+        "hf_clip:a?processor=",
     ],
 )
 def test_refusals(text):

@@ -13,6 +13,8 @@ PREFIX = "package:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 NEVER_LOADED = ("*.gguf", "*.onnx", "*.pth", "original/*")  # other forms of the same weights
 
+PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
 
 def resolve(path: str | Path) -> Path:
     """Returns the folder or file that a configuration field names.
@@ -47,13 +49,14 @@ def existing_file(path: str | Path, hint: str) -> Path:
     return Path(path)
 
 
-def model_folder(path: str | Path) -> Path:
+def model_folder(path: str | Path, *, weights: bool = True) -> Path:
     """Returns the folder of a Hugging Face model; one of the hub is fetched if it is not there yet.
 
     Call it once, before processes start that load the model: they are given the folder.
 
     Args:
       path: as `resolve` takes it, or ORG/NAME of the hub. What exists as a path is never fetched.
+      weights: False fetches the files of the processor alone.
     Raises:
       MissingFileError: there is no such path or asset, and no such model can be fetched.
     """
@@ -63,7 +66,12 @@ def model_folder(path: str | Path) -> Path:
     import huggingface_hub  # here: what has a path needs no hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(text, ignore_patterns=[*NEVER_LOADED]))
+        patterns = None if weights else [*PROCESSOR_FILES]
+        return Path(
+            huggingface_hub.snapshot_download(
+                text, allow_patterns=patterns, ignore_patterns=[*NEVER_LOADED]
+            )
+        )
     except (OSError, ValueError) as error:  # all that the hub's client raises
         raise MissingFileError(
             f"{text!r} is no folder here, and the Hugging Face hub gives no model of that name "

@@ -77,4 +77,6 @@ def _factory(config: Config, spec: ScorerSpec) -> Factory:
         return "function", {"target": spec.target}
     options = {name: getattr(spec, name) for name in ("value", "truncate", "device", "dtype")}
     folder = str(model_folder(spec.target))
-    return "hf_clip", options | {"path": folder, "num_threads": config.verifier.threads}
+    processor = str(model_folder(spec.processor, weights=False)) if spec.processor else None
+    threads = config.verifier.threads
+    return "hf_clip", options | {"path": folder, "processor": processor, "num_threads": threads}

@@ -43,7 +43,7 @@ class PolicyVerifier:
         Args:
           loaded: the pretrained model; `follow` sets the weights that answer.
           question_tokens: most tokens of a question with its delimiters.
-          stop: ends `answer_batch` once it is overdue.
+          stop: ends `answer_batch` and `score` once it is overdue.
         Raises:
           ConfigError: no token spells one of the two, or there are several processes, each of
             which would answer about images of its own while the model lies on all of them.
@@ -126,11 +126,13 @@ class PolicyVerifier:
           N scores, nats, at most 0.
         Raises:
           ValueError: no weights yet.
+          StoppedError: a stop is overdue.
         """
         if self._params is None:
             raise ValueError("got no weights to score with, expected a call of `follow` before")
         scores: list[Score] = []
         for first in range(0, len(images), IMAGES):
+            self._stop.check()
             batch = slice(first, first + IMAGES)
             scores += self._score_batch(self._params, images[batch], prompts[batch])
         return scores

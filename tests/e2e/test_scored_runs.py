@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow  # a run of its own; tests/training/test_scorer_pools.py is quick
+
 ARGUMENTS = (
     "--config.train.steps=2",
     "--config.verifier.audit=scored.jsonl",

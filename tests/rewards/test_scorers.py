@@ -1,6 +1,8 @@
 """Rewards with scorers: how scores and answers combine, and what scorers are asked."""
 
 import math
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -211,3 +213,24 @@ def test_reports_show_each_score_with_the_text_it_was_made_of(record):
     assert "score,callable.match,a circle,-7.0" in csv
     assert '"callable.match": -7.0' in text
     assert "the model is on fire" in html
+
+
+FAKE_OCR = """
+def image_to_string(picture):
+    return {0: "OPEN\\n", 1: "  oper ", 2: ""}[picture.getpixel((0, 0))[0]]
+"""
+
+
+def test_the_manuals_scorer_reads_text(tmp_path, monkeypatch):
+    manual = pathlib.Path(__file__).parent.parent.parent / "docs" / "rewards.md"
+    (code,) = re.findall(r"```python\n(# my_ocr\.py\n.*?)```", manual.read_text(), re.DOTALL)
+    (tmp_path / "my_ocr.py").write_text(code)
+    (tmp_path / "pytesseract.py").write_text(FAKE_OCR)
+    monkeypatch.syspath_prepend(tmp_path)
+    scorer = functions.FunctionScorer("my_ocr:match")
+    images = [np.full((4, 4, 3), value, np.uint8) for value in (0, 1, 2, 0)]
+    prompts = ['a door that says "Open"'] * 3 + ["a door"]
+    right, similar, nothing, unasked = scorer.score(images, prompts)
+    assert (right.value, similar.value, nothing.value) == (1.0, 0.75, 0.0)
+    assert (unasked.value, unasked.permanent) == (None, True)
+    assert "no text in quotes" in unasked.failure

@@ -1,8 +1,10 @@
 """The pools of scorers beside every kind of verifier, and what is checked before a run."""
 
+import functools
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import tiny_verifiers
@@ -118,14 +120,14 @@ def log_probs_by_decoding(loaded, image, prompt):
     model, params = loaded.model, PolicyParams(loaded.base)
     context = self_verifier.encode_images(model, params, image[None])
     request = np.array([loaded.tokenizer.wrap("Describe the image.")], np.int32)
-    context, _ = policy.extend_text(model, params, context, request, np.ones(request.shape, bool))
+    extend = jax.jit(functools.partial(policy.extend_text, model))
+    decode = jax.jit(functools.partial(policy.decode_step, model))
+    context, _ = extend(params, context, request, np.ones(request.shape, bool))
     ids = loaded.tokenizer.encode(prompt)
     cache = policy.init_decode(model, context, len(ids) + 1)
     token, log_probs = loaded.tokenizer.special.im_start, []
     for target in ids:
-        cache, logits = policy.decode_step(
-            model, params, context, cache, np.array([token], np.int32)
-        )
+        cache, logits = decode(params, context, cache, np.array([token], np.int32))
         shifted = np.asarray(logits[0], np.float64) - float(logits.max())
         log_probs.append(shifted[target] - np.log(np.exp(shifted).sum()))
         token = target

@@ -25,7 +25,7 @@ from alphagrpo_jax.rewards.verifiers.base import (
     checked_image,
 )
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
-from alphagrpo_jax.rewards.verifiers.likelihood import mean_log_probs
+from alphagrpo_jax.rewards.verifiers.likelihood import LikelihoodReader
 from alphagrpo_jax.rewards.verifiers.passes import Passes
 from alphagrpo_jax.rewards.verifiers.prompting import PromptTooLongError, explain_length
 from alphagrpo_jax.rewards.verifiers.spelling import (
@@ -212,6 +212,7 @@ class HFVerifier:
         self.ratings = token_sets(tokens, RATINGS)
         self._digits = [index for index, text in enumerate(tokens) if text[:1].isdigit()]
         self.passes = Passes(self.model, self.processor, shared_prefix=shared_prefix)
+        self._likelihood = LikelihoodReader(self.model, self.passes)
         self._thinking = None
         if read == "after_thinking":
             self._thinking = ThinkingReader(self.model, self.passes, max_tokens)
@@ -338,7 +339,7 @@ class HFVerifier:
         Raises:
           ValueError: an image is not uint8[H, W, 3].
         """
-        return mean_log_probs(self.model, self.passes, images, prompts)
+        return self._likelihood.mean_log_probs(images, prompts)
 
     def _split_ten(
         self,

@@ -15,56 +15,81 @@ from torch import Tensor
 
 from alphagrpo_jax.rewards.verifiers.base import Score, checked_image
 from alphagrpo_jax.rewards.verifiers.instructions import CAPTION_REQUEST
-from alphagrpo_jax.rewards.verifiers.passes import Passes
+from alphagrpo_jax.rewards.verifiers.passes import TOLERANCE, Passes
 from alphagrpo_jax.runtime.errors import InputError
 
-
-def mean_log_probs(
-    model: Any, passes: Passes, images: Sequence[np.ndarray], prompts: Sequence[str]
-) -> list[Score]:
-    """Computes the mean log-probability of each prompt's tokens behind its image and a request.
-
-    One forward pass per image, without padding, so that nothing depends on other images.
-
-    Args:
-      model: an image-text-to-text model of transformers.
-      passes: renders its prompts and runs its processor.
-      images: N of uint8[H, W, 3].
-      prompts: N.
-    Returns:
-      N scores, natural logarithms: at most 0.
-    """
-    return [
-        _mean_log_prob(model, passes, checked_image(image), prompt)
-        for image, prompt in zip(images, prompts, strict=True)
-    ]
+NOT_CAUSAL = (
+    "the judge's texts see what stands behind them, so that it knows each token of a prompt before "
+    "it predicts it (prefix attention, as of PaliGemma); use another judge for likelihoods"
+)
 
 
-def _mean_log_prob(model: Any, passes: Passes, image: np.ndarray, prompt: str) -> Score:
-    try:
-        passes.prompter.prompt(prompt, "")  # refuses control tokens, which would end the reply
-        request = passes.prompter.prompt(CAPTION_REQUEST, "")
-        before = passes.prompter.inputs(image, [request])["input_ids"][0]
-        inputs = passes.prompter.inputs(image, [request + prompt])
-    except InputError as error:
-        return Score(None, str(error), permanent=True)
-    ids = inputs["input_ids"][0]
-    # The reply's first token may have taken in the request's last character: what both have in
-    # common counts as the request.
-    count = len(ids) - _common_length(before, ids)
-    if count < 1:
-        return Score(None, f"the prompt {prompt!r} has no tokens of its own", permanent=True)
-    with torch.inference_mode():
-        logits = _last_logits(model, inputs, count + 1)[0, :-1]
-        log_probs = logits.float().log_softmax(-1).gather(-1, ids[-count:, None].to(logits.device))
-    return Score(float(log_probs.double().mean()))
+class LikelihoodReader:
+    """Computes likelihoods of prompts under one judge."""
+
+    def __init__(self, model: Any, passes: Passes) -> None:
+        """Does nothing yet; the first image shows whether the judge is fit.
+
+        Args:
+          model: an image-text-to-text model of transformers.
+          passes: renders its prompts and runs its processor.
+        """
+        self._model, self._passes = model, passes
+        self._is_causal: bool | None = None  # None: not yet known
+
+    def mean_log_probs(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score]:
+        """Computes the mean log-prob of each prompt's tokens behind its image and a request.
+
+        One forward pass per image, without padding, so that nothing depends on other images.
+
+        Args:
+          images: N of uint8[H, W, 3].
+          prompts: N.
+        Returns:
+          N scores, nats, at most 0.
+        Raises:
+          ValueError: an image is not uint8[H, W, 3].
+        """
+        return [
+            self._mean_log_prob(checked_image(image), prompt)
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+
+    def _mean_log_prob(self, image: np.ndarray, prompt: str) -> Score:
+        prompter = self._passes.prompter
+        try:
+            prompter.prompt(prompt, "")  # refuses control tokens, which would end the reply
+            request = prompter.prompt(CAPTION_REQUEST, "")
+            before = prompter.inputs(image, [request])
+            inputs = prompter.inputs(image, [request + prompt])
+            ids = inputs["input_ids"][0]
+            self._passes.check_lengths(torch.tensor([len(ids)]))
+        except InputError as error:
+            return Score(None, str(error), permanent=True)
+        # The reply's first token may have taken in the request's last character: what both have in
+        # common counts as the request.
+        common = _common_length(before["input_ids"][0], ids)
+        count = len(ids) - common
+        if count < 1:
+            return Score(None, f"the prompt {prompt!r} has no tokens of its own", permanent=True)
+        logits = _last_logits(self._model, inputs, count + 1)
+        if self._is_causal is None:
+            behind = before["input_ids"].shape[1] - common
+            alone = _last_logits(self._model, before, behind + 1)[0].softmax(-1)
+            difference = float((alone - logits[0].softmax(-1)).abs().max())
+            self._is_causal = not difference > TOLERANCE.get(self._model.dtype, 1e-4)
+        if not self._is_causal:
+            return Score(None, NOT_CAUSAL, permanent=True)
+        log_probs = logits[:-1].log_softmax(-1).gather(-1, ids[-count:, None].to(logits.device))
+        return Score(float(log_probs.double().mean()))
 
 
+@torch.inference_mode()
 def _last_logits(model: Any, inputs: dict[str, Any], count: int) -> Tensor:
-    """Computes the logits float[1, count, V] at the last tokens."""
+    """Computes the logits float32[count, V] at the last tokens of one row."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False, logits_to_keep=count).logits
-    return model(**inputs, use_cache=False).logits[:, -count:]
+        return model(**inputs, use_cache=False, logits_to_keep=count).logits[0].float()
+    return model(**inputs, use_cache=False).logits[0, -count:].float()
 
 
 def _common_length(first: Tensor, second: Tensor) -> int:

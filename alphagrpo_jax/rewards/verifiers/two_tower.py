@@ -20,6 +20,7 @@ from alphagrpo_jax.rewards.verifiers.base import Score, VerifierLoadError, check
 OUTPUTS = ("image_embeds", "text_embeds", "logits_per_image")
 # SigLIP was trained on texts padded to the full length, and reads shorter ones differently.
 PADDED_TO_FULL_LENGTH = ("siglip", "siglip2")
+PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 PROBE_SIDE = 32  # pixels of the image by which a model is tried
 
 
@@ -35,6 +36,7 @@ class TwoTowerScorer:
         self,
         path: str | Path,
         *,
+        processor: str | Path | None = None,
         value: Literal["cosine", "logit", "probability"] = "cosine",
         truncate: bool = False,
         device: str = "cpu",
@@ -45,6 +47,7 @@ class TwoTowerScorer:
 
         Args:
           path: a local model folder.
+          processor: a local folder of the processor; None: the model's.
           value: the score: "cosine" of the two embeddings, in [-1, 1]; "logit", the model's
             `logits_per_image`, e.g. the number that PickScore states; or "probability",
             sigmoid(logit), which only models trained by a sigmoid loss mean (SigLIP).
@@ -59,7 +62,7 @@ class TwoTowerScorer:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self._value, self._truncate = value, truncate
-        self.model, self.processor = load(Path(path), device, dtype)
+        self.model, self.processor = load(Path(path), processor, device, dtype)
         tokenizer = self.processor.tokenizer
         text_config = self.model.config.get_text_config()
         limits = [tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)]
@@ -119,8 +122,10 @@ class TwoTowerScorer:
         return Score(float(logit if self._value == "logit" else logit.sigmoid()))
 
 
-def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
-    """Loads (model, processor) from a local folder.
+def load(
+    folder: Path, processor_folder: str | Path | None, device: str, dtype: str
+) -> tuple[Any, Any]:
+    """Loads (model, processor) from local folders.
 
     Raises:
       VerifierLoadError: see `TwoTowerScorer`.
@@ -136,12 +141,12 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
         )
     transformers_logging.disable_progress_bar()
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(processor_folder or folder, local_files_only=True)
         loaded: Any = AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise VerifierLoadError(f"cannot load the scorer in {str(folder)!r}: {error}") from error
+        raise VerifierLoadError(_explain(folder, error)) from error
     model, loading = loaded  # a pair because of output_loading_info
     if loading["missing_keys"]:  # transformers only warns, and leaves random numbers in them
         missing = sorted(loading["missing_keys"])
@@ -153,7 +158,8 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
         if getattr(processor, name, None) is None:
             raise VerifierLoadError(
                 f"scorer folder {str(folder)!r}: its processor {type(processor).__name__} has no "
-                f"{name}; expected a two-tower model such as CLIP or SigLIP with all its files"
+                f"{name}; expected a two-tower model such as CLIP or SigLIP with all its files, or "
+                "the processor of another one, ?processor=ORG/NAME"
             )
     try:
         model = model.to(device)
@@ -162,3 +168,16 @@ def load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
             f"the scorer in {str(folder)!r} cannot run on device {device!r}: {error}"
         ) from error
     return model.eval(), processor
+
+
+def _explain(folder: Path, error: Exception) -> str:
+    """Returns the message of a failed load, with the fix where it is known."""
+    message = f"cannot load the scorer in {str(folder)!r}: {error}"
+    if not any((folder / name).is_file() for name in PROCESSOR_CONFIGS):
+        message += (
+            "\nFix: the folder has no processor of its own; name the one that the model's card "
+            "uses, ?processor=ORG/NAME"
+        )
+    if "sentencepiece" in str(error).lower():
+        message += "\nFix: this model's tokenizer needs sentencepiece; pip install sentencepiece"
+    return message

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from judge_families import FAMILIES, picture
 
+from alphagrpo_jax.rewards.verifiers import hf
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.instructions import CAPTION_REQUEST
 
+SEE_AHEAD = ("paligemma",)
 PROMPTS = ("a red circle", "a blue square in the image is flat", "circle")
 
 
@@ -52,6 +55,40 @@ def test_scores_are_mean_log_probs(verifier, images):
     assert verifier.score(images[:1], PROMPTS[:1]) == scores[:1]
     other_image = verifier.score([images[2]], PROMPTS[:1])[0]
     assert other_image.value != scores[0].value
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_predicts_each_token_from_those_before_it(monkeypatch, name):
+    judge = FAMILIES[name]()
+    monkeypatch.setattr(hf, "load", lambda *_: judge)
+    verifier, image, prompt = HFVerifier(name, min_mass=0.0), picture(), "two blue squares"
+    (score,) = verifier.score([image], [prompt])
+    if name in SEE_AHEAD:
+        assert (score.value, score.permanent) == (None, True)
+        assert "prefix attention" in score.failure
+        return
+    prompter = verifier.passes.prompter
+    request = prompter.prompt(CAPTION_REQUEST, "")
+    inputs = prompter.inputs(image, [request + prompt])
+    ids, first = inputs["input_ids"], prompter.inputs(image, [request])["input_ids"].shape[1]
+    assert prompt in judge.processor.tokenizer.decode(ids[0, first:]).strip()
+    log_probs = []
+    for length in range(first, ids.shape[1]):
+        per_token = {key for key, value in inputs.items() if value.shape[:2] == ids.shape}
+        cut = {key: inputs[key][:, :length] if key in per_token else inputs[key] for key in inputs}
+        with torch.no_grad():
+            logits = judge.model(**cut, use_cache=False).logits[0, -1].double()
+        log_probs.append(float(logits.log_softmax(-1)[ids[0, length]]))
+    assert score.value == pytest.approx(np.mean(log_probs), abs=1e-5)
+    assert verifier.score([picture(seed=2)], [prompt])[0].value != score.value
+
+
+def test_a_prompt_longer_than_the_context_has_no_likelihood(llava_folder, images):
+    judge = HFVerifier(llava_folder)
+    judge.passes.context_tokens = 60
+    (score,) = judge.score(images[:1], ["a red circle " * 30])
+    assert (score.value, score.permanent) == (None, True)
+    assert "context holds 60" in score.failure
 
 
 def test_prompts_that_are_no_text_have_no_likelihood(verifier, images):

@@ -197,6 +197,15 @@ def test_a_wrong_dtype_or_device_is_explained(clip_folder, options, message):
         TwoTowerScorer(clip_folder, **options)
 
 
+def test_a_model_without_a_processor_may_get_that_of_another(tmp_path, clip_folder, images):
+    hf.CLIPModel.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    with pytest.raises(VerifierLoadError, match=r"no processor of its own.*\?processor=ORG/NAME"):
+        TwoTowerScorer(tmp_path)
+    scorer = TwoTowerScorer(tmp_path, processor=clip_folder)
+    expected = TwoTowerScorer(clip_folder).score(images[:1], PROMPTS[:1])
+    assert scorer.score(images[:1], PROMPTS[:1]) == expected
+
+
 def test_other_models_are_refused(tmp_path, llava_folder, clip_folder):
     with pytest.raises(VerifierLoadError, match=r"has no config\.json"):
         TwoTowerScorer(tmp_path)
