@@ -15,7 +15,8 @@ from torch import Tensor
 
 from alphagrpo_jax.rewards.verifiers.base import Score, checked_image
 from alphagrpo_jax.rewards.verifiers.instructions import CAPTION_REQUEST
-from alphagrpo_jax.rewards.verifiers.passes import TOLERANCE, Passes
+from alphagrpo_jax.rewards.verifiers.passes import Passes
+from alphagrpo_jax.rewards.verifiers.trials import tolerance
 from alphagrpo_jax.runtime.errors import InputError
 
 NOT_CAUSAL = (
@@ -77,7 +78,7 @@ class LikelihoodReader:
             behind = before["input_ids"].shape[1] - common
             alone = _last_logits(self._model, before, behind + 1)[0].softmax(-1)
             difference = float((alone - logits[0].softmax(-1)).abs().max())
-            self._is_causal = not difference > TOLERANCE.get(self._model.dtype, 1e-4)
+            self._is_causal = not difference > tolerance(self._model.dtype)
         if not self._is_causal:
             return Score(None, NOT_CAUSAL, permanent=True)
         log_probs = logits[:-1].log_softmax(-1).gather(-1, ids[-count:, None].to(logits.device))

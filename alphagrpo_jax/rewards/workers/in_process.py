@@ -118,6 +118,9 @@ def _result(
         for question, answer in zip(request.questions, answers, strict=True)
         if answer.permanent
     ]
+    hopeless += [
+        prompt for prompt, score in zip(request.scored, scores, strict=True) if score.permanent
+    ]
     return VerifierResult(
         p_yes=None if failures else p_yes,
         valid=not failures,
