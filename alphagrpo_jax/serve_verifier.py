@@ -246,7 +246,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--port", type=cli.integer(0, 65535), default=8000, help="0: any free one")
     add("--host", default="127.0.0.1", help="0.0.0.0: all of this machine's addresses")
     add("--name", help="of the model, as clients call it; default: the last part of --model")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--device", default="cpu", help="cpu, cuda, or auto for all devices together")
     add("--dtype", default="float32", help="of the weights, or auto for the folder's own")
     add("--threads", type=cli.COUNT, help="CPU threads of the model; default: PyTorch's choice")
     add(

@@ -167,6 +167,9 @@ def test_unknown_fields_are_refused_by_name(reader, field):
         ({"top_logprobs": 5}, "top_logprobs", "needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "got 21, at most 20 are given"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": True}, "max_tokens", "valid integer"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        ({"logit_bias": [[[]]] }, "logit_bias", "which would change the reply"),
         ({"stream_options": {}}, "stream_options", "needs stream: true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options: x", "not supported here"),
         ({"messages": []}, "messages", "at least 1 item"),
@@ -202,6 +205,22 @@ def test_refusals_name_the_field(reader, fields, param, words):
 )  # fmt: skip
 def test_contents_that_no_judge_can_be_asked(reader, content, words):
     assert words in str(refused(reader, body(*content)))
+
+
+@pytest.mark.parametrize(
+    ("request_body", "words"),
+    [
+        (b"", "EOF while parsing"),
+        (b"[]", "should be an object"),
+        (body().replace(b"Is it", b"Is \xff it"), "invalid unicode code point"),
+        (body(x=0).replace(b'"x": 0', b'"x": ' + b"[" * 5000 + b"]" * 5000), "recursion limit"),
+        (body(max_tokens=7).replace(b": 7", b": " + b"9" * 5000), "out of range"),
+        (body(temperature=7).replace(b": 7", b": NaN"), "temperature: got nan, expected 0"),
+    ],
+    ids=["empty", "no object", "not UTF-8", "deep", "long number", "NaN"],
+)
+def test_bodies_that_are_no_requests(reader, request_body, words):
+    assert words in str(refused(reader, request_body))
 
 
 def test_half_a_character_is_refused(reader):

@@ -95,7 +95,7 @@ class RequestError(Exception):
 
 
 class _Fields(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="allow")
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
 
 
 class _ImageUrl(_Fields):
