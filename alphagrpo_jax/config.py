@@ -168,9 +168,12 @@ class PoolOptions:
     threads: int = Field(ge=1, le=1024)
     """Compute threads of each process; fixed, so that answers are the same whatever the load."""
     attempt_seconds: float = Field(ge=1e-3, le=1e6)
-    """Longest time for one attempt at an image, in seconds, from the moment a process has it."""
+    """Longest time for one attempt, in seconds: of a process at an image, from the moment it has
+    it; of the client of chat servers at one question, from the moment it is sent, with all its
+    requests and the pauses between them."""
     total_seconds: float = Field(ge=1e-3, le=1e6)
-    """Seconds after an image's submission from which on no further attempt at it starts."""
+    """Longest time in which no verifier answers anything, in seconds; after it the images that wait
+    have no reward. A queue that moves, however slowly, costs none."""
     start_seconds: float = Field(ge=1e-3, le=1e6)
     """Longest time for starting a process and building its verifier, in seconds."""
     max_attempts: int = Field(ge=1, le=1000)
@@ -201,11 +204,11 @@ class VerifierOptions(PoolOptions):
     concurrency: int = Field(ge=1, le=4096)
     """Most requests in flight, over all images and chat servers."""
     question_seconds: float = Field(ge=1e-3, le=1e6)
-    """Longest time for one request to a chat server, in seconds."""
+    """Longest time for one request to a chat server, in seconds, from the moment it is sent."""
     top_logprobs: int = Field(ge=1, le=1 << 20)
-    """Number of candidates of the first token that a chat server is asked for."""
+    """Number of candidates of the token that is read, which a chat server is asked for."""
     workers: int = Field(ge=1, le=1024)
-    """Number of local processes; unless `kind` is "openai" there is one more per chat server."""
+    """Number of local processes; without meaning for kind "openai", which has none."""
     device: str
     """Device of a Hugging Face verifier, cpu or cuda."""
     dtype: str

@@ -397,8 +397,8 @@ def _check_verifier(config: Config) -> None:
     if verifier.question_seconds > verifier.attempt_seconds:
         raise ConfigError(
             f"verifier.question_seconds={verifier.question_seconds} is more than "
-            f"verifier.attempt_seconds={verifier.attempt_seconds}, which all of an image's "
-            "questions have together"
+            f"verifier.attempt_seconds={verifier.attempt_seconds}, which all requests "
+            "about a question have together"
         )
 
 

@@ -135,3 +135,15 @@ def sometimes_nothing(images: Sequence[np.ndarray], prompts: Sequence[str]) -> l
         odd.get(int(image.astype(np.int64).sum()) % 7, score)
         for image, score in zip(images, redness(images, prompts), strict=True)
     ]
+
+
+class NoUnicorns(Honest):
+    """As `Honest`, but cannot be asked about unicorns, whoever tries; tells the answers' mass."""
+
+    def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Answer]:
+        return [
+            Answer(None, "unicorns do not exist", permanent=True)
+            if "unicorn" in question
+            else answer._replace(mass=0.75)
+            for question, answer in zip(questions, super().answer(image, questions), strict=True)
+        ]
