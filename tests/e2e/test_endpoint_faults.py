@@ -47,19 +47,20 @@ def train(run, world, server):
     return train
 
 
-def check_audit(audit, server):
-    """Every number that the pool got was given by the server for that image and question."""
-    served = {}
-    for row in server.log():
+def check_audit(audit, *servers):
+    """Every number that the pool got was given by a server for that image and question."""
+    given = {}
+    for row in (row for server in servers for row in server.log()):
         if row["p_yes"] is not None:
-            served[row["image"], row["question"]] = row["p_yes"]
+            given[row["image"], row["question"]] = row["p_yes"]
     numbers = 0
     for row in audit:
         assert (row["p_yes"] is None) != (row["failure"] is None)
         if row["p_yes"] is not None:
-            expected = [served[row["image"], question] for question in row["questions"]]
-            assert row["p_yes"] == pytest.approx(expected, abs=1e-9)
-            numbers += len(expected)
+            answers = [given[row["image"], question] for question in row["questions"]]
+            assert row["p_yes"] == pytest.approx(answers, abs=1e-9)
+            assert row["mass"] == pytest.approx([0.9] * len(answers), abs=1e-6)
+            numbers += len(answers)
     assert numbers > 0
 
 
@@ -116,3 +117,29 @@ def test_an_endpoint_that_dies_stops_the_run_with_a_message(train, world, server
     assert "Traceback" not in printed
     check_audit(audit, server)
     check_no_key(world, workdir, printed)
+
+
+def test_a_judge_that_talks_nonsense_beside_one_that_thinks_costs_no_sample(
+    train, world, server, tmp_path
+):
+    """Read behind its thinking, one endpoint answers; the other has a wrong template."""
+    server.behave("think", "think parsed", "think cut", "500", "think", "reset")
+    with BadServer(tmp_path, "nonsense") as nonsense:
+        nonsense.behave("think for ever")
+        code, printed, workdir, audit = train(
+            "nonsense",
+            endpoints=repr((server.url, nonsense.url)),
+            read="after_thinking",
+            max_tokens=64,
+        )
+        asked = len(nonsense.log())
+        assert not any(row["p_yes"] for row in nonsense.log())
+    assert code == 0, printed
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["reward/valid_fraction"] == 1.0 for row in rows[1:])
+    assert all(row["reward/answer_mass"] == pytest.approx(0.9) for row in rows[1:])
+    assert rows[1]["time/pool/answered"] > 8  # the first evaluation counts too
+    assert {row["max_tokens"] for row in server.log()} == {64}
+    assert 0 < asked < len(server.log()) / 2
+    check_audit(audit, server)
+    check_rewards(audit, rows)
