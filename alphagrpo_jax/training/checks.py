@@ -71,8 +71,9 @@ def check_validity(
         record = records[row]
         raise InputError(
             f"{_location(config, record)}: the prompt {record.prompt!r} can never have a reward: "
-            f"{rewards.reasons[row] if question else 'another host says why'}. Mend the question, "
-            'or set its "is_valid" to false, then run the same command again'
+            f"{rewards.reasons[row] if question else 'another host says why'}. Mend the question "
+            'or set its "is_valid" to false, or mend the prompt if it is the prompt that cannot be '
+            "scored, then run the same command again"
         )
     invalid = 1.0 - float(np.mean(rewards.valid))
     if invalid > config.reward.max_invalid_fraction:

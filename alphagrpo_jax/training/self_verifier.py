@@ -36,13 +36,19 @@ class PolicyVerifier:
     """The policy as a `BatchVerifier`; `workers.in_process.InProcessPool` makes a pool of it."""
 
     def __init__(
-        self, loaded: LoadedModel, *, question_tokens: int, stop: StopRequest = NEVER
+        self,
+        loaded: LoadedModel,
+        *,
+        question_tokens: int,
+        min_mass: float = MIN_MASS,
+        stop: StopRequest = NEVER,
     ) -> None:
         """Finds the tokens that spell yes and no.
 
         Args:
           loaded: the pretrained model; `follow` sets the weights that answer.
           question_tokens: most tokens of a question with its delimiters.
+          min_mass: P(yes) + P(no) below which a question has no answer.
           stop: ends `answer_batch` and `score` once it is overdue.
         Raises:
           ConfigError: no token spells one of the two, or there are several processes, each of
@@ -53,7 +59,7 @@ class PolicyVerifier:
                 "verifier.kind=self runs in a single process; use hf or openai with several"
             )
         # One more token: the beginning of the answer, from which its first token is predicted.
-        self._stop = stop
+        self._stop, self._min_mass = stop, min_mass
         self._tokenizer, self._length = loaded.tokenizer, question_tokens + 1
         self._most_reply_tokens = question_tokens
         words = [_spellings(loaded.tokenizer, word) for word in ("yes", "no")]
@@ -219,7 +225,9 @@ class PolicyVerifier:
             )
         )
         return [
-            prompt if isinstance(prompt, Answer) else _answer(float(yes_prob), float(no_prob))
+            prompt
+            if isinstance(prompt, Answer)
+            else _answer(float(yes_prob), float(no_prob), self._min_mass)
             for prompt, yes_prob, no_prob in zip(prompts, yes, no, strict=False)
         ]
 
@@ -321,8 +329,10 @@ def _spellings(tokenizer: Tokenizer, word: str) -> list[int]:
     ]
 
 
-def _answer(yes: float, no: float) -> Answer:
+def _answer(yes: float, no: float, min_mass: float) -> Answer:
     """Returns P(yes) among yes and no, or a failure if both are improbable."""
-    if not yes + no >= MIN_MASS:  # also true for NaN
-        return Answer(None, f"neither yes nor no begins the answer (mass {yes + no:.2g})")
-    return Answer(yes / (yes + no))
+    mass = yes + no
+    if not mass >= min_mass or mass == 0.0:  # also true for NaN
+        reason = f"neither yes nor no begins the answer (mass {mass:.2g}, at least {min_mass:g})"
+        return Answer(None, reason, mass)
+    return Answer(yes / mass, mass=mass)

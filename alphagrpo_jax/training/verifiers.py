@@ -149,7 +149,10 @@ def open_verifiers(
                 second = stack.enter_context(_second_pool(config, stop))
             if config.verifier.kind == "self":
                 policy = PolicyVerifier(
-                    loaded, question_tokens=config.rollout.prompt_tokens, stop=stop
+                    loaded,
+                    question_tokens=config.rollout.prompt_tokens,
+                    min_mass=config.verifier.min_mass,
+                    stop=stop,
                 )
                 first: VerifierPool = with_scorers(config, InProcessPool(policy), stop=stop)
             else:

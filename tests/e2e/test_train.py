@@ -300,6 +300,9 @@ def test_the_policy_as_its_own_verifier(run, world, rows):
         "--config.model.path=speaks",
         "--config.verifier.kind=self",
         "--config.rollout.prompt_tokens=40",  # the bucket of the questions too
+        "--config.verifier.min_mass=0.001",
+        "--config.reward.extra_scores=('likelihood',)",
+        "--config.reward.extra_weights=(1.0,)",
     )
     code, errors = run(world / "self", *flags, "--config.train.steps=2")
     assert code == 0, errors
@@ -308,6 +311,7 @@ def test_the_policy_as_its_own_verifier(run, world, rows):
     for row in logged[1:]:
         assert row["reward/valid_fraction"] == 1.0
         assert 0.0 < row["reward/mean"] < 1.0
+        assert 0.0 < row["reward/score/likelihood"] < 1.0
         assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0
         assert row["update/skipped"] == 0
     lines = (world / "self" / "metrics.jsonl").read_text().splitlines()

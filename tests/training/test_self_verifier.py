@@ -38,7 +38,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def verifier(loaded):
-    policy_verifier = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH)
+    policy_verifier = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH, min_mass=1e-3)
     policy_verifier.follow(PolicyParams(loaded.base))
     return policy_verifier
 
@@ -120,6 +120,16 @@ def test_a_policy_that_says_neither_gives_no_answer(verifier, pool, loaded, imag
     verifiers_lib.follow(pool, PolicyParams(loaded.base))
 
 
+def test_the_least_mass_is_that_of_the_options(loaded, images):
+    strict = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH, min_mass=0.9)
+    strict.follow(PolicyParams(loaded.base))
+    (answer,) = strict.answer(images[0], QUESTIONS[:1])
+    yes, no = direct(loaded, images[0], QUESTIONS[0])
+    assert answer.p_yes is None
+    assert answer.mass == pytest.approx(yes + no, abs=1e-5)
+    assert "at least 0.9" in answer.failure
+
+
 def test_one_image_by_itself_is_answered_like_in_a_pool(verifier, pool, images):
     pool.submit("x", images[0], QUESTIONS)
     answers = verifier.answer(images[0], QUESTIONS)
@@ -129,7 +139,7 @@ def test_one_image_by_itself_is_answered_like_in_a_pool(verifier, pool, images):
 
 
 def test_a_policy_without_weights_does_not_answer(loaded, images):
-    unset = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH)
+    unset = self_verifier.PolicyVerifier(loaded, question_tokens=LENGTH, min_mass=1e-3)
     pool = InProcessPool(unset)
     pool.submit("x", images[0], QUESTIONS)
     with pytest.raises(ValueError, match="expected a call of `follow` before"):

@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
     value: float | None  # any finite number, higher is better
     failure: str | None = None
-    permanent: bool = False  # True: no attempt at this image and prompt can succeed
+    permanent: bool = False  # True: the prompt can have no score, whatever the image
 
 
 class TextResult(NamedTuple):
