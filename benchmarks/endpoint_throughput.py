@@ -175,7 +175,7 @@ def _cpu_seconds() -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--seconds", type=float, default=0.2, help="time that the server takes for a question")
     add("--side", type=int, default=512, help="of the images, in pixels")

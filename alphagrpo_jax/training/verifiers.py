@@ -91,7 +91,7 @@ def verifier_factories(config: Config) -> list[Factory]:
             "max_tokens": verifier.max_tokens,
         }
         local = ("hf", options)
-    local_members = [local] * verifier.workers
+    local_members: list[Factory] = [local] * verifier.workers
     if not verifier.endpoints:
         return local_members
     # A server that fails hands its sample to a process soon, even while the run starts.

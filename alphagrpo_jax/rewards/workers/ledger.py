@@ -282,7 +282,7 @@ class Ledger:
         if self._audit is None:
             return
         request = job.request
-        numbers = results and _numbers(results)
+        numbers = None if results is None else _numbers(results)
         row = {
             "sample": str(job.sample_id),
             "image": job.image_key,

@@ -83,3 +83,54 @@ def test_if_all_rest_the_first_to_be_back_is_picked(three, clock):
     assert three.pick(avoid=b) is b
     clock.now += 31.0
     assert three.pick(avoid=b) is a
+
+
+def test_a_rest_that_the_server_asked_for_outlasts_answers_to_other_requests(three, clock):
+    a = three.all[0]
+    three.failed(a, clock.now, 30.0)
+    three.succeeded(a)  # to a request that was sent before
+    assert a.failures == 0
+    assert not three.health()[a.url]
+    clock.now += 29.0
+    three.failed(a, clock.now, 0.5)  # asks for less than is left
+    three.succeeded(a)
+    assert not three.health()[a.url]
+    clock.now += 1.5
+    assert three.health()[a.url]
+
+
+def test_replies_without_answers_rest_a_server_only_if_they_go_on(three, clock):
+    a = three.all[0]
+    for _ in range(20):  # two hard questions among every three
+        three.unanswered(a, clock.now)
+        three.unanswered(a, clock.now)
+        three.succeeded(a)
+        clock.now += 0.1
+    assert three.health()[a.url]
+    rests = []
+    for number in range(6):
+        clock.now = max(clock.now, a.rests_until) + 0.1
+        three.unanswered(a, clock.now)
+        if number >= endpoints_lib.UNANSWERED - 1:
+            rests.append(a.rests_until - clock.now)
+    assert all(three.health()[server.url] != (server is a) for server in three.all)
+    assert rests[-1] > 2 * rests[0] > 0
+
+
+def test_the_only_server_does_not_rest_for_replies_without_answers(clock):
+    alone = Endpoints(["http://a/v1"], rest_seconds=1.0)
+    for _ in range(20):
+        alone.unanswered(alone.all[0], clock.now)
+    assert alone.health() == {"http://a/v1": True}
+
+
+def test_after_a_rest_one_request_tries_the_server(three, clock):
+    a, b, c = three.all
+    three.failed(a, clock.now, None)
+    clock.now = a.rests_until + 0.1
+    b.in_flight = c.in_flight = 5
+    assert three.pick() is a
+    a.in_flight = 1  # that one; the others do not join it
+    assert three.pick() in (b, c)
+    three.succeeded(a)
+    assert three.pick() is a
