@@ -105,8 +105,9 @@ def test_hostile_reflections_reach_a_local_verifier():
     verifier = HFVerifier(resolve("package:verifier"), num_threads=1)
     image = np.zeros((48, 48, 3), np.uint8)
     written = " ".join([*verifier.tokenizer.all_special_tokens, *HOSTILE])
-    with pytest.raises(ValueError, match="control tokens"):
-        verifier.answer(image, [written])
+    (refused,) = verifier.answer(image, [written])
+    assert (refused.p_yes, refused.permanent) == (None, True)
+    assert "control tokens" in refused.failure
     answers = verifier.answer(image, reflection_questions(written, written))
     assert all(0.0 <= answer.p_yes <= 1.0 for answer in answers)
 

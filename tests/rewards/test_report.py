@@ -200,7 +200,9 @@ def test_hostile_texts_stay_text():
 
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path):
-    scored = report_of(answered(0.9, 0.7, 0.8), prompts=["half \ud83d"])
+    scored = report_of(answered(0.9, 0.7, 0.8))
+    row = dataclasses.replace(scored.rows[0], name="half \ud83d.png")  # as file systems may have it
+    scored = dataclasses.replace(scored, rows=(row,))
     for ending, write in report.FORMATS.items():
         (tmp_path / f"x{ending}").write_text(write(scored), encoding="utf-8")
 
