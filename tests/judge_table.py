@@ -1,6 +1,7 @@
 """Prints how judges of many families are asked, how exactly and how fast.
 
     python tests/judge_table.py [FAMILY ...]
+    python tests/judge_table.py --large qwen3_vl qwen3_5    # 400 image tokens; Qwen-VL alone
 
 Each family is tiny and random (`judge_families`). Per family, of 10 questions about one image: the
 way, the largest difference of P(yes) from plain transformers asked one question at a time, and the
@@ -22,6 +23,7 @@ from alphagrpo_jax.rewards.verifiers import hf
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 
 REPEATS = 5
+LARGE_SIDE = 560
 NO_SYSTEM_TURN = ("mllama",)
 
 
@@ -85,9 +87,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    names = sys.argv[1:] or [*judge_families.FAMILIES]
     image = judge_families.picture()
+    if names[0] == "--large":
+        names, image = names[1:], judge_families.picture(LARGE_SIDE, LARGE_SIDE)
+        for name in names:
+            processor = judge_families.FAMILIES[name]().processor.image_processor
+            pixels = 2 * LARGE_SIDE**2  # GLM-V counts two frames
+            processor.size = type(processor.size)(shortest_edge=56 * 56, longest_edge=pixels)
     sys.stdout.write("| family | way | apart | times as fast |\n|---|---|---|---|\n")
-    for name in sys.argv[1:] or judge_families.FAMILIES:
+    for name in names:
         sys.stdout.write(f"| {name} | {' | '.join(row(name, image))} |\n")
         sys.stdout.flush()
 

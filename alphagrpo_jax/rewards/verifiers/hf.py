@@ -236,7 +236,7 @@ class HFVerifier:
                 answers.append(Answer(None, reading.failure, permanent=reading.permanent))
             else:
                 yes, no = next(masses)
-                answers.append(self._answer(yes, no, reading, question, image))
+                answers.append(self._answer(yes, no, reading.logits, question, image))
         return answers
 
     def _readings(
@@ -414,7 +414,7 @@ class HFVerifier:
         return reply, torch.cat(output.logits).float()
 
     def _answer(
-        self, yes: float, no: float, reading: Reading, question: str, image: np.ndarray
+        self, yes: float, no: float, logits: Tensor, question: str, image: np.ndarray
     ) -> Answer:
         """Returns P(yes) among yes and no, or reads the reply's text, or fails."""
         mass = yes + no
@@ -427,12 +427,12 @@ class HFVerifier:
             if text in ("yes", "no"):
                 return Answer(float(text == "yes"), mass=mass)
             return Answer(None, f"neither yes nor no: the reply is {text!r}", mass)
-        likeliest = self.tokenizer.decode([int(reading.logits.argmax())])
+        likeliest = self.tokenizer.decode([int(logits.argmax())])
         reason = (
             f"neither yes nor no among the candidates (mass {mass:.2g}, expected at least "
             f"{self.min_mass:g}); the likeliest token is {likeliest!r}"
         )
-        if self._thinking is None and (self._opens_thinking(likeliest, question)):
+        if self._thinking is None and self._opens_thinking(likeliest, question):
             reason += "; this judge thinks first: set verifier.read='after_thinking'"
         return Answer(None, reason, mass)
 
