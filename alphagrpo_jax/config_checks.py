@@ -29,7 +29,7 @@ RESUMABLE_WITH_NOTICE = ("verifier.",)
 NEVER_RESUMABLE = ("verifier.model", "verifier.instruction")  # another verifier, other questions
 # Fields that came after the first runs, and the values by which those runs went.
 LATER = {
-    "checkpoint.stop_seconds": 8.0,
+    "checkpoint.stop_seconds": 6.0,
     "verifier.cache_size": 0,
     "verifier.extra_body": "",
     "verifier.instruction": (

@@ -192,7 +192,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 25
     config.checkpoint.keep = 2
-    config.checkpoint.stop_seconds = 8.0
+    config.checkpoint.stop_seconds = 6.0
 
     config.log = ConfigDict()
     config.log.samples = 25
