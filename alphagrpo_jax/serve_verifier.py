@@ -16,7 +16,6 @@ import logging
 import pathlib
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -39,7 +38,7 @@ from alphagrpo_jax.rewards.verifiers.serving.requests import (
     RequestError,
     RequestReader,
 )
-from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime import cli, stopping
 from alphagrpo_jax.runtime.errors import AccessError, UsageError
 from alphagrpo_jax.runtime.paths import model_folder
 
@@ -338,4 +337,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())  # a pass of the model may take minutes yet

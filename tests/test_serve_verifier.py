@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import math
@@ -43,8 +44,30 @@ QUESTIONS = ["Is there a red circle?", "Are there exactly two squares?", "Is the
 KEY = "sk-serve-0123456789"
 
 
-def start(*arguments, **variables):
-    command = [sys.executable, "-m", "alphagrpo_jax.serve_verifier", "--model", "package:verifier"]
+# A server whose model never ends a pass, and which waits for it a second at its end.
+STALLING = """
+import runpy, time
+from alphagrpo_jax import serve_verifier
+from alphagrpo_jax.rewards.verifiers.serving.batcher import Batcher
+
+class Server(serve_verifier.uvicorn.Server):
+    def __init__(self, config):
+        config.timeout_graceful_shutdown = 1
+        super().__init__(config)
+
+serve_verifier.uvicorn.Server = Server
+
+def stall(*_):
+    print("stalls", flush=True)
+    time.sleep(1e4)
+
+Batcher._forward = stall
+runpy.run_module("alphagrpo_jax.serve_verifier", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(*arguments, program=("-m", "alphagrpo_jax.serve_verifier"), **variables):
+    command = [sys.executable, *program, "--model", "package:verifier"]
     process = subprocess.Popen(
         [*command, "--port", "0", "--threads", "1", *arguments],
         env=os.environ | variables,
@@ -265,6 +288,20 @@ def test_a_signal_ends_it_in_order(number):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.count("Traceback")) == (0, 0), errors
+
+
+def test_a_signal_ends_it_while_its_model_stalls():
+    process, url = start(program=("-c", STALLING))
+
+    def wait_in_vain() -> None:
+        with contextlib.suppress(httpx2.HTTPError):
+            ask(url, {})
+
+    threading.Thread(target=wait_in_vain, daemon=True).start()
+    assert process.stdout.readline() == "stalls\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
 
 
 def test_a_port_in_use_and_a_missing_model_are_explained(capsys):

@@ -89,12 +89,11 @@ NEVER = StopRequest()
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with an exit code; after a stop, without waiting for abandoned threads."""
-    if code == STOPPED:
-        for stream in (sys.stdout, sys.stderr):
+    """Ends the process with an exit code, without waiting for threads that are still at work."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 class StopFlag(StopRequest):
