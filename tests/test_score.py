@@ -115,6 +115,18 @@ def test_files_that_are_passed_over_and_first_pages_are_named(folder, capsys):
     assert "the first was read" in page
 
 
+def test_scorers_may_be_part_of_the_score(folder):
+    scorers = ("--extra-scores", "callable:tiny_verifiers:redness?range=0..255")
+    assert score.main(flags(folder, "x.json", *HONEST, *scorers, "--extra-weights", "3")) == 0
+    images = json.loads((folder / "x.json").read_text())["images"]
+    for image in images:
+        picture = np.asarray(Image.open(folder / "images" / image["name"]).convert("RGB"))
+        (redness,) = tiny_verifiers.redness([picture], [image["prompt"]])
+        shares = image["parts"]
+        assert shares["callable.redness"] == pytest.approx(redness)
+        assert image["total"] == pytest.approx((shares["confidence"] + 3 * redness / 255.0) / 4)
+
+
 def test_an_unreadable_image_costs_only_itself(folder, capsys):
     content = (folder / "images" / "0.png").read_bytes()
     (folder / "images" / "2.png").write_bytes(content[: len(content) // 2])
