@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 ScorerKind = Literal["exact", "likelihood", "hf_clip", "callable"]
-SCORER_KINDS: tuple[ScorerKind, ...] = get_args(ScorerKind)
+KINDS_BY_NAME: Mapping[str, ScorerKind] = {kind: kind for kind in get_args(ScorerKind)}
 
 JUDGED = ("confidence", "binary", "holistic")  # made of a verifier's answers and ratings
 EXPECTED = (
@@ -84,7 +84,7 @@ def parse(text: str) -> ScorerSpec | None:
         return None
     location, mark, options = text.partition("?")
     kind_name, _, target = location.partition(":")
-    kind = next((kind for kind in SCORER_KINDS if kind == kind_name), None)
+    kind = KINDS_BY_NAME.get(kind_name)
     if kind is None or bool(target) != (kind in ("hf_clip", "callable")):
         raise ValueError(f"got {text!r}, expected {EXPECTED}")
     if kind == "callable" and not re.fullmatch(r"[\w.]+:\w+", target):
