@@ -28,9 +28,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from alphagrpo_jax.rewards.verifiers.chat.keys import read_key
-from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.prompt_limits import PromptLimits
-from alphagrpo_jax.rewards.verifiers.serving.batcher import Batcher
+from alphagrpo_jax.rewards.verifiers.serving.batcher import AnswerFn, Batcher, GreedyReply
+from alphagrpo_jax.rewards.verifiers.serving.model_process import ModelDiedError, ModelProcess
 from alphagrpo_jax.rewards.verifiers.serving.replies import ReplyWriter, request_id_of
 from alphagrpo_jax.rewards.verifiers.serving.requests import (
     ChatRequest,
@@ -171,7 +171,8 @@ class Service:
 
 
 def make_app(
-    verifier: HFVerifier,
+    answer: AnswerFn,
+    limits: PromptLimits,
     *,
     name: str,
     key: str,
@@ -184,17 +185,17 @@ def make_app(
     """Builds the web application.
 
     Args:
-      verifier: answers the questions.
+      answer: runs the model's passes.
+      limits: of its prompts.
       name: of the model, as clients call it.
       key: that clients must send as a bearer token; "" for none.
       max_batch, max_queue, seconds: see `serving.batcher.Batcher`.
       max_logprobs: most candidates of a token that a request may ask for.
       max_tokens: most tokens of a reply, whatever a request asks for.
     """
-    batcher = Batcher(verifier, max_batch=max_batch, max_queue=max_queue, seconds=seconds)
-    limits = PromptLimits(verifier.processor, verifier.model.config)
+    batcher = Batcher(answer, max_batch=max_batch, max_queue=max_queue, seconds=seconds)
     reader = RequestReader(limits, max_logprobs=max_logprobs, max_tokens=max_tokens)
-    service = Service(reader, batcher, ReplyWriter(verifier.tokenizer), name=name, key=key)
+    service = Service(reader, batcher, ReplyWriter(limits.tokenizer), name=name, key=key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -302,16 +303,42 @@ def run(options: argparse.Namespace) -> None:
     """
     name = options.name or pathlib.PurePath(options.model.removeprefix("package:")).name
     bound = bind(options.host, options.port)
-    verifier = HFVerifier(
-        model_folder(options.model),
-        device=options.device,
-        dtype=options.dtype,
-        num_threads=options.threads,
-        max_batch=options.max_batch,
-        text_fallback=True,  # whether the text may count is the client's affair
-    )
+    folder = model_folder(options.model)
+    model_options = {
+        "device": options.device,
+        "dtype": options.dtype,
+        "num_threads": options.threads,
+        "max_batch": options.max_batch,
+        "text_fallback": True,  # whether the text may count is the client's affair
+    }
+    model = ModelProcess(folder, model_options)
+    try:
+        limits = PromptLimits.from_folder(folder)  # while the process loads the weights
+        model.wait()
+        _serve(options, model, limits, bound, name)
+    finally:
+        model.close()
+
+
+def _serve(
+    options: argparse.Namespace,
+    model: ModelProcess,
+    limits: PromptLimits,
+    bound: socket.socket,
+    name: str,
+) -> None:
+    """Serves a loaded model until a signal ends the process."""
+
+    def answer(questions: list[ImageQuestion]) -> Sequence[GreedyReply]:
+        try:
+            return model.answer(questions)
+        except ModelDiedError as error:  # clients do better with another server
+            _LOG.critical("%s: the server ends", error)
+            stopping.leave(cli.FAILED)
+
     app = make_app(
-        verifier,
+        answer,
+        limits,
         name=name,
         key=read_key(options.api_key_env),
         max_batch=options.max_batch,

@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import json
 import math
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -25,6 +27,7 @@ from alphagrpo_jax.rewards.verifiers import openai
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.openai import OpenAIVerifier
+from alphagrpo_jax.rewards.verifiers.serving import batcher as batcher_lib
 from alphagrpo_jax.rewards.verifiers.serving.batcher import Batcher, reply_tokens
 from alphagrpo_jax.rewards.verifiers.serving.requests import (
     DEFAULT_TOKENS,
@@ -527,6 +530,10 @@ class Blocked:
         return torch.tensor([[float(len(text)), 0.0] for text in texts])
 
 
+def answer_by(model):
+    return functools.partial(batcher_lib.answer, model)
+
+
 def question(text, group="a"):
     image = np.zeros((1, 1, 3), np.uint8)
     return ImageQuestion(image, text, "", None, len(text), 1, 2, group)
@@ -535,7 +542,9 @@ def question(text, group="a"):
 def test_batches_hold_one_image_and_a_bad_question_fails_alone():
     async def scenario():
         model = Blocked()
-        batcher = Batcher(model, max_batch=3, max_queue=9, seconds=60.0)
+        batcher = Batcher(
+            functools.partial(batcher_lib.answer, model), max_batch=3, max_queue=9, seconds=60.0
+        )
         running = asyncio.create_task(batcher.run())
         texts = [("one", "a"), ("three", "b"), ("bad", "a"), ("four", "a"), ("five", "a")]
         tasks = [
@@ -566,7 +575,9 @@ def test_batches_hold_one_image_and_a_bad_question_fails_alone():
 def test_health_says_when_a_pass_does_not_end():
     async def scenario():
         model = Blocked()
-        batcher = Batcher(model, max_batch=1, max_queue=9, seconds=0.05)
+        batcher = Batcher(
+            functools.partial(batcher_lib.answer, model), max_batch=1, max_queue=9, seconds=0.05
+        )
         service = serve_verifier.Service(None, batcher, None, name="blocked", key="")
         running = asyncio.create_task(batcher.run())
         health = [await service.health(None)]
@@ -588,7 +599,9 @@ def test_health_says_when_a_pass_does_not_end():
 def test_a_full_queue_and_a_long_wait_are_refused():
     async def scenario():
         model = Blocked()
-        batcher = Batcher(model, max_batch=1, max_queue=2, seconds=0.0)
+        batcher = Batcher(
+            functools.partial(batcher_lib.answer, model), max_batch=1, max_queue=2, seconds=0.0
+        )
         waiting = [asyncio.create_task(batcher.ask(question(str(n)))) for n in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(RequestError, match="2 questions wait already") as full:
@@ -602,3 +615,36 @@ def test_a_full_queue_and_a_long_wait_are_refused():
     assert (full.status, full.kind) == (503, "busy")
     assert [(error.status, error.kind) for error in late] == [(503, "late")] * 2
     assert serve_verifier._error_reply(full).headers["retry-after"] == "1"
+
+
+def model_process_of(pid):
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (model,) = [
+        int(child)
+        for child in children
+        if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    return model
+
+
+def test_a_server_whose_model_has_died_ends():
+    process, url = start()
+    try:
+        os.kill(model_process_of(process.pid), signal.SIGKILL)
+        with pytest.raises(httpx2.TransportError):
+            ask(url, {})
+        assert process.wait(30) == 1
+        assert "the model's process ended with code -9: the server ends" in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_that_is_no_verifier_is_refused_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "alphagrpo_jax.serve_verifier", "--model", str(tmp_path)]
+    ended = subprocess.run(
+        [*command, "--port", "0"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert str(tmp_path) in ended.stderr

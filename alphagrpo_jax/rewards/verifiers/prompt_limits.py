@@ -36,15 +36,16 @@ class PromptLimits:
     Attributes:
       context_tokens: most tokens of a prompt, or None if neither the model's configuration nor its
         tokenizer says.
+      tokenizer: the processor's, to be read only.
     """
 
     def __init__(self, processor: Any, config: Any) -> None:
         """Copies what it needs of both, as transformers loads them; `config` is the model's."""
         # Copies, since calls of a processor change its tokenizer, which another thread must not
         # read meanwhile: that of the processor is locked, the other one never changes.
-        self._lock, self._tokenizer = threading.Lock(), copy.deepcopy(processor.tokenizer)
+        self._lock, self.tokenizer = threading.Lock(), copy.deepcopy(processor.tokenizer)
         self._prompter = Prompter(copy.deepcopy(processor), torch.device("cpu"), torch.float32)
-        self.context_tokens = context_tokens(config, self._tokenizer)
+        self.context_tokens = context_tokens(config, self.tokenizer)
         self._frame = functools.lru_cache(CACHED_FRAMES)(self._find_frame)
         self._added_by_image = functools.lru_cache(CACHED_SIZES)(self._measure_image)
 
@@ -147,13 +148,13 @@ class PromptLimits:
 
     def _count_text(self, prompt: str) -> int:
         special = self._prompter.adds_special(prompt)
-        if self._tokenizer.is_fast:  # without the detours of the general way
-            backend = self._tokenizer.backend_tokenizer
+        if self.tokenizer.is_fast:  # without the detours of the general way
+            backend = self.tokenizer.backend_tokenizer
             if len(prompt) < LONG_PROMPT:
                 return len(backend.encode(prompt, add_special_tokens=special))
             # Slower for short ones; meanwhile other threads can run.
             return len(backend.encode_batch([prompt], add_special_tokens=special)[0])
-        ids = self._tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
+        ids = self.tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
         return len(ids)
 
     def _measure_image(self, height: int, width: int) -> int:

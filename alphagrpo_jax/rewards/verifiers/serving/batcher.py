@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,9 @@ class _Waiting:
     arrival: float  # time.monotonic()
 
 
+AnswerFn = Callable[[list[ImageQuestion]], Sequence[GreedyReply]]
+
+
 class Batcher:
     """Puts questions about the same image into one forward pass; one model, one thread.
 
@@ -57,19 +60,17 @@ class Batcher:
       busy_seconds: time that the model took for them.
     """
 
-    def __init__(
-        self, verifier: HFVerifier, *, max_batch: int, max_queue: int, seconds: float
-    ) -> None:
+    def __init__(self, answer: AnswerFn, *, max_batch: int, max_queue: int, seconds: float) -> None:
         """Starts nothing; `run` does the work.
 
         Args:
-          verifier: answers the questions.
+          answer: runs one pass over questions that may share it; called from one thread.
           max_batch: most questions per pass; 1 gives the same bits whatever arrives together.
           max_queue: most questions that wait; further ones are refused.
           seconds: how long a question may wait, since later no client would listen, and how long a
             pass may take until the model counts as stuck.
         """
-        self._verifier = verifier
+        self._answer = answer
         self._max_batch, self._max_queue, self._seconds = max_batch, max_queue, seconds
         self._queue: list[_Waiting] = []
         self._arrived = asyncio.Event()
@@ -165,25 +166,33 @@ class Batcher:
         # One bad question must not fail those that came with it.
         return [self._forward([question])[0] for question in questions]
 
-    def _answer(self, questions: list[ImageQuestion]) -> list[GreedyReply]:
-        """Runs one pass; returns the reply to each question."""
-        first = questions[0]
-        if first.single:
-            texts = [question.text for question in questions]
-            logits = self._verifier.first_token_logits(first.image, texts, first.instruction)
-            top = max(question.top_logprobs for question in questions)
-            tokens = reply_tokens(logits.argmax(-1), logits, top)
-            return [
-                GreedyReply((token._replace(top=token.top[: question.top_logprobs]),))
-                for token, question in zip(tokens, questions, strict=True)
-            ]
-        if first.prompt is None:
-            ids, logits = self._verifier.generate(
-                first.image, first.text, first.instruction, first.max_tokens
-            )
-        else:
-            ids, logits = self._verifier.reply(first.image, first.prompt, first.max_tokens)
-        return [GreedyReply(tuple(reply_tokens(ids, logits, first.top_logprobs)))]
+
+def answer(verifier: HFVerifier, questions: list[ImageQuestion]) -> list[GreedyReply]:
+    """Runs one pass of a verifier; returns the reply to each question.
+
+    Args:
+      verifier: the model.
+      questions: one, or several that are `single` and of one group.
+    Raises:
+      InputError: a question cannot be asked.
+      FloatingPointError: the logits are not finite.
+    """
+    first = questions[0]
+    if first.single:
+        texts = [question.text for question in questions]
+        logits = verifier.first_token_logits(first.image, texts, first.instruction)
+        top = max(question.top_logprobs for question in questions)
+        tokens = reply_tokens(logits.argmax(-1), logits, top)
+        return [
+            GreedyReply((token._replace(top=token.top[: question.top_logprobs]),))
+            for token, question in zip(tokens, questions, strict=True)
+        ]
+    if first.prompt is None:
+        arguments = (first.image, first.text, first.instruction, first.max_tokens)
+        ids, logits = verifier.generate(*arguments)
+    else:
+        ids, logits = verifier.reply(first.image, first.prompt, first.max_tokens)
+    return [GreedyReply(tuple(reply_tokens(ids, logits, first.top_logprobs)))]
 
 
 def reply_tokens(ids: Tensor, logits: Tensor, top: int) -> list[ReplyToken]:
