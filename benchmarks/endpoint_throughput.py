@@ -26,6 +26,7 @@ from PIL import Image
 from alphagrpo_jax.config_checks import read_config
 from alphagrpo_jax.rewards.verifiers.openai import encoded_url
 from alphagrpo_jax.rewards.workers.pool import Pool
+from alphagrpo_jax.runtime import cli
 
 MODEL = "judge"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -173,18 +174,28 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command's flags; wrong usage ends the process with code 2."""
+    parser = cli.Parser(
+        prog="python -m benchmarks.endpoint_throughput",
+        description=(__doc__ or "").partition("\n")[0],
+    )
     add = parser.add_argument
-    add("--seconds", type=float, default=0.2, help="time that the server takes for a question")
-    add("--side", type=int, default=512, help="of the images, in pixels")
-    add("--images", type=int, default=100)
-    add("--questions", type=int, default=12, help="about each image")
-    add("--concurrency", type=int, nargs="+", default=[64, 96, 128])
-    add("--repeats", type=int, default=3, help="of which the fastest counts, after a first")
+    add("--seconds", type=cli.number, default=0.2, help="time that the server takes for a question")
+    add("--side", type=cli.COUNT, default=512, help="of the images, in pixels")
+    add("--images", type=cli.COUNT, default=100)
+    add("--questions", type=cli.COUNT, default=12, help="about each image")
+    add("--concurrency", type=cli.COUNT, nargs="+", default=[64, 96, 128])
+    add("--repeats", type=cli.COUNT, default=3, help="of which the fastest counts, after a first")
     add("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.seconds < 0:
+        parser.error("--seconds must not be negative")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Starts the server, measures and prints a line per concurrency."""
     if options.serve:
         asyncio.run(serve(options.seconds))
         return
@@ -205,5 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             server.kill()
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
