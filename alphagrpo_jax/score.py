@@ -176,7 +176,10 @@ def score(options: argparse.Namespace) -> report.Report:
             except UserError as error:
                 rows.append(_unreadable(path, records[number], str(error)))
                 continue
-            if images_lib.count_pages(path) > 1:
+            pages = images_lib.count_pages(path)
+            if pages is None:
+                first_pages.append(f"{path.name} (damaged, the number of pages is not known)")
+            elif pages > 1:
                 first_pages.append(path.name)
             pixels = np.asarray(image)
             scoring.submit(pool, [path.name], [pixels], [records[number]], reward_options, first=0)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from alphagrpo_jax import score
 from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.records import parse_record
 
 HONEST = ("--verifier", "callable:tiny_verifiers:Honest", "--workers", "1")
@@ -113,6 +114,23 @@ def test_files_that_are_passed_over_and_first_pages_are_named(folder, capsys):
     page = (folder / "report.html").read_text()
     assert "1_2.heic" in page
     assert "the first was read" in page
+
+
+def test_a_file_damaged_behind_its_first_page_costs_no_answer(folder, capsys):
+    path = folder / "images" / "2.tiff"
+    pages = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    contents = path.read_bytes()
+    for length in range(len(contents) - 1, 0, -1):  # until the first page is all that can be read
+        path.write_bytes(contents[:length])
+        if images_lib.count_pages(path) is None:
+            break
+    images_lib.open_rgb(path)
+    assert score.main(flags(folder, "report.json")) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert [image["failure"] for image in report["images"]] == [None] * 4
+    assert report["first_pages"] == ["2.tiff (damaged, the number of pages is not known)"]
+    assert "2.tiff (damaged" in capsys.readouterr().out
 
 
 def test_scorers_may_be_part_of_the_score(folder):

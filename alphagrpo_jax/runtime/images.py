@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,20 @@ FORMATS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "PPM": ((".ppm", ".pgm", ".pbm", ".pnm"), None),
     "AVIF": ((".avif",), "avif"),
 }
+# What Pillow raises for damaged files, by what its decoders stumble over.
+DAMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 
 
 class ImageError(UserError, ValueError):
@@ -110,12 +125,19 @@ def open_rgb(source: str | Path | bytes, *, max_pixels: int = MAX_FILE_PIXELS) -
     return _read(source, str(source), max_pixels)
 
 
-def count_pages(path: str | Path) -> int:
-    """Counts the pages or pictures in an image file that `open_rgb` reads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=readable_formats()) as image:
-            return getattr(image, "n_frames", 1)
+def count_pages(path: str | Path) -> int | None:
+    """Counts the pages or pictures in an image file that `open_rgb` reads.
+
+    Returns:
+      The number; None if the file is damaged behind its first page, so that it is not known.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=readable_formats()) as image:
+                return getattr(image, "n_frames", 1)
+    except (*DAMAGE_ERRORS, Image.DecompressionBombError):
+        return None
 
 
 def from_data_url(url: str, *, max_pixels: int = MAX_FILE_PIXELS) -> Image.Image:
@@ -175,8 +197,7 @@ def _read(source: str | Path | io.BytesIO, name: str, max_pixels: int) -> Image.
         if str(error).startswith(name):
             raise
         raise ImageError(f"{name}: {error}; give a PNG or JPEG file") from error
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
-        # What Pillow raises for damaged files.
+    except DAMAGE_ERRORS as error:
         raise ImageError(
             f"{name} is not a readable image ({error}); give a PNG or JPEG file"
         ) from error

@@ -2,12 +2,14 @@
 
 import base64
 import io
+import random
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
 from alphagrpo_jax.runtime.images import (
+    ImageError,
     ImageSizes,
     both_sizes,
     count_pages,
@@ -18,6 +20,7 @@ from alphagrpo_jax.runtime.images import (
     grid,
     open_rgb,
     readable_endings,
+    readable_formats,
     to_float,
     to_rgb,
     to_uint8,
@@ -295,3 +298,72 @@ def test_common_spellings_of_data_urls(head):
     body = base64.encodebytes(encoded(Image.fromarray(image), "PNG")).decode()  # in lines
     assert "\n" in body.strip()
     np.testing.assert_array_equal(np.asarray(from_data_url(f"data:{head};base64,{body}")), image)
+
+
+def damaged(contents, rng):
+    """Cut, or with some bytes changed, or both."""
+    damage = rng.choice(("cut", "changed", "both"))
+    buffer = bytearray(contents)
+    if damage != "changed":
+        del buffer[rng.randrange(1, len(buffer)) :]
+    if damage != "cut":
+        for _ in range(rng.randrange(1, 9)):
+            # Heads matter most.
+            buffer[rng.randrange(min(len(buffer), rng.choice((400, 10**9))))] = rng.randrange(256)
+    return bytes(buffer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"])
+def test_a_damaged_file_is_read_or_explained_whatever_its_decoder_raises(tmp_path, form):
+    if form not in readable_formats():
+        pytest.skip(f"this build of Pillow has no {form}")
+    rng = np.random.default_rng(0)
+    pages = [Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)) for _ in range(3)]
+    several = {"save_all": True, "append_images": pages[1:]}
+    sources = [encoded(pages[0], form)]
+    if form in ("PNG", "WEBP", "GIF", "TIFF", "AVIF"):
+        sources.append(encoded(pages[0], form, **several))
+        (tmp_path / "good").write_bytes(sources[1])
+        assert count_pages(tmp_path / "good") == 3
+    refused = 0
+    mutations = random.Random(0)
+    for number in range(120):
+        contents = damaged(sources[number % len(sources)], mutations)
+        try:
+            open_rgb(contents)
+        except ImageError:
+            refused += 1
+        (tmp_path / "x").write_bytes(contents)
+        count = count_pages(tmp_path / "x")
+        assert count is None or count >= 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("x"), TypeError("x"), IndexError("x"), KeyError("x"), ZeroDivisionError("x")],
+    ids=lambda error: type(error).__name__,
+)
+def test_kinds_of_errors_that_decoders_raise(tmp_path, monkeypatch, error):
+    path = saved(tmp_path, Image.new("RGB", (4, 4)))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ImageError, match="is not a readable image"):
+        open_rgb(path)
+    assert count_pages(path) is None
+
+
+@pytest.mark.parametrize("form", ["TIFF", "GIF"])
+def test_pages_of_a_file_cut_short_are_counted_or_not_known(tmp_path, form):
+    pages = [Image.new("L", (16, 16), value) for value in (10, 90, 200)]
+    contents = encoded(pages[0], form, save_all=True, append_images=pages[1:])
+    counts = set()
+    for length in range(0, len(contents), 3):
+        (tmp_path / "x").write_bytes(contents[:length])
+        counts.add(count_pages(tmp_path / "x"))
+    assert None in counts
+    assert counts <= {None, 1, 2, 3}
