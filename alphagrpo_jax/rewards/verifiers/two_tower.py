@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from alphagrpo_jax.rewards.verifiers.base import Score, VerifierLoadError, checked_image
+from alphagrpo_jax.rewards.verifiers.prompting import NO_LENGTH
 
 OUTPUTS = ("image_embeds", "text_embeds", "logits_per_image")
 # SigLIP was trained on texts padded to the full length, and reads shorter ones differently.
@@ -66,7 +67,8 @@ class TwoTowerScorer:
         tokenizer = self.processor.tokenizer
         text_config = self.model.config.get_text_config()
         limits = [tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)]
-        self._most_tokens = min(limit for limit in limits if limit)
+        stated = [limit for limit in limits if limit and limit < NO_LENGTH]
+        self._most_tokens = min(stated) if stated else None
         self._control = sorted({*tokenizer.all_special_tokens} - {""})
         try:
             self.score([np.zeros((PROBE_SIDE, PROBE_SIDE, 3), np.uint8)], ["a"])
@@ -99,15 +101,18 @@ class TwoTowerScorer:
             )
         tokenizer = self.processor.tokenizer
         length = len(tokenizer(prompt)["input_ids"])
-        if length > self._most_tokens and not self._truncate:
+        limit = self._most_tokens
+        if limit is not None and length > limit and not self._truncate:
             return Score(
                 None,
-                f"the prompt has {length} tokens, the model reads {self._most_tokens}: shorten it, "
+                f"the prompt has {length} tokens, the model reads {limit}: shorten it, "
                 f"or cut such prompts by ?truncate=yes: {prompt!r}",
                 permanent=True,
             )
-        text_options = {"padding": True, "truncation": True, "max_length": self._most_tokens}
-        if self.model.config.model_type in PADDED_TO_FULL_LENGTH:
+        text_options: dict[str, Any] = {"padding": True}
+        if limit is not None:
+            text_options |= {"truncation": True, "max_length": limit}
+        if limit is not None and self.model.config.model_type in PADDED_TO_FULL_LENGTH:
             text_options["padding"] = "max_length"
         # As a picture: of an array, a processor would guess which axis holds the channels.
         inputs = self.processor(

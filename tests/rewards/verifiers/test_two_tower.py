@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from tokenizers import pre_tokenizers, processors, trainers
 
+from alphagrpo_jax.rewards.verifiers import two_tower
 from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.two_tower import TwoTowerScorer
 
@@ -174,6 +175,16 @@ def test_long_prompts_fail_or_are_cut(clip_folder, images):
     assert f"the model reads {MOST_TOKENS}" in failure.failure
     assert success.value is not None
     assert cut.score(images[:1], [long]) == cut.score(images[:1], [long + " and more"])
+
+
+def test_a_model_that_states_no_limit_reads_everything(clip_folder, images, monkeypatch):
+    expected = TwoTowerScorer(clip_folder).score(images, PROMPTS)
+
+    model, processor = two_tower.load(clip_folder, None, "cpu", "float32")
+    model.config.get_text_config().max_position_embeddings = 0
+    processor.tokenizer.model_max_length = int(1e30)  # what transformers puts for no limit
+    monkeypatch.setattr(two_tower, "load", lambda *_: (model, processor))
+    assert TwoTowerScorer(clip_folder).score(images, PROMPTS) == expected
 
 
 def test_what_cannot_be_scored_says_why(clip_folder, images):
