@@ -221,7 +221,9 @@ class VerifierOptions(PoolOptions):
     min_mass: float = Field(ge=1e-6, le=1.0)
     """P(yes) + P(no) of the token that is read, below which the question has no answer."""
     read: Literal["first", "after_thinking"]
-    """Token that is read: the first of the reply, or the first behind the end of its thinking."""
+    """Token that is read: the first of the reply, or the first behind the last end of its thinking.
+    A reply without any thinking is then read at its first token; over endpoints, which do not show
+    whether a template opened the thinking, only if the judge itself ended the reply."""
     max_tokens: int = Field(ge=1, le=1 << 20)
     """Most tokens of a reply whose thinking comes first; without meaning for read="first"."""
     text_fallback: bool

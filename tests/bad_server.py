@@ -356,7 +356,7 @@ _NEITHER = [("Maybe", math.log(0.6)), ("It", math.log(0.3))]
 _NANS = [("Yes", math.nan), ("No", math.log(0.3))]
 _OVERFULL = [("Yes", math.log(0.9)), ("No", math.log(0.9))]
 # Sound replies, which hold the truth.
-HONEST = (None, "slow", "think", "think parsed")
+HONEST = (None, "slow", "think", "think parsed", "think twice")
 FAULTS = {
     "think": lambda handler, reply: handler.send_json(_thinking(reply, _THOUGHT)),
     "think parsed": lambda handler, reply: handler.send_json(_parsed(reply)),

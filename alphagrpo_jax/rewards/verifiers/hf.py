@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+from alphagrpo_jax.rewards.verifiers.answer_finder import opened_by
 from alphagrpo_jax.rewards.verifiers.base import (
     Answer,
     Rating,
@@ -32,7 +33,6 @@ from alphagrpo_jax.rewards.verifiers.spelling import (
     FALLBACK_TOKENS,
     MIN_MASS,
     RATINGS,
-    THINKING_TAGS,
     normalize_word,
 )
 from alphagrpo_jax.rewards.verifiers.thinking import Reading, ThinkingReader
@@ -439,10 +439,7 @@ class HFVerifier:
     def _opens_thinking(self, token: str, question: str) -> bool:
         """Tells whether a token, or the prompt itself, begins the reply's thinking."""
         prompt = self.passes.prompter.prompt(question, self.instruction)
-        return any(
-            token.strip() == begin or prompt.rfind(begin) > prompt.rfind(end)
-            for begin, end in THINKING_TAGS
-        )
+        return bool(opened_by(token) or opened_by(prompt))
 
     def _reply(self, image: np.ndarray, question: str) -> str:
         """Generates a short text."""

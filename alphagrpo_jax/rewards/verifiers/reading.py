@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 
+from alphagrpo_jax.rewards.verifiers.answer_finder import opened_by
 from alphagrpo_jax.rewards.verifiers.base import Answer, Rating
 from alphagrpo_jax.rewards.verifiers.chat import thinking
 from alphagrpo_jax.rewards.verifiers.chat.replies import Candidate, Completion
@@ -24,14 +25,14 @@ def read_answer(reply: Completion, *, text_fallback: bool, min_mass: float = MIN
     """
     candidates = reply.candidates or ()
     yes, no = (_mass(candidates, word) for word in ("yes", "no"))
-    if yes + no >= min_mass:
+    if yes + no >= min_mass and yes + no > 0:
         return Answer(yes / (yes + no), mass=min(yes + no, 1.0))
     text = normalize_word(thinking.answer_text(reply.text))
     if text_fallback and text in ("yes", "no"):
         return Answer(float(text == "yes"))
     tokens = [candidate.token[:40] for candidate in candidates[:5]]
     hint = ""
-    if any(token.strip().startswith("<think") for token in tokens):
+    if any(opened_by(token) for token in tokens):
         hint = "; the judge thinks: set verifier.read='after_thinking' or verifier.extra_body"
     return Answer(
         None,

@@ -1,5 +1,6 @@
 """Recognizes words and numbers in tokens, whatever model or server they come from."""
 
+import re
 import unicodedata
 
 MIN_MASS = 0.2  # P(yes) + P(no) below which the model has not answered the question
@@ -30,6 +31,17 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_level_alphabet()
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's raw tokens of single bytes
+
+
+def spelled(text: str) -> str:
+    """Returns what raw tokens spell, their blanks included; any other text stays as it is."""
+    return _decode_byte_level(text).replace("▁", " ")
+
+
+def is_blank(token: str) -> bool:
+    """Tells whether a token, raw or not, spells nothing but blanks: "ĊĊ", "▁", "<0x0A>", " "."""
+    return not spelled(token).strip()
 
 
 def normalize_word(text: str) -> str:
@@ -48,6 +60,8 @@ def normalize_word(text: str) -> str:
 
 def _decode_byte_level(text: str) -> str:
     """Returns what a raw byte-level token spells; any other text stays as it is."""
+    if (byte := _BYTE_TOKEN.fullmatch(text)) and int(byte[1], 16) < 0x80:
+        return chr(int(byte[1], 16))
     if not all(character in _BYTES for character in text):
         return text
     try:

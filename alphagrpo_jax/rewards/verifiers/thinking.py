@@ -15,9 +15,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from alphagrpo_jax.rewards.verifiers.answer_finder import AnswerFinder, opened_by
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.passes import Passes
-from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS
 from alphagrpo_jax.rewards.verifiers.trials import (
     PROBE_QUESTIONS,
     TRIAL_ERRORS,
@@ -25,7 +25,6 @@ from alphagrpo_jax.rewards.verifiers.trials import (
     tolerance,
 )
 
-_TAIL = 16  # tokens that surely hold the end of thinking, however it is tokenized
 _LOG = logging.getLogger(__name__)
 
 
@@ -42,14 +41,7 @@ class Reading(NamedTuple):
 
 
 class Reply:
-    """Follows one reply, token by token.
-
-    A reply that opens no thinking is an answer from its first token on. Blank tokens before an
-    answer are passed over.
-
-    Attributes:
-      is_read: True once the answer's first token is there.
-    """
+    """Follows one reply, token by token, and keeps the logits of its answer's first token."""
 
     def __init__(self, prompt: str, decode: Callable[[Sequence[int]], str]) -> None:
         """Begins the reply to a prompt, whose template may have opened the thinking.
@@ -58,59 +50,42 @@ class Reply:
           prompt: the complete one.
           decode: returns the text of tokens, control tokens included.
         """
-        self._decode = decode
-        # An example of thinking in a system turn is closed again.
-        opened = [end for begin, end in THINKING_TAGS if prompt.rfind(begin) > prompt.rfind(end)]
-        self._end = opened[0] if opened else ""  # what ends the thinking; "" outside of any
-        self._has_thought, self.is_read = bool(opened), False
+        self._finder = AnswerFinder(decode, opened_by(prompt))
         self._tokens: list[int] = []
-        self._begin = 0  # index of the first token behind the thinking
-        self._answer: tuple[Tensor, int] | None = None  # logits, and index of the answer's token
+        self._logits: Tensor | None = None  # of the answer's first token, or of the next one
 
     def expect(self, logits: Tensor) -> None:
         """Keeps logits float32[V] if the next token may be the answer's first."""
-        if not self.is_read and not self._end and not self._text():
-            self._answer = logits.clone(), len(self._tokens)
+        if self._finder.awaits_answer:
+            self._logits = logits.clone()
 
     def append(self, token: int) -> None:
         """Takes the next token."""
         self._tokens.append(token)
-        if self._end:
-            _, end, behind = self._decode(self._tokens[-_TAIL:]).rpartition(self._end)
-            if end:
-                self._end, self._begin, self._answer = "", len(self._tokens), None
-                self.is_read = bool(behind.strip())  # the answer has no token of its own
-            return
-        text = self._text()
-        if not text:
-            return
-        if not self._has_thought:
-            for begin, end in THINKING_TAGS:
-                if text.startswith(begin):
-                    self._end, self._has_thought, self._answer = end, True, None
-                    return
-            if any(begin.startswith(text) for begin, _ in THINKING_TAGS):
-                return  # the next tokens will tell
-        self.is_read = True
+        self._finder.append(token)
 
-    def reading(self, max_tokens: int) -> Reading:
-        """Returns what was read, after at most `max_tokens` tokens."""
-        count = len(self._tokens)
-        if self._end:
+    def reading(self, max_tokens: int, room: int | None = None) -> Reading:
+        """Returns what was read, after all tokens.
+
+        Args:
+          max_tokens: most tokens of a reply.
+          room: tokens that the prompt leaves of the judge's context; None: any number.
+        """
+        count, index, end = len(self._tokens), self._finder.position, self._finder.open_end
+        if end:
+            bound = f"verifier.max_tokens allows {max_tokens}"
+            if room is not None and room < max_tokens:
+                bound = f"the prompt leaves {room} of the judge's context"
+                max_tokens = room
             reason = "cut off" if count >= max_tokens else "ended by the judge"
             return Reading(
                 None,
-                failure=f"the thinking did not end: no {self._end!r} in {count} tokens ({reason}; "
-                f"verifier.max_tokens allows {max_tokens})",
+                failure=f"the thinking did not end: no {end!r} in {count} tokens ({reason}; "
+                f"{bound})",
             )
-        if self._answer is None:
+        if index is None or self._logits is None:
             return Reading(None, failure=f"no answer behind the thinking in {count} tokens")
-        logits, index = self._answer
-        return Reading(logits, tuple(self._tokens[:index]))
-
-    def _text(self) -> str:
-        """Returns the text behind the thinking, without blanks around it."""
-        return self._decode(self._tokens[self._begin :]).strip()
+        return Reading(self._logits, tuple(self._tokens[:index]))
 
 
 class _Expect(LogitsProcessor):
@@ -127,7 +102,7 @@ class _Expect(LogitsProcessor):
 
 
 class _Append(StoppingCriteria):
-    """Gives each reply its next token; ends those that are read."""
+    """Gives each reply its next token, up to the end of its turn: thinking may begin again."""
 
     def __init__(self, replies: Sequence[Reply], ends: Sequence[int]) -> None:
         self._replies, self._ends = replies, set(ends)
@@ -140,7 +115,7 @@ class _Append(StoppingCriteria):
         ):
             if not self._is_over[index]:  # behind the end of a reply there is padding
                 reply.append(token)
-                self._is_over[index] = reply.is_read or token in self._ends
+                self._is_over[index] = token in self._ends
         return torch.tensor(self._is_over, device=input_ids.device)
 
 
@@ -176,19 +151,36 @@ class ThinkingReader:
           PromptTooLongError: the model's context does not hold every prompt.
           ValueError: see `Prompter.prompt`.
         """
-        rows = [questions] if self._together else [[question] for question in questions]
-        return [reading for row in rows for reading in self._read(image, row, instruction)]
-
-    def _read(self, image: np.ndarray, questions: Sequence[str], instruction: str) -> list[Reading]:
-        """Generates the replies together."""
-        prompter = self._passes.prompter
+        prompter, context = self._passes.prompter, self._passes.context_tokens
         prompts = [prompter.prompt(question, instruction) for question in questions]
-        inputs = prompter.inputs(image, prompts, side="left")
-        lengths = inputs["attention_mask"].sum(1)
-        self._passes.check_lengths(lengths)
-        limit = self._max_tokens
-        if self._passes.context_tokens is not None:
-            limit = min(limit, max(1, self._passes.context_tokens - int(lengths.max())))
+        lengths = self._lengths(image, prompts)
+        self._passes.check_lengths(torch.tensor(lengths))
+        rooms = [None if context is None else max(1, context - length) for length in lengths]
+        # A reply that the context bounds is generated alone: it may be as long as it would be
+        # beside other questions.
+        is_alone = [
+            not self._together or (room is not None and room < self._max_tokens) for room in rooms
+        ]
+        together = [index for index, alone in enumerate(is_alone) if not alone]
+        groups = [[index] for index, alone in enumerate(is_alone) if alone]
+        readings: dict[int, Reading] = {}
+        for group in [*groups, *([together] if together else [])]:
+            room = rooms[group[0]] if is_alone[group[0]] else None
+            rows = self._read(image, [prompts[index] for index in group], room)
+            readings.update(zip(group, rows, strict=True))
+        return [readings[index] for index in range(len(prompts))]
+
+    def _lengths(self, image: np.ndarray, prompts: Sequence[str]) -> list[int]:
+        """Counts the tokens of each prompt, the image's included."""
+        inputs = self._passes.prompter.inputs
+        groups = [prompts] if self._together else [[prompt] for prompt in prompts]
+        masks = [inputs(image, group, side="left")["attention_mask"] for group in groups]
+        return [int(length) for mask in masks for length in mask.sum(1)]
+
+    def _read(self, image: np.ndarray, prompts: Sequence[str], room: int | None) -> list[Reading]:
+        """Generates the replies to prompts together; for `room` see `Reply.reading`."""
+        inputs = self._passes.prompter.inputs(image, prompts, side="left")
+        limit = self._max_tokens if room is None else min(self._max_tokens, room)
         replies = [Reply(prompt, self._decode) for prompt in prompts]
         config = self._greedy(limit)
         with torch.inference_mode():
@@ -198,7 +190,7 @@ class ThinkingReader:
                 logits_processor=LogitsProcessorList([_Expect(replies)]),
                 stopping_criteria=StoppingCriteriaList([_Append(replies, self._ends)]),
             )
-        return [reply.reading(limit) for reply in replies]
+        return [reply.reading(self._max_tokens, room) for reply in replies]
 
     def _greedy(self, limit: int, **options: Any) -> GenerationConfig:
         """Returns the options of at most `limit` greedy tokens."""

@@ -245,7 +245,7 @@ def test_a_judge_that_thinks_is_read_behind_its_thinking(server, image):
         instruction="Think first.",
         extra_body='{"chat_template_kwargs": {"enable_thinking": true}}',
     )
-    for form in ("think", "think parsed"):
+    for form in ("think", "think parsed", "think twice"):
         server.behave(form)
         for question, answer in zip(QUESTIONS, verifier.answer(image, QUESTIONS), strict=True):
             assert answer.p_yes == pytest.approx(bad_server.truth(image, question), abs=1e-9)
@@ -253,8 +253,8 @@ def test_a_judge_that_thinks_is_read_behind_its_thinking(server, image):
     sent = server.log()[-1]
     assert (sent["system"], sent["max_tokens"]) == ("Think first.", 99)
     assert sent["extra"] == {"chat_template_kwargs": {"enable_thinking": True}}
-    for form in ("think cut", "think twice"):
-        server.behave(form)
+    for form in ("think cut", None):  # nothing tells whether a reply that was cut is thinking
+        server.behave(*([form] if form else []))
         (answer,) = verifier.answer(image, QUESTIONS[:1])
         assert (answer.p_yes, answer.permanent) == (None, False)
         assert "thinking" in answer.failure

@@ -7,6 +7,9 @@ import torch
 from judge_families import FAMILIES, QUESTIONS, conversation, picture, plain_p_yes
 
 from alphagrpo_jax.rewards.verifiers import hf, passes
+from alphagrpo_jax.rewards.verifiers.answer_finder import opened_by
+from alphagrpo_jax.rewards.verifiers.chat.replies import NoAnswerError, ReplyText
+from alphagrpo_jax.rewards.verifiers.chat.thinking import answer_position
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.thinking import Reply
@@ -21,8 +24,7 @@ def reply_of(prompt: str, *texts: str) -> Reply:
     reply = Reply(prompt, lambda tokens: "".join(texts[token] for token in tokens))
     for token in range(len(texts)):
         reply.expect(LOGITS + token)
-        if not reply.is_read:
-            reply.append(token)
+        reply.append(token)
     return reply
 
 
@@ -42,17 +44,20 @@ def reply_of(prompt: str, *texts: str) -> Reply:
         ("", ["<|START_THINKING|>", "a", "<|END_THINKING|>", "No"], 3),
         ("", ["◁think▷", "a", "◁/think▷", "No"], 3),
         ("", ["<", "b", ">"], 0),  # no thinking after all: the first token was the answer
-        ("", ["Yes", "<think>", "</think>", "No"], 0),
-        ("", ["<think>", "</think>", "<think>", "</think>", "No"], 2),  # once is enough
+        ("", ["Yes", "<think>", "</think>", "No"], 3),
+        ("", ["<think>", "</think>", "<think>", "</think>", "No"], 4),
+        ("", ["<think>", "</think>", "No", "</think>", "Yes", "."], 4),  # the last end counts
     ],
 )
 def test_the_answer_is_the_first_token_behind_the_thinking(prompt, texts, index):
     reply = reply_of(prompt, *texts)
-    assert reply.is_read
     reading = reply.reading(100)
     assert reading.failure is None
     assert torch.equal(reading.logits, LOGITS + index)
     assert reading.tokens == tuple(range(index))
+    # Over an endpoint the same tokens are read at the same place, unless the prompt alone tells.
+    if not opened_by(prompt):
+        assert answer_position(ReplyText(texts, "", "", "stop")) == index
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,7 @@ def test_the_answer_is_the_first_token_behind_the_thinking(prompt, texts, index)
         ("<think>", ["hm", "hm", "Yes"], "no '</think>' in 3 tokens (cut off"),
         ("", ["[THINK]", "</think>", "Yes"], "no '[/THINK]' in 3 tokens"),
         ("", ["<think>", "a</think>Yes", "."], "no answer behind the thinking"),
+        ("", ["<think>", "</think>", "Yes", "<think>"], "no '</think>' in 4 tokens"),
     ],
 )
 def test_a_reply_without_an_answer_says_why(prompt, texts, reason):
@@ -69,6 +75,8 @@ def test_a_reply_without_an_answer_says_why(prompt, texts, reason):
     assert reading.logits is None
     assert reason in reading.failure
     assert not reading.permanent
+    with pytest.raises(NoAnswerError):
+        answer_position(ReplyText(texts, "", "", "length"))
 
 
 def test_thinking_that_the_judge_itself_ends_is_told_apart():
@@ -183,6 +191,55 @@ def test_thinking_that_does_not_end_is_a_failure_and_others_are_answered(thinker
     assert endless.p_yes is None
     assert "the thinking did not end: no '</think>' in 12 tokens" in endless.failure
     assert "verifier.max_tokens" in endless.failure
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_question_beyond_the_context_fails_alone(thinker, monkeypatch, together):
+    verifier, judge = thinker("qwen3_vl", max_tokens=4)
+    verifier._thinking._together = together
+    longest = len(judge.processor.tokenizer(QUESTIONS[2])["input_ids"])
+    prompter = verifier.passes.prompter
+    prompt = prompter.prompt(QUESTIONS[0], AUDIT_INSTRUCTION)
+    size = prompter.inputs(picture(), [prompt])["input_ids"].shape[1]
+    monkeypatch.setattr(verifier.passes, "context_tokens", size + longest + 10)
+    questions = [QUESTIONS[0], " ".join(QUESTIONS[2:3] * 4), QUESTIONS[1]]
+    first, too_long, last = verifier.answer(picture(), questions)
+    assert first.p_yes is not None
+    assert last.p_yes is not None
+    assert too_long.permanent
+    assert "the judge's context holds" in too_long.failure
+
+
+def test_a_reply_may_fill_the_context_that_its_own_prompt_leaves(thinker, monkeypatch):
+    verifier, judge = thinker("qwen3_vl", max_tokens=40)
+    prompter = verifier.passes.prompter
+    short, long = QUESTIONS[1], QUESTIONS[2]
+    sizes = [
+        prompter.inputs(picture(), [prompter.prompt(text, AUDIT_INSTRUCTION)])["input_ids"].shape[1]
+        for text in (short, long)
+    ]
+    monkeypatch.setattr(verifier.passes, "context_tokens", sizes[1] + 5)
+    begin, word = judge_families.ids(judge.processor.tokenizer, "<think>", "a")
+    failures = {}
+    for questions in ([short], [long], [short, long]):
+        original = verifier._thinking._read
+
+        def scripted(image, prompts, room, original=original):
+            script = Script(judge, [[begin, *[word] * 60]] * len(prompts))
+            try:
+                return original(image, prompts, room)
+            finally:
+                script.handle.remove()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(verifier._thinking, "_read", scripted)
+            answers = verifier.answer(picture(), questions)
+        for question, answer in zip(questions, answers, strict=True):
+            assert failures.setdefault(question, answer.failure) == answer.failure
+    room = min(40, 5 + sizes[1] - sizes[0])
+    assert f"no '</think>' in {room} tokens" in failures[short]
+    assert "no '</think>' in 5 tokens" in failures[long]
+    assert "the prompt leaves 5 of the judge's context" in failures[long]
 
 
 def test_too_little_mass_behind_the_thinking_is_a_failure(thinker):

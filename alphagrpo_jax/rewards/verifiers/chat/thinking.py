@@ -1,16 +1,17 @@
-"""Finds where the answer begins in a reply that thinks first.
+"""Finds where the answer begins in a reply that may think first.
 
-The token that is read is the first one behind the end of the thinking that is not blank. The end is
-`</think>`, or what another family writes (`spelling.THINKING_TAGS`), in the stream of tokens; or a
-server has split the reply itself and gives the thinking apart, and then the answer's tokens are
-those that spell its text at the end of the stream. Where neither is certain there is no answer.
+The rule is that of local judges (`answer_finder`), and a template's beginning of thinking, which no
+reply shows, is taken into account: a reply without any tag is read at its first token only if the
+judge itself has ended it. Or a server has split the reply and gives the thinking apart; then the
+answer's tokens are those that spell its text at the end of the stream.
 """
 
 import re
 
+from alphagrpo_jax.rewards.verifiers.answer_finder import AnswerFinder
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import CONTROL
 from alphagrpo_jax.rewards.verifiers.chat.replies import NoAnswerError, ReplyText
-from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS
+from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS, is_blank, spelled
 
 END = re.compile("|".join(re.escape(end) for _, end in THINKING_TAGS))
 
@@ -21,41 +22,25 @@ def answer_position(reply: ReplyText) -> int:
     Raises:
       NoAnswerError: the thinking was cut, nothing stands behind it, or its end is not certain.
     """
-    stream = "".join(reply.tokens)
-    ends = list(END.finditer(stream))
-    if len(ends) > 1:
-        raise NoAnswerError(f"the thinking ends {len(ends)} times, so its end is not certain")
-    if ends:
-        return _first_behind(reply, ends[0].end())
-    if not reply.reasoning.strip():
-        if reply.finish_reason == "length":
-            raise NoAnswerError(
-                f"the thinking did not end within {len(reply.tokens)} tokens; raise "
-                "verifier.max_tokens"
-            )
+    finder: AnswerFinder[str] = AnswerFinder("".join)
+    for token in reply.tokens:
+        finder.append(token)
+    if reply.reasoning.strip() and (finder.open_end or not finder.has_thought):
+        return _position_of_text(reply)
+    if finder.open_end or (not finder.has_thought and reply.finish_reason != "stop"):
+        raise _no_end(reply, finder.open_end)
+    if finder.shared_token is not None:
         raise NoAnswerError(
-            f"no end of thinking (</think>) in a reply of {len(reply.tokens)} tokens; "
-            "verifier.read='first' is for models that do not think"
+            f"the token {finder.shared_token[:40]!r} ends the thinking and begins the answer"
         )
-    return _position_of_text(reply)
+    if finder.position is None:
+        raise _nothing_behind(reply)
+    return finder.position
 
 
 def answer_text(text: str) -> str:
     """Returns the part of a reply's text that stands behind the thinking."""
     return END.split(text)[-1]
-
-
-def _first_behind(reply: ReplyText, end: int) -> int:
-    """Returns the first token that is not blank behind the first `end` characters."""
-    start = 0
-    for number, token in enumerate(reply.tokens):
-        if start >= end and token.strip():
-            return number
-        # A token may hold the last letters of the end and blanks, but not the answer's first too.
-        if start < end < start + len(token) and token[end - start :].strip():
-            raise NoAnswerError(f"the token {token[:40]!r} ends the thinking and begins the answer")
-        start += len(token)
-    raise _nothing_behind(reply)
 
 
 def _position_of_text(reply: ReplyText) -> int:
@@ -68,19 +53,35 @@ def _position_of_text(reply: ReplyText) -> int:
     if not text:
         raise _nothing_behind(reply)
     end = len(tokens)
-    while end and (not tokens[end - 1].strip() or CONTROL.fullmatch(tokens[end - 1].strip())):
+    while end and (is_blank(tokens[end - 1]) or CONTROL.fullmatch(tokens[end - 1].strip())):
         end -= 1  # the end of the turn, which is no part of the text
-    spelled, start = "", end
-    while start and len(spelled.lstrip()) < len(text):
+    answer, start = "", end
+    while start and len(answer.strip()) < len(text):
         start -= 1
-        spelled = tokens[start] + spelled
-    before = "".join(tokens[:start]).strip()  # empty if the server gives the answer's tokens alone
-    if spelled.strip() != text or (before and reply.reasoning.strip() not in before):
+        answer = spelled("".join(tokens[start:end]))
+    # Empty if the server gives the answer's tokens alone.
+    before = spelled("".join(tokens[:start])).strip()
+    if answer.strip() != text or (before and reply.reasoning.strip() not in before):
         raise NoAnswerError(
             f"the {len(tokens)} tokens do not end with the answer's text {text[:40]!r} behind the "
             "thinking, so its first token is not certain"
         )
     return start
+
+
+def _no_end(reply: ReplyText, open_end: str) -> NoAnswerError:
+    """Builds the failure of a reply whose thinking has not ended, as far as one can know."""
+    count = len(reply.tokens)
+    if reply.finish_reason == "length":
+        return NoAnswerError(
+            f"the thinking did not end within {count} tokens; raise verifier.max_tokens"
+        )
+    if open_end:
+        return NoAnswerError(f"the thinking did not end: no {open_end!r} in {count} tokens")
+    return NoAnswerError(
+        f"no end of thinking in a reply of {count} tokens, and no finish_reason 'stop' (got "
+        f"{reply.finish_reason!r}), so it may have been cut while the judge thought"
+    )
 
 
 def _nothing_behind(reply: ReplyText) -> NoAnswerError:

@@ -12,6 +12,7 @@ from alphagrpo_jax.rewards.verifiers.chat import replies
 from alphagrpo_jax.rewards.verifiers.chat.errors import chat_error
 from alphagrpo_jax.rewards.verifiers.chat.replies import ChatReplyError
 from alphagrpo_jax.rewards.verifiers.chat.transport import seconds_of
+from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS
 
 ID = "agrpo-" + 32 * "a"
 MUTATIONS = 3000
@@ -171,6 +172,7 @@ def test_retry_after_of_any_form(value, seconds):
     assert seconds_of(value) == seconds
 
 
+RAW_BLANKS = ("ĊĊ", "▁", "Ġ", "ĉĊ", "<0x0A>", "▁▁")  # as tokenizers write them
 THOUGHT = [sure("<think>"), sure("Yes"), sure(" or"), sure(" no")]
 
 
@@ -182,13 +184,36 @@ THOUGHT = [sure("<think>"), sure("Yes"), sure(" or"), sure(" no")]
         [*THOUGHT, sure(".</"), sure("think"), sure(">"), answer()],
         [*THOUGHT, sure("</"), sure("think"), sure(">\n\n"), answer()],
         [sure("</think>"), answer()],  # the template has opened the thinking
-        [*THOUGHT, sure("[/THINK]"), answer()],
+        [sure("[THINK]"), sure("Yes"), sure("[/THINK]"), answer()],
         [*THOUGHT, sure("</think>"), answer(), sure("."), sure(" Yes")],
+        [*THOUGHT, sure("</think>"), sure("No"), sure("</think>"), answer()],  # the last end counts
+        [*THOUGHT, sure("</think>No</think>"), answer()],
+        [sure("Yes"), sure("<think>"), sure("</think>"), answer()],
+        *([*THOUGHT, sure("</think>"), sure(blank), answer()] for blank in RAW_BLANKS),
     ],
 )
 def test_the_first_token_behind_the_thinking_is_read(tokens):
     assert p_yes(thought(*tokens)) == pytest.approx(0.75)
     assert p_yes(read(reply(*tokens))) != pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("blanks", [[], ["\n"], ["ĊĊ"], ["▁"]])
+def test_a_reply_without_thinking_that_the_judge_ended_is_read_at_its_first_token(blanks):
+    completion = thought(*map(sure, blanks), answer(), sure("."), finish="stop")
+    assert p_yes(completion) == pytest.approx(0.75)
+
+
+def test_no_candidate_and_no_least_mass_is_a_failure():
+    completion = read(reply(sure("Maybe")))
+    answered = openai.read_answer(completion, text_fallback=False, min_mass=0.0)
+    assert answered.p_yes is None
+    assert "neither yes nor no" in answered.failure
+
+
+@pytest.mark.parametrize("begin", [begin for begin, _ in THINKING_TAGS])
+def test_a_judge_that_thinks_unasked_is_told_apart(begin):
+    failure = openai.read_answer(read(reply(sure(begin))), text_fallback=False).failure
+    assert "verifier.read='after_thinking'" in failure
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
@@ -210,11 +235,13 @@ def test_a_server_may_give_the_thinking_apart(field, tokens, text):
     ("tokens", "fields", "message"),
     [
         (THOUGHT, {"finish": "length"}, r"did not end within 4 tokens; raise verifier\.max_tokens"),
-        (THOUGHT, {}, "no end of thinking"),
-        ([answer()], {}, "no end of thinking"),
+        (THOUGHT, {}, "did not end: no '</think>' in 4 tokens"),
+        ([answer()], {"finish": "length"}, "did not end within 1 tokens"),
+        ([answer()], {"finish": None}, "no end of thinking"),
+        ([*THOUGHT, sure("[/THINK]"), answer()], {}, "no '</think>' in 6 tokens"),
+        ([*THOUGHT, sure("</think>"), answer(), sure("<think>")], {}, "no '</think>'"),
         ([*THOUGHT, sure("</think>")], {}, "nothing stands behind the thinking of 5 tokens$"),
         ([*THOUGHT, sure("</think>"), sure("\n")], {"finish": "length"}, "raise verifier"),
-        ([*THOUGHT, sure("</think>No</think>"), answer()], {}, "ends 2 times"),
         ([*THOUGHT, sure("</think>Yes")], {}, "ends the thinking and begins the answer"),
         (THOUGHT, {"text": None, "reasoning": "Yes or no", "finish": "length"}, "nothing stands"),
         (THOUGHT, {"text": "Maybe", "reasoning": "Yes or no"}, "do not end with the answer's text"),
