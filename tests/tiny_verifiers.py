@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alphagrpo_jax.rewards.verifiers.base import Answer
+from alphagrpo_jax.rewards.verifiers.base import Answer, Score
 
 
 class Honest:
@@ -147,3 +147,13 @@ class NoUnicorns(Honest):
             else answer._replace(mass=0.75)
             for question, answer in zip(questions, super().answer(image, questions), strict=True)
         ]
+
+
+def no_unicorns(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[Score | float]:
+    """As `redness`, but no prompt about unicorns, and no empty one, can have a score."""
+    return [
+        Score(None, "unicorns do not exist", permanent=True)
+        if "unicorn" in prompt or not prompt
+        else score
+        for prompt, score in zip(prompts, redness(images, prompts), strict=True)
+    ]

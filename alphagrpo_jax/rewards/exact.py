@@ -8,6 +8,7 @@ import numpy as np
 from alphagrpo_jax.rewards.verifiers.base import Score
 from alphagrpo_jax.runtime.errors import UserError
 from alphagrpo_jax.shapes import checker
+from alphagrpo_jax.shapes.specs import Spec
 
 NO_FACTS = 'the record has no "facts", which the exact checker needs'
 
@@ -25,8 +26,11 @@ def _score(image: np.ndarray, text: str) -> Score:
     if not text:
         return Score(None, NO_FACTS, permanent=True)
     try:
-        facts = checker.facts(image, json.loads(text))
+        spec = Spec.from_json(json.loads(text))
     except UserError as error:
-        reason = f"the exact checker cannot read facts or image: {error}"
-        return Score(None, reason, permanent=True)
+        return Score(None, f"the exact checker cannot read the facts: {error}", permanent=True)
+    try:
+        facts = checker.facts(image, spec)
+    except UserError as error:  # another image may be readable
+        return Score(None, f"the exact checker cannot read the image: {error}")
     return Score(float(np.mean(list(facts.values()))))

@@ -151,7 +151,10 @@ def test_the_exact_checker_scores_the_share_of_facts():
     assert (missing.value, missing.permanent) == (None, True)
     assert 'the record has no "facts"' in missing.failure
     assert (strange.value, strange.permanent) == (None, True)
-    assert "cannot read facts or image" in strange.failure
+    assert "cannot read the facts" in strange.failure
+    (large,) = scorer.score([np.zeros((64, 64, 3), np.uint8)], [text])
+    assert (large.value, large.permanent) == (None, False)  # another image may have a score
+    assert "cannot read the image" in large.failure
 
 
 def count_words(images, prompts):

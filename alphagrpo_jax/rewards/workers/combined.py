@@ -167,6 +167,7 @@ class CombinedPool:
             scores=() if failures else tuple(scores),
             masses=judged.masses if judged and not failures else (),
             unanswerable=next(
-                (result.unanswerable for result in results.values() if result.unanswerable), None
+                (text for result in results.values() if (text := result.unanswerable) is not None),
+                None,
             ),
         )

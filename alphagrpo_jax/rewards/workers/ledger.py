@@ -45,7 +45,7 @@ class VerifierResult:
     ratings: tuple[float, ...] = ()  # in [0, 10], one per question that asks for a rating
     scores: tuple[float, ...] = ()  # finite, one per prompt that the image is scored by
     masses: tuple[float | None, ...] = ()  # P(yes) + P(no) per yes/no question, None if unknown
-    unanswerable: str | None = None  # question that no verifier could answer, if that is why
+    unanswerable: str | None = None  # text that nobody could answer or score, if that is why
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,7 +63,7 @@ class Job:
     avoid_until: float = 0.0  # ... until this moment
     failure: str = "no worker was free"
     permanent: bool = False  # no attempt can succeed
-    unanswerable: str | None = None  # question that no verifier could answer
+    unanswerable: str | None = None  # text that nobody could answer or score
 
     @property
     def keys(self) -> list[tuple[str, Kind, str]]:

@@ -30,7 +30,7 @@ class BadAnswerError(Exception):
 
     Attributes:
       permanent: True if no attempt can succeed.
-      unanswerable: the question that no verifier could answer, if that is why.
+      unanswerable: the text that no verifier could answer or score, if that is why.
     """
 
     def __init__(
@@ -253,11 +253,9 @@ def checked_results(
         number = result.number
         if result.failure is not None or number is None or not low <= number <= high:
             reason = result.failure or f"got {name} {number}, expected {expected}"
-            # A score fails because of its image, a question whatever the image.
-            if result.permanent and request.kinds[position] == "score":
-                raise BadAnswerError(f"question {position}: {reason}", permanent=True)
             if result.permanent:
-                message = f"no verifier can answer {text!r}: {reason}"
+                act = "score" if request.kinds[position] == "score" else "answer"
+                message = f"no verifier can {act} {text!r}: {reason}"
                 raise BadAnswerError(message, permanent=True, unanswerable=text)
             raise BadAnswerError(f"question {position}: {reason}")
     return tuple(results)
