@@ -34,6 +34,8 @@ from alphagrpo_jax.types import (
 SPLIT = "records"
 TASK_STREAM = 1  # host-side random numbers, beside the data order's
 MAX_REPORTED = 5  # prompts listed in one error
+# What verifiers and scorers read, and the policy does not: a run goes on when they are mended.
+MENDABLE = ("semantic_questions", "quality_questions", "caption", "facts")
 
 
 class PromptRecords(tfds.core.GeneratorBasedBuilder):
@@ -83,6 +85,7 @@ class PromptSet(NamedTuple):
     texts: tuple[TextBlock, ...]  # one per text input of the task, numpy, N rows
     folder: pathlib.Path  # that the records' image files are in
     digest: str  # sha256 of the file, and of the images where the task needs them
+    unmended: str = ""  # sha256 of the same without the fields that a mended record may change
 
     def inputs(
         self, rows: Sequence[int] | np.ndarray, images: ImageBlock | None = None
@@ -174,8 +177,9 @@ def load(
         rows = builder.as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]
     records = tuple(parse_record(json.loads(row["record"]), form=form) for row in rows)
     check_control_tokens(path, records, task, tokenizer)
+    unmended = _unmended_digest(records)
     if own_images:
-        digest = check_images(path, records, digest)
+        digest, unmended = check_images(path, records, (digest, unmended))
     texts = tuple(
         TextBlock.from_host(
             *tokenize(
@@ -187,20 +191,31 @@ def load(
         )
         for template in task.texts
     )
-    return PromptSet(task, records, texts, path.parent, digest)
+    return PromptSet(task, records, texts, path.parent, digest, unmended)
 
 
-def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> str:
-    """Tries to open every record's image; returns a digest of the file and all images.
+def _unmended_digest(records: Sequence[Record]) -> str:
+    """Returns the sha256 of all records in order, but for the fields `MENDABLE`."""
+    fields = [record.to_json() for record in records]
+    plain = [{name: row[name] for name in row if name not in MENDABLE} for row in fields]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def check_images(
+    path: pathlib.Path, records: Sequence[Record], digests: Sequence[str]
+) -> list[str]:
+    """Tries to open every record's image; returns digests of these digests and all images.
 
     Raises:
       ValueError: some are missing or unreadable; one message that lists them by line.
     """
-    problems, total = [], hashlib.sha256(digest.encode())
+    problems, totals = [], [hashlib.sha256(digest.encode()) for digest in digests]
     for (number, _), record in zip(numbered_lines(path), records, strict=True):
         try:
             image = record_image(path.parent, record, None)
-            total.update(f"{image.shape}".encode() + image.tobytes())
+            content = f"{image.shape}".encode() + image.tobytes()
+            for total in totals:
+                total.update(content)
         except UserError as error:
             problems.append(f"  {path}:{number}: {error}")
     if problems:
@@ -208,7 +223,7 @@ def check_images(path: pathlib.Path, records: Sequence[Record], digest: str) -> 
             f"{len(problems)} of {len(records)} records have no readable image:\n"
             + _listed(problems)
         )
-    return total.hexdigest()
+    return [total.hexdigest() for total in totals]
 
 
 def check_control_tokens(

@@ -9,7 +9,7 @@ import numpy as np
 from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import distributed
-from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
+from alphagrpo_jax.runtime.errors import MissingFileError, UserError
 from alphagrpo_jax.runtime.metrics import MetricsLog
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.records import Record, find_line
@@ -21,6 +21,10 @@ REPORTED_FAILURES = 5  # kinds of verifier failures in one message
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says at which step and why."""
+
+
+class UnanswerableError(TrainingError):
+    """A record can never have a reward, whatever the verifiers do."""
 
 
 def check_end(config: Config, log: MetricsLog, done: int) -> None:
@@ -63,17 +67,21 @@ def check_validity(
       records: of the samples, N.
       where: begins the message.
     Raises:
-      InputError: no verifier could answer a question: the record's group would be lost each time.
+      UnanswerableError: no verifier could answer a question, or score a prompt: the record's group
+        would be lost each time.
       TrainingError: more samples are invalid than `reward.max_invalid_fraction` allows.
     """
     if rewards.unanswerable:
         row, question = min(rewards.unanswerable.items(), key=lambda item: item[1] is None)
         record = records[row]
-        raise InputError(
+        reason = "another host says why" if question is None else rewards.reasons[row]
+        raise UnanswerableError(
             f"{_location(config, record)}: the prompt {record.prompt!r} can never have a reward: "
-            f"{rewards.reasons[row] if question else 'another host says why'}. Mend the question "
-            'or set its "is_valid" to false, or mend the prompt if it is the prompt that cannot be '
-            "scored, then run the same command again"
+            f'{reason}. Mend the question, or set its "is_valid" to false where others remain (if '
+            'it is the prompt that cannot be scored, give the record a "caption" to be scored by, '
+            'or "facts" for the exact checker), then run the same command again: it continues from '
+            "the last finished update. Another prompt, or a record less, needs another --workdir, "
+            "as the order of the prompts changes"
         )
     invalid = 1.0 - float(np.mean(rewards.valid))
     if invalid > config.reward.max_invalid_fraction:

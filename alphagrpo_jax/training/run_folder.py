@@ -24,6 +24,7 @@ from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TrainState
 
 CONFIG_FILE, DONE_FILE = "config.json", "DONE"
+UNMENDED = ".unmended"  # behind a file's name: digest of what no mend of questions changes
 
 
 def payload(state: TrainState, position: DataPosition) -> dict[str, Any]:
@@ -50,11 +51,12 @@ def content(
 
 def fingerprint(data: Mapping[str, prompts.TaskData]) -> dict[str, str]:
     """Returns digests of the prompt files, which a resumed run must find again."""
-    return {
-        f"data.{split}.{task}": prompt_set.digest
-        for task, task_data in data.items()
-        for split, prompt_set in (("train", task_data.train), ("heldout", task_data.heldout))
-    }
+    digests = {}
+    for task, task_data in data.items():
+        for split, prompt_set in (("train", task_data.train), ("heldout", task_data.heldout)):
+            name = f"data.{split}.{task}"
+            digests |= {name: prompt_set.digest, name + UNMENDED: prompt_set.unmended}
+    return digests
 
 
 def restore(
@@ -74,18 +76,36 @@ def restore(
     if latest is None:
         return state, 0, position
     saved = saves.progress(latest)
-    for name, digest in fingerprint(data).items():
-        if saved.get(name) != digest:
-            raise checkpoint.CheckpointError(
-                f"the file {name} is not the one that this run was started with (sha256 {digest}, "
-                f"expected {saved.get(name)}); put the old file back or use another --workdir"
-            )
+    _check_data(saved, fingerprint(data))
     arrays = saves.state(latest, payload(state, position))
     queue = position.queue
     if queue is not None:
         queue = InitialImageQueue.restored(np.asarray(arrays.pop("queue")), saved["queue"])
     key = jax.random.wrap_key_data(arrays.pop("key"))
     return TrainState(key=key, **arrays), saved["step"], DataPosition(saved["positions"], queue)
+
+
+def _check_data(saved: Mapping[str, Any], current: Mapping[str, str]) -> None:
+    """Refuses other prompt files than a checkpoint's; notifies of mended questions.
+
+    Raises:
+      CheckpointError: more differs than what records are judged by.
+    """
+    for name, digest in current.items():
+        if name.endswith(UNMENDED) or saved.get(name) == digest:
+            continue
+        # Checkpoints of older versions lack this digest: they take the same file only.
+        if saved.get(name + UNMENDED) != current[name + UNMENDED]:
+            raise checkpoint.CheckpointError(
+                f"the file {name} is not the one that this run was started with (sha256 {digest}, "
+                f"expected {saved.get(name)}), and more differs than the fields "
+                f"{', '.join(prompts.MENDABLE)}, which may be mended; put the old file back or use "
+                "another --workdir"
+            )
+        notify(
+            f"the file {name} has other questions, captions or facts than at step {saved['step']}: "
+            "rewards from here on are by the new ones, and compare with earlier ones only so far"
+        )
 
 
 class EmergencyCheckpoint:

@@ -1,16 +1,20 @@
-"""What a stop or an error that ends a run leaves behind."""
+"""What a stop or an error that ends a run leaves behind, and what it is continued with."""
 
+import json
 import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_world
 
+from alphagrpo_jax import prompts
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime.checkpoint import CheckpointError
 from alphagrpo_jax.runtime.stopping import StoppedError
+from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import run_folder
-from alphagrpo_jax.training.checks import TrainingError
+from alphagrpo_jax.training.checks import TrainingError, UnanswerableError
 from alphagrpo_jax.types import DataPosition, TrainState
 
 
@@ -27,6 +31,12 @@ class Saves:
         if self.full:
             raise CheckpointError("the disk is full")
         self.kept[step] = (state, progress)
+
+    def progress(self, step):
+        return self.kept[step][1]
+
+    def state(self, step, template):
+        return dict(self.kept[step][0])
 
 
 def state(value: float) -> TrainState:
@@ -48,7 +58,10 @@ def stopped_by(error: Exception, saves: Saves, act) -> dict[int, dict]:
     return rows
 
 
-@pytest.mark.parametrize("error", [TrainingError("x"), PoolError("x"), StoppedError()], ids=type)
+ERRORS = [TrainingError("x"), UnanswerableError("x"), PoolError("x"), StoppedError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=type)
 def test_the_newest_point_is_saved_with_its_place(error):
     saves, position = Saves(), DataPosition({"rt2i": 16}, None)
 
@@ -102,3 +115,46 @@ def test_a_full_disk_does_not_hide_the_error(capsys):
         lambda emergency: emergency.hold(state(1.0), 2, DataPosition({}, None)),
     )
     assert "since the last checkpoint are lost: the disk is full" in capsys.readouterr().err
+
+
+def loaded(folder, lines: list[dict]) -> dict[str, prompts.TaskData]:
+    """Data whose train and held-out sets are these records."""
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompt_set = prompts.load(
+        path, tiny_world.tokenizer(), task=TASKS["rt2i"], bucket=24, cache=folder
+    )
+    return {"rt2i": prompts.TaskData(prompt_set, prompt_set)}
+
+
+def test_a_run_goes_on_with_mended_questions_and_with_no_other_prompts(tmp_path, capsys):
+    lines = [tiny_world.record(f"a red circle {number}") for number in range(3)]
+    data, position = loaded(tmp_path, lines), DataPosition({"rt2i": 16}, None)
+    arrays, numbers = run_folder.content(state(1.0), 2, position, data)
+
+    def resume(progress: dict, current: list[dict]) -> int:
+        saves = Saves()
+        saves.save(2, arrays, progress)
+        start = DataPosition({"rt2i": 0}, None)
+        _, done, restored = run_folder.restore(saves, state(0.0), start, loaded(tmp_path, current))
+        assert restored.positions == {"rt2i": 16}
+        return done
+
+    mended = json.loads(json.dumps(lines))
+    mended[1]["semantic_questions"][0]["question"] = "Is it a horse?"
+    mended[1]["semantic_questions"][1]["is_valid"] = False
+    mended[2]["caption"] = "a circle"
+    old = {name: value for name, value in numbers.items() if run_folder.UNMENDED not in name}
+    assert resume(numbers, lines) == resume(old, lines) == 2
+    assert capsys.readouterr().err == ""
+    assert resume(numbers, mended) == 2
+    assert "has other questions, captions or facts than at step 2" in capsys.readouterr().err
+    other_prompt = [{**lines[0], "prompt": "a blue circle"}, *lines[1:]]
+    for progress, current in (
+        (old, mended),  # of an older version
+        (numbers, other_prompt),
+        (numbers, lines[::-1]),
+        (numbers, lines[:2]),
+    ):
+        with pytest.raises(CheckpointError, match="put the old file back"):
+            resume(progress, current)
