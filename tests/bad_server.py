@@ -164,6 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def chat(self, body: dict) -> None:
         request, fault = read_request(body), self.state.next_fault()
+        if fault == "400 for unicorns" and "unicorn" not in request["question"]:
+            fault = None
         row = {key: value for key, value in request.items() if key != "pixels"}
         row |= {"fault": fault, "id": self.headers["X-Request-Id"], "p_yes": None}
         row["together"], row["connections"] = self.state.together, self.state.connections
@@ -378,6 +380,9 @@ FAULTS = {
     "503": lambda handler, reply: handler.send_json({}, status=503, Retry_After="0.1"),
     "503 for long": lambda handler, reply: handler.send_json({}, status=503, Retry_After="600"),
     "400": lambda handler, reply: handler.send_json({"error": {"message": "bad"}}, status=400),
+    "400 for unicorns": lambda handler, reply: handler.send_json({}, status=400),
+    "405": lambda handler, reply: handler.send_json({}, status=405),
+    "415": lambda handler, reply: handler.send_json({}, status=415),
     "401": lambda handler, reply: handler.send_json({"detail": "who are you"}, status=401),
     "echo": _echo,
     "echo answer": _echo_answer,

@@ -36,6 +36,7 @@ from alphagrpo_jax.rewards.verifiers.chat import replies, thinking
 from alphagrpo_jax.rewards.verifiers.chat.client import ChatClient
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
 from alphagrpo_jax.rewards.verifiers.chat.errors import ChatError
+from alphagrpo_jax.rewards.verifiers.chat.rejections import Subject
 from alphagrpo_jax.rewards.verifiers.chat.replies import Completion, NoAnswerError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.reading import read_answer, read_rating
@@ -262,7 +263,11 @@ class OpenAIVerifier:
             return TextResult(None, str(error), permanent=True)
         try:
             result = await self._client.ask(
-                pieces, self._wanted, question.read, total_seconds=seconds
+                pieces,
+                self._wanted,
+                question.read,
+                subject=Subject(kind, text),
+                total_seconds=seconds,
             )
         except ChatError as error:
             return TextResult(None, str(error), permanent=error.permanent)

@@ -142,6 +142,8 @@ FAULTS = {
     "no choices": "got 0 choices",
     "400": "HTTP status 400",
     "401": "HTTP status 401",
+    "405": "HTTP status 405",
+    "415": "HTTP status 415",
 }
 
 
@@ -164,15 +166,35 @@ def test_a_fault_that_stays_makes_samples_invalid(fault, pool, server, folder):
     server.behave()
     assert (outcome.valid, outcome.p_yes, outcome.worker) == (False, None, None)
     assert FAULTS[fault] in outcome.failure
-    # What the servers reject for good is not asked again.
-    attempts = 1 if fault == "400" else 2
-    assert outcome.attempts == attempts
-    assert (outcome.unanswerable in QUESTIONS) == (fault == "400")
+    assert (outcome.attempts, outcome.unanswerable) == (2, None)  # the server may be at fault
     after = pool.counters()
     assert after["invalid"] - before["invalid"] == 1
-    assert after["bad_answers"] - before["bad_answers"] == attempts
+    assert after["bad_answers"] - before["bad_answers"] == 2
     check_accounts(read_audit(folder, "shared"), [server], images, [outcome])
     check_books(after)
+
+
+def test_a_question_that_a_working_server_always_rejects_is_named(server, folder):
+    server.behave("400 for unicorns")
+    with pool_of(folder, "unicorns", server, max_attempts=4) as pool:
+        for number, image in enumerate(pictures(8)):
+            pool.submit(
+                number, image, [*QUESTIONS, "Is it a unicorn?"] if number < 4 else QUESTIONS
+            )
+        results = pool.gather(range(8))
+    assert [result.valid for result in results.values()] == [False] * 4 + [True] * 4
+    assert "Is it a unicorn?" in {result.unanswerable for result in results.values()}
+    assert {result.unanswerable for result in results.values()} <= {"Is it a unicorn?", None}
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_stray_and_constant_rejections_blame_no_question(every, server, folder):
+    server.behave("400", every=every)
+    with pool_of(folder, f"stray{every}", server, max_attempts=5) as pool:
+        results = score(pool, pictures(20))
+    server.behave()
+    assert {result.unanswerable for result in results} == {None}
+    assert any(result.valid for result in results) == (every > 1)
 
 
 def test_slow_answers_are_answers(pool, server, folder):

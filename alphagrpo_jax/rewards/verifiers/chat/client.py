@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 from alphagrpo_jax.rewards.verifiers.chat import keys, replies
 from alphagrpo_jax.rewards.verifiers.chat.endpoints import Endpoint, Endpoints
 from alphagrpo_jax.rewards.verifiers.chat.errors import ChatError, chat_error
+from alphagrpo_jax.rewards.verifiers.chat.rejections import Rejections, Subject
 from alphagrpo_jax.rewards.verifiers.chat.replies import Completion, NoAnswerError, Wanted
 from alphagrpo_jax.rewards.verifiers.chat.transport import Transport
 from alphagrpo_jax.runtime.backoff import Backoff
 from alphagrpo_jax.runtime.errors import UsageError
 
-CONFIRMATIONS = 2  # servers that must reject a request itself before it counts as hopeless
+MOST_REJECTIONS = 2  # of a request itself by servers in one call: another attempt seldom helps
 _T = TypeVar("_T")
 
 
@@ -69,6 +70,7 @@ class ChatClient:
             )
         self.model = model
         self._endpoints = Endpoints(endpoints, rest_seconds=backoff_seconds)
+        self._rejections = Rejections()
         self._timeout, self._max_attempts = timeout, max_attempts
         self._backoff = Backoff(backoff_seconds)
         self._outage_attempts = max(max_attempts, outage_attempts or 0)
@@ -138,6 +140,7 @@ class ChatClient:
         wanted: Wanted,
         read: Callable[[Completion], _T],
         *,
+        subject: Subject | None = None,
         total_seconds: float | None = None,
     ) -> _T:
         """Asks for one completion and returns what `read` makes of it; on the client's event loop.
@@ -146,20 +149,24 @@ class ChatClient:
           pieces: of the request's body, one behind the other.
           wanted: what is read of the reply.
           read: turns the reply into the result; a `NoAnswerError` counts against the server.
+          subject: tells requests about one text from those about others: without it no error is
+            `permanent`.
           total_seconds: deadline of all requests of this call and the pauses between them, without
             the waits for a slot among `concurrency`; None: `timeout` for each of `max_attempts`.
         Raises:
           ChatError: no usable reply within these attempts and this time.
         """
         default = self._timeout * self._max_attempts
-        call = _Call(pieces, wanted, default if total_seconds is None else total_seconds)
+        seconds = default if total_seconds is None else total_seconds
+        call = _Call(pieces, wanted, seconds, subject)
         while True:
             try:
                 return await self._attempt(call, read)
             except ChatError as error:
                 pause_seconds = self._pause_seconds(call)
                 if self._is_last(error, call) or pause_seconds >= call.seconds_left:
-                    error.permanent = call.rejections >= CONFIRMATIONS
+                    is_rejected = subject is not None and error.kind == "wrong request"
+                    error.permanent = is_rejected and self._rejections.is_hopeless(subject)
                     raise
             await call.sleep(pause_seconds)
 
@@ -229,7 +236,7 @@ class ChatClient:
     def _is_last(self, error: ChatError, call: "_Call") -> bool:
         """Returns True if no other attempt can succeed, or the attempts are used up."""
         if error.kind == "wrong request":
-            again = call.rejections < CONFIRMATIONS
+            again = call.rejections < MOST_REJECTIONS
         else:
             # What one server refuses, e.g. for a wrong key, another may accept.
             elsewhere = error.kind == "refused" and len(self._endpoints.all) > 1
@@ -281,12 +288,18 @@ class ChatClient:
                     self._endpoints.unanswered(endpoint, started)
             elif error.kind != "wrong request":  # not the server's fault: it does not rest
                 self._endpoints.failed(endpoint, started, error.retry_after)
+            if call.subject and error.kind == "wrong request":
+                self._rejections.rejected(call.subject, endpoint.url)
+            elif call.subject and error.kind == "answer":
+                self._rejections.accepted(call.subject, endpoint.url, answered=False)
             call.failures.append((endpoint, error))
             raise
         finally:
             endpoint.in_flight -= 1
             call.seconds_spent += time.monotonic() - started
         self._endpoints.succeeded(endpoint)
+        if call.subject:
+            self._rejections.accepted(call.subject, endpoint.url, answered=True)
         return result
 
     async def _exchange(
@@ -329,8 +342,15 @@ class ChatClient:
 class _Call:
     """State of one call: what is asked, and how its attempts went."""
 
-    def __init__(self, pieces: Sequence[bytes], wanted: Wanted, total_seconds: float) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        wanted: Wanted,
+        total_seconds: float,
+        subject: Subject | None,
+    ) -> None:
         self.pieces, self.wanted, self.total_seconds = pieces, wanted, total_seconds
+        self.subject = subject
         self.seconds_spent = 0.0  # by requests and pauses
         self.failures: list[tuple[Endpoint, ChatError]] = []
 

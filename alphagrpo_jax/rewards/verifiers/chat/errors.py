@@ -11,11 +11,11 @@ class ChatError(UserError, RuntimeError):
 
     Attributes:
       kind: "connection", "timeout", "busy", "status" (a server's fault), "refused" (this server
-        rejects the request), "wrong request" (every server would), "reply" (malformed) or "answer"
+        rejects the request), "wrong request" (every server may), "reply" (malformed) or "answer"
         (a sound reply that does not answer the question).
       retryable: True if the same call may succeed later.
       retry_after: seconds that a busy server asked for.
-      permanent: True if the servers have rejected the request itself: it never succeeds.
+      permanent: True if servers that work reject what the request is about: it never succeeds.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from alphagrpo_jax.rewards.verifiers.chat.errors import ChatError, chat_error
 MAX_REPLY_BYTES = 64 * 2**20
 BUSY = (429, 503)  # overloaded, but working
 PASSING = (408, 409, 425, 429)  # 4xx after which the same request may succeed later
-WRONG_REQUEST = (400, 405, 413, 415, 422)  # no server would accept the request
+WRONG_REQUEST = (400, 413, 422)  # it may be what the request asks that no server accepts
 MAX_RETRY_AFTER = 86400.0  # seconds; a longer Retry-After is ignored
 LOCAL = ("127.0.0.1", "localhost", "::1")  # reached past any proxy
 

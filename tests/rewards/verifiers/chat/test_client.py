@@ -82,7 +82,13 @@ def test_faults_are_tried_again_and_then_stated(server, fault, kind, words):
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "requests"), [("400", "wrong request", 2), ("401", "refused", 1)]
+    ("fault", "kind", "requests"),
+    [
+        ("400", "wrong request", 2),
+        ("401", "refused", 1),
+        ("405", "refused", 1),
+        ("415", "refused", 1),
+    ],
 )
 def test_what_cannot_succeed_is_not_tried_again(client, server, fault, kind, requests):
     server.behave(fault)
@@ -90,8 +96,8 @@ def test_what_cannot_succeed_is_not_tried_again(client, server, fault, kind, req
     with pytest.raises(ChatError, match=f"HTTP status {fault}") as caught:
         client.complete(MESSAGES)
     assert (caught.value.kind, caught.value.retryable) == (kind, False)
-    assert caught.value.permanent == (fault == "400")
-    assert len(server.log()) - before == requests  # a request is rejected for good by two replies
+    assert not caught.value.permanent  # it is not known whether the request is at fault
+    assert len(server.log()) - before == requests
 
 
 @pytest.mark.parametrize("fault", ["stall", "drip"])
