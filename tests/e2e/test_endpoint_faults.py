@@ -11,6 +11,7 @@ from bad_server import BadServer
 KEY = "sk-train-0123456789abcdef"
 IMPATIENT = {"max_attempts": 2, "attempt_seconds": 3.0, "question_seconds": 2.0}
 FAULTS = ("500", "reset", "truncated", "nan", "no logprobs", "neither", "other request", "echo")
+FAULTS += ("400",)
 
 
 @pytest.fixture
