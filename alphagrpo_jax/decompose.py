@@ -3,7 +3,8 @@
     python -m alphagrpo_jax.decompose --input prompts.txt --output train.jsonl --llm shapes
     python -m alphagrpo_jax.decompose --input prompts.txt --output train.jsonl \
         --llm openai:http://127.0.0.1:8000/v1 --model Qwen3-30B --api-key-env KEY --concurrency 16
-    python -m alphagrpo_jax.decompose --check train.jsonl --verifier package:verifier
+    python -m alphagrpo_jax.decompose --check train.jsonl --verifier package:verifier \
+        --image-side 256
 
 The input is a text file with one prompt per line, or a *.jsonl file of objects with "prompt" (and
 maybe "id"). Stopped or killed at any moment, the same command continues; prompts that failed are
@@ -13,6 +14,7 @@ tried again. Beside the output stands a report, OUTPUT.report.json.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from alphagrpo_jax.decomposition.journal import Journal, read_prompts
 from alphagrpo_jax.decomposition.limits import Pace, PatientModel
 from alphagrpo_jax.decomposition.pipeline import TRIES, DecompositionError
 from alphagrpo_jax.rewards.verifiers.chat.base import LanguageModelError
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.runtime import cli, stopping
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.paths import model_folder
@@ -29,6 +32,8 @@ from alphagrpo_jax.runtime.stopping import StopFlag
 from alphagrpo_jax.runtime.texts import printable
 from alphagrpo_jax.shapes import grammar
 
+LARGEST_SIDE = 1024  # pixels, of what BAGEL draws
+LONGEST_SIDE = 4096  # pixels, the most that a configuration may have
 GRACE_SECONDS = 8.0  # of requests under way when a stop is requested
 
 
@@ -103,13 +108,14 @@ def decompose(options: argparse.Namespace) -> int:
     return cli.DONE
 
 
-def check_file(path: str, verifier: str | None) -> int:
+def check_file(path: str, verifier: str | None, instruction: str, image_side: int) -> int:
     """Prints the findings about a file of records; returns the exit code.
 
     Args:
       path: of the file.
       verifier: a folder, package:NAME or ORG/NAME of the verifier that is to be asked; None: it is
         not known.
+      instruction, image_side: with what it is asked, and about how large an image, in pixels.
     Raises:
       VerifierLoadError, MissingFileError: there is no such verifier.
     """
@@ -118,7 +124,8 @@ def check_file(path: str, verifier: str | None) -> int:
         # PyTorch takes seconds to load; no other use of this command needs it.
         from alphagrpo_jax.rewards.verifiers.prompt_limits import PromptLimits
 
-        refusal = PromptLimits.from_folder(model_folder(verifier)).refusal
+        limits = PromptLimits.from_folder(model_folder(verifier))
+        refusal = functools.partial(limits.refusal, instruction=instruction, side=image_side)
     findings, count = check.check_file(path, refusal)
     errors = sum(finding.severity == "error" for finding in findings)
     for finding in findings:
@@ -130,7 +137,12 @@ def check_file(path: str, verifier: str | None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Checks a file or decomposes prompts, as the flags say; returns the exit code."""
     if options.check:
-        return check_file(options.check, options.verifier)
+        return check_file(
+            options.check,
+            options.verifier,
+            AUDIT_INSTRUCTION if options.instruction is None else options.instruction,
+            options.image_side or LARGEST_SIDE,
+        )
     return decompose(options)
 
 
@@ -147,6 +159,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--check", metavar="FILE", help="only check this file of records")
     add("--verifier", metavar="PATH", help="of --check: the verifier (a folder, package:NAME or "
         "ORG/NAME) that is to be asked; finds questions that it cannot be asked")  # fmt: skip
+    add("--instruction", metavar="TEXT", help="of --verifier: what the run sets as "
+        "verifier.instruction; by default its default")  # fmt: skip
+    add("--image-side", metavar="PIXELS", type=cli.integer(1, LONGEST_SIDE), help="of --verifier: "
+        f"the side of the images that it judges, {LARGEST_SIDE} by default")  # fmt: skip
     add("--llm", default="shapes", help="openai:URL[,URL...], hf:FOLDER or shapes (the default)")
     add("--model", default="", help="of openai: the name that the servers know it by")
     add("--api-key-env", default="", help="of openai: environment variable that holds the key")
@@ -166,6 +182,11 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="failed prompts above which the code is 1",
     )
     options = parser.parse_args(arguments)
+    for flag in ("instruction", "image_side"):
+        if getattr(options, flag) is not None and options.verifier is None:
+            parser.error(f"--{flag.replace('_', '-')} needs --check FILE --verifier PATH")
+    if options.instruction and not options.instruction.strip():
+        parser.error("--instruction: got blanks, expected a text, or an empty one for none")
     if options.check is not None:
         if options.input or options.output:
             parser.error("--check stands alone: it reads one file and writes none")

@@ -8,6 +8,7 @@ import pytest
 
 from alphagrpo_jax import decompose
 from alphagrpo_jax.decomposition import check, phrasing
+from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.shapes import prompts
 
 DATA = pathlib.Path(prompts.__file__).parent / "assets" / "data"
@@ -145,6 +146,46 @@ def test_questions_that_a_verifier_cannot_be_asked(tmp_path, capsys, text, messa
     if message is not None:
         assert f"{path}:1: error: quality_questions[0]: question 'Is" in printed
         assert message in printed
+
+
+@pytest.mark.torch
+def test_a_verifier_is_checked_with_the_runs_instruction_and_image(tmp_path, capsys, monkeypatch):
+    judge_families = pytest.importorskip("judge_families")
+    prompt_limits = pytest.importorskip("alphagrpo_jax.rewards.verifiers.prompt_limits")
+    judge = judge_families.FAMILIES["qwen2_vl"]()
+    limits = prompt_limits.PromptLimits(judge.processor, judge.model.config)
+    monkeypatch.setattr(prompt_limits.PromptLimits, "from_folder", lambda folder: limits)
+    (tmp_path / "r.jsonl").write_text(json.dumps(GOOD) + "\n")
+
+    def code(*flags):
+        files = ("--check", str(tmp_path / "r.jsonl"), "--verifier", str(tmp_path))
+        return decompose.main([*files, *flags])
+
+    longest = {"type": "text", "text": GOOD["quality_questions"][0]["question"]}
+    prompt = limits.prompt([{"type": "image"}, longest], AUDIT_INSTRUCTION)
+    small, large = limits.count(prompt, 32, 32), limits.count(prompt, 1024, 1024)
+    assert small + 10 < large
+    limits.context_tokens = large
+    assert code() == 0  # it may be full
+    limits.context_tokens = large - 1
+    assert code() == code("--image-side", "1024") == 1
+    assert f"has {large} tokens with the image, and the model's context {large - 1}" in (
+        capsys.readouterr().out
+    )
+    assert code("--image-side", "32") == code("--image-side", "1024", "--instruction", "") == 0
+    long_text = "Be strict. " * limits.context_tokens
+    assert code("--image-side", "32", "--instruction", long_text) == 1
+    for flags, message in (
+        (("--instruction", "  "), "got blanks"),
+        (("--image-side", "0"), "between 1 and 4096"),
+    ):
+        with pytest.raises(SystemExit):
+            code(*flags)
+        assert message in capsys.readouterr().err
+    for flags in (("--instruction", "x"), ("--image-side", "9")):
+        with pytest.raises(SystemExit):
+            decompose.main(["--check", str(tmp_path / "r.jsonl"), *flags])
+        assert f"{flags[0]} needs --check FILE --verifier PATH" in capsys.readouterr().err
 
 
 def test_a_verifier_that_is_none_is_explained(tmp_path, capsys):

@@ -42,6 +42,7 @@ from alphagrpo_jax.rewards.verifiers.prompting import (
     Prompter,
     PromptTooLongError,
     context_tokens,
+    is_too_long,
 )
 from alphagrpo_jax.rewards.verifiers.trials import (
     PROBE_QUESTIONS,
@@ -354,8 +355,9 @@ class Passes:
         Raises:
           PromptTooLongError: one is longer than `context_tokens`.
         """
-        if self.context_tokens is not None and int(lengths.max()) > self.context_tokens:
-            raise PromptTooLongError(lengths.tolist(), self.context_tokens)
+        limit = self.context_tokens
+        if limit is not None and is_too_long(int(lengths.max()), limit):
+            raise PromptTooLongError(lengths.tolist(), limit)
 
     def _last_logits(self, mask: Tensor, **inputs: object) -> Tensor:
         """Computes logits float[Q, V] at the last token of each row of `mask` int64[Q, T].

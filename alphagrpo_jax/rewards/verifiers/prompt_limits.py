@@ -14,15 +14,14 @@ import torch
 from transformers import AutoConfig, AutoProcessor
 
 from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
-from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.prompting import (
     TEMPLATE_ERRORS,
     Prompter,
     context_tokens,
+    is_too_long,
 )
 from alphagrpo_jax.runtime.errors import InputError
 
-LARGEST_SIDE = 1024  # pixels, of what BAGEL draws
 CACHED_SIZES = 64  # of images
 LONG_PROMPT = 10_000  # letters
 CACHED_FRAMES = 64  # instructions with orders of text and image
@@ -130,18 +129,24 @@ class PromptLimits:
           InputError: it is longer than the model's context.
         """
         count, limit = self.count(prompt, height, width), self.context_tokens
-        if limit is not None and count >= limit:  # the reply needs a token too
+        if is_too_long(count, limit):
             raise InputError(
                 f"the prompt has {count} tokens with the image, and the model's context {limit}; "
                 "expected a shorter question"
             )
         return count
 
-    def refusal(self, question: str) -> str | None:
-        """Returns why the verifier cannot be asked a question about a large image, else None."""
+    def refusal(self, question: str, *, instruction: str, side: int) -> str | None:
+        """Returns why the verifier cannot be asked a question, else None.
+
+        Args:
+          question: about the image.
+          instruction: of the system's turn; "" for none.
+          side: of the image, a square, in pixels.
+        """
         try:
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            self.check(self.prompt(content, AUDIT_INSTRUCTION), LARGEST_SIDE, LARGEST_SIDE)
+            self.check(self.prompt(content, instruction), side, side)
         except InputError as error:
             return f"question {question[:80]!r} cannot be asked: {error}"
         return None

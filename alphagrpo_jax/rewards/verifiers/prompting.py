@@ -48,6 +48,14 @@ class PromptTooLongError(InputError):
         self.lengths, self.limit = tuple(lengths), limit
 
 
+def is_too_long(length: int, limit: int | None) -> bool:
+    """Tells whether a context of `limit` tokens, None for no limit, cannot hold a prompt.
+
+    A prompt that fills it can still be read at its last token.
+    """
+    return limit is not None and length > limit
+
+
 def explain_length(length: int, limit: int) -> str:
     """Returns the message about a prompt of `length` tokens."""
     return (

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from alphagrpo_jax.rewards.verifiers import hf, passes
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.prompt_limits import PromptLimits
 
 pytestmark = pytest.mark.torch
 
@@ -287,6 +288,16 @@ def test_a_prompt_longer_than_the_context_gets_no_answer_and_others_do(verifier,
         assert refused.p_yes is None
         assert refused.permanent
         assert f"context holds {verifier.context_tokens}" in refused.failure
+
+
+def test_a_prompt_may_fill_the_context(verifier, image, llava_folder):
+    prompt = verifier.passes.prompter.prompt(QUESTIONS[0], AUDIT_INSTRUCTION)
+    count = PromptLimits.from_folder(llava_folder).count(prompt, *image.shape[:2])
+    for way in passes.WAYS:
+        verifier.passes.way, verifier.passes.context_tokens = way, count
+        assert verifier.answer(image, QUESTIONS[:1])[0].p_yes is not None
+        verifier.passes.context_tokens = count - 1
+        assert verifier.answer(image, QUESTIONS[:1])[0].permanent
 
 
 def test_a_model_that_names_no_context_takes_any_prompt(verifier, image):

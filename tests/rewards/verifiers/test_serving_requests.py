@@ -21,6 +21,7 @@ from alphagrpo_jax.rewards.verifiers.serving.requests import (
     RequestError,
     RequestReader,
 )
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch
@@ -80,6 +81,18 @@ def test_a_reply_ends_with_the_context(limits):
     reader = RequestReader(limits, max_logprobs=20, max_tokens=10_000)
     _, question = reader.read(body(max_tokens=9999))
     assert question.max_tokens + question.prompt_tokens == limits.context_tokens == 1024
+
+
+def test_a_prompt_may_fill_the_context(limits, reader, monkeypatch):
+    count = reader.read(body())[1].prompt_tokens
+    prompt = limits.prompt([{"type": "image"}, TEXT], "")
+    monkeypatch.setattr(limits, "context_tokens", count)
+    assert reader.read(body())[1].max_tokens == 1  # the prompt's last token gives it
+    assert limits.check(prompt, *PIXELS.shape[:2]) == count
+    monkeypatch.setattr(limits, "context_tokens", count - 1)
+    assert refused(reader, body()).kind == "too_long"
+    with pytest.raises(InputError, match=f"has {count} tokens .* context {count - 1};"):
+        limits.check(prompt, *PIXELS.shape[:2])
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

@@ -16,6 +16,7 @@ import numpy as np
 import pydantic
 
 from alphagrpo_jax.rewards.verifiers.prompt_limits import PromptLimits
+from alphagrpo_jax.rewards.verifiers.prompting import is_too_long
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError
 
@@ -204,13 +205,13 @@ class RequestReader:
         limit = request.max_completion_tokens or request.max_tokens or DEFAULT_TOKENS
         limit = min(limit, self._max_tokens)
         context = self._limits.context_tokens
-        if context is not None:
-            if prompt_tokens >= context:
-                raise _too_long(
-                    f"the prompt has {prompt_tokens} tokens with the image, and the model's "
-                    f"context {context}"
-                )
-            limit = min(limit, context - prompt_tokens)
+        if is_too_long(prompt_tokens, context):
+            raise _too_long(
+                f"the prompt has {prompt_tokens} tokens with the image, and the model's context "
+                f"{context}"
+            )
+        if context is not None:  # whatever is left, the prompt's last token gives a first one
+            limit = min(limit, max(1, context - prompt_tokens))
         return request, ImageQuestion(
             image=image,
             text="".join(item.get("text", "") for item in content),
