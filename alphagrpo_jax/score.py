@@ -3,7 +3,10 @@
     python -m alphagrpo_jax.score --images DIR --records records.jsonl --out report.html
     python -m alphagrpo_jax.score --images DIR --records records.jsonl --verifier FOLDER --out x.csv
     python -m alphagrpo_jax.score --images DIR --records records.jsonl --out report.json \
-        --verifier openai:http://127.0.0.1:8000/v1 --model Qwen3-VL --api-key-env KEY
+        --verifier openai:http://127.0.0.1:8000/v1 --model Qwen3-VL --api-key-env KEY \
+        --verifier-option read=after_thinking --verifier-option max_tokens=512
+    python -m alphagrpo_jax.score --images DIR --records records.jsonl --out report.csv \
+        --verifier-of RUN
 
 An image belongs to the record that its file name says: ID.png, where ID is the record's "id", or
 NUMBER.png, the place of the record in the file, counted from 0. Several images of one record are
@@ -17,18 +20,20 @@ have no score (the report is written all the same), 2 wrong usage.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import pathlib
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image
 
 from alphagrpo_jax import config_checks, tasks
-from alphagrpo_jax.config import Aggregate, Config
+from alphagrpo_jax.config import Aggregate, Config, VerifierOptions
 from alphagrpo_jax.config_checks import from_config_dict
 from alphagrpo_jax.rewards import report, scoring
 from alphagrpo_jax.runtime import cli
@@ -38,9 +43,11 @@ from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.records import Record, read_jsonl
 from alphagrpo_jax.runtime.texts import printable
 from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import run_folder
 from alphagrpo_jax.training import verifiers as verifiers_lib
 
 QUEUE_SECONDS = 1e6  # many images wait for long; no rollout waits for them
+DEFAULT_VERIFIER = "package:verifier"  # as in configs/grpo.py
 REPORT_SIDE = 512  # pixels; larger images are made smaller in the report, never for the verifier
 
 
@@ -118,16 +125,27 @@ def list_images(folder: str) -> tuple[list[pathlib.Path], list[str]]:
 def verifier_config(options: argparse.Namespace) -> Config:
     """Builds the configuration of pool and reward that the flags describe.
 
+    What no flag says is as in the run of --verifier-of, else as in configs/grpo.py.
+
     Raises:
-      ConfigError: values that do not go together.
+      ConfigError: values that are wrong or do not go together.
+      MissingFileError, InputError: --verifier-of names no run that can be read.
     """
     fields = dataclasses.asdict(config_checks.read_config())
-    kind, _, location = options.verifier.partition(":")
-    remote = kind == "openai"
-    fields["verifier"] |= {
-        "kind": kind if kind in ("openai", "callable") else "hf",
-        "path": location if kind == "callable" else "" if remote else options.verifier,
-        "endpoints": tuple(location.split(",")) if remote else (),
+    if options.verifier_of is not None:
+        config = run_folder.run_config(options.verifier_of)
+        # One verifier judges here, and the run's own log gets no lines of others.
+        unused = {"second": "", "audit": ""}
+        fields["verifier"] = dataclasses.asdict(config.verifier) | unused
+    if options.verifier is not None:
+        kind, _, location = options.verifier.partition(":")
+        remote = kind == "openai"
+        fields["verifier"] |= {
+            "kind": kind if kind in ("openai", "callable") else "hf",
+            "path": location if kind == "callable" else "" if remote else options.verifier,
+            "endpoints": tuple(location.split(",")) if remote else (),
+        }
+    flags = {
         "model": options.model,
         "api_key_env": options.api_key_env,
         "workers": options.workers,
@@ -135,7 +153,10 @@ def verifier_config(options: argparse.Namespace) -> Config:
         "dtype": options.dtype,
         "max_attempts": options.attempts,
         "cache_size": options.cache_size,
-        "total_seconds": QUEUE_SECONDS,
+    }
+    fields["verifier"] |= {name: value for name, value in flags.items() if value is not None}
+    fields["verifier"] |= {"total_seconds": QUEUE_SECONDS} | {
+        name: _field_value(name, text) for name, text in options.verifier_option.items()
     }
     fields["reward"] |= {
         "score": options.score,
@@ -146,6 +167,18 @@ def verifier_config(options: argparse.Namespace) -> Config:
         "format_weight": 0.0,
     }
     return from_config_dict(fields)
+
+
+def _field_value(name: str, text: str) -> Any:
+    """Reads a field of `VerifierOptions` from text; the configuration's checks refuse the rest."""
+    field = VerifierOptions.__pydantic_fields__.get(name)
+    kind = str if field is None else field.annotation
+    if kind == tuple[str, ...]:
+        return tuple(text.split(",")) if text else ()
+    if kind in (bool, int, float):
+        with contextlib.suppress(ValueError):
+            return json.loads(text.lower())  # also True, as train's flags have it
+    return text
 
 
 def score(options: argparse.Namespace) -> report.Report:
@@ -190,7 +223,7 @@ def score(options: argparse.Namespace) -> report.Report:
         rewards = scoring.gather(pool, names, asked_records, (), reward_options)
     rows += report.rows(names, urls, asked_records, rewards, reward_options)
     return report.Report(
-        title=f"{options.images}, judged by {options.verifier}",
+        title=f"{options.images}, judged by {_judge(options)}",
         how=report.describe(reward_options),
         rows=tuple(rows),
         images_without_record=tuple(matched.images),
@@ -252,6 +285,13 @@ def _check_writable(out: pathlib.Path) -> None:
         raise InputError(f"--out {out} is a folder; give the name of a file")
 
 
+def _judge(options: argparse.Namespace) -> str:
+    """Names the verifier as the flags do."""
+    if options.verifier_of is not None:
+        return f"the verifier of {options.verifier_of}"
+    return DEFAULT_VERIFIER if options.verifier is None else options.verifier
+
+
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
@@ -284,16 +324,22 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--images", required=True, help="the folder of images")
     add("--records", required=True, help="JSONL file of records with questions")
     add("--out", required=True, help="the report to write: *.html, *.csv or *.json")
-    add("--verifier", default="package:verifier", help="package:NAME, a folder, openai:URL[,URL] "
-        "or callable:MODULE:FUNCTION")  # fmt: skip
-    add("--model", default="", help="of openai: the name that the servers know it by")
-    add("--api-key-env", default="", help="of openai: environment variable that holds the key")
-    add("--workers", type=cli.COUNT, default=2, help="verifier processes")
-    add("--device", default="cpu", help="of a local verifier")
-    add("--dtype", default="float32", help="of its weights: float32, bfloat16 or auto")
-    add("--attempts", type=cli.COUNT, default=4, help="at an image, until it has no score")
-    add("--cache-size", type=cli.AMOUNT, default=0, help="answers that are remembered, for folders "
-        "in which images come more than once")  # fmt: skip
+    add("--verifier", help="package:NAME, a folder, openai:URL[,URL] or callable:MODULE:FUNCTION; "
+        f"{DEFAULT_VERIFIER} by default")  # fmt: skip
+    add("--verifier-of", metavar="RUN", help="instead: the verifier of a run, with all of its "
+        "settings; the flags below change them")  # fmt: skip
+    add("--model", help="of openai: the name that the servers know it by")
+    add("--api-key-env", help="of openai: environment variable that holds the key")
+    add("--workers", type=cli.COUNT, help="verifier processes, 2 by default")
+    add("--device", help="of a local verifier, cpu by default")
+    add("--dtype", help="of its weights: float32 (the default), bfloat16 or auto")
+    add("--attempts", type=cli.COUNT, help="at an image, until it has no score; 4 by default")
+    add("--cache-size", type=cli.AMOUNT, help="answers that are remembered, for folders in which "
+        "images come more than once; 0 by default")  # fmt: skip
+    add("--verifier-option", action="append", default=[], metavar="NAME=VALUE", help="any field of "
+        "the configuration's verifier section, e.g. read=after_thinking, max_tokens=512, "
+        "instruction=TEXT, min_mass=0.1, concurrency=8, attempt_seconds=300; goes before other "
+        "flags; may be given several times")  # fmt: skip
     add("--score", default="confidence", help="confidence, binary, holistic, or a scorer such as "
         "hf_clip:PATH or callable:MODULE:FUNCTION")  # fmt: skip
     add("--extra-scores", nargs="*", default=[], metavar="SCORE", help="further scores")
@@ -311,7 +357,16 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if pathlib.Path(options.out).suffix.lower() not in report.FORMATS:
         parser.error(f"--out {options.out}: expected a name that ends in {[*report.FORMATS]}")
-    if options.verifier.startswith("openai:") and not options.model:
+    if options.verifier is not None and options.verifier_of is not None:
+        parser.error("--verifier and --verifier-of both name the verifier; give one of them")
+    pairs = [text.partition("=") for text in options.verifier_option]
+    if not all(name and equals for name, equals, _ in pairs):
+        parser.error("--verifier-option: expected NAME=VALUE, e.g. read=after_thinking")
+    options.verifier_option = {name: value for name, _, value in pairs}
+    if options.verifier_option.get("second"):
+        parser.error("--verifier-option second: one verifier judges here; run the command twice")
+    remote = options.verifier is not None and options.verifier.startswith("openai:")
+    if remote and not (options.model or options.verifier_option.get("model")):
         parser.error("--verifier openai:URL needs --model NAME")
     return options
 

@@ -1,5 +1,6 @@
 """The score command: matching, reports, and what is said about bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from bad_server import BadServer
 from PIL import Image
 
 from alphagrpo_jax import score
+from alphagrpo_jax.config_checks import from_config_dict, read_config, to_json
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.records import parse_record
@@ -238,6 +240,128 @@ def test_wrong_usage(folder, wrong, capsys):
         code = end.code
     assert code == 2
     assert "sk-0" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """run_folder(**verifier): the folder of a run with these options of its verifier."""
+
+    def write(**verifier):
+        config = tiny_world.config(tmp_path)
+        config.verifier.update(verifier)
+        run = tmp_path / "run"
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(to_json(from_config_dict(config)))
+        return str(run)
+
+    return write
+
+
+def test_a_judge_that_thinks_scores_as_in_its_run(folder, tmp_path, run_folder, monkeypatch):
+    """By options alone, and by those of a run; the servers' log tells what was asked."""
+    monkeypatch.setenv("JUDGE_KEY", "test-key")
+    audit = tmp_path / "audit.jsonl"
+    options = {
+        "read": "after_thinking",
+        "max_tokens": 99,
+        "instruction": "Think first, then say yes or no.",
+        "min_mass": 0.5,
+        "extra_body": '{"chat_template_kwargs": {"enable_thinking": true}}',
+        "concurrency": 2,
+        "question_seconds": 20.0,
+    }
+    texts = [f"--verifier-option={name}={value}" for name, value in options.items()]
+    with BadServer(tmp_path) as server:
+        server.behave("think")
+        remote = ("--verifier", f"openai:{server.url}", "--model", bad_server.MODEL)
+        assert (
+            score.main(flags(folder, "first.json", *remote, "--attempts", "1")) == 1
+        )  # the thinking is not read
+        asked = len(server.log())
+        assert score.main(flags(folder, "options.json", *remote, *texts)) == 0
+        run = run_folder(
+            kind="openai",
+            endpoints=(server.url,),
+            model=bad_server.MODEL,
+            api_key_env="JUDGE_KEY",
+            audit=str(audit),
+            second=f"openai:{server.url}",
+            **options,
+        )
+        assert score.main(flags(folder, "run.json", "--verifier-of", run)) == 0
+        log = server.log()[asked:]
+    assert len(log) == 2 * 3 * 3
+    for request in log:
+        assert (request["system"], request["max_tokens"]) == (options["instruction"], 99)
+        assert request["extra"] == {"chat_template_kwargs": {"enable_thinking": True}}
+    reports = [json.loads((folder / f"{name}.json").read_text()) for name in ("options", "run")]
+    assert reports[0]["images"] == reports[1]["images"]
+    for image in reports[0]["images"]:
+        pixels = np.asarray(Image.open(folder / "images" / image["name"]))
+        for line in image["lines"]:
+            truth = bad_server.truth(pixels, line["question"])
+            assert line["value"] == pytest.approx(truth, abs=1e-9)
+    assert reports[1]["title"].endswith(f"judged by the verifier of {run}")
+    assert not audit.exists()  # the run's own log is left alone
+
+
+def test_flags_go_before_the_run_and_options_before_flags(folder, run_folder):
+    def verifier(*more):
+        arguments = flags(folder, "a.csv", *more)
+        return score.verifier_config(score.parse_flags(arguments)).verifier
+
+    default = read_config().verifier
+    plain = verifier("--attempts", "4")
+    assert dataclasses.replace(plain, total_seconds=default.total_seconds) == default
+    run = run_folder(workers=7, top_k=3, dtype="bfloat16", min_mass=0.4)
+    judged = verifier("--verifier-of", run, "--workers", "5", "--verifier-option", "min_mass=1e-3")
+    assert (judged.kind, judged.path) == ("callable", "tiny_verifiers:Honest")
+    assert (judged.workers, judged.top_k, judged.dtype) == (5, 3, "bfloat16")
+    assert judged.min_mass == 1e-3
+    texts = ("text_fallback=True", "endpoints=http://a/v1,http://b/v1", "workers=2")
+    options = [f"--verifier_option={text}" for text in (*texts, "model=x", "instruction=a=b")]
+    judged = verifier("--workers", "5", *options)
+    assert (judged.text_fallback, judged.workers, judged.instruction) == (True, 2, "a=b")
+    assert judged.endpoints == ("http://a/v1", "http://b/v1")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("read=last", "config.verifier.read: got 'last', expected one of ('first', 'after_"),
+        ("max_tokens=many", "config.verifier.max_tokens: got 'many', expected int at least 1"),
+        ("max_tokens=1.5", "config.verifier.max_tokens: got 1.5, expected int at least 1"),
+        ("min_mass=nan", "config.verifier.min_mass: got 'nan', expected float at least 1e-06"),
+        ("min_mass=2", "config.verifier.min_mass: got 2, expected float"),
+        ("concurrency=0", "config.verifier.concurrency: got 0, expected int at least 1"),
+        ("text_fallback=perhaps", "config.verifier.text_fallback: got 'perhaps', expected bool"),
+        ("instruction=  ", "config.verifier.instruction: got '  ', expected a text"),
+        ("extra_body=[1]", "config.verifier.extra_body: got '[1]', expected a JSON object"),
+        ("thinking=yes", "config.verifier: unknown keys ['thinking']; known: ['api_key_env'"),
+        ("read", "--verifier-option: expected NAME=VALUE"),
+        ("second=package:verifier", "one verifier judges here"),
+    ],
+)
+def test_wrong_options_of_the_verifier_are_named(folder, capsys, option, message):
+    try:
+        code = score.main(flags(folder, "a.csv", "--verifier-option", option))
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_whose_verifier_cannot_judge_here_are_explained(folder, run_folder, capsys):
+    def error(*more):
+        assert score.main(flags(folder, "a.csv", *more)) in (1, 2)
+        return capsys.readouterr().err
+
+    assert "is not a run's folder" in error("--verifier-of", str(folder))
+    run = run_folder(kind="self", path="")
+    assert "judges its own images in training only" in error("--verifier-of", run)
+    with pytest.raises(SystemExit):
+        error(*HONEST, "--verifier-of", run)
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_answers_are_remembered_if_asked_for(folder):
