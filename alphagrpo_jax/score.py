@@ -171,8 +171,8 @@ def verifier_config(options: argparse.Namespace) -> Config:
 
 def _field_value(name: str, text: str) -> Any:
     """Reads a field of `VerifierOptions` from text; the configuration's checks refuse the rest."""
-    field = VerifierOptions.__pydantic_fields__.get(name)
-    kind = str if field is None else field.annotation
+    kinds = {field.name: field.type for field in dataclasses.fields(VerifierOptions)}
+    kind = kinds.get(name)
     if kind == tuple[str, ...]:
         return tuple(text.split(",")) if text else ()
     if kind in (bool, int, float):
