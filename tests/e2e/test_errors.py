@@ -1,10 +1,13 @@
 """What ends a training: a bug keeps its traceback, and what the machine refuses is one message."""
 
+import json
+
 import numpy as np
 import pytest
 
 from alphagrpo_jax import advantage, prompts, update
 from alphagrpo_jax.runtime.metrics import MetricsLog
+from configs import grpo
 
 
 def broken_arrays(*_, **__):
@@ -58,3 +61,27 @@ def test_a_full_disk_is_one_message(run, world, monkeypatch):
     assert "error: [Errno 28] No space left on device: 'metrics.jsonl'; the run's folder" in printed
     assert "run the same command again: it continues from the last checkpoint" in printed
     assert "Traceback" not in printed
+
+
+def test_a_record_that_nobody_can_answer_costs_no_update(run, world, rows):
+    path = world / "unicorn.jsonl"
+    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    row = prompts.order(4, 1, size=len(lines), seed=grpo.get_config().seed)[0]  # first in step 3
+    bad = json.loads(lines[row])
+    bad["semantic_questions"][0]["question"] = "Is it a unicorn?"
+    command = (
+        "--config.verifier.path=tiny_verifiers:NoUnicorns",
+        f"--config.data.train={path}",
+        "--config.checkpoint.every=100",
+    )
+    path.write_text("".join([*lines[:row], json.dumps(bad) + "\n", *lines[row + 1 :]]))
+    code, printed = run(world / "mended", *command)
+    assert code == 1, printed
+    assert f"{path}:{row + 1}: the prompt {bad['prompt']!r} can never have a reward" in printed
+    path.write_text("".join(lines))
+    code, printed = run(world / "mended", *command)
+    assert code == 0, printed
+    assert "has other questions, captions or facts than at step 2" in printed
+    code, printed = run(world / "never_bad", *command)
+    assert code == 0, printed
+    assert rows(world / "mended") == rows(world / "never_bad")

@@ -165,8 +165,8 @@ class ChatClient:
             except ChatError as error:
                 pause_seconds = self._pause_seconds(call)
                 if self._is_last(error, call) or pause_seconds >= call.seconds_left:
-                    is_rejected = subject is not None and error.kind == "wrong request"
-                    error.permanent = is_rejected and self._rejections.is_hopeless(subject)
+                    if subject is not None and error.kind == "wrong request":
+                        error.permanent = self._rejections.is_hopeless(subject)
                     raise
             await call.sleep(pause_seconds)
 
