@@ -211,7 +211,8 @@ class HFVerifier:
             )
         self.ratings = token_sets(tokens, RATINGS)
         self._digits = [index for index, text in enumerate(tokens) if text[:1].isdigit()]
-        self.passes = Passes(self.model, self.processor, shared_prefix=shared_prefix)
+        words = self.yes, self.no
+        self.passes = Passes(self.model, self.processor, shared_prefix=shared_prefix, words=words)
         self._likelihood = LikelihoodReader(self.model, self.passes)
         self._thinking = None
         if read == "after_thinking":

@@ -47,8 +47,8 @@ from alphagrpo_jax.rewards.verifiers.prompting import (
 from alphagrpo_jax.rewards.verifiers.trials import (
     PROBE_QUESTIONS,
     TRIAL_ERRORS,
+    disagreement,
     probe_image,
-    tolerance,
 )
 
 WAYS = ("packed", "shared", "forked", "separate", "single")
@@ -99,20 +99,29 @@ class Passes:
     Attributes:
       way: one of `WAYS`.
       prompter: renders prompts and runs the processor.
+      words: ids of the tokens that spell yes, and of those that spell no; () if not told.
       context_tokens: the model's longest sequence; None if its configuration names none.
     """
 
-    def __init__(self, model: Any, processor: Any, *, shared_prefix: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        shared_prefix: bool,
+        words: Sequence[Sequence[int]] = (),
+    ) -> None:
         """Chooses the cheapest way that the model allows; warns if it is not "packed".
 
         Args:
           model: an image-text-to-text model of transformers.
           processor: its processor.
           shared_prefix: False takes "separate" or "single".
+          words: ids of tokens for yes and for no, by whose shares ways are compared too.
         Raises:
           VerifierLoadError: the model cannot answer a test question.
         """
-        self._model = model
+        self._model, self.words = model, words
         self.prompter = Prompter(processor, embedding_device(model), model.dtype)
         self._can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
         # Qwen-VL, GLM-V: positions have three axes, which follow the image's rows and columns.
@@ -158,10 +167,9 @@ class Passes:
     def _choose(self, ways: Sequence[str]) -> str:
         """Returns the first of the ways that agrees with "single" on a test image."""
         probe = probe_image(), PROBE_QUESTIONS, AUDIT_INSTRUCTION
-        limit = tolerance(self._model.dtype)
         self.way = "single"
         try:
-            expected = self.logits(*probe).float().softmax(-1)
+            expected = self.logits(*probe)
         except TRIAL_ERRORS as error:
             raise VerifierLoadError(
                 f"the verifier {type(self._model).__name__} cannot answer a test question about a "
@@ -176,15 +184,14 @@ class Passes:
                     self._check_split(*probe)
                 if way == "packed":
                     self._check_packable(*probe)
-                got = self.logits(*probe).float().softmax(-1)
-                difference = float((got - expected).abs().max())
+                logits = self.logits(*probe)
+                reason = disagreement(logits, expected, self._model.dtype, self.words)
             except TRIAL_ERRORS as error:
                 reasons.append(f"{way!r}: {type(error).__name__}: {error}")
                 continue
-            # NaN compares false: where both have it, each question fails when it is asked.
-            if difference <= limit or (got.isnan().all() and expected.isnan().all()):
+            if reason is None:
                 break
-            reasons.append(f"{way!r}: probabilities differ by {difference:.2g}, above {limit:.2g}")
+            reasons.append(f"{way!r}: {reason}")
         else:
             self.way = "single"
         if reasons:

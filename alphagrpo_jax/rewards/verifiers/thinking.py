@@ -21,8 +21,8 @@ from alphagrpo_jax.rewards.verifiers.passes import Passes
 from alphagrpo_jax.rewards.verifiers.trials import (
     PROBE_QUESTIONS,
     TRIAL_ERRORS,
+    disagreement,
     probe_image,
-    tolerance,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -214,24 +214,20 @@ class ThinkingReader:
         """Tells whether prompts padded on the left get the logits that they get alone."""
         prompter = self._passes.prompter
         prompts = [prompter.prompt(question, AUDIT_INSTRUCTION) for question in PROBE_QUESTIONS]
-        alone = torch.cat([self._first_shares([prompt]) for prompt in prompts])
+        alone = torch.cat([self._first_logits([prompt]) for prompt in prompts])
         try:
-            difference = float((self._first_shares(prompts) - alone).abs().max())
+            together = self._first_logits(prompts)
+            reason = disagreement(together, alone, self._model.dtype, self._passes.words)
         except TRIAL_ERRORS as error:
-            _LOG.warning("replies are generated one by one: %s: %s", type(error).__name__, error)
-            return False
-        if difference > tolerance(self._model.dtype):
-            _LOG.warning(
-                "replies are generated one by one: together, probabilities differ by %.2g",
-                difference,
-            )
-            return False
-        return True
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            _LOG.warning("replies are generated one by one: %s", reason)
+        return reason is None
 
-    def _first_shares(self, prompts: Sequence[str]) -> Tensor:
-        """Computes probabilities float32[Q, V] of the replies' first tokens."""
+    def _first_logits(self, prompts: Sequence[str]) -> Tensor:
+        """Computes logits float[Q, V] of the replies' first tokens."""
         inputs = self._passes.prompter.inputs(probe_image(), prompts, side="left")
         config = self._greedy(1, return_dict_in_generate=True, output_logits=True)
         with torch.inference_mode():
             output = self._model.generate(**inputs, generation_config=config)
-        return output.logits[0].float().softmax(-1)
+        return output.logits[0]

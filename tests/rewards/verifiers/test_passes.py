@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from alphagrpo_jax.rewards.verifiers import passes
+from alphagrpo_jax.rewards.verifiers import hf, passes
 from alphagrpo_jax.rewards.verifiers.base import VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, load
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.passes import Passes
 from alphagrpo_jax.rewards.verifiers.prompting import Prompter
-from alphagrpo_jax.rewards.verifiers.trials import tolerance
+from alphagrpo_jax.rewards.verifiers.trials import disagreement, tolerance
 from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch
@@ -96,6 +96,55 @@ def test_wrong_positions_are_found_out(llava_folder, caplog):
     with caplog.at_level(logging.WARNING):
         assert Passes(model, processor, shared_prefix=True).way == "separate"
     assert "slower way 'separate'" in caplog.text
+
+
+def hesitant(model):
+    """Gives nearly all mass to a token that is neither yes nor no, as "<think>" has it."""
+
+    def raised(_module, _inputs, logits):
+        bias = torch.zeros(logits.shape[-1])
+        bias[3] = 40.0
+        return logits + bias
+
+    model.get_output_embeddings().register_forward_hook(raised)
+
+
+@pytest.mark.parametrize("is_wrong", [True, False])
+def test_ways_are_compared_by_p_yes_where_yes_and_no_have_little_mass(
+    llava_folder, monkeypatch, caplog, is_wrong
+):
+    model, processor = load(llava_folder, "cpu", "float32")
+    hesitant(model)
+    if is_wrong:
+        model.model.get_rope_index = lambda input_ids: (
+            torch.arange(input_ids.shape[1]).expand(1, 1, -1) // 2,
+            torch.zeros(1, 1, dtype=torch.long),
+        )
+    assert Passes(model, processor, shared_prefix=True).way == "packed"  # all probabilities agree
+    monkeypatch.setattr(hf, "load", lambda *_: (model, processor))
+    with caplog.at_level(logging.WARNING):
+        verifier = HFVerifier(llava_folder)
+    assert verifier.passes.way == ("separate" if is_wrong else "packed")
+    assert ("P(yes) differs by" in caplog.text) == is_wrong
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "wrong"),
+    [(torch.float32, 2e-5, 1e-4), (torch.float16, 0.03, 0.2), (torch.bfloat16, 0.2, 1.0)],
+)
+@pytest.mark.parametrize("mass", [1.0, 1e-9])
+def test_rounding_of_logits_is_told_from_another_p_yes(dtype, rounding, wrong, mass):
+    logits = torch.tensor([[-20.0 * (mass < 1), -20.0 * (mass < 1), 0.0]])
+    words = [[0], [1]]
+    near, far = (logits + torch.tensor([step, 0.0, 0.0]) for step in (rounding, wrong))
+    assert disagreement(logits, logits, dtype, words) is None
+    if mass < 1:
+        assert disagreement(near, logits, dtype, words) is None
+        assert disagreement(far, logits, dtype) is None
+    assert "differ" in disagreement(far, logits, dtype, words)
+    nan = torch.full_like(logits, torch.nan)
+    assert disagreement(nan, nan, dtype, words) is None
+    assert disagreement(nan, logits, dtype, words) is not None
 
 
 def test_padding_that_changes_answers_leaves_one_question_at_a_time(llava_folder, image, caplog):
