@@ -78,6 +78,8 @@ def test_a_record_that_nobody_can_answer_costs_no_update(run, world, rows):
     code, printed = run(world / "mended", *command)
     assert code == 1, printed
     assert f"{path}:{row + 1}: the prompt {bad['prompt']!r} can never have a reward" in printed
+    assert "no verifier can answer 'Is it a unicorn?': unicorns do not exist. Mend" in printed
+    assert "Traceback" not in printed
     path.write_text("".join(lines))
     code, printed = run(world / "mended", *command)
     assert code == 0, printed
