@@ -11,6 +11,7 @@ together share one forward pass.
 import argparse
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
 import pathlib
@@ -109,6 +110,9 @@ class Service:
         except ClientDisconnect:
             self._metrics.failures.labels("disconnected").inc()
             reply = Response(status_code=400)
+        except asyncio.CancelledError:  # the server's grace at its end is over
+            self._metrics.failures.labels("ending").inc()
+            reply = _error_reply(RequestError("the server ends", status=503, kind="ending"))
         except Exception:  # logged with its traceback and counted; the client is told where to look
             _LOG.exception("request %s", request_id)
             self._metrics.failures.labels("internal").inc()
@@ -320,6 +324,22 @@ def run(options: argparse.Namespace) -> None:
         model.close()
 
 
+def answer_or_leave(model: ModelProcess, questions: list[ImageQuestion]) -> Sequence[GreedyReply]:
+    """Runs one pass; ends the server if the model has died, since clients do better with another.
+
+    Raises:
+      RequestError: the server has ended the model.
+      InputError, ModelError: see `ModelProcess.answer`.
+    """
+    try:
+        return model.answer(questions)
+    except ModelDiedError as error:
+        if model.closing:
+            raise RequestError("the server ends", status=503, kind="ending") from error
+        _LOG.critical("%s: the server ends", error)
+        stopping.leave(cli.FAILED)
+
+
 def _serve(
     options: argparse.Namespace,
     model: ModelProcess,
@@ -328,16 +348,8 @@ def _serve(
     name: str,
 ) -> None:
     """Serves a loaded model until a signal ends the process."""
-
-    def answer(questions: list[ImageQuestion]) -> Sequence[GreedyReply]:
-        try:
-            return model.answer(questions)
-        except ModelDiedError as error:  # clients do better with another server
-            _LOG.critical("%s: the server ends", error)
-            stopping.leave(cli.FAILED)
-
     app = make_app(
-        answer,
+        functools.partial(answer_or_leave, model),
         limits,
         name=name,
         key=read_key(options.api_key_env),

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx2
 import numpy as np
@@ -47,32 +48,12 @@ QUESTIONS = ["Is there a red circle?", "Are there exactly two squares?", "Is the
 KEY = "sk-serve-0123456789"
 
 
-# A server whose model never ends a pass, and which waits for it a second at its end.
-STALLING = """
-import runpy, time
-from alphagrpo_jax import serve_verifier
-from alphagrpo_jax.rewards.verifiers.serving.batcher import Batcher
-
-class Server(serve_verifier.uvicorn.Server):
-    def __init__(self, config):
-        config.timeout_graceful_shutdown = 1
-        super().__init__(config)
-
-serve_verifier.uvicorn.Server = Server
-
-def stall(*_):
-    print("stalls", flush=True)
-    time.sleep(1e4)
-
-Batcher._forward = stall
-runpy.run_module("alphagrpo_jax.serve_verifier", run_name="__main__", alter_sys=True)
-"""
+COMMAND = [sys.executable, "-m", "alphagrpo_jax.serve_verifier", "--model", "package:verifier"]
 
 
-def start(*arguments, program=("-m", "alphagrpo_jax.serve_verifier"), **variables):
-    command = [sys.executable, *program, "--model", "package:verifier"]
+def start(*arguments, **variables):
     process = subprocess.Popen(
-        [*command, "--port", "0", "--threads", "1", *arguments],
+        [*COMMAND, "--port", "0", "--threads", "1", *arguments],
         env=os.environ | variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -284,7 +265,11 @@ def test_many_at_once_all_get_their_own_answers(url, few, images):
     verifier.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_a_signal_ends_it_in_order(number):
     process, url = start()
     assert ask(url, {}).status_code == 200
@@ -293,18 +278,52 @@ def test_a_signal_ends_it_in_order(number):
     assert (process.returncode, errors.count("Traceback")) == (0, 0), errors
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_while_its_model_stalls():
-    process, url = start(program=("-c", STALLING))
+    process, url = start("--max-wait", "0.1")
+    model = model_process_of(process.pid)
+    os.kill(model, signal.SIGSTOP)
+
+    replies = []
 
     def wait_in_vain() -> None:
         with contextlib.suppress(httpx2.HTTPError):
-            ask(url, {})
+            replies.append(ask(url, {}).status_code)
 
-    threading.Thread(target=wait_in_vain, daemon=True).start()
-    assert process.stdout.readline() == "stalls\n"
+    client = threading.Thread(target=wait_in_vain, daemon=True)
+    client.start()
+    root = url.removesuffix("/v1")
+    while httpx2.get(f"{root}/health", trust_env=False, timeout=60).status_code != 503:
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert (process.returncode, errors.count("Traceback")) == (0, 0), errors
+    assert "the model's process ended" not in errors
+    client.join(60)
+    assert replies in ([503], [])  # or the connection is closed
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_it_loads_ends_it_in_one_line():
+    """Ctrl-C in a terminal reaches the model's process too, in the middle of its imports."""
+    process = subprocess.Popen(
+        [*COMMAND, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not model_processes_of(process.pid):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)  # its interpreter starts
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (1, "error: interrupted\n")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_port_in_use_and_a_missing_model_are_explained(capsys):
@@ -596,6 +615,30 @@ def test_health_says_when_a_pass_does_not_end():
     assert json.loads(health[1].body)["status"] == "stuck"
 
 
+def test_waiting_questions_are_refused_in_time_while_a_pass_does_not_end():
+    async def scenario():
+        model = Blocked()
+        batcher = Batcher(answer_by(model), max_batch=1, max_queue=9, seconds=0.05)
+        running = asyncio.create_task(batcher.run())
+        taken = asyncio.create_task(batcher.ask(question("taken")))
+        while batcher._started is None:
+            await asyncio.sleep(0.005)
+        late = asyncio.gather(*(batcher.ask(question(t)) for t in "ab"), return_exceptions=True)
+        errors = await asyncio.wait_for(late, 20)
+        waiting = len(batcher)
+        assert not taken.done()
+        model.go.set()
+        await taken
+        reply = await batcher.ask(question("after"))
+        running.cancel()
+        return errors, waiting, reply, model.batches
+
+    errors, waiting, reply, batches = asyncio.run(scenario())
+    assert [(error.status, error.kind) for error in errors] == [(503, "late")] * 2
+    assert (waiting, reply.ids) == (0, [0])
+    assert batches == [["taken"], ["after"]]
+
+
 def test_a_full_queue_and_a_long_wait_are_refused():
     async def scenario():
         model = Blocked()
@@ -617,16 +660,21 @@ def test_a_full_queue_and_a_long_wait_are_refused():
     assert serve_verifier._error_reply(full).headers["retry-after"] == "1"
 
 
-def model_process_of(pid):
+def model_processes_of(pid):
     children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    (model,) = [
+    return [
         int(child)
         for child in children
         if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()
     ]
+
+
+def model_process_of(pid):
+    (model,) = model_processes_of(pid)
     return model
 
 
+@pytest.mark.slow
 def test_a_server_whose_model_has_died_ends():
     process, url = start()
     try:

@@ -4,7 +4,8 @@ Families differ in all of it: some templates take no system turn, some begin wit
 tokenizer adds one too, some processors pad on the left, some return numbers of another type.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -97,6 +98,23 @@ def context_tokens(config: Any, tokenizer: Any) -> int | None:
 def _is_token(tokenizer: Any, text: str) -> bool:
     """Tells whether the text is one token of the vocabulary."""
     return tokenizer.convert_tokens_to_ids(text) not in (None, tokenizer.unk_token_id)
+
+
+@contextlib.contextmanager
+def _explained(image: np.ndarray) -> Iterator[None]:
+    """Tells a processor's ValueError as the input's fault, with the size uint8[H, W, 3] of it.
+
+    Raises:
+      InputError: the processor refuses the image.
+    """
+    try:
+        yield
+    except ValueError as error:
+        height, width = image.shape[:2]
+        raise InputError(
+            f"the judge's processor refuses the image of {width}x{height} pixels ({error}); give "
+            "another size or shape"
+        ) from error
 
 
 def _as_list(content: Content, instruction: str) -> Messages:
@@ -198,25 +216,33 @@ class Prompter:
           side: "right" or "left".
         Returns:
           The model's inputs; all but the image's have shape int64[prompts, T, ...].
+        Raises:
+          InputError: the processor refuses the image, such as a very thin one.
         """
         special = {} if self.adds_special(prompts[0]) else {"add_special_tokens": False}
-        batch = self._processor(
-            text=list(prompts),
-            images=[[image]] * len(prompts),
-            padding=len(prompts) > 1,
-            padding_side=side,  # several processors' own default would win over the tokenizer's
-            return_tensors="pt",
-            # Told, not guessed: an image of 3 rows would pass for one with its channels first.
-            input_data_format="channels_last",
-            **special,
-        )
+        with _explained(image):
+            batch = self._processor(
+                text=list(prompts),
+                images=[[image]] * len(prompts),
+                padding=len(prompts) > 1,
+                padding_side=side,  # several processors' own default would win over the tokenizer's
+                return_tensors="pt",
+                # Told, not guessed: an image of 3 rows would pass for one with channels first.
+                input_data_format="channels_last",
+                **special,
+            )
         return self._for_model(batch)
 
     def pixels(self, image: np.ndarray) -> dict:
-        """Returns the inputs that the image alone gives, without tokenizing any text."""
-        batch = self._processor.image_processor(
-            images=[[image]], return_tensors="pt", input_data_format="channels_last"
-        )
+        """Returns the inputs that the image alone gives, without tokenizing any text.
+
+        Raises:
+          InputError: see `inputs`.
+        """
+        with _explained(image):
+            batch = self._processor.image_processor(
+                images=[[image]], return_tensors="pt", input_data_format="channels_last"
+            )
         return self._for_model(batch)
 
     def text_tokens(self, text: str) -> list[int]:

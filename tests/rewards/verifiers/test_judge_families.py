@@ -8,6 +8,7 @@ from judge_families import FAMILIES, QUESTIONS, picture, plain_logits, plain_p_y
 from alphagrpo_jax.rewards.verifiers import hf, passes
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
+from alphagrpo_jax.runtime.errors import InputError
 
 pytestmark = pytest.mark.torch
 
@@ -148,3 +149,13 @@ def test_ratings_of_families(build, name):
         assert rating.value == pytest.approx(float(mass @ np.arange(11) / mass.sum()), abs=1e-4)
     else:
         assert 0 <= rating.value <= 10
+
+
+@pytest.mark.parametrize("ways", [{}, {"shared_prefix": False}], ids=["packed", "single"])
+def test_an_image_that_the_processor_refuses_is_told_as_the_inputs_fault(build, ways):
+    verifier, _ = build("qwen2_vl", **ways)
+    for shape in ((1, 300, 3), (300, 1, 3), (4, 900, 3)):
+        image = np.zeros(shape, np.uint8)
+        with pytest.raises(InputError, match=f"refuses the image of {shape[1]}x{shape[0]} pixels"):
+            verifier.answer(image, QUESTIONS)
+    assert verifier.answer(picture(), QUESTIONS)[0].p_yes is not None

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from judge_families import FAMILIES
 from PIL import Image
 
 from alphagrpo_jax.rewards.verifiers.openai import data_url
@@ -336,3 +337,15 @@ def test_how_a_reply_ended(reader):
         return writer.completion(request, question, reply, "x")["choices"][0]["finish_reason"]
 
     assert (finish(1), finish(1, 1), finish(1, 9)) == ("stop", "length", "stop")
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (300, 1), (4, 900)])
+def test_an_image_that_the_processor_refuses_is_a_bad_request(shape):
+    """Qwen-VL takes no image that is 200 times as long as it is wide."""
+    judge = FAMILIES["qwen2_vl"]()
+    limits = PromptLimits(judge.processor, judge.model.config)
+    reader = RequestReader(limits, max_logprobs=20, max_tokens=99)
+    image = {"type": "image_url", "image_url": {"url": data_url(np.zeros((*shape, 3), np.uint8))}}
+    error = refused(reader, body(image, TEXT))
+    assert f"refuses the image of {shape[1]}x{shape[0]} pixels" in str(error)
+    assert error.param == "messages"

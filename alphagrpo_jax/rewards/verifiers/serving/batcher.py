@@ -98,10 +98,16 @@ class Batcher:
             raise RequestError(
                 f"{len(self._queue)} questions wait already; try again", status=503, kind="busy"
             )
-        outcome = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(question, outcome, time.monotonic()))
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(question, loop.create_future(), time.monotonic())
+        self._queue.append(waiting)
         self._arrived.set()
-        return await outcome
+        # Not only when the next pass is taken: the running one may never end.
+        timer = loop.call_later(self._seconds, self._refuse_as_late, waiting)
+        try:
+            return await waiting.outcome
+        finally:
+            timer.cancel()
 
     async def run(self) -> None:
         """Answers until it is cancelled."""
@@ -129,13 +135,19 @@ class Batcher:
                     self.questions += 1
                     waiting.outcome.set_result(outcome)
 
+    def _refuse_as_late(self, waiting: _Waiting) -> None:
+        """Refuses a question that still waits; one that the model has taken is answered."""
+        if waiting in self._queue and not waiting.outcome.done():
+            self._queue.remove(waiting)
+            message = f"waited for {self._seconds:.3g} s; try again"
+            waiting.outcome.set_exception(RequestError(message, status=503, kind="late"))
+
     def _take(self) -> list[_Waiting]:
         """Removes the next pass's questions from the queue; refuses those that waited too long."""
         now = time.monotonic()
-        for waiting in self._queue:
-            if waiting.arrival + self._seconds <= now and not waiting.outcome.done():
-                message = f"waited for {self._seconds:.3g} s; try again"
-                waiting.outcome.set_exception(RequestError(message, status=503, kind="late"))
+        for waiting in list(self._queue):
+            if waiting.arrival + self._seconds <= now:
+                self._refuse_as_late(waiting)
         self._queue = [waiting for waiting in self._queue if not waiting.outcome.done()]
         batch = self._queue[:1]
         if batch and batch[0].question.single:
@@ -156,6 +168,8 @@ class Batcher:
         """Returns a reply or an error for every question; runs on the model's thread."""
         try:
             return self._answer(questions)
+        except RequestError as error:
+            return [error] * len(questions)
         except InputError as error:
             if len(questions) == 1:
                 return [RequestError(str(error))]

@@ -5,6 +5,7 @@ own work would double the time of every question.
 """
 
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from alphagrpo_jax.rewards.verifiers.serving.requests import ImageQuestion
 from alphagrpo_jax.runtime.errors import InputError, UserError
 
 STOP_SECONDS = 1.0  # for the process to end by itself
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent's affair, which ends the child
 
 
 class ModelError(Exception):
@@ -32,7 +34,11 @@ class ModelDiedError(Exception):
 
 
 class ModelProcess:
-    """A Hugging Face verifier in a child process; ends with this one."""
+    """A Hugging Face verifier in a child process; ends with this one.
+
+    Attributes:
+      closing: True once `close` has been called: what then dies was not at fault.
+    """
 
     def __init__(self, folder: str | Path, options: dict[str, Any]) -> None:
         """Starts to load the verifier; `wait` waits for it.
@@ -46,22 +52,35 @@ class ModelProcess:
         self._connection, childs_end = context.Pipe()
         arguments = (childs_end, str(folder), options)
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name="model")
-        self._process.start()
-        childs_end.close()  # else a dead child would never break the pipe
-        self._lock = threading.Lock()
+        self._lock, self._join_lock = threading.Lock(), threading.Lock()
+        self.closing = False
+        # Else its start would unblock the signals again.
+        multiprocessing.resource_tracker.ensure_running()
+        # The child inherits this until it ignores them: a Ctrl-C would end its imports.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._process.start()
+            childs_end.close()  # else a dead child would never break the pipe
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def wait(self) -> None:
         """Waits until the verifier is loaded.
 
         Raises:
-          VerifierLoadError: it cannot be.
-          ModelError, ModelDiedError: see the classes.
+          VerifierLoadError: it cannot be; of a bug the process has printed the traceback.
         """
-        kind, value = self._receive()
+        try:
+            kind, value = self._receive()
+        except ModelDiedError as error:
+            raise VerifierLoadError(
+                f"{error} while it loaded the verifier; -9 is mostly a lack of memory: give the "
+                "machine more of it, or take a smaller model or dtype"
+            ) from error
         if kind == "refused":
             raise VerifierLoadError(value)
         if kind == "failed":
-            raise ModelError(value)
+            raise VerifierLoadError(f"the verifier cannot be loaded: {value}; see the traceback")
 
     def answer(self, questions: list[ImageQuestion]) -> Sequence[GreedyReply]:
         """Runs one pass; see `batcher.answer`.
@@ -83,9 +102,10 @@ class ModelProcess:
         return value
 
     def close(self) -> None:
-        """Ends the process, also in the middle of a pass."""
+        """Ends the process, also in the middle of a pass, whose `answer` then raises."""
+        self.closing = True  # before the kill, which another thread may see at once
         self._process.kill()
-        self._process.join(STOP_SECONDS)
+        self._join()
 
     def _receive(self) -> tuple[str, Any]:
         try:
@@ -94,13 +114,18 @@ class ModelProcess:
             raise self._died() from error
 
     def _died(self) -> ModelDiedError:
-        self._process.join(STOP_SECONDS)
-        return ModelDiedError(f"the model's process ended with code {self._process.exitcode}")
+        return ModelDiedError(f"the model's process ended with code {self._join()}")
+
+    def _join(self) -> int | None:
+        """Waits for the process's end; returns its exit code, or None if it does not end."""
+        with self._join_lock:  # of two threads that wait for a child one never learns its code
+            self._process.join(STOP_SECONDS)
+            return self._process.exitcode
 
 
 def _serve(connection: Connection, folder: str, options: dict[str, Any]) -> None:
     """Loads the verifier and answers until the pipe closes; the child's main function."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's affair, which ends this process
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
