@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS, is_blank
 
-_TAIL = 16  # tokens that surely hold a tag, however it is tokenized
+_TAIL = 20  # tokens that surely hold a tag, even letter by letter
 _ENDS = dict(THINKING_TAGS)  # by beginning
 _TAG = re.compile("|".join(re.escape(tag) for pair in THINKING_TAGS for tag in pair))
 _T = TypeVar("_T")

@@ -12,6 +12,7 @@ from alphagrpo_jax.rewards.verifiers.chat.replies import NoAnswerError, ReplyTex
 from alphagrpo_jax.rewards.verifiers.chat.thinking import answer_position
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
+from alphagrpo_jax.rewards.verifiers.spelling import THINKING_TAGS
 from alphagrpo_jax.rewards.verifiers.thinking import Reply
 
 pytestmark = pytest.mark.torch
@@ -77,6 +78,13 @@ def test_a_reply_without_an_answer_says_why(prompt, texts, reason):
     assert not reading.permanent
     with pytest.raises(NoAnswerError):
         answer_position(ReplyText(texts, "", "", "length"))
+
+
+@pytest.mark.parametrize(("begin", "end"), THINKING_TAGS)
+def test_tags_may_be_spelled_letter_by_letter(begin, end):
+    texts = [*begin, *"Yes or no", *end, "No"]
+    assert reply_of("", *texts).reading(100).tokens == tuple(range(len(texts) - 1))
+    assert answer_position(ReplyText(texts, "", "", "stop")) == len(texts) - 1
 
 
 def test_thinking_that_the_judge_itself_ends_is_told_apart():
