@@ -35,7 +35,7 @@ from alphagrpo_jax.rewards.verifiers.spelling import (
     RATINGS,
     normalize_word,
 )
-from alphagrpo_jax.rewards.verifiers.thinking import Reading, ThinkingReader
+from alphagrpo_jax.rewards.verifiers.thinking import GREEDY, Reading, ThinkingReader
 from alphagrpo_jax.runtime.errors import InputError
 
 
@@ -402,8 +402,8 @@ class HFVerifier:
         """
         inputs = self.passes.prompter.inputs(checked_image(image), [prompt])
         options = copy.deepcopy(self.model.generation_config)
-        options.do_sample, options.max_new_tokens = False, max_tokens
-        options.pad_token_id = self.tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
+        options.update(**GREEDY, max_new_tokens=max_tokens, pad_token_id=pad)
         with torch.inference_mode():
             output = self.model.generate(
                 **inputs,

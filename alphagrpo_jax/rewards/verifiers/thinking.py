@@ -1,7 +1,7 @@
 """Reads the answer of a judge that thinks first: the token behind the end of its thinking."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,13 @@ from alphagrpo_jax.rewards.verifiers.trials import (
     probe_image,
 )
 
+# Options of greedy replies; any left out would be filled with the folder's own.
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 _LOG = logging.getLogger(__name__)
 
 
@@ -195,10 +202,7 @@ class ThinkingReader:
     def _greedy(self, limit: int, **options: Any) -> GenerationConfig:
         """Returns the options of at most `limit` greedy tokens."""
         return GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # None would be filled with the folder's own
-            no_repeat_ngram_size=0,
+            **GREEDY,
             max_new_tokens=limit,
             eos_token_id=self._ends or None,
             pad_token_id=self._passes.prompter.tokenizer.pad_token_id,

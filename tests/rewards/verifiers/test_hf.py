@@ -11,6 +11,7 @@ from alphagrpo_jax.rewards.verifiers import hf, passes
 from alphagrpo_jax.rewards.verifiers.hf import HFVerifier, VerifierLoadError
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE_INSTRUCTION
 from alphagrpo_jax.rewards.verifiers.prompt_limits import PromptLimits
+from alphagrpo_jax.runtime.paths import resolve
 
 pytestmark = pytest.mark.torch
 
@@ -404,3 +405,15 @@ def test_generate_agrees_with_the_first_token(verifier, image):
     assert len(tokens) == len(logits) <= 3
     assert tokens.tolist() == logits.argmax(-1).tolist()
     torch.testing.assert_close(logits[:1], first, atol=1e-4, rtol=1e-4)
+
+
+def test_replies_are_greedy_whatever_the_folder_says():
+    verifier = HFVerifier(resolve("package:verifier"), num_threads=1)
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+    arguments = (image, "Is there a red circle?", AUDIT_INSTRUCTION, 6)
+    tokens, logits = verifier.generate(*arguments)
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    config = verifier.model.generation_config
+    config.repetition_penalty, config.num_beams, config.no_repeat_ngram_size = 100.0, 2, 1
+    penalized, _ = verifier.generate(*arguments)
+    assert penalized.tolist() == tokens.tolist()
