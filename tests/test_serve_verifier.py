@@ -317,7 +317,9 @@ def test_ctrl_c_while_it_loads_ends_it_in_one_line():
         while not model_processes_of(process.pid):
             assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(0.3)  # its interpreter starts
+        maps = pathlib.Path(f"/proc/{model_process_of(process.pid)}/maps")
+        while "numpy" not in maps.read_text():  # in the middle of its imports
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (1, "error: interrupted\n")
