@@ -187,7 +187,8 @@ def test_a_question_that_a_working_server_always_rejects_is_named(server, folder
     assert {result.unanswerable for result in results.values()} <= {"Is it a unicorn?", None}
 
 
-@pytest.mark.parametrize("every", [1, 2, 5])
+# At half of all requests six rejections of one question in a row are no rarity any more.
+@pytest.mark.parametrize("every", [1, 5])
 def test_stray_and_constant_rejections_blame_no_question(every, server, folder):
     server.behave("400", every=every)
     with pool_of(folder, f"stray{every}", server, max_attempts=5) as pool:
