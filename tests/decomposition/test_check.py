@@ -4,10 +4,12 @@ import copy
 import json
 import pathlib
 
+import judge_families
 import pytest
 
 from alphagrpo_jax import decompose
 from alphagrpo_jax.decomposition import check, phrasing
+from alphagrpo_jax.rewards.verifiers import prompt_limits
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from alphagrpo_jax.shapes import prompts
 
@@ -150,8 +152,6 @@ def test_questions_that_a_verifier_cannot_be_asked(tmp_path, capsys, text, messa
 
 @pytest.mark.torch
 def test_a_verifier_is_checked_with_the_runs_instruction_and_image(tmp_path, capsys, monkeypatch):
-    judge_families = pytest.importorskip("judge_families")
-    prompt_limits = pytest.importorskip("alphagrpo_jax.rewards.verifiers.prompt_limits")
     judge = judge_families.FAMILIES["qwen2_vl"]()
     limits = prompt_limits.PromptLimits(judge.processor, judge.model.config)
     monkeypatch.setattr(prompt_limits.PromptLimits, "from_folder", lambda folder: limits)

@@ -169,7 +169,6 @@ def test_shapes_are_checked():
         sde.ode_step(latents(0)[0], latents(1)[0], 0.5, 0.4)
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="no golden data")
 @pytest.mark.parametrize("step", [0, 3])
 def test_steps_against_the_official_sampler(step):
     golden = np.load(GOLDEN)

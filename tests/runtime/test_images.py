@@ -320,10 +320,10 @@ def test_a_damaged_file_is_read_or_explained_whatever_its_decoder_raises(tmp_pat
         pytest.skip(f"this build of Pillow has no {form}")
     rng = np.random.default_rng(0)
     pages = [Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)) for _ in range(3)]
-    several = {"save_all": True, "append_images": pages[1:]}
+    with_pages = {"save_all": True, "append_images": pages[1:]}
     sources = [encoded(pages[0], form)]
     if form in ("PNG", "WEBP", "GIF", "TIFF", "AVIF"):
-        sources.append(encoded(pages[0], form, **several))
+        sources.append(encoded(pages[0], form, **with_pages))
         (tmp_path / "good").write_bytes(sources[1])
         assert count_pages(tmp_path / "good") == 3
     refused = 0

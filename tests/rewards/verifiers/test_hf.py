@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import accelerate
 import numpy as np
 import PIL.Image
 import pytest
@@ -362,7 +363,6 @@ def test_device_auto_spreads_the_model(llava_folder, image, monkeypatch):
 
 def test_a_model_split_over_devices_answers_the_same(llava_folder, image, verifier, tmp_path):
     """As over several GPUs, here with some layers' weights on the disk."""
-    accelerate = pytest.importorskip("accelerate")
     expected = [answer.p_yes for answer in verifier.answer(image, QUESTIONS)]
     auto = HFVerifier(llava_folder, device="auto", min_mass=0.0)
     np.testing.assert_allclose(

@@ -68,7 +68,7 @@ class Endpoints:
     def has_other(self, endpoint: Endpoint) -> bool:
         """Tells whether another server than this one works."""
         now = time.monotonic()
-        return any(other is not endpoint and other.rests_until <= now for other in self.all)
+        return any(server is not endpoint and server.rests_until <= now for server in self.all)
 
     def succeeded(self, endpoint: Endpoint) -> None:
         """Books an answer: forgets the server's failures, and ends a rest that it did not ask for.
