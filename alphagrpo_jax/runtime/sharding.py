@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alphagrpo_jax.runtime.errors import UsageError
@@ -62,11 +64,15 @@ PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the mesh, axes ("data", "fsdp", "tensor"), all of type Auto.
 
+    A mesh axis may take a part of a physical axis of a TPU torus. With several slices, "data"
+    crosses the slow network between them, and "fsdp" and "tensor" stay within a slice.
+
     Args:
       data, fsdp, tensor: sizes; one of them may be -1 (what is left).
       devices: default `jax.devices()`.
     Raises:
-      UsageError: the product is not the device count, or more than one size is -1.
+      UsageError: the product is not the device count, more than one size is -1, or a slice would
+        be shared by parts of "data" that are no whole number.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -81,8 +87,35 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"{got} needs {math.prod(sizes)} devices, but there are {len(devices)}; set "
             "mesh.data, mesh.fsdp and mesh.tensor so that their product is the device count"
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    return Mesh(
+        _arranged(sizes, devices, got), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def _arranged(sizes: list[int], devices: list[Any], got: str) -> np.ndarray:
+    """Arranges devices so that neighbors in the mesh are neighbors in the machine.
+
+    Args:
+      sizes: of the three axes, with the device count as their product.
+      devices: of the mesh.
+      got: begins the error message.
+    Raises:
+      UsageError: "data" does not divide over the slices.
+    """
+    # Of GPUs each node may count as a slice, but the order of the devices keeps the inner axes
+    # within a node, and "fsdp" over nodes is slow rather than wrong.
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise UsageError(
+            f"{got}: {slices} slices of {len(devices) // slices} devices need mesh.data in "
+            f"multiples of {slices}; got mesh.data={data}; keep mesh.fsdp x mesh.tensor at most "
+            f"{len(devices) // slices} and a divisor of it, so that they stay within a slice"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
     )
 
 

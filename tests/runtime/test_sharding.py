@@ -1,6 +1,9 @@
 """The mesh and the two tables: strict, and complete for every parameter of the model."""
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 import tiny_world
 from jax.sharding import PartitionSpec
@@ -20,6 +23,52 @@ def test_meshes_must_fit_the_devices():
         sharding.make_mesh(2, 2, 2)
     with pytest.raises(ValueError, match="at most one of them -1"):
         sharding.make_mesh(-1, -1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTpu:
+    """What meshes are arranged by: a chip's place in its slice."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    device_kind: str
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+
+def slices_of(*shape, kind="TPU v5", count=1):
+    places = [(index, place) for index in range(count) for place in np.ndindex(*shape)]
+    return [FakeTpu(id, place, index, kind) for id, (index, place) in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "sizes"),
+    [
+        ((4, 4, 4), "TPU v5", (8, 8, 1)),  # an axis of the mesh takes a half of a physical one
+        ((4, 4, 4), "TPU v5", (16, 2, 2)),
+        ((4, 4, 4), "TPU v5", (1, 64, 1)),
+        ((8, 8, 1), "TPU v6 lite", (4, 16, 1)),
+        ((4, 4, 1), "TPU v6 lite", (2, 8, 1)),
+    ],
+)
+def test_a_mesh_axis_may_take_a_part_of_a_physical_axis(shape, kind, sizes):
+    devices = slices_of(*shape, kind=kind)
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    assert mesh.devices.shape == sizes
+    assert set(mesh.devices.flat) == set(devices)
+
+
+def test_data_crosses_slices_and_the_other_axes_do_not():
+    devices = slices_of(2, 4, 4, count=2)
+    for sizes in ((8, 8, 1), (4, 4, 4), (2, 32, 1), (64, 1, 1)):
+        mesh = sharding.make_mesh(*sizes, devices=devices)
+        assert set(mesh.devices.flat) == set(devices)
+        for row in mesh.devices:
+            assert len({device.slice_index for device in row.flat}) == 1
+    with pytest.raises(ValueError, match="2 slices of 32 devices need mesh"):
+        sharding.make_mesh(1, 64, 1, devices=devices)
 
 
 @pytest.mark.parametrize(
