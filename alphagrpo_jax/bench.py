@@ -163,7 +163,7 @@ def _answering(run: Run, steps: int) -> tuple[float, list[float]]:
             questions += len(scoring.yes_no_questions(context.scoring, record))
             questions += len(scoring.rating_questions(context.scoring, record))
         sample_ids = [("bench", turn, number) for number in range(len(records))]
-        scoring.submit(run.verifier, sample_ids, images, records, context.scoring, first=0)
+        scoring.submit(run.verifier, sample_ids, images, records, context.scoring)
         run.verifier.gather(sample_ids)
 
     seconds = [_timed(lambda turn=turn: answer(turn)) for turn in range(steps)]

@@ -371,7 +371,10 @@ class RolloutOptions(ImageOptions):
     top_p: float = Field(ge=1e-6, le=1.0)
     """Probability mass of the likeliest tokens that texts are sampled from."""
     micro_batch: int = Field(ge=1, le=1 << 20)
-    """Trajectories that are sampled at a time."""
+    """Most images that are sampled at a time, over all devices; each device has at least one."""
+    length_buckets: int = Field(ge=1, le=64)
+    """Number of lengths to one of which prompts and texts of a batch are cut; functions compile
+    once per length."""
     merge_lora: bool
     """Fold the adapters into a copy of the weights while sampling."""
     edit_guidance: Guidance

@@ -228,18 +228,7 @@ def _check_task(config: Config) -> None:
 
 def _check_sizes(config: Config) -> None:
     """Checks sizes and modes that must agree with each other."""
-    total, rollout, train = config.trajectories, config.rollout, config.train
-    for key, size in (("train", train.micro_batch), ("rollout", rollout.micro_batch)):
-        if total % size:
-            raise ConfigError(
-                f"{key}.micro_batch: got {size}, which does not divide the update's "
-                f"{train.prompts_per_step} prompts x {train.group_size} = {total} trajectories"
-            )
-    if rollout.micro_batch % train.group_size:
-        raise ConfigError(
-            f"rollout.micro_batch: got {rollout.micro_batch}, expected a multiple of "
-            f"train.group_size={train.group_size} (a group is sampled together)"
-        )
+    rollout, train = config.rollout, config.train
     lo, hi = rollout.window_range
     if not 0 <= lo <= hi - rollout.window or hi > rollout.num_points - 1:
         raise ConfigError(
@@ -306,13 +295,6 @@ def _check_tasks(config: Config) -> None:
                 "image, which only refining tasks have; use 'group'"
             )
         return
-    size = config.rollout.micro_batch
-    if size % srr.initial_images or srr.queue_prompts % (size // srr.initial_images):
-        raise ConfigError(
-            f"srr.initial_images={srr.initial_images} must divide rollout.micro_batch={size}, and "
-            f"srr.queue_prompts={srr.queue_prompts} be a multiple of what is left, the prompts "
-            "whose initial images are sampled together"
-        )
     if srr.queue_prompts < config.train.prompts_per_step:
         raise ConfigError(
             f"srr.queue_prompts: got {srr.queue_prompts}, expected at least "

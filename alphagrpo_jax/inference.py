@@ -242,7 +242,7 @@ def run_task(
       batch: rows per call; a smaller last batch is filled up, so that one program serves all.
     """
     config, loaded = policy.config, policy.loaded
-    spec = options_lib.eval_spec(config, loaded, task)
+    spec = one_shard(options_lib.eval_spec(config, loaded, task))
     for text in text_inputs:
         check_text(text, loaded.tokenizer)
     rows = [loaded.tokenizer.wrap(task.texts[0].format(prompt=text)) for text in text_inputs]
@@ -267,6 +267,11 @@ def run_task(
     return TaskOutput(np.concatenate(image_batches) if image_batches else None, texts)
 
 
+def one_shard(spec: RolloutSpec) -> RolloutSpec:
+    """Returns the spec for one device, whatever mesh the run has that it comes from."""
+    return dataclasses.replace(spec, shards=1)
+
+
 class _ImageRater:
     """Rates one image at a time by the configured verifier."""
 
@@ -284,7 +289,7 @@ class _ImageRater:
     def __call__(self, image: np.ndarray) -> float:
         self.images_rated += 1
         ids, records = [("round", self.images_rated)], [self.record]
-        scoring.submit(self.pool, ids, image[None], records, self.options, first=0)
+        scoring.submit(self.pool, ids, image[None], records, self.options)
         rewards = scoring.gather(self.pool, ids, records, (), self.options)
         if not rewards.valid[0]:
             raise InputError(f"the verifier gave no answer: {', '.join(rewards.failures)}")
@@ -342,7 +347,7 @@ def _prompt_inputs(
     loaded, task = policy.loaded, tasks.TASKS[name]
     check_text(text, loaded.tokenizer)
     spec = options_lib.eval_spec(policy.config, loaded, task)
-    spec = dataclasses.replace(spec, rows_per_prompt=count)
+    spec = dataclasses.replace(one_shard(spec), rows_per_prompt=count)
     row = loaded.tokenizer.wrap(task.texts[0].format(prompt=text))
     tokens, mask = loaded.tokenizer.batch([row], len(row))
     text_block = TextBlock(jnp.asarray(tokens), jnp.asarray(mask))

@@ -8,18 +8,16 @@ them, and one per prompt is chosen (AlphaGRPO, arXiv 2605.12495, SRR stage 1).
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alphagrpo_jax import prompts
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.refinement import choose_initial
 from alphagrpo_jax.rewards import scoring
-from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.training.checks import TrainingError, check_validity
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.training.pacing import MicroBatches
+from alphagrpo_jax.training.sampling import collect_images, run_steps
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TextBlock
 
 CHOICE_STREAM = 2  # of the host's random numbers, apart from the order of prompts
@@ -97,7 +95,7 @@ def _score(
     repeated = [record for record in records for _ in range(shape[1])]
     scoring_options = run.initial.scoring
     flat = images.reshape(-1, *images.shape[2:])
-    scoring.submit(run.verifier, sample_ids, flat, repeated, scoring_options, first=0)
+    scoring.submit(run.verifier, sample_ids, flat, repeated, scoring_options)
     rewards = scoring.gather(run.verifier, sample_ids, repeated, (), scoring_options)
     check_validity(run.config, rewards, repeated, f"step {step}, initial images")
     return rewards.reward.reshape(shape), rewards.valid.reshape(shape)
@@ -120,22 +118,22 @@ def sample_initial_images(
     """
     config, fns = run.config, run.initial.fns
     assert fns is not None  # made at the start of a run with a refining task
-    images_per_prompt = config.srr.initial_images
-    prompts_at_once = config.rollout.micro_batch // images_per_prompt
     tokens, mask = prompts.tokenize(
         [record.prompt for record in records],
         run.loaded.tokenizer,
         bucket=config.rollout.prompt_tokens,
     )
-    no_window, greedy = jnp.int32(config.srr.num_points), jnp.float32(0.0)
-    launched, pace = [], MicroBatches(run.stop)
-    for first in range(0, len(records), prompts_at_once):
-        pace.begin()
-        rows = slice(first, first + prompts_at_once)
-        prefix = fns.prefill(params, (TextBlock.from_host(tokens[rows], mask[rows]),))
-        number = jnp.int32(first * images_per_prompt)
-        _, images = fns.generate(params, prefix, key, number, no_window, greedy)
-        launched.append(images)
-        pace.dispatched(images)
-    images = np.concatenate([distributed.to_host(images) for images in launched])
-    return images.reshape(len(records), images_per_prompt, *images.shape[1:])
+    images: list[tuple[np.ndarray, np.ndarray]] = []
+    run_steps(
+        fns,
+        params,
+        (TextBlock.from_host(tokens, mask),),
+        key,
+        start=config.srr.num_points,
+        temperature=0.0,
+        stop=run.stop,
+        buckets=config.rollout.length_buckets,
+        on_images=lambda rows, pixels: images.append((rows, pixels)),
+    )
+    pixels = collect_images(images)
+    return pixels.reshape(len(records), config.srr.initial_images, *pixels.shape[1:])

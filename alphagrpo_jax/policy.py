@@ -28,9 +28,15 @@ from alphagrpo_jax.models.bagel_weights import (  # noqa: F401
 )
 from alphagrpo_jax.models.kv_cache import Context, DecodeCache, GuidanceContexts, Segment
 from alphagrpo_jax.models.mot import Tokens
-from alphagrpo_jax.ops.log_probs import TextLogProbs, token_log_probs
+from alphagrpo_jax.ops.log_probs import (  # noqa: F401
+    TextLogProbs,
+    target_log_probs,
+    token_log_probs,
+)
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.patchify import patchify, unpatchify
+
+LOGIT_POSITIONS = 128  # of a text, whose logits exist at the same time
 
 
 @struct.dataclass
@@ -98,8 +104,35 @@ def text_log_probs(
       temperature: divides the logits.
     """
     _, hidden = extend_text(model, params, ctx, tokens, mask)
-    logits = text_logits(model, params, hidden[:, :-1])
-    return token_log_probs(logits, tokens, mask, temperature=temperature)
+
+    def of_block(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = text_logits(model, params, hidden)
+        return target_log_probs(logits, targets, temperature=temperature)
+
+    hidden, targets, valid = hidden[:, :-1], tokens[:, 1:], mask[:, 1:]
+    length = targets.shape[1]
+    if length <= LOGIT_POSITIONS:
+        log_prob, entropy = of_block(hidden, targets)
+    else:
+        # Logits of a whole text would be the largest array of an update: 623 MB per row for
+        # BAGEL's vocabulary and 1025 positions, and three such arrays live at once.
+        blocks = -(-length // LOGIT_POSITIONS)
+        columns = [_column_blocks(x, blocks) for x in (hidden, targets)]
+        _, by_block = jax.lax.scan(
+            lambda _, block: (None, jax.checkpoint(of_block)(*block)), None, tuple(columns)
+        )
+        log_prob, entropy = (
+            jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in by_block
+        )
+    return TextLogProbs(jnp.where(valid, log_prob, 0.0), jnp.where(valid, entropy, 0.0), valid)
+
+
+def _column_blocks(x: jax.Array, count: int) -> jax.Array:
+    """Cuts [B, T, ...] into blocks of positions, padded: [count, B, LOGIT_POSITIONS, ...]."""
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, count * LOGIT_POSITIONS - x.shape[1])
+    blocks = jnp.pad(x, padding).reshape(x.shape[0], count, LOGIT_POSITIONS, *x.shape[2:])
+    return jnp.moveaxis(blocks, 1, 0)
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:

@@ -20,7 +20,7 @@ def submit_images(
     sample_ids: Sequence[Any],
     images: np.ndarray,
     records: Sequence[Record],
-    first: int,
+    rows: np.ndarray,
 ) -> None:
     """Sends one micro-batch of sampled images to the verifiers, which answer in the background.
 
@@ -30,11 +30,11 @@ def submit_images(
       sample_ids: N ids in the verifier pool.
       images: uint8[N, Hpx, Wpx, 3].
       records: N records with the questions.
-      first: number of the first image in the batch.
+      rows: int64[N], numbers of the images in the batch.
     """
     task = run.tasks[batch.task.name]
     if task.task.reward == "image":
-        scoring.submit(run.verifier, sample_ids, images, records, task.scoring, first=first)
+        scoring.submit(run.verifier, sample_ids, images, records, task.scoring, rows=rows)
 
 
 def submit_reflections(run: Run, rollout: RolloutBatch) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alphagrpo_jax.policy import PolicyParams
@@ -12,12 +11,12 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.training.pacing import AHEAD, MicroBatches
+from alphagrpo_jax.training.sampling import run_steps
 from alphagrpo_jax.types import PromptBatch, Rollout, RolloutBatch, TextSample
 
-# (batch, ids, images uint8[N, Hpx, Wpx, 3], records, number of the first) of one micro-batch.
+# (batch, ids, images uint8[N, Hpx, Wpx, 3], records, row numbers int64[N]) of one micro-batch.
 OnImages = Callable[
-    [PromptBatch, Sequence[tuple[int, int, int]], np.ndarray, Sequence[Record], int], None
+    [PromptBatch, Sequence[tuple[int, int, int]], np.ndarray, Sequence[Record], np.ndarray], None
 ]
 
 
@@ -48,49 +47,48 @@ def sample(
     """
     config, group = run.config, run.config.train.group_size
     context = run.tasks[batch.task.name]
-    fns, data = context.fns, context.data.train
+    fns, data = context.fns.train, context.data.train
     batch_key = jax.random.fold_in(jax.random.fold_in(key, step), batch.number)
     sample_key, window_key = jax.random.split(batch_key)
     low, high = config.rollout.window_range
     start = jax.random.randint(window_key, (), low, high - config.rollout.window + 1)
-    temperature = jnp.float32(config.rollout.temperature)
-    prompts_at_once = config.rollout.micro_batch // group
     records = [data.records[row] for row in np.repeat(batch.rows, group)]
     sample_ids = [(step, batch.number, number) for number in range(len(records))]
-    launched = []
 
-    def hand_on(number: int) -> None:
-        """Waits for the images of a micro-batch and hands them on."""
-        _, images = launched[number]
-        if on_images is None or images is None:
-            return
-        first = number * prompts_at_once * group
-        rows = slice(first, first + prompts_at_once * group)
-        on_images(batch, sample_ids[rows], distributed.to_host(images), records[rows], first)
+    def hand_on(rows: np.ndarray, images: np.ndarray) -> None:
+        if on_images is not None:
+            row_ids, row_records = (
+                [values[row] for row in rows] for values in (sample_ids, records)
+            )
+            on_images(batch, row_ids, images, row_records, rows)
 
-    # Images are handed on while the device samples the micro-batches behind them.
-    pace = MicroBatches(run.stop)
-    for number, first in enumerate(range(0, len(batch.rows), prompts_at_once)):
-        if number > AHEAD:
-            hand_on(number - AHEAD - 1)
-        pace.begin()
-        rows = slice(first, first + prompts_at_once)
-        images = None if batch.images is None else image_block(run.loaded, batch.images[rows])
-        prefix = fns.train.prefill(params, data.inputs(batch.rows[rows], images))
-        row = jnp.int32(first * group)
-        launched.append(fns.train.generate(params, prefix, sample_key, row, start, temperature))
-        pace.dispatched(launched[-1])
-    for number in range(max(0, len(launched) - AHEAD - 1), len(launched)):
-        hand_on(number)
-    micro_batches = [trajectories for trajectories, _ in launched]
-    trajectories = micro_batches[0] if len(micro_batches) == 1 else fns.join(micro_batches)
+    images = None if batch.images is None else image_block(run.loaded, batch.images)
+    trajectories = run_steps(
+        fns,
+        params,
+        data.inputs(batch.rows, images),
+        sample_key,
+        start=start,
+        temperature=config.rollout.temperature,
+        stop=run.stop,
+        buckets=config.rollout.length_buckets,
+        on_images=hand_on,
+    )
     samples = distributed.to_host(trajectories.texts)
-    tokenizer = run.loaded.tokenizer
-    texts = [decode_texts(tokenizer, sample.tokens, sample.mask) for sample in samples]
-    rollout = RolloutBatch(batch, trajectories, records, sample_ids, texts, _text_metrics(samples))
+    texts = [
+        decode_texts(run.loaded.tokenizer, sample.tokens, sample.mask)[: len(records)]
+        for sample in samples
+    ]
+    metrics = _text_metrics(_first_rows(samples, len(records)))
+    rollout = RolloutBatch(batch, trajectories, records, sample_ids, texts, metrics)
     if on_texts is not None:
         on_texts(rollout)
     return rollout
+
+
+def _first_rows(samples: Sequence[TextSample], count: int) -> list[TextSample]:
+    """Drops the rows that fill up the mesh."""
+    return [jax.tree.map(lambda x: x[:count], sample) for sample in samples]
 
 
 def decode_steps(tokenizer: Tokenizer, trajectories: Rollout) -> list[list[str]]:

@@ -215,7 +215,7 @@ def score(options: argparse.Namespace) -> report.Report:
             elif pages > 1:
                 first_pages.append(path.name)
             pixels = np.asarray(image)
-            scoring.submit(pool, [path.name], [pixels], [records[number]], reward_options, first=0)
+            scoring.submit(pool, [path.name], [pixels], [records[number]], reward_options)
             readable.append((path.name, records[number]))
             urls.append(_report_image(image))
         names = [name for name, _ in readable]

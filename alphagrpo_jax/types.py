@@ -10,16 +10,16 @@ log-prob is a mean over the latent, a text log-prob is one token's.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from alphagrpo_jax.models.kv_cache import SEGMENT_ROW_AXES, Segment
 from alphagrpo_jax.runtime.records import Record
+from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.tasks import Task, think_texts
 
 
@@ -59,6 +59,8 @@ class Piece:
 
     segments: tuple[Segment, ...]
     advance: jax.Array  # int32[B], by how much the next RoPE id moved
+    # B above is 1 for "shared", P for "prompt": rows of a group share one copy.
+    level: str = struct.field(pytree_node=False, default="trajectory")
 
 
 @struct.dataclass
@@ -85,13 +87,11 @@ class ImageSample:
 
 @struct.dataclass
 class Rollout:
-    """B trajectories: inputs, generated texts and images, and the contexts on the way.
-
-    `pieces` has one entry per node of the task's plan; those of shared nodes have one row.
-    """
+    """B trajectories: inputs, generated texts and images, and the contexts on the way."""
 
     inputs: tuple[TextBlock | ImageBlock, ...]  # one per input of the task, in order
-    pieces: tuple[Piece | None, ...]
+    owner: jax.Array  # int32[B], number of each row's prompt
+    pieces: tuple[Piece | None, ...]  # one per node of the task's plan; None: not computed yet
     texts: tuple[TextSample, ...]  # one per text step
     images: tuple[ImageSample, ...]  # one per image step
 
@@ -130,24 +130,21 @@ def row_count(inputs: tuple[TextBlock | ImageBlock, ...]) -> int:
     return jax.tree.leaves(inputs)[0].shape[0]
 
 
-def map_rows(
-    function: Callable[..., Any], tree: Any, *trees: Any, shared: tuple[int, ...] = ()
-) -> Any:
+def map_rows(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
     """Applies `function(row_axis, array, *arrays)` to the arrays of pytrees of one structure.
 
-    | array                                         | axis of the rows             |
-    |-----------------------------------------------|------------------------------|
-    | of a `Segment`                                | `kv_cache.SEGMENT_ROW_AXES`  |
-    | of a `Rollout`'s pieces with index in `shared` | none: one row for all       |
-    | scalar                                        | none                         |
-    | any other                                     | 0                            |
+    | array                                            | axis of the rows             |
+    |--------------------------------------------------|------------------------------|
+    | of a `Segment`                                   | `kv_cache.SEGMENT_ROW_AXES`  |
+    | of a rollout's piece of all or of single prompts | none: no row per trajectory  |
+    | scalar                                           | none                         |
+    | any other                                        | 0                            |
 
     Where there are no rows, the result is the first tree's array, unchanged.
 
     Args:
       function: maps the row axis and one array per tree to the array of the result.
       tree, trees: pytrees of this module, of one structure.
-      shared: indices of a rollout's pieces.
     """
 
     def map_segments(*segments: Segment) -> Segment:
@@ -159,14 +156,16 @@ def map_rows(
 
     def map_rollouts(*rollouts: Rollout) -> Rollout:
         pieces = tuple(
-            same_pieces[0] if index in shared else map_rows(function, *same_pieces)
-            for index, same_pieces in enumerate(
-                zip(*(rollout.pieces for rollout in rollouts), strict=True)
-            )
+            same_pieces[0]
+            if same_pieces[0] is None or same_pieces[0].level != "trajectory"
+            else map_rows(function, *same_pieces)
+            for same_pieces in zip(*(rollout.pieces for rollout in rollouts), strict=True)
         )
-        blocks = [(rollout.inputs, rollout.texts, rollout.images) for rollout in rollouts]
-        inputs, texts, images = map_rows(function, *blocks)
-        return Rollout(inputs, pieces, texts, images)
+        blocks = [
+            (rollout.inputs, rollout.owner, rollout.texts, rollout.images) for rollout in rollouts
+        ]
+        inputs, owner, texts, images = map_rows(function, *blocks)
+        return Rollout(inputs, owner, pieces, texts, images)
 
     def map_node(*nodes: Any) -> Any:
         first = nodes[0]
@@ -181,11 +180,20 @@ def map_rows(
     )
 
 
-def join_rows(rollouts: list[Rollout], *, shared: tuple[int, ...]) -> Rollout:
-    """Joins the rollouts of one update, one after the other."""
-    return map_rows(
-        lambda axis, *arrays: jnp.concatenate(arrays, axis=axis), *rollouts, shared=shared
-    )
+def take_micro_batch(layout: RowLayout, tree: Any, number: jax.Array) -> Any:
+    """Takes the rows of one micro-batch; see `RowLayout`.
+
+    Args:
+      layout: static.
+      tree: pytree of this module with all rows.
+      number: int32[], of the micro-batch.
+    """
+    return map_rows(lambda axis, x: layout.take(x, number, axis), tree)
+
+
+def join_micro_batches(layout: RowLayout, micro_batches: Sequence[Any]) -> Any:
+    """Joins pytrees of all micro-batches to one with all rows."""
+    return map_rows(lambda axis, *arrays: layout.join(list(arrays), axis), *micro_batches)
 
 
 @dataclasses.dataclass

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.metric_reductions import reduction_of
 from alphagrpo_jax.runtime.stopping import NEVER
+from alphagrpo_jax.tasks import TASKS
+from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.gradient import LossNormalizers
@@ -40,7 +41,7 @@ def old_log_probs(run: Run, state: TrainState, rollout: RolloutBatch) -> list[Lo
         return None
     forward = run.tasks[rollout.batch.task.name].fns.forward
     log_probs, pace = [], MicroBatches(run.stop)
-    for index in _micro_batch_indices(run.config):
+    for index in _micro_batch_indices(run, rollout.batch.task.name):
         pace.begin()
         new, _ = forward(state.trainable, run.loaded.base, rollout.trajectories, index)
         log_probs.append(new)
@@ -113,6 +114,7 @@ def _record(batch_metrics: dict[str, float], values: dict[str, float]) -> None:
 class _BatchUpdate(NamedTuple):
     """One batch with everything that its gradient needs."""
 
+    task: str
     fns: TaskFns
     batch: UpdateBatch
     old: list[LogProbs] | None  # by micro-batch
@@ -158,19 +160,25 @@ def _batch_update(
 ) -> _BatchUpdate:
     """Puts a batch's arrays on the device, with reference log-probs and entropies if needed."""
     fns, loss_options = run.tasks[rollout.batch.task.name].fns, run.config.loss
-    text, image = (jnp.asarray(x.ravel()) for x in (advantages.text.advantage, advantages.image))
-    used = jnp.asarray(advantages.text.used.ravel())
+    by_row = (advantages.text.advantage, advantages.image, advantages.text.used)
+    text, image, used = (_padded(x.ravel(), rollout) for x in by_row)
     batch = UpdateBatch(rollout.trajectories, text, image, used)
     reference = entropy = None
     if loss_options.text_beta > 0 or loss_options.image_beta > 0 or loss_options.report_kl:
         reference, pace = [], MicroBatches(run.stop)
-        for index in _micro_batch_indices(run.config):
+        for index in _micro_batch_indices(run, rollout.batch.task.name):
             pace.begin()
             reference.append(fns.reference(run.loaded.base, rollout.trajectories, index))
             pace.dispatched(reference[-1])
     if loss_options.entropy_fraction < 1 and rollout.trajectories.texts:
         entropy = fns.entropy(old)
-    return _BatchUpdate(fns, batch, old, reference, entropy)
+    return _BatchUpdate(rollout.batch.task.name, fns, batch, old, reference, entropy)
+
+
+def _padded(values: np.ndarray, rollout: RolloutBatch) -> jax.Array:
+    """Puts values of B trajectories on the device, with zeros for the rows that fill up a mesh."""
+    rows = rollout.trajectories.owner.shape[0]
+    return jnp.asarray(np.pad(values, (0, rows - len(values))))
 
 
 def _task_update(
@@ -239,22 +247,25 @@ def _task_gradient(
     run: Run, state: TrainState, task: _TaskUpdate, weight: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Adds up gradient and metrics over the micro-batches of a task's batches."""
-    accumulated, pace = None, MicroBatches(run.stop)
+    accumulated, policy = None, (state.trainable, run.loaded.base)
+    pace = MicroBatches(run.stop)
     for batch in task.batches:
-        for number, index in enumerate(_micro_batch_indices(run.config)):
+        for number, index in enumerate(_micro_batch_indices(run, batch.task)):
             pace.begin()
-            new, pullback = batch.fns.forward(
-                state.trainable, run.loaded.base, batch.batch.rollout, index
-            )
-            old = batch.old[number] if batch.old else None
             reference = batch.reference[number] if batch.reference else None
-            micro_batch = batch.fns.backward(
-                pullback, new, old, reference, batch.batch, index, task.normalizers, weight
-            )
+            common = (reference, batch.batch, index, task.normalizers, weight)
+            if batch.old is None:
+                micro_batch = batch.fns.gradient(*policy, *common)
+            else:
+                new, residuals = batch.fns.forward(*policy, batch.batch.rollout, index)
+                micro_batch = batch.fns.backward(
+                    *policy, residuals, new, batch.old[number], *common
+                )
+                del residuals  # else the next forward pass would run beside it
             accumulated = (
                 micro_batch if accumulated is None else run.fns.accumulate(accumulated, micro_batch)
             )
-            pace.dispatched(new)
+            pace.dispatched(micro_batch[1])
     assert accumulated is not None  # a task of an update has at least one batch
     return accumulated
 
@@ -279,6 +290,7 @@ def _apply(
     return state, metrics
 
 
-def _micro_batch_indices(config: Config) -> list[jax.Array]:
+def _micro_batch_indices(run: Run, task: str) -> list[jax.Array]:
     """Returns the indices of a batch's micro-batches, int32[] each."""
-    return [jnp.int32(index) for index in range(config.trajectories // config.train.micro_batch)]
+    spec = options_lib.update_spec(run.config, run.loaded, TASKS[task])
+    return [jnp.int32(index) for index in range(spec.layout.micro_batches)]

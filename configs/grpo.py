@@ -117,6 +117,7 @@ def get_config() -> ConfigDict:
     config.rollout.temperature = 1.0
     config.rollout.top_p = 1.0
     config.rollout.micro_batch = 48
+    config.rollout.length_buckets = 1
     config.rollout.merge_lora = True
     config.rollout.guidance = guidance((0.4, 1.0), "global")
     config.rollout.edit_guidance = guidance((0.0, 1.0), "text_channel")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alphagrpo_jax import prompts
@@ -32,6 +31,7 @@ from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.tasks import TASKS, Task, think_texts
 from alphagrpo_jax.training.checks import check_validity
 from alphagrpo_jax.training.context import Run
+from alphagrpo_jax.training.sampling import collect_images, run_steps
 from alphagrpo_jax.training.steps import SampleFns
 from alphagrpo_jax.types import ImageBlock, TextBlock
 
@@ -283,14 +283,25 @@ def _sample_fn(
     def sample(batch: np.ndarray, first: int) -> Sampled:
         distributed.check_stop(run.stop)
         run.console.count(first, total)
-        prefix = fns.prefill(params, inputs(batch))
-        # A window that starts at the end of the schedule: no step is stochastic.
-        numbers = (jnp.int32(first), jnp.int32(run.config.eval.num_points))
-        trajectories, images = fns.generate(params, prefix, key, *numbers, jnp.float32(temperature))
+        images: list[tuple[np.ndarray, np.ndarray]] = []
+        trajectories = run_steps(
+            fns,
+            params,
+            inputs(batch),
+            key,
+            # A window that starts at the end of the schedule: no step is stochastic.
+            start=run.config.eval.num_points,
+            temperature=temperature,
+            first=first,
+            stop=run.stop,
+            buckets=run.config.rollout.length_buckets,
+            on_images=lambda rows, pixels: images.append((rows, pixels)),
+        )
         texts = decode_steps(run.loaded.tokenizer, trajectories)
         answers = texts[-1] if task.reward == "answer" else []
         run.console.count(min(first + len(batch), total), total)
-        return Sampled(distributed.to_host(images), think_texts(task, texts), answers)
+        sampled_images = collect_images(images) if images else None
+        return Sampled(sampled_images, think_texts(task, texts), answers)
 
     return sample
 

@@ -77,7 +77,9 @@ def evaluate_images(
         assert sampled.images is not None  # of tasks that generate images
         images = sampled.images[:count]
         for pool, options in pools:
-            scoring.submit(pool, sample_ids[rows], images, records[rows], options, first=rows.start)
+            scoring.submit(
+                pool, sample_ids[rows], images, records[rows], options, rows=filled[:count]
+            )
         image_batches.append(images)
         think_batches.append([texts[:count] for texts in sampled.thinks])
     thinks = _join_steps(think_batches)

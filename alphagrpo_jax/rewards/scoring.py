@@ -135,7 +135,7 @@ def submit(
     records: Sequence[Record],
     options: RewardOptions,
     *,
-    first: int,
+    rows: np.ndarray | None = None,
 ) -> None:
     """Hands images to the pool, each with its record's questions.
 
@@ -145,10 +145,11 @@ def submit(
       images: uint8[H, W, 3] each, N.
       records: N.
       options: which scores are needed; the same must be given to `gather`.
-      first: number of the first image in the batch that `gather` asks for; of several processes
-        each scores its own share of the batch.
+      rows: int64[N], their numbers in the batch that `gather` asks for; None: from 0 on. Of
+        several processes each scores its own share of the batch.
     """
-    for row in distributed.own_rows(len(sample_ids), first=first):
+    rows = np.arange(len(sample_ids)) if rows is None else rows
+    for row in np.flatnonzero(distributed.is_own(rows)):
         questions = yes_no_questions(options, records[row])
         rated = rating_questions(options, records[row])
         scored = scored_texts(options, records[row])

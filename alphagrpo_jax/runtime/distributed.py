@@ -62,38 +62,45 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(leaf_to_host, tree)
 
 
-def own_rows(count: int, *, first: int = 0) -> np.ndarray:
-    """The rows of a part of a batch that this process scores, int64 indices into the part.
+def is_own(rows: np.ndarray) -> np.ndarray:
+    """Tells which rows of a batch this process scores, bool[N] for row numbers int64[N]."""
+    return rows % jax.process_count() == jax.process_index()
 
-    Args:
-      count: rows of the part.
-      first: number of its first row in the batch.
-    """
-    rows = np.arange(count)
-    return rows[(first + rows) % jax.process_count() == jax.process_index()]
+
+def own_rows(count: int) -> np.ndarray:
+    """Returns the numbers of the rows that this process scores of a batch of `count`, int64."""
+    return np.flatnonzero(is_own(np.arange(count)))
 
 
 def merge_rows(values: np.ndarray, count: int) -> np.ndarray:
-    """Rows that the processes computed for `own_rows`, put together on every process.
+    """Puts rows that the processes computed for `own_rows` together, on every process.
 
     Args:
       values: float[len(own_rows(count)), ...].
-      count: rows of the whole batch.
+      count: rows of the batch.
     """
     if jax.process_count() == 1:
         return values
     most = -(-count // jax.process_count())  # shares differ by one row at most
     filled = np.full((most, *values.shape[1:]), np.nan, values.dtype)
     filled[: len(values)] = values
-    stacked = np.asarray(multihost_utils.process_allgather(filled))  # [processes, most, ...]
+    stacked = all_gather(filled)  # [processes, most, ...]
     return np.moveaxis(stacked, 0, 1).reshape(-1, *values.shape[1:])[:count]
+
+
+def all_gather(values: np.ndarray) -> np.ndarray:
+    """Gathers equally shaped arrays of all processes, [processes, ...], bit for bit."""
+    # As bytes: JAX would round float64 to float32 on the way.
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    stacked = np.asarray(multihost_utils.process_allgather(data))
+    return stacked.reshape(-1).view(values.dtype).reshape(-1, *values.shape)
 
 
 def total(values: np.ndarray) -> np.ndarray:
     """Sums float64[N] over the processes, on every process."""
     if jax.process_count() == 1:
         return values
-    return np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+    return all_gather(values).sum(axis=0)
 
 
 def primary_says(flag: bool) -> bool:  # noqa: FBT001

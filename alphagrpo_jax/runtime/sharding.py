@@ -202,6 +202,18 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, partition_spec([None] * axis + ["batch"]))
 
 
+def cache_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Lays keys or values [L, B, S, K, H] over the mesh: rows, and heads where they divide."""
+    heads = "heads" if shape[3] % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, partition_spec([None, "batch", None, heads, None]))
+
+
 def batch_ways(mesh: Mesh) -> int:
     """Returns the number of shards of the batch."""
     return math.prod(mesh.shape[name] for name in AXIS_RULES["batch"])
+
+
+def constrain_rows(tree: Any) -> Any:
+    """Lays the rows of arrays, dimension 0, over the mesh of `jax.set_mesh`; in jit."""
+    spec = partition_spec(["batch"])
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)

@@ -1,21 +1,27 @@
-"""Samples trajectories: a task's events over its contexts, texts and images in order."""
+"""Samples trajectories: a task's events over its contexts, texts and images in order.
+
+Texts are written for all rows at once, images by micro-batches. What compiles longest, the two
+loops, takes contexts and row numbers alone: so tasks, training and evaluation share it.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from alphagrpo_jax import policy
-from alphagrpo_jax.config import RolloutOptions
+from alphagrpo_jax.config import ImageOptions, RolloutOptions
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
 from alphagrpo_jax.ops.patchify import patchify
+from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.images import fitted_size
+from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import image, text
 from alphagrpo_jax.tasks import (
     ANSWER,
@@ -35,8 +41,10 @@ from alphagrpo_jax.types import (
     Rollout,
     TextBlock,
     TextSample,
+    join_micro_batches,
     map_rows,
     row_count,
+    take_micro_batch,
 )  # fmt: skip
 
 Inputs = tuple[TextBlock | ImageBlock, ...]
@@ -52,6 +60,22 @@ class RolloutSpec:
     rows_per_prompt: int
     stochastic: bool  # whether image steps have a stochastic window, which training needs
     options: RolloutOptions
+    shards: int = 1  # of the mesh, over which rows lie
+    micro_batch: int = 1 << 20  # most images at once over all shards
+
+    def layout(self, prompts: int) -> RowLayout:
+        """Returns how the rows of so many prompts lie on the mesh."""
+        return RowLayout.make(
+            prompts * self.rows_per_prompt, shards=self.shards, micro_batch=self.micro_batch
+        )
+
+
+class Images(NamedTuple):
+    """Images of one step, of a micro-batch or of all rows."""
+
+    sample: ImageSample
+    pixels: jax.Array  # uint8[B, Hpx, Wpx, 3]
+    pieces: dict[int, Piece]  # by node: what their contexts needed, and their own
 
 
 def sample_trajectories(
@@ -101,23 +125,34 @@ def prefill(
     *,
     spec: RolloutSpec,
 ) -> Rollout:
-    """Computes the contexts of the inputs: B = P * rows_per_prompt rows without samples.
+    """Computes the contexts of the inputs of P prompts; the rollout has no samples yet.
 
-    What all prompts share is computed once, what belongs to a prompt once per prompt; pieces of
-    generated events are None.
+    What all prompts share is computed and kept once, what belongs to a prompt once per prompt;
+    pieces of generated events are None.
     """
-    plan, group = spec.plan, spec.rows_per_prompt
+    plan, group, prompts = spec.plan, spec.rows_per_prompt, row_count(inputs)
+    layout = spec.layout(prompts)
+    blocks = inputs
+    if group > 1 and spec.shards > 1:
+        # Few prompts, many devices: each computes some, then all get all.
+        spread = jnp.minimum(jnp.arange(-(-prompts // spec.shards) * spec.shards), prompts - 1)
+        blocks = sharding.constrain_rows(_take_rows(inputs, spread))
     pieces: list[Piece | None] = [None] * len(plan.nodes)
     for index, node in enumerate(plan.nodes):
         if node.level != "trajectory":
-            block = _block(plan, node, inputs, (), spec.system_tokens)
+            block = _block(plan, node, blocks, (), spec.system_tokens)
             pieces[index] = _extend(model, params, pieces, node, block)
-    per_row = (
-        piece if piece is None or node.level == "shared" else repeat_rows(piece, group)
-        for piece, node in zip(pieces, plan.nodes, strict=True)
+    owner = jnp.minimum(jnp.arange(layout.rows, dtype=jnp.int32) // group, prompts - 1)
+    for index, piece in enumerate(pieces):
+        if piece is None or plan.nodes[index].level == "shared":
+            continue
+        if group == 1:
+            pieces[index] = piece if layout.rows == prompts else _take_rows(piece, owner)
+        else:
+            pieces[index] = dataclasses.replace(_first_rows(piece, prompts), level="prompt")
+    return Rollout(
+        inputs=_take_rows(inputs, owner), owner=owner, pieces=tuple(pieces), texts=(), images=()
     )
-    row_inputs = tuple(repeat_rows(block, group) for block in inputs)
-    return Rollout(inputs=row_inputs, pieces=tuple(per_row), texts=(), images=())
 
 
 def generate(
@@ -131,51 +166,248 @@ def generate(
     *,
     spec: RolloutSpec,
 ) -> tuple[Rollout, jax.Array | None]:
-    """Runs the task's steps over the contexts of `prefill`; see `sample_trajectories`."""
-    plan, grid = spec.plan, spec.grid
-    pieces = list(prefix.pieces)
-    rows = first + jnp.arange(row_count(prefix.inputs), dtype=jnp.int32)
-    texts: list[TextSample] = []
-    images: list[ImageSample] = []
-    image_blocks: dict[int, ImageBlock] = {}  # by event
+    """Runs the task's steps over the contexts of `prefill`, all rows at once.
 
-    def fill(nodes: tuple[int, ...]) -> None:
-        """Computes the pieces of inputs and samples that come after the first step."""
-        for index in nodes:
-            if pieces[index] is None:
-                node = plan.nodes[index]
-                block = image_blocks.get(node.event) or _block(
-                    plan, node, prefix.inputs, tuple(texts), spec.system_tokens
-                )
-                pieces[index] = _extend(model, params, pieces, node, block)
-
-    for step in plan.steps:
-        fill((*step.gen, *step.cfg_text, *step.cfg_img))
-        if step.kind == IMAGE:
-            images.append(_sample_image(model, params, step, pieces, key, rows, start, spec))
-            if step.node is not None:
-                image_pixels = pixels(model, params, images[-1].latents, grid)
-                image_blocks[step.event] = image_block(model, image_pixels)
+    See `sample_trajectories`; a run samples step by step (`rollout.run_steps`) to the same numbers.
+    """
+    rollout, images = prefix, None
+    count = prefix.owner.shape[0]
+    layout = RowLayout(count, 1, count)
+    rows = first + jnp.arange(count, dtype=jnp.int32)
+    for step in spec.plan.steps:
+        event = jnp.int32(step.event)
+        if step.kind != IMAGE:
+            ctx, pieces = text_context(model, params, rollout, step=step, spec=spec)
+            limits = {"max_tokens": spec.options.text_tokens, "top_p": spec.options.top_p}
+            written = write_text(model, params, ctx, key, event, rows, temperature, **limits)
+            rollout = add_text(rollout, *written, pieces, step=step)
             continue
-        ctx = context(pieces, step.gen, rows.shape[0])
-        sample, after = text.sample_text(
-            model,
-            params,
-            ctx,
-            _row_keys(key, rows, step.event),
-            max_tokens=spec.options.text_tokens,
-            temperature=temperature,
-            top_p=spec.options.top_p,
+        contexts, pieces = image_contexts(
+            model, params, rollout, jnp.int32(0), step=step, spec=spec, layout=layout
         )
-        texts.append(sample)
+        numbers = (rows, noise_owners(rows, spec), start)
+        sample, images = draw_image(
+            model, params, contexts, key, event, *numbers,
+            options=image_options(spec.options, step), grid=spec.grid, stochastic=spec.stochastic,
+        )  # fmt: skip
         if step.node is not None:
-            pieces[step.node] = Piece(after.segments[-1:], after.rope - ctx.rope)
-    fill(tuple(range(len(plan.nodes))))
-    rollout = dataclasses.replace(
-        prefix, pieces=tuple(pieces), texts=tuple(texts), images=tuple(images)
+            pieces[step.node] = absorb_image(
+                model, params, rollout, images, pieces, jnp.int32(0),
+                step=step, spec=spec, layout=layout,
+            )  # fmt: skip
+        rollout = add_images(rollout, [Images(sample, images, pieces)], layout=layout)
+    return rollout, images
+
+
+def text_context(
+    model: Bagel,
+    params: policy.PolicyParams,
+    rollout: Rollout,
+    *,
+    step: PlannedStep,
+    spec: RolloutSpec,
+) -> tuple[Context, dict[int, Piece]]:
+    """Joins the context of a text step, merged, and computes what it lacks.
+
+    Args:
+      rollout: all rows.
+      step, spec: static.
+    Returns:
+      The context of all rows, and new pieces by node.
+    """
+    pieces, new = _filled(model, params, rollout, step.gen, spec)
+    return kv_cache.merge(context(pieces, step.gen, rollout.owner)), new
+
+
+def write_text(
+    model: Bagel,
+    params: policy.PolicyParams,
+    ctx: Context,
+    key: jax.Array,
+    event: jax.Array,
+    rows: jax.Array,
+    temperature: jax.Array,
+    *,
+    max_tokens: int,
+    top_p: float,
+) -> tuple[TextSample, Piece]:
+    """Writes one text per row.
+
+    Args:
+      ctx: context of B rows, merged.
+      key: typed key[] of the update.
+      event: int32[], number of the step's event in its task.
+      rows: int32[B], numbers of the rows in the update; a row's text depends on its own alone.
+      temperature: float32[].
+      max_tokens, top_p: static; see `text.sample_text`.
+    Returns:
+      The texts, and the piece that they add to their contexts.
+    """
+    sample, after = text.sample_text(
+        model,
+        params,
+        ctx,
+        _row_keys(jax.random.fold_in(key, event), rows),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
     )
-    last_images = pixels(model, params, images[-1].latents, grid) if images else None
-    return rollout, last_images
+    return sample, Piece(after.segments[-1:], after.rope - ctx.rope)
+
+
+def add_text(
+    rollout: Rollout,
+    sample: TextSample,
+    piece: Piece,
+    pieces: Mapping[int, Piece],
+    *,
+    step: PlannedStep,
+) -> Rollout:
+    """Appends the texts of a step, and their piece if a later step reads it."""
+    own = {} if step.node is None else {step.node: piece}
+    return dataclasses.replace(
+        rollout,
+        pieces=_with_pieces(rollout.pieces, {**pieces, **own}),
+        texts=(*rollout.texts, sample),
+    )
+
+
+def cut_text(rollout: Rollout, length: int, *, step: PlannedStep) -> Rollout:
+    """Cuts the texts of the newest text step, and their piece, to `length` slots."""
+    sample = rollout.texts[-1]
+    longest = sample.tokens.shape[1]
+    drop = longest - length
+    texts = TextSample(
+        tokens=sample.tokens[:, :length],
+        mask=sample.mask[:, :length],
+        scored=sample.scored[:, : longest - 1 - drop],
+        log_prob=sample.log_prob[:, : longest - 1 - drop],
+        truncated=sample.truncated,
+    )
+    pieces = list(rollout.pieces)
+    piece = None if step.node is None else pieces[step.node]
+    if step.node is not None and piece is not None:
+        segment = piece.segments[0]
+        short = kv_cache.Segment(
+            segment.k[:, :, :length], segment.v[:, :, :length], segment.valid[:, :length]
+        )
+        pieces[step.node] = dataclasses.replace(piece, segments=(short,))
+    return dataclasses.replace(rollout, pieces=tuple(pieces), texts=(*rollout.texts[:-1], texts))
+
+
+def image_contexts(
+    model: Bagel,
+    params: policy.PolicyParams,
+    rollout: Rollout,
+    number: jax.Array,
+    *,
+    step: PlannedStep,
+    spec: RolloutSpec,
+    layout: RowLayout,
+) -> tuple[GuidanceContexts, dict[int, Piece]]:
+    """Joins the contexts of a micro-batch of an image step, and computes what they lack.
+
+    Args:
+      rollout: all rows.
+      number: int32[], of the micro-batch.
+      step, spec, layout: static.
+    Returns:
+      The contexts, merged, and new pieces by node, both of the micro-batch.
+    """
+    rows = take_micro_batch(layout, rollout, number)
+    nodes = (*step.gen, *step.cfg_text, *step.cfg_img)
+    pieces, new = _filled(model, params, rows, nodes, spec)
+    return guidance_contexts(pieces, step, rows.owner), new
+
+
+def draw_image(
+    model: Bagel,
+    params: policy.PolicyParams,
+    contexts: GuidanceContexts,
+    key: jax.Array,
+    event: jax.Array,
+    rows: jax.Array,
+    owners: jax.Array,
+    start: jax.Array,
+    *,
+    options: ImageOptions,
+    grid: tuple[int, int],
+    stochastic: bool,
+) -> tuple[ImageSample, jax.Array]:
+    """Samples one image per row, each from its trajectory's own keys.
+
+    Args:
+      contexts: of B rows, merged.
+      key: typed key[] of the update.
+      event: int32[], number of the step's event in its task.
+      rows: int32[B], numbers of the rows in the update.
+      owners: int32[B]; rows of one number start from the same noise.
+      start: int32[], first stochastic step.
+      options, grid, stochastic: static.
+    Returns:
+      The samples and their pixels, uint8[B, Hpx, Wpx, 3].
+    """
+    chex.assert_rank([rows, owners, start], [1, 1, 0])
+    (high, wide), width = grid, model.config.latent_width
+    initial_keys, noise_keys = jax.random.split(jax.random.fold_in(key, event))
+    sample_noise = functools.partial(
+        jax.random.normal, shape=(high * wide, width), dtype=jnp.float32
+    )
+    initial = jax.vmap(sample_noise)(_row_keys(initial_keys, owners))
+    sample = image.sample_image(
+        model,
+        params,
+        contexts,
+        initial,
+        _row_keys(noise_keys, rows),
+        start,
+        options=options,
+        grid=grid,
+        stochastic=stochastic,
+    )
+    return sample, pixels(model, params, sample.latents, grid)
+
+
+def noise_owners(rows: Any, spec: RolloutSpec) -> Any:
+    """Returns the numbers by which rows start from the same noise: their own or their group's."""
+    return rows // spec.rows_per_prompt if spec.options.shared_noise else rows
+
+
+def absorb_image(
+    model: Bagel,
+    params: policy.PolicyParams,
+    rollout: Rollout,
+    images: jax.Array,
+    pieces: Mapping[int, Piece],
+    number: jax.Array,
+    *,
+    step: PlannedStep,
+    spec: RolloutSpec,
+    layout: RowLayout,
+) -> Piece:
+    """Computes what a micro-batch of generated images adds to their contexts.
+
+    Args:
+      rollout: all rows.
+      images: uint8[B, Hpx, Wpx, 3], of the micro-batch.
+      pieces: of the micro-batch, from `image_contexts`.
+      number: int32[], of the micro-batch.
+      step, spec, layout: static.
+    """
+    rows = take_micro_batch(layout, rollout, number)
+    assert step.node is not None  # a later step reads the images
+    node, complete = spec.plan.nodes[step.node], _with_pieces(rows.pieces, pieces)
+    return _extend(model, params, complete, node, image_block(model, images), rows.owner)
+
+
+def add_images(rollout: Rollout, micro_batches: Sequence[Images], *, layout: RowLayout) -> Rollout:
+    """Appends the images of a step, and their pieces, from all its micro-batches."""
+    joined: Images = join_micro_batches(layout, micro_batches)
+    return dataclasses.replace(
+        rollout,
+        pieces=_with_pieces(rollout.pieces, joined.pieces),
+        images=(*rollout.images, joined.sample),
+    )
 
 
 def rebuild(
@@ -224,29 +456,35 @@ def image_block(model: Bagel, images: jax.Array) -> ImageBlock:
     return ImageBlock(images, vit_images)
 
 
-def context(pieces: Sequence[Piece | None], nodes: tuple[int, ...], rows: int) -> Context:
-    """Joins the pieces of some nodes into a context of `rows` rows.
+def context(pieces: Sequence[Piece | None], nodes: tuple[int, ...], owner: jax.Array) -> Context:
+    """Joins the pieces of some nodes into a context of B rows.
 
+    Args:
+      pieces: by node.
+      nodes: numbers of the context's nodes, in order.
+      owner: int32[B], number of each row's prompt, by which pieces of prompts are taken.
     Raises:
       ValueError: a piece is still to be computed.
     """
-    ctx = kv_cache.empty(rows)
+    ctx = kv_cache.empty(owner.shape[0])
     for index in nodes:
         piece = pieces[index]
         if piece is None:
             raise ValueError(f"got no piece of node {index} of a context; compute it first")
-        added = kv_cache.broadcast(Context(piece.segments, piece.advance), rows)
+        if piece.level == "prompt":
+            piece = _take_rows(piece, owner)
+        added = kv_cache.broadcast(Context(piece.segments, piece.advance), owner.shape[0])
         ctx = Context((*ctx.segments, *added.segments), ctx.rope + added.rope)
     return ctx
 
 
 def guidance_contexts(
-    pieces: Sequence[Piece | None], step: PlannedStep, rows: int
+    pieces: Sequence[Piece | None], step: PlannedStep, owner: jax.Array
 ) -> GuidanceContexts:
     """Joins the three contexts of an image step, each merged into one segment."""
     return GuidanceContexts(
         *(
-            kv_cache.merge(context(pieces, nodes, rows))
+            kv_cache.merge(context(pieces, nodes, owner))
             for nodes in (step.gen, step.cfg_text, step.cfg_img)
         )
     )
@@ -260,9 +498,39 @@ def pixels(
     return ((images * 0.5 + 0.5) * 255.0).astype(jnp.uint8)
 
 
-def repeat_rows(tree: Any, count: int) -> Any:
-    """Repeats every row `count` times, one after the other."""
-    return map_rows(lambda axis, x: jnp.repeat(x, count, axis=axis), tree)
+def _take_rows(tree: Any, rows: jax.Array) -> Any:
+    """Takes the rows `rows` (int32[B]) of pytrees of `types`."""
+    return map_rows(lambda axis, x: jnp.take(x, rows, axis=axis), tree)
+
+
+def _first_rows(tree: Any, count: int) -> Any:
+    """Takes the first `count` rows of pytrees of `types`."""
+    return map_rows(lambda axis, x: jax.lax.slice_in_dim(x, 0, count, axis=axis), tree)
+
+
+def _with_pieces(
+    pieces: Sequence[Piece | None], new: Mapping[int, Piece]
+) -> tuple[Piece | None, ...]:
+    """Puts new pieces, by node, among the others."""
+    return tuple(new.get(index, piece) for index, piece in enumerate(pieces))
+
+
+def _filled(
+    model: Bagel,
+    params: policy.PolicyParams,
+    rows: Rollout,
+    nodes: Sequence[int],
+    spec: RolloutSpec,
+) -> tuple[tuple[Piece | None, ...], dict[int, Piece]]:
+    """Computes the pieces of inputs and texts that these nodes lack; returns all, and the new."""
+    plan, pieces = spec.plan, list(rows.pieces)
+    new: dict[int, Piece] = {}
+    for index in nodes:
+        if pieces[index] is None:
+            node = plan.nodes[index]
+            block = _block(plan, node, rows.inputs, rows.texts, spec.system_tokens)
+            pieces[index] = new[index] = _extend(model, params, pieces, node, block, rows.owner)
+    return tuple(pieces), new
 
 
 def _block(
@@ -289,9 +557,15 @@ def _extend(
     pieces: Sequence[Piece | None],
     node: Node,
     block: TextBlock | ImageBlock,
+    owner: jax.Array | None = None,
 ) -> Piece:
-    """Computes the piece that a block adds to a node's context."""
-    before = context(pieces, node.before, row_count((block,)))
+    """Computes the piece that a block adds to a node's context.
+
+    `owner` int32[B] is needed where the context has pieces of prompts and the block has one row
+    for each trajectory.
+    """
+    count = row_count((block,))
+    before = context(pieces, node.before, jnp.arange(count) if owner is None else owner)
     if isinstance(block, TextBlock):
         after, _ = policy.extend_text(model, params, before, block.tokens, block.mask)
     elif node.kind == SEEN_IMAGE:
@@ -301,7 +575,8 @@ def _extend(
     else:
         images = (_to_signed_unit(block.pixels), _to_signed_unit(block.vit_pixels))
         after = policy.extend_image(model, params, before, *images)
-    return Piece(after.segments[len(before.segments) :], after.rope - before.rope)
+    level = "shared" if node.level == "shared" else "trajectory"
+    return Piece(after.segments[len(before.segments) :], after.rope - before.rope, level)
 
 
 def _to_signed_unit(images: jax.Array) -> jax.Array:
@@ -309,46 +584,13 @@ def _to_signed_unit(images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
-def _sample_image(
-    model: Bagel,
-    params: policy.PolicyParams,
-    step: PlannedStep,
-    pieces: Sequence[Piece | None],
-    key: jax.Array,
-    rows: jax.Array,
-    start: jax.Array,
-    spec: RolloutSpec,
-) -> ImageSample:
-    """Samples the images of one step, each from its trajectory's own keys."""
-    chex.assert_rank([rows, start], [1, 0])
-    (high, wide), width = spec.grid, model.config.latent_width
-    # The number in the update, or that of the group, whose members then start from the same noise.
-    owners = rows // spec.rows_per_prompt if spec.options.shared_noise else rows
-    initial_keys, noise_keys = jax.random.split(jax.random.fold_in(key, step.event))
-    initial_keys = jax.vmap(jax.random.fold_in, (None, 0))(initial_keys, owners)
-    noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_keys, rows)
-    shape = (high * wide, width)
-    sample_noise = functools.partial(jax.random.normal, shape=shape, dtype=jnp.float32)
-    initial = jax.vmap(sample_noise)(initial_keys)
-    contexts = guidance_contexts(pieces, step, rows.shape[0])
-    return image.sample_image(
-        model,
-        params,
-        contexts,
-        initial,
-        noise_keys,
-        start,
-        options=step_options(spec.options, step),
-        grid=spec.grid,
-        stochastic=spec.stochastic,
-    )
-
-
-def step_options(options: RolloutOptions, step: PlannedStep) -> RolloutOptions:
+def image_options(options: RolloutOptions, step: PlannedStep) -> ImageOptions:
     """Returns the options of one image step: behind another image, guidance is that of edits."""
-    return dataclasses.replace(options, guidance=options.edit_guidance) if step.edits else options
+    names = [field.name for field in dataclasses.fields(ImageOptions)]
+    chosen = ImageOptions(**{name: getattr(options, name) for name in names})
+    return dataclasses.replace(chosen, guidance=options.edit_guidance) if step.edits else chosen
 
 
-def _row_keys(key: jax.Array, rows: jax.Array, event: int) -> jax.Array:
-    """Derives one key per trajectory for one event, typed key[B]."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, event), rows)
+def _row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """Derives one key per row number, typed key[B]."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)

@@ -73,7 +73,7 @@ def sample_images(
       seed: of the keys; equal seeds give equal noise for all policies.
     """
     config, loaded = policy_.config, policy_.loaded
-    spec = options_lib.eval_spec(config, loaded, tasks.TASKS["rt2i"])
+    spec = inference.one_shard(options_lib.eval_spec(config, loaded, tasks.TASKS["rt2i"]))
     sample = jax.jit(functools.partial(_sample, model=loaded.model, spec=spec))
     key, size = jax.random.key(seed), min(BATCH, len(records))
     for first in tqdm.trange(0, len(records), size, desc="drawing", unit_scale=size):

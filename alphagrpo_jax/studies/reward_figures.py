@@ -64,7 +64,7 @@ def score_images(
         extra_weights=(1.0, 1.0),
     )
     for number in tqdm.trange(len(images), desc="judging"):
-        scoring.submit(pool, [number], [images[number]], [records[number]], options, first=0)
+        scoring.submit(pool, [number], [images[number]], [records[number]], options)
     rewards = scoring.gather(pool, range(len(images)), records, (), options)
     index = np.flatnonzero(rewards.valid)
     p_yes = [rewards.p_yes[row] for row in index.tolist()]

@@ -1,7 +1,8 @@
 """Log-probs of stored trajectories, the gradient of the GRPO loss, and the optimizer step.
 
 An update is: `forward` of each micro-batch for the old log-probs; then, per micro-batch, `forward`
-and `backward`; then `apply`. Each is jitted once, in `training.steps`.
+and `backward`, or `gradient` where the new log-probs are the old ones; then `apply_gradient`. Each
+is jitted once, in `training.steps`.
 """
 
 import dataclasses
@@ -12,20 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
+from flax import struct, traverse_util
 
 from alphagrpo_jax import loss, policy
 from alphagrpo_jax.config import LoraOptions, LossOptions, TrainOptions
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.runtime.errors import UsageError
+from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import image
 from alphagrpo_jax.sampling.trajectory import (
     RolloutSpec,
     context,
     guidance_contexts,
+    image_options,
     rebuild,
-    step_options,
 )
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
@@ -33,8 +35,7 @@ from alphagrpo_jax.types import (
     Rollout,
     TrainState,
     UpdateBatch,
-    map_rows,
-    row_count,
+    take_micro_batch,
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class UpdateSpec:
 
     rollout: RolloutSpec  # of the trajectories
     loss: LossOptions
-    micro_batches: int  # into which a batch is cut
+    layout: RowLayout  # rows over the mesh, and their micro-batches
     rebuild_contexts: bool  # compute contexts again, so that the gradient flows through them
     lora_scale: float | None  # alpha / rank; None: part of the base is trained
 
@@ -111,7 +112,7 @@ def log_probs(
     The stored contexts are constants; with `rebuild_contexts` they are computed again here, so
     that the gradient flows through them.
     """
-    plan, rows = spec.plan, row_count(trajectories.inputs)
+    plan, owner = spec.plan, trajectories.owner
     pieces = jax.lax.stop_gradient(trajectories.pieces)
     if spec.rebuild_contexts:
         pieces = rebuild(
@@ -126,7 +127,7 @@ def log_probs(
         policy.text_log_probs(
             model,
             params,
-            context(pieces, step.gen, rows),
+            context(pieces, step.gen, owner),
             trajectories.texts[step.index].tokens,
             trajectories.texts[step.index].mask,
             temperature=spec.rollout.options.temperature,
@@ -137,9 +138,9 @@ def log_probs(
         image.image_log_probs(
             model,
             params,
-            guidance_contexts(pieces, step, rows),
+            guidance_contexts(pieces, step, owner),
             trajectories.images[step.index],
-            options=step_options(spec.rollout.options, step),
+            options=image_options(spec.rollout.options, step),
             grid=spec.rollout.grid,
         )
         for step in plan.image_steps
@@ -152,6 +153,19 @@ def log_probs(
     )
 
 
+@struct.dataclass
+class Residuals:
+    """What a backward pass needs of its forward pass, without the arrays that both are given.
+
+    A function that jit returns copies the arrays it holds: the frozen weights, 27 of 35 GB per row
+    at BAGEL's size.
+    """
+
+    arrays: list[jax.Array]
+    structure: Any = struct.field(pytree_node=False)  # of the pullback
+    inputs: tuple[int | None, ...] = struct.field(pytree_node=False)  # leaves that were given
+
+
 def forward(
     trainable: Any,
     base: dict,
@@ -160,8 +174,8 @@ def forward(
     *,
     model: Bagel,
     spec: UpdateSpec,
-) -> tuple[LogProbs, Callable]:
-    """Computes a micro-batch's log-probs, and the function that its backward pass needs.
+) -> tuple[LogProbs, Residuals]:
+    """Computes a micro-batch's log-probs, and what its backward pass needs.
 
     Old and new log-probs both come from this one function, compiled once: before the first step
     of a batch they are the same bits, so that the first ratio is exactly 1.
@@ -171,10 +185,26 @@ def forward(
       trajectories: of the whole update.
       micro_batch: int32[], its number.
       model, spec: static.
-    Returns:
-      The log-probs, and the function from their cotangents to the gradient (a pytree).
     """
-    rows = take_micro_batch(trajectories, micro_batch, spec.micro_batches, shared=spec.plan.shared)
+    new, pullback = _vjp(trainable, base, trajectories, micro_batch, model=model, spec=spec)
+    given = {id(x): index for index, x in enumerate(jax.tree.leaves((trainable, base)))}
+    leaves, structure = jax.tree.flatten(pullback)
+    inputs = tuple(given.get(id(leaf)) for leaf in leaves)
+    arrays = [leaf for leaf, index in zip(leaves, inputs, strict=True) if index is None]
+    return new, Residuals(arrays, structure, inputs)
+
+
+def _vjp(
+    trainable: Any,
+    base: dict,
+    trajectories: Rollout,
+    micro_batch: jax.Array,
+    *,
+    model: Bagel,
+    spec: UpdateSpec,
+) -> tuple[LogProbs, Callable]:
+    """Computes a micro-batch's log-probs, and the function from cotangents to the gradient."""
+    rows = take_micro_batch(spec.layout, trajectories, micro_batch)
 
     def compute(trainable: Any) -> LogProbs:
         params = policy_params(base, trainable, lora_scale=spec.lora_scale)
@@ -187,13 +217,15 @@ def reference_log_probs(
     base: dict, trajectories: Rollout, micro_batch: jax.Array, *, model: Bagel, spec: UpdateSpec
 ) -> LogProbs:
     """Computes a micro-batch's log-probs under the base, in contexts built from the tokens."""
-    rows = take_micro_batch(trajectories, micro_batch, spec.micro_batches, shared=spec.plan.shared)
+    rows = take_micro_batch(spec.layout, trajectories, micro_batch)
     rebuilt = dataclasses.replace(spec, rebuild_contexts=True)
     return log_probs(model, policy.PolicyParams(base=base), rows, spec=rebuilt)
 
 
 def backward(
-    pullback: Callable,
+    trainable: Any,
+    base: dict,
+    residuals: Residuals,
     new: LogProbs,
     old: LogProbs | None,
     reference: LogProbs | None,
@@ -207,7 +239,8 @@ def backward(
     """Computes a micro-batch's share of the gradient and of the metrics.
 
     Args:
-      pullback, new: from `forward` of the same micro-batch.
+      trainable, base: as given to `forward`.
+      residuals, new: from `forward` of the same micro-batch.
       old: its log-probs before the first step of the batch; None: `new` itself.
       reference: its log-probs under the base, if the loss has a KL term.
       batch: of the whole update.
@@ -217,7 +250,49 @@ def backward(
         several tasks. Scales the gradient, not the metrics.
       spec: static.
     """
-    rows = take_micro_batch(batch, micro_batch, spec.micro_batches, shared=spec.plan.shared)
+    given, arrays = jax.tree.leaves((trainable, base)), iter(residuals.arrays)
+    leaves = [next(arrays) if index is None else given[index] for index in residuals.inputs]
+    pullback = jax.tree.unflatten(residuals.structure, leaves)
+    return _pull_back(pullback, new, old, reference, batch, micro_batch, totals, weight, spec=spec)
+
+
+def gradient(
+    trainable: Any,
+    base: dict,
+    reference: LogProbs | None,
+    batch: UpdateBatch,
+    micro_batch: jax.Array,
+    totals: LossNormalizers,
+    weight: jax.Array,
+    *,
+    model: Bagel,
+    spec: UpdateSpec,
+) -> tuple[Any, loss.Metrics]:
+    """Computes `forward` and `backward` in one function, where old log-probs are the new ones.
+
+    Nothing of the forward pass leaves the function, so that the compiler decides what it keeps.
+    See `forward` and `backward` for the arguments.
+    """
+    new, pullback = _vjp(trainable, base, batch.rollout, micro_batch, model=model, spec=spec)
+    return _pull_back(pullback, new, None, reference, batch, micro_batch, totals, weight, spec=spec)
+
+
+def _pull_back(
+    pullback: Callable,
+    new: LogProbs,
+    old: LogProbs | None,
+    reference: LogProbs | None,
+    batch: UpdateBatch,
+    micro_batch: jax.Array,
+    totals: LossNormalizers,
+    weight: jax.Array,
+    *,
+    spec: UpdateSpec,
+) -> tuple[Any, loss.Metrics]:
+    """Computes the loss's derivatives by the log-probs, and from them the gradient."""
+    rows = take_micro_batch(spec.layout, batch, micro_batch)
+    # The last micro-batch may hold rows of the one before a second time.
+    rows = rows.replace(valid=rows.valid & spec.layout.new_rows(micro_batch))
     old = jax.lax.stop_gradient(new) if old is None else old
 
     def weighted_share(new: LogProbs) -> tuple[jax.Array, loss.Metrics]:
@@ -225,8 +300,8 @@ def backward(
         return weight * share, metrics
 
     cotangents, metrics = jax.grad(weighted_share, has_aux=True)(new)
-    (gradient,) = pullback(cotangents)
-    return gradient, metrics
+    (trainable_gradient,) = pullback(cotangents)
+    return trainable_gradient, metrics
 
 
 def apply_gradient(
@@ -258,24 +333,10 @@ def accumulate(
     return gradient, loss.merge_metrics(first[1], second[1])
 
 
-def take_micro_batch(
-    tree: Any, number: jax.Array, count: int, *, shared: tuple[int, ...] = ()
-) -> Any:
-    """Takes rows number, number + count, number + 2 count, ... of a batch."""
-
-    # Strided, so that on a mesh every device holds its share of each micro-batch already.
-    def take_rows(axis: int, x: jax.Array) -> jax.Array:
-        strided = (*x.shape[:axis], x.shape[axis] // count, count, *x.shape[axis + 1 :])
-        return jax.lax.dynamic_index_in_dim(x.reshape(strided), number, axis + 1, keepdims=False)
-
-    return map_rows(take_rows, tree, shared=shared)
-
-
-def join_entropy(micro_batches: list[LogProbs]) -> tuple[jax.Array, ...]:
+def join_entropy(micro_batches: list[LogProbs], *, layout: RowLayout) -> tuple[jax.Array, ...]:
     """Joins the entropies of all micro-batches, float32[B, T - 1] per text step, rows in order."""
-    entropies = zip(*(log_probs.text_entropy for log_probs in micro_batches), strict=True)
-    strided = [jnp.stack(step_entropy, axis=1) for step_entropy in entropies]
-    return tuple(rows.reshape(-1, rows.shape[-1]) for rows in strided)
+    steps = zip(*(log_probs.text_entropy for log_probs in micro_batches), strict=True)
+    return tuple(layout.join(list(entropies)) for entropies in steps)
 
 
 def count_normalizers(

@@ -7,8 +7,9 @@ them what is derived and no option: the plan, token ids, the latent grid.
 import dataclasses
 
 from alphagrpo_jax import tasks
-from alphagrpo_jax.config import Config, RewardOptions
+from alphagrpo_jax.config import Config, MeshOptions, RewardOptions
 from alphagrpo_jax.models.bagel_weights import LoadedModel
+from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling.trajectory import RolloutSpec
 from alphagrpo_jax.training.gradient import UpdateSpec
 
@@ -33,6 +34,8 @@ def rollout_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> Rollo
         rows_per_prompt=config.train.group_size,
         stochastic=True,
         options=options,
+        shards=row_shards(config.mesh),
+        micro_batch=config.rollout.micro_batch,
     )
 
 
@@ -65,10 +68,13 @@ def initial_spec(config: Config, loaded: LoadedModel) -> RolloutSpec:
 
 def update_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> UpdateSpec:
     """Returns what updates on a task's trajectories are compiled for."""
+    spec = rollout_spec(config, loaded, task)
     return UpdateSpec(
-        rollout=rollout_spec(config, loaded, task),
+        rollout=spec,
         loss=config.loss,
-        micro_batches=config.trajectories // config.train.micro_batch,
+        layout=RowLayout.make(
+            config.trajectories, shards=spec.shards, micro_batch=config.train.micro_batch
+        ),
         rebuild_contexts=config.train.context_gradient,
         lora_scale=lora_scale(config),
     )
@@ -77,3 +83,8 @@ def update_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> Update
 def lora_scale(config: Config) -> float | None:
     """Returns alpha / rank; None where a part of the base is trained."""
     return config.lora.alpha / config.lora.rank if config.train.trainable == "lora" else None
+
+
+def row_shards(mesh: MeshOptions) -> int:
+    """Returns over how many shards rows lie; 1 while the mesh's size is not yet known."""
+    return 1 if -1 in (mesh.data, mesh.fsdp) else mesh.data * mesh.fsdp

@@ -1,6 +1,7 @@
 """Builds what a configuration names: mesh, model, data, optimizer, train state."""
 
 import functools
+import math
 import os
 from typing import Any
 
@@ -37,6 +38,13 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
         remat=config.model.remat,
         put_on_device=put_on_device,
     )
+    tensor = mesh.shape["tensor"]
+    heads = (loaded.config.llm.num_attention_heads, loaded.config.llm.num_key_value_heads)
+    if any(count % tensor for count in heads):
+        raise ConfigError(
+            f"mesh.tensor={tensor} must divide the model's {heads[0]} query and {heads[1]} key "
+            f"heads; make it a divisor of {math.gcd(*heads)}, and mesh.fsdp larger instead"
+        )
     stride = loaded.config.latent_stride
     if config.model.height % stride or config.model.width % stride:
         raise ConfigError(
@@ -58,24 +66,12 @@ def make_mesh(config: Config) -> Mesh:
     """Makes the mesh of a configuration.
 
     Raises:
-      ConfigError: it does not fit the devices, or does not cut a micro-batch evenly.
+      ConfigError: it does not fit the devices.
     """
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except UsageError as error:
         raise ConfigError(str(error)) from error
-    ways = sharding.batch_ways(mesh)
-    sizes = {
-        "train.micro_batch": config.train.micro_batch,
-        "rollout.micro_batch": config.rollout.micro_batch,
-        "eval.micro_batch": config.eval.micro_batch,
-    }
-    for name, size in sizes.items():
-        if size % ways:
-            raise ConfigError(
-                f"{name}={size} does not divide over mesh.data x mesh.fsdp = {ways} parts; make it "
-                f"a multiple of {ways} or change the mesh"
-            )
     return mesh
 
 

@@ -13,15 +13,12 @@ from jax.sharding import Mesh
 from alphagrpo_jax import loss, prompts, tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import LoadedModel
+from alphagrpo_jax.models.kv_cache import Segment
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime import sharding
-from alphagrpo_jax.sampling.trajectory import (
-    RolloutSpec,
-    generate,
-    image_block,
-    prefill,
-    sampling_params,
-)
+from alphagrpo_jax.runtime.rows import RowLayout
+from alphagrpo_jax.sampling import trajectory
+from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_block, sampling_params
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
 from alphagrpo_jax.training.options import (
@@ -31,27 +28,45 @@ from alphagrpo_jax.training.options import (
     rollout_spec,
     update_spec,
 )
-from alphagrpo_jax.types import ImageBlock, TextBlock, TrainState, join_rows, map_rows
+from alphagrpo_jax.types import ImageBlock, Piece, Rollout, TextBlock, TrainState, row_count
+
+
+class ImageFns(NamedTuple):
+    """The jitted functions of an image step."""
+
+    contexts: Callable  # of a micro-batch
+    sample: Callable
+    absorb: Callable | None  # what the images add to the contexts of later steps
+    join: Callable  # micro-batches to all rows
+
+
+class TextFns(NamedTuple):
+    """The jitted functions of a text step."""
+
+    context: Callable  # of all rows
+    sample: Callable
+    cut: Callable  # rollout, static length
 
 
 class SampleFns(NamedTuple):
-    """The jitted halves of a rollout."""
+    """The jitted functions of a rollout."""
 
+    spec: RolloutSpec
     prefill: Callable
-    generate: Callable
+    steps: tuple[TextFns | ImageFns, ...]  # one per step of the plan
 
 
 class TaskFns(NamedTuple):
-    """The jitted functions of one task; each compiles once."""
+    """The jitted functions of one task; each compiles once per bucket of lengths."""
 
-    train: SampleFns  # of a training micro-batch
-    eval: SampleFns  # its `generate` is that of training where evaluation samples alike
-    join: Callable  # micro-batches of rollouts -> one
+    train: SampleFns
+    eval: SampleFns
     forward: Callable
     reference: Callable
     count: Callable
     entropy: Callable  # of all micro-batches of a batch, from their old log-probs
     backward: Callable
+    gradient: Callable  # `forward` and `backward` in one, where old log-probs are the new ones
 
 
 class CompiledFns(NamedTuple):
@@ -92,8 +107,8 @@ def compile_fns(
     initial = eval_initial = None
     if any(_needs_initial(config, task) for task in trained_tasks.values()):
         plain = tasks.TASKS["t2i"]
-        initial, *_ = _sample_fns(shared, plain, initial_spec(config, loaded))
-        eval_initial, *_ = _sample_fns(shared, plain, eval_spec(config, loaded, plain))
+        initial = _sample_fns(shared, plain, initial_spec(config, loaded))
+        eval_initial = _sample_fns(shared, plain, eval_spec(config, loaded, plain))
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return CompiledFns(
         weights=jax.jit(weights) if config.rollout.merge_lora else weights,
@@ -150,60 +165,138 @@ class _Shared(NamedTuple):
     mesh: Mesh
 
 
-def _sample_fns(shared: _Shared, task: tasks.Task, spec: RolloutSpec) -> tuple[SampleFns, Any, Any]:
-    """Jits the halves of a rollout, rows over the mesh; returns the shapes of their results too."""
-    prefill_fn = _bind(prefill, shared.loaded.model, spec=spec)
-    generate_fn = _bind(generate, shared.loaded.model, spec=spec)
-    prefix = jax.eval_shape(prefill_fn, shared.params, _input_shapes(shared, task))
-    dtypes = (jnp.int32, jnp.int32, jnp.float32)
-    scalars = (shared.key, *(jax.ShapeDtypeStruct((), dtype) for dtype in dtypes))
-    rollout = jax.eval_shape(generate_fn, shared.params, prefix, *scalars)
-    fns = SampleFns(
-        *(
-            jax.jit(fn, out_shardings=_row_shardings(result, spec.plan, shared.mesh))
-            for fn, result in ((prefill_fn, prefix), (generate_fn, rollout))
-        )
+def _sample_fns(shared: _Shared, task: tasks.Task, spec: RolloutSpec) -> SampleFns:
+    """Jits the functions of a rollout, rows over the mesh."""
+    model, mesh = shared.loaded.model, shared.mesh
+    inputs = _input_shapes(shared, task)
+    prefill_fn = _bind(trajectory.prefill, model, spec=spec)
+    rollout = jax.eval_shape(prefill_fn, shared.params, inputs)
+    jitted_prefill = _jitted(prefill_fn, _row_shardings(rollout, mesh))
+    layout = spec.layout(row_count(inputs))
+    fns: list[TextFns | ImageFns] = []
+    for step in spec.plan.steps:
+        add = _text_fns if step.kind != tasks.IMAGE else _image_fns
+        step_fns, rollout = add(shared, spec, step, layout, rollout)
+        fns.append(step_fns)
+    return SampleFns(spec, jitted_prefill, tuple(fns))
+
+
+def _text_fns(
+    shared: _Shared, spec: RolloutSpec, step: tasks.PlannedStep, layout: RowLayout, rollout: Rollout
+) -> tuple[TextFns, Rollout]:
+    """Jits a text step; returns the shapes of the rollout behind it, too."""
+    model, mesh, params = shared.loaded.model, shared.mesh, shared.params
+    context_fn = _bind(trajectory.text_context, model, step=step, spec=spec)
+    ctx, pieces = jax.eval_shape(context_fn, params, rollout)
+    sample_fn = _bind(
+        trajectory.write_text, model, max_tokens=spec.options.text_tokens, top_p=spec.options.top_p
     )
-    return fns, prefix, rollout
+    number, rows = jax.ShapeDtypeStruct((), jnp.int32), _numbers(layout.rows)
+    temperature = jax.ShapeDtypeStruct((), jnp.float32)
+    written = jax.eval_shape(sample_fn, params, ctx, shared.key, number, rows, temperature)
+    after = jax.eval_shape(_bind(trajectory.add_text, step=step), rollout, *written, pieces)
+    cut_fn = _bind(trajectory.cut_text, step=step)
+    fns = TextFns(
+        _jitted(context_fn, _row_shardings((ctx, pieces), mesh)),
+        _jitted(sample_fn, _row_shardings(written, mesh)),
+        jax.jit(cut_fn, static_argnums=1, out_shardings=_row_shardings(after, mesh)),
+    )
+    return fns, after
+
+
+def _image_fns(
+    shared: _Shared, spec: RolloutSpec, step: tasks.PlannedStep, layout: RowLayout, rollout: Rollout
+) -> tuple[ImageFns, Rollout]:
+    """Jits an image step; returns the shapes of the rollout behind it, too."""
+    model, mesh, params = shared.loaded.model, shared.mesh, shared.params
+    place = {"step": step, "spec": spec, "layout": layout}
+    number, rows = jax.ShapeDtypeStruct((), jnp.int32), _numbers(layout.micro_batch)
+    contexts_fn = _bind(trajectory.image_contexts, model, **place)
+    contexts, pieces = jax.eval_shape(contexts_fn, params, rollout, number)
+    sample_fn = _bind(
+        trajectory.draw_image,
+        model,
+        options=trajectory.image_options(spec.options, step),
+        grid=spec.grid,
+        stochastic=spec.stochastic,
+    )
+    arguments = (contexts, shared.key, number, rows, rows, number)
+    sample, pixels = jax.eval_shape(sample_fn, params, *arguments)
+    absorb = None
+    if step.node is not None:
+        absorb_fn = _bind(trajectory.absorb_image, model, **place)
+        piece = jax.eval_shape(absorb_fn, params, rollout, pixels, pieces, number)
+        absorb = _jitted(absorb_fn, _row_shardings(piece, mesh))
+        pieces = {**pieces, step.node: piece}
+    join_fn = _bind(trajectory.add_images, layout=layout)
+    micro_batches = [trajectory.Images(sample, pixels, pieces)] * layout.micro_batches
+    after = jax.eval_shape(join_fn, rollout, micro_batches)
+    fns = ImageFns(
+        _jitted(contexts_fn, _row_shardings((contexts, pieces), mesh)),
+        _jitted(sample_fn, _row_shardings((sample, pixels), mesh)),
+        absorb,
+        _jitted(join_fn, _row_shardings(after, mesh)),
+    )
+    return fns, after
 
 
 def _task_fns(shared: _Shared, task: tasks.Task, state: TrainState) -> TaskFns:
     """Jits the functions of one task."""
-    config, loaded, mesh = shared.config, shared.loaded, shared.mesh
-    spec = rollout_spec(config, loaded, task)
-    evaluation_spec = eval_spec(config, loaded, task)
+    config, loaded = shared.config, shared.loaded
     gradient_spec, model = update_spec(config, loaded, task), loaded.model
-    train_fns, _, rollout = _sample_fns(shared, task, spec)
-    eval_fns, *_ = _sample_fns(shared, task, evaluation_spec)
-    # One compilation less where evaluation samples as training does: `generate` takes rows as they
-    # come, and no step is stochastic when the window starts at the end of the schedule.
-    if dataclasses.replace(spec, rows_per_prompt=1, stochastic=False) == evaluation_spec:
-        eval_fns = eval_fns._replace(generate=train_fns.generate)
     state_shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
+    train_spec, evaluation_spec = (
+        rollout_spec(config, loaded, task),
+        eval_spec(config, loaded, task),
+    )
+    # Evaluation's loop over images is training's where their options agree: no step is stochastic
+    # when the window starts at the end of the schedule.
+    image_options = [
+        [trajectory.image_options(spec.options, step) for step in spec.plan.image_steps]
+        for spec in (train_spec, evaluation_spec)
+    ]
+    if image_options[0] == image_options[1]:
+        evaluation_spec = dataclasses.replace(evaluation_spec, stochastic=True)
     return TaskFns(
-        train=train_fns,
-        eval=eval_fns,
-        join=jax.jit(
-            _bind(join_rows, shared=spec.plan.shared),
-            out_shardings=_row_shardings(rollout[0], spec.plan, mesh),
-        ),
+        train=_sample_fns(shared, task, train_spec),
+        eval=_sample_fns(shared, task, evaluation_spec),
         forward=jax.jit(_bind(gradient_lib.forward, model=model, spec=gradient_spec)),
         reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, spec=gradient_spec)),
         count=jax.jit(_bind(gradient_lib.count_normalizers, spec=gradient_spec)),
-        entropy=jax.jit(gradient_lib.join_entropy),
+        entropy=jax.jit(_bind(gradient_lib.join_entropy, layout=gradient_spec.layout)),
         backward=jax.jit(
             _bind(gradient_lib.backward, spec=gradient_spec), out_shardings=(state_shardings, None)
+        ),
+        gradient=jax.jit(
+            _bind(gradient_lib.gradient, model=model, spec=gradient_spec),
+            out_shardings=(state_shardings, None),
         ),
     )
 
 
-def _input_shapes(shared: _Shared, task: tasks.Task) -> tuple[TextBlock | ImageBlock, ...]:
-    """Returns the shapes of the inputs of one training micro-batch.
+@functools.cache
+def _wrapper(function: Callable, shardings: tuple[Any, ...], structure: Any) -> Callable:
+    """Jits a function once for its output shardings: tasks that share it compile it once."""
+    return jax.jit(function, out_shardings=jax.tree.unflatten(structure, shardings))
 
-    Shardings do not depend on the number of rows, so that evaluation's may differ.
+
+def _jitted(function: Callable, shardings: Any) -> Callable:
+    leaves, structure = jax.tree.flatten(shardings)
+    return _wrapper(function, tuple(leaves), structure)
+
+
+def _numbers(count: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of row numbers."""
+    return jax.ShapeDtypeStruct((count,), jnp.int32)
+
+
+def _input_shapes(shared: _Shared, task: tasks.Task) -> tuple[TextBlock | ImageBlock, ...]:
+    """Returns the shapes of the inputs of a batch.
+
+    Shardings do not depend on the number of prompts, so that evaluation's may differ.
     """
     config, loaded = shared.config, shared.loaded
-    count = config.rollout.micro_batch // config.train.group_size
+    count = config.train.prompts_per_step
     templates = iter(task.texts)
     height, width = config.model.height, config.model.width
     blocks: list[TextBlock | ImageBlock] = []
@@ -229,10 +322,29 @@ def sampling_weights(
     return sampling_params(params, merge_lora=merge_lora)
 
 
-def _row_shardings(tree: Any, plan: tasks.Plan, mesh: Mesh) -> Any:
-    """Returns the shardings of a rollout's arrays: rows over the mesh, shared arrays replicated."""
+def _row_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a rollout's arrays.
+
+    Rows lie over the mesh, key and value heads over its tensor axis; arrays without rows, and
+    pieces of prompts, are replicated.
+    """
     replicated = sharding.replicated(mesh)
-    rows = map_rows(lambda axis, x: sharding.batch_sharding(mesh, axis), tree, shared=plan.shared)
-    return jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.sharding.Sharding) else replicated, rows
-    )
+
+    def of_piece(piece: Piece) -> Piece:
+        if piece.level != "trajectory":
+            return jax.tree.map(lambda _: replicated, piece)
+        segments = tuple(of_segment(segment) for segment in piece.segments)
+        return dataclasses.replace(piece, segments=segments, advance=sharding.batch_sharding(mesh))
+
+    def of_segment(segment: Segment) -> Segment:
+        heads = sharding.cache_sharding(mesh, segment.k.shape)
+        return Segment(heads, heads, sharding.batch_sharding(mesh))
+
+    def of_node(node: Any) -> Any:
+        if isinstance(node, Piece):
+            return of_piece(node)
+        if isinstance(node, Segment):
+            return of_segment(node)
+        return sharding.batch_sharding(mesh) if node.ndim else replicated
+
+    return jax.tree.map(of_node, tree, is_leaf=lambda node: isinstance(node, Piece | Segment))

@@ -12,11 +12,19 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.types import Rollout, TextBlock, TrainState, UpdateBatch, map_rows
+from alphagrpo_jax.types import (
+    Rollout,
+    TextBlock,
+    TrainState,
+    UpdateBatch,
+    join_micro_batches,
+    take_micro_batch,
+)  # fmt: skip
 
 ROWS, ONE = 4, jnp.float32(1.0)
 
@@ -69,11 +77,20 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
     backward = _jitted("backward", None, spec)
     totals = gradient_lib.count_normalizers(batch, None, spec=spec)
     summed, scores = None, []
-    for micro_batch in range(spec.micro_batches):
-        new, pullback = forward(trainable, base, batch.rollout, jnp.int32(micro_batch))
+    for micro_batch in range(spec.layout.micro_batches):
+        new, residuals = forward(trainable, base, batch.rollout, jnp.int32(micro_batch))
         before = None if old is None else old[micro_batch]
         contribution = backward(
-            pullback, new, before, None, batch, jnp.int32(micro_batch), totals, ONE
+            trainable,
+            base,
+            residuals,
+            new,
+            before,
+            None,
+            batch,
+            jnp.int32(micro_batch),
+            totals,
+            ONE,
         )
         summed = contribution if summed is None else gradient_lib.accumulate(summed, contribution)
         scores.append(new)
@@ -84,6 +101,10 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
 def _jitted(name, model, spec):
     options = {"spec": spec} | ({} if model is None else {"model": model})
     return jax.jit(functools.partial(vars(gradient_lib)[name], **options))
+
+
+def layout_of(size):
+    return RowLayout.make(ROWS, shards=1, micro_batch=size)
 
 
 def assert_close(first, second, **tolerance):
@@ -104,8 +125,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level):
     loss = dataclasses.replace(setting.spec.loss, level=level)
     spec = dataclasses.replace(setting.spec, loss=loss)
     expected, metrics, _ = gradient_of(setting, spec)
-    for size in (1, 2):
-        cut = dataclasses.replace(spec, micro_batches=ROWS // size)
+    for size in (1, 2, 3):
+        cut = dataclasses.replace(spec, layout=layout_of(size))
         gradient, cut_metrics, _ = gradient_of(setting, cut)
         assert_close(gradient, expected, atol=2e-6, rtol=2e-4)
         assert_close(cut_metrics, metrics, atol=2e-6, rtol=2e-4)
@@ -253,7 +274,7 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     loss = dataclasses.replace(setting.spec.loss, entropy_fraction=0.5)
     spec = dataclasses.replace(setting.spec, loss=loss)
     _, _, scores = gradient_of(setting, setting.spec)
-    (entropy,) = gradient_lib.join_entropy(scores)
+    (entropy,) = gradient_lib.join_entropy(scores, layout=setting.spec.layout)
     totals = gradient_lib.count_normalizers(setting.batch, (entropy,), spec=spec)
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
@@ -262,25 +283,41 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     assert totals.entropy_threshold.tolist() == [uncertain[0]]
 
 
-def test_parts_are_strided(setting):
+def test_micro_batches_hold_every_row_and_repeat_where_they_run_out(setting):
     tokens = np.asarray(setting.stored.texts[0].tokens)
-    micro_batch = gradient_lib.take_micro_batch(
-        setting.stored, jnp.int32(1), 2, shared=setting.spec.plan.shared
-    )
-    np.testing.assert_array_equal(micro_batch.texts[0].tokens, tokens[1::2])
     keys = np.asarray(setting.stored.pieces[2].segments[0].k)
-    np.testing.assert_array_equal(micro_batch.pieces[2].segments[0].k, keys[:, 1::2])
-    assert micro_batch.pieces[0].advance.shape == (1,)
-    (joined,) = gradient_lib.join_entropy(
-        [gradient_lib.LogProbs((), (jnp.arange(4.0)[i::2, None],), (), ()) for i in range(2)]
-    )
-    np.testing.assert_array_equal(joined[:, 0], np.arange(4.0))
+    layout = layout_of(3)
+    for number, rows in ((0, [0, 1, 2]), (1, [1, 2, 3])):
+        micro_batch = take_micro_batch(layout, setting.stored, jnp.int32(number))
+        np.testing.assert_array_equal(micro_batch.texts[0].tokens, tokens[rows])
+        np.testing.assert_array_equal(micro_batch.pieces[2].segments[0].k, keys[:, rows])
+        np.testing.assert_array_equal(micro_batch.owner, np.array([0, 0, 1, 1])[rows])
+        assert micro_batch.pieces[0].advance.shape == (1,)  # of all prompts
+        assert micro_batch.pieces[1].advance.shape == (2,)  # one per prompt
+        np.testing.assert_array_equal(layout.rows_of(number)[0], rows)
+    micro_batches = [take_micro_batch(layout, setting.stored, jnp.int32(n)) for n in range(2)]
+    joined = join_micro_batches(layout, micro_batches)
+    jax.tree.map(np.testing.assert_array_equal, joined, setting.stored)
 
 
-def test_map_rows_leaves_shared_pieces(setting):
-    halved = map_rows(
-        lambda axis, x: jax.lax.slice_in_dim(x, 0, 2, axis=axis), setting.stored, shared=(0,)
-    )
-    assert halved.pieces[0].advance.shape == (1,)
-    assert halved.pieces[1].segments[0].v.shape[1] == 2
-    assert halved.images[0].start.shape == ()
+def test_one_function_for_both_passes_gives_the_gradient_of_two(setting):
+    expected, metrics, _ = gradient_of(setting, setting.spec)
+    totals = gradient_lib.count_normalizers(setting.batch, None, spec=setting.spec)
+    fused = _jitted("gradient", setting.loaded.model, setting.spec)
+    arguments = (setting.trainable, setting.loaded.base, None, setting.batch, jnp.int32(0), totals)
+    gradient, fused_metrics = fused(*arguments, ONE)
+    assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    assert_close(fused_metrics, metrics, atol=1e-6, rtol=1e-4)
+    assert fused_metrics["text/ratio_max_dev"] == fused_metrics["image/ratio_max_dev"] == 0.0
+
+
+def test_residuals_hold_no_weights(setting):
+    model = setting.loaded.model.clone(remat="full")
+    forward = _jitted("forward", model, setting.spec)
+    _, residuals = forward(setting.trainable, setting.loaded.base, setting.stored, jnp.int32(0))
+    matrices = {
+        x.shape for x in jax.tree.leaves(setting.loaded.base["language_model"]) if x.ndim == 3
+    }
+    held = [x.shape for x in residuals.arrays if x.shape in matrices]
+    assert not held
+    assert sum(index is not None for index in residuals.inputs) > 10
