@@ -56,7 +56,8 @@ def contexts_of(port, events, inputs, texts, system="c6.system"):
     samples = tuple(
         TextSample(ids[None], jnp.ones((1, len(ids)), bool), None, None, None) for ids in texts
     )
-    rollout = Rollout(inputs=inputs, pieces=(), texts=samples, images=())
+    owner = jnp.zeros(1, jnp.int32)
+    rollout = Rollout(inputs=inputs, owner=owner, pieces=(), texts=samples, images=())
     pieces = trajectory.rebuild(
         port.model,
         port.params,
@@ -75,7 +76,7 @@ def block(ids) -> TextBlock:
 def test_thinking_before_drawing_is_c6(port):
     events, think = tasks.TASKS["rt2i"].events, port.ids_of("c6.think")
     pieces, plan = contexts_of(port, events, (block(port.ids_of("c6.prompt")),), [think])
-    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
+    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
     for sigma, name in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(contexts, port.array("c6.x_t")[None], sigma, THOUGHT)
         expected = port.array(f"c6.v_{name}_text4_img1p5_global")
@@ -90,7 +91,7 @@ def log_probs(port, pieces, step, ids):
     return policy.text_log_probs(
         port.model,
         port.params,
-        trajectory.context(pieces, step.gen, 1),
+        trajectory.context(pieces, step.gen, jnp.zeros(1, jnp.int32)),
         jnp.asarray(ids)[None],
         jnp.ones((1, len(ids)), bool),
         temperature=1.0,
@@ -123,7 +124,7 @@ def test_answering_is_the_official_pipelines_c13(port):
     inputs = (given_image(port), block(port.ids_of("c7.und_prompt")))
     events = tasks.TASKS["ti2t"].events
     pieces, plan = contexts_of(port, events, inputs, [port.ids("")], "c13.system_und")
-    context = trajectory.context(pieces, plan.text_steps[0].gen, 1)
+    context = trajectory.context(pieces, plan.text_steps[0].gen, jnp.zeros(1, jnp.int32))
     tokens, _ = greedy(port, context, 12, port.tokenizer.special.im_end)
     text = port.tokenizer.decode(tokens).split("<|im_start|>")[1]
     assert text == port.fixture.texts["c13.und_think_output"]
@@ -146,7 +147,7 @@ def test_editing_is_c7(port, name):
     events = tuple(event for event in tasks.TASKS[name].events if event != THINK)
     inputs = (given_image(port), block(port.ids_of("c7.instruction")))
     pieces, plan = contexts_of(port, events, inputs, [])
-    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
+    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
     for sigma, level in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(contexts, port.array("c7.x_t")[None], sigma, EDIT)
         expected = port.array(f"c7.v_{level}_text4_img2_textchannel")
@@ -163,7 +164,7 @@ def test_first_velocity_of_the_official_pipeline_is_c13(port, run, name):
     ids = port.array(f"c13.{run}.think_ids")
     text = port.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[1]
     pieces, plan = contexts_of(port, tasks.TASKS[name].events, inputs, [port.ids(text)])
-    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], 1)
+    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
     options = port.fixture.options(f"c13.{run}.image_uint8")
     guidance = dataclasses.replace(
         EDIT,
@@ -277,7 +278,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
             (step.gen, step.cfg_text, step.cfg_img), before[step.event], strict=True
         ):
             ctx = context_of(*wanted)
-            rebuilt = trajectory.context(sampled.pieces, nodes, 4)
+            rebuilt = trajectory.context(sampled.pieces, nodes, sampled.owner)
             np.testing.assert_array_equal(rebuilt.rope, ctx.rope)
             level = jnp.full(4, 0.7)
             pair = [

@@ -63,11 +63,9 @@ class RolloutSpec:
     shards: int = 1  # of the mesh, over which rows lie
     micro_batch: int = 1 << 20  # most images at once over all shards
 
-    def layout(self, prompts: int) -> RowLayout:
-        """Returns how the rows of so many prompts lie on the mesh."""
-        return RowLayout.make(
-            prompts * self.rows_per_prompt, shards=self.shards, micro_batch=self.micro_batch
-        )
+    def layout(self, rows: int) -> RowLayout:
+        """Returns how so many rows lie on the mesh."""
+        return RowLayout.make(rows, shards=self.shards, micro_batch=self.micro_batch)
 
 
 class Images(NamedTuple):
@@ -131,7 +129,7 @@ def prefill(
     pieces of generated events are None.
     """
     plan, group, prompts = spec.plan, spec.rows_per_prompt, row_count(inputs)
-    layout = spec.layout(prompts)
+    layout = spec.layout(prompts * group)
     blocks = inputs
     if group > 1 and spec.shards > 1:
         # Few prompts, many devices: each computes some, then all get all.
@@ -168,11 +166,11 @@ def generate(
 ) -> tuple[Rollout, jax.Array | None]:
     """Runs the task's steps over the contexts of `prefill`, all rows at once.
 
-    See `sample_trajectories`; a run samples step by step (`rollout.run_steps`) to the same numbers.
+    See `sample_trajectories`; a run samples step by step (`training.sampling.run_steps`) to the same numbers.
     """
     rollout, images = prefix, None
     count = prefix.owner.shape[0]
-    layout = RowLayout(count, 1, count)
+    spec = dataclasses.replace(spec, shards=1, micro_batch=count)
     rows = first + jnp.arange(count, dtype=jnp.int32)
     for step in spec.plan.steps:
         event = jnp.int32(step.event)
@@ -183,7 +181,7 @@ def generate(
             rollout = add_text(rollout, *written, pieces, step=step)
             continue
         contexts, pieces = image_contexts(
-            model, params, rollout, jnp.int32(0), step=step, spec=spec, layout=layout
+            model, params, rollout, jnp.int32(0), step=step, spec=spec
         )
         numbers = (rows, noise_owners(rows, spec), start)
         sample, images = draw_image(
@@ -193,9 +191,9 @@ def generate(
         if step.node is not None:
             pieces[step.node] = absorb_image(
                 model, params, rollout, images, pieces, jnp.int32(0),
-                step=step, spec=spec, layout=layout,
+                step=step, spec=spec,
             )  # fmt: skip
-        rollout = add_images(rollout, [Images(sample, images, pieces)], layout=layout)
+        rollout = add_images(rollout, [Images(sample, images, pieces)], spec=spec)
     return rollout, images
 
 
@@ -303,18 +301,17 @@ def image_contexts(
     *,
     step: PlannedStep,
     spec: RolloutSpec,
-    layout: RowLayout,
 ) -> tuple[GuidanceContexts, dict[int, Piece]]:
     """Joins the contexts of a micro-batch of an image step, and computes what they lack.
 
     Args:
       rollout: all rows.
       number: int32[], of the micro-batch.
-      step, spec, layout: static.
+      step, spec: static.
     Returns:
       The contexts, merged, and new pieces by node, both of the micro-batch.
     """
-    rows = take_micro_batch(layout, rollout, number)
+    rows = take_micro_batch(spec.layout(rollout.owner.shape[0]), rollout, number)
     nodes = (*step.gen, *step.cfg_text, *step.cfg_img)
     pieces, new = _filled(model, params, rows, nodes, spec)
     return guidance_contexts(pieces, step, rows.owner), new
@@ -383,7 +380,6 @@ def absorb_image(
     *,
     step: PlannedStep,
     spec: RolloutSpec,
-    layout: RowLayout,
 ) -> Piece:
     """Computes what a micro-batch of generated images adds to their contexts.
 
@@ -392,16 +388,17 @@ def absorb_image(
       images: uint8[B, Hpx, Wpx, 3], of the micro-batch.
       pieces: of the micro-batch, from `image_contexts`.
       number: int32[], of the micro-batch.
-      step, spec, layout: static.
+      step, spec: static.
     """
-    rows = take_micro_batch(layout, rollout, number)
+    rows = take_micro_batch(spec.layout(rollout.owner.shape[0]), rollout, number)
     assert step.node is not None  # a later step reads the images
     node, complete = spec.plan.nodes[step.node], _with_pieces(rows.pieces, pieces)
     return _extend(model, params, complete, node, image_block(model, images), rows.owner)
 
 
-def add_images(rollout: Rollout, micro_batches: Sequence[Images], *, layout: RowLayout) -> Rollout:
+def add_images(rollout: Rollout, micro_batches: Sequence[Images], *, spec: RolloutSpec) -> Rollout:
     """Appends the images of a step, and their pieces, from all its micro-batches."""
+    layout = spec.layout(rollout.owner.shape[0])
     joined: Images = join_micro_batches(layout, micro_batches)
     return dataclasses.replace(
         rollout,

@@ -53,7 +53,7 @@ def run_steps(
     Raises:
       StoppedError: see `stop`.
     """
-    layout = fns.spec.layout(row_count(inputs))
+    layout = fns.spec.layout(row_count(inputs) * fns.spec.rows_per_prompt)
     rollout = fns.prefill(params, tuple(_cut_prompt(block, buckets) for block in inputs))
     last = fns.spec.plan.steps[-1]
     for step, step_fns in zip(fns.spec.plan.steps, fns.steps, strict=True):

@@ -172,7 +172,7 @@ def _sample_fns(shared: _Shared, task: tasks.Task, spec: RolloutSpec) -> SampleF
     prefill_fn = _bind(trajectory.prefill, model, spec=spec)
     rollout = jax.eval_shape(prefill_fn, shared.params, inputs)
     jitted_prefill = _jitted(prefill_fn, _row_shardings(rollout, mesh))
-    layout = spec.layout(row_count(inputs))
+    layout = spec.layout(row_count(inputs) * spec.rows_per_prompt)
     fns: list[TextFns | ImageFns] = []
     for step in spec.plan.steps:
         add = _text_fns if step.kind != tasks.IMAGE else _image_fns
@@ -209,7 +209,7 @@ def _image_fns(
 ) -> tuple[ImageFns, Rollout]:
     """Jits an image step; returns the shapes of the rollout behind it, too."""
     model, mesh, params = shared.loaded.model, shared.mesh, shared.params
-    place = {"step": step, "spec": spec, "layout": layout}
+    place = {"step": step, "spec": spec}
     number, rows = jax.ShapeDtypeStruct((), jnp.int32), _numbers(layout.micro_batch)
     contexts_fn = _bind(trajectory.image_contexts, model, **place)
     contexts, pieces = jax.eval_shape(contexts_fn, params, rollout, number)
@@ -228,7 +228,7 @@ def _image_fns(
         piece = jax.eval_shape(absorb_fn, params, rollout, pixels, pieces, number)
         absorb = _jitted(absorb_fn, _row_shardings(piece, mesh))
         pieces = {**pieces, step.node: piece}
-    join_fn = _bind(trajectory.add_images, layout=layout)
+    join_fn = _bind(trajectory.add_images, spec=spec)
     micro_batches = [trajectory.Images(sample, pixels, pieces)] * layout.micro_batches
     after = jax.eval_shape(join_fn, rollout, micro_batches)
     fns = ImageFns(

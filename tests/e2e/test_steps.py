@@ -122,10 +122,7 @@ def cotangents(config, loaded, task_update):
     (batch,) = task_update.batches
     task = tasks.TASKS[config.task]
     spec = options_lib.update_spec(config, loaded, task)
-    count = config.trajectories // config.train.micro_batch
-    micro_batch = gradient_lib.take_micro_batch(
-        batch.batch, jnp.int32(0), count, shared=spec.plan.shared
-    )
+    micro_batch = types.take_micro_batch(spec.layout, batch.batch, jnp.int32(0))
     derivatives = jax.grad(
         lambda new: gradient_lib.micro_loss(
             new, batch.old[0], None, micro_batch, task_update.normalizers, spec=spec

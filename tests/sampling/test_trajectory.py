@@ -13,10 +13,11 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import policy
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.types import TextBlock, join_rows
+from alphagrpo_jax.types import TextBlock, join_micro_batches
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_what_comes_out(setting, sampled):
     np.testing.assert_array_equal(
         trajectories.images[0].after[:, 0], trajectories.images[0].before[:, 1]
     )
-    assert [piece.advance.shape[0] for piece in trajectories.pieces] == [1, 4, 4]
+    assert [piece.advance.shape[0] for piece in trajectories.pieces] == [1, 2, 4]
     prompt = np.asarray(trajectories.inputs[0].tokens)
     np.testing.assert_array_equal(prompt[0], prompt[1])
     assert (prompt[1] != prompt[2]).any()
@@ -73,16 +74,19 @@ def test_members_of_a_group_differ(sampled):
 
 
 def test_cut_into_calls_gives_the_same_trajectories(setting, run, sampled):
-    block, spec = setting[2], setting[1]
-    micro_batches = []
+    block, micro_batches = setting[2], []
     for number in range(2):
         prompt = TextBlock(block.tokens[number : number + 1], block.mask[number : number + 1])
         micro_batch, _ = run(prompt, first=2 * number)
         micro_batches.append(micro_batch)
-    joined = join_rows(micro_batches, shared=spec.plan.shared)
+    layout = RowLayout.make(4, shards=1, micro_batch=2)
+    joined = join_micro_batches(layout, micro_batches)
     np.testing.assert_array_equal(joined.texts[0].tokens, sampled[0].texts[0].tokens)
     assert jax.tree.structure(joined) == jax.tree.structure(sampled[0])
-    for got, expected in zip(jax.tree.leaves(joined), jax.tree.leaves(sampled[0]), strict=True):
+    by_row = [
+        (rollout.texts, rollout.images, rollout.pieces[2]) for rollout in (joined, sampled[0])
+    ]
+    for got, expected in zip(*map(jax.tree.leaves, by_row), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
