@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CONFIG_FILES = (LLM_FILE, VIT_FILE, VAE_FILE, BAGEL_FILE)
 
-PutOnDevice = Callable[[str, np.ndarray], jax.Array]  # (path "a/b/c", leaf)
+# (path "a/b/c", shape of the leaf) -> where it lies
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+INDEX = ".index.json"  # beside several files that stand for one
 
 
 class WeightsError(UserError, ValueError):
@@ -57,7 +59,7 @@ def load_model(
     *,
     remat: str = "none",
     unroll: int = 1,
-    put_on_device: PutOnDevice | None = None,
+    sharding_of: ShardingOf | None = None,
 ) -> LoadedModel:
     """Reads a folder in the official layout.
 
@@ -66,8 +68,8 @@ def load_model(
       dtype: of the weights in memory and of the computation; the files may hold another one.
       remat: see `models.layers.REMAT_POLICIES`.
       unroll: layers per iteration of the scan over layers.
-      put_on_device: moves one leaf ("a/b/c", array) to the devices; called as soon as a leaf is
-        read, so that a large model is never whole on the host. None: the default device.
+      sharding_of: says where each leaf lies, by its path "a/b/c" and shape. A process reads only
+        the parts that its devices hold, one at a time. None: the default device.
     Raises:
       FileNotFoundError: a missing file.
       TokenizerError, ModelConfigError, WeightsError: files that do not fit.
@@ -77,7 +79,7 @@ def load_model(
     config = BagelConfig.from_folder(folder, tokenizer.special)
     _check_vocabulary(folder, config, tokenizer)
     model = Bagel(config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll)
-    base, dtypes = read_weights(folder, model, put_on_device)
+    base, dtypes = read_weights(folder, model, sharding_of)
     files = {name: folder / name for name in CONFIG_FILES}
     json_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
     return LoadedModel(model, base, tokenizer, config, json_files, dtypes)
@@ -146,20 +148,22 @@ def memory_dtypes(base: dict, model: Bagel) -> dict[str, str]:
 
 
 def read_weights(
-    folder: Path, model: Bagel, put_on_device: PutOnDevice | None = None
+    folder: Path, model: Bagel, sharding_of: ShardingOf | None = None
 ) -> tuple[dict, dict[str, str]]:
-    """Reads a folder's two weight files: the base tree, and every tensor's dtype in them.
+    """Reads a folder's weights: the base tree, and every tensor's dtype in the files.
+
+    Each of the two files may be several with an index beside them ("ema.safetensors.index.json").
 
     Raises:
       FileNotFoundError: a missing file.
-      WeightsError: an unreadable file; tensors missing, unexpected or of another shape, all of
-        them in one message; or one that holds NaN or infinite values.
+      WeightsError: an unreadable file; or tensors missing, unexpected or of another shape, all
+        of them in one message.
     """
     shapes = base_shapes(model)
     table = entries(shapes)
-    put = put_on_device or (lambda _, array: jnp.asarray(array))
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(_open(folder / name)) for name in (EMA, AE)}
+        files = {name: stack.enter_context(_open(folder, name)) for name in (EMA, AE)}
         dtypes = _check(folder, files, table, position_tables(model.config))
         groups: dict[tuple[str, ...], list[Entry]] = {}
         for entry in table:
@@ -167,27 +171,59 @@ def read_weights(
         leaves = {}
         flat = traverse_util.flatten_dict(shapes)
         for path, group in groups.items():
-            leaf = np.empty(flat[path].shape, model.dtype)
-            for entry in group:
-                tensor = files[entry.file].get_tensor(entry.name)
-                if not is_finite(tensor):
-                    raise WeightsError(
-                        f"{folder / entry.file}: tensor {entry.name} holds NaN or infinite values, "
-                        "expected numbers: whatever it computes would be NaN; fetch or make the "
-                        "weights again"
-                    )
-                leaf[... if entry.layer is None else entry.layer] = entry.to_tree(tensor)
-            leaves[path] = put("/".join(path), leaf)
+            shape = flat[path].shape
+            sharding = sharding_of("/".join(path), shape) if sharding_of else default
+            leaves[path] = _read_leaf(files, group, shape, model.dtype, sharding)
     return traverse_util.unflatten_dict(leaves), dtypes
 
 
-def is_finite(tensor: np.ndarray) -> bool:
-    """Tells whether all values are numbers: neither NaN nor infinite."""
-    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(tensor.dtype.name)
-    if exponent is None:
-        return bool(np.isfinite(tensor).all())
-    # All bits of the exponent are set in NaN and in the infinities; as integers it is fast.
-    return not bool(((tensor.view(np.uint16) & np.uint16(exponent)) == exponent).any())
+def _read_leaf(
+    files: Mapping[str, "_WeightFiles"],
+    group: Sequence[Entry],
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """Reads the parts of a leaf that this process's devices hold, one part at a time.
+
+    `device_put` of a host array to devices of several processes would compare it among them, part
+    by part: minutes, and a copy of the weights for every process.
+    """
+    devices: dict[tuple, list[jax.Device]] = {}
+    places = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(
+            part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)
+        )
+        devices.setdefault(bounds, []).append(device)
+    for bounds, holders in devices.items():
+        part = _read_part(files, group, bounds, dtype)
+        copies = [jax.device_put(part, device) for device in holders]
+        jax.block_until_ready(copies)  # then the host's copy may go
+        places |= dict(zip(holders, copies, strict=True))
+    arrays = [places[device] for device in sharding.addressable_devices_indices_map(shape)]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _read_part(
+    files: Mapping[str, "_WeightFiles"],
+    group: Sequence[Entry],
+    bounds: tuple[tuple[int, int], ...],
+    dtype: Any,
+) -> np.ndarray:
+    """Reads the part of a leaf between `bounds`, (begin, end) per dimension."""
+    part = np.empty([end - begin for begin, end in bounds], dtype)
+    for entry in group:
+        file, begin = files[entry.file], 0
+        inner = bounds
+        if entry.layer is not None:
+            (begin, end), *inner = bounds
+            if not begin <= entry.layer < end:
+                continue
+        slices = entry.file_index(tuple(slice(*pair) for pair in inner))
+        tensor = entry.to_tree(file.read(entry.name, slices))
+        part[... if entry.layer is None else entry.layer - begin] = tensor
+    return part
 
 
 def write_weights(
@@ -251,13 +287,48 @@ def _write(
             file.write(np.ascontiguousarray(tensors[name][1](), dtypes[name]).tobytes())
 
 
+class _WeightFiles:
+    """One weight file, or several that an index puts together."""
+
+    def __init__(self, handles: Mapping[str, Any]) -> None:
+        """Takes an open file per tensor name."""
+        self.handles = handles
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of a tensor."""
+        if not index:
+            return self.handles[name].get_tensor(name)
+        return self.handles[name].get_slice(name)[index]
+
+
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def _open(folder: Path, name: str) -> Iterator[_WeightFiles]:
+    path, index = folder / name, folder / (name + INDEX)
+    names = [name]
+    if not path.exists() and index.exists():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(
+                f"{index} is no index of weight files ({type(error).__name__}: {error}), expected "
+                'JSON with {"weight_map": {TENSOR: FILE}}; download it again'
+            ) from error
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_open_file(folder / file, name)) for file in names]
+        # Not from the index: what a file holds is checked against the model, whoever named it.
+        yield _WeightFiles({tensor: file for file in files for tensor in file.keys()})  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _open_file(path: Path, name: str) -> Iterator[Any]:
     if not path.exists():
         present = sorted(p.name for p in path.parent.iterdir())
         raise MissingFileError(
-            f"{path} does not exist; expected the official layout with {EMA} and {AE}, found "
-            f"{present}; download the missing file"
+            f"{path} does not exist; expected the official layout with {EMA} and {AE} (or "
+            f"{name}{INDEX} and the files that it names), found {present}; download the missing "
+            "file"
         )
     try:
         handle = safe_open(path, "numpy")
@@ -271,14 +342,14 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _check(
-    folder: Path, files: Mapping[str, Any], table: list[Entry], optional: Mapping[str, Any]
+    folder: Path, files: Mapping[str, _WeightFiles], table: list[Entry], optional: Mapping[str, Any]
 ) -> dict[str, str]:
     """Compares the files' headers with the table; returns the dtype of every tensor."""
     problems, dtypes = [], {}
-    for file, handle in files.items():
+    for file, weight_files in files.items():
         expected = {entry.name: entry.shape for entry in table if entry.file == file}
         shapes: dict[str, tuple[int, ...]] = {}
-        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+        for name, handle in weight_files.handles.items():
             header = handle.get_slice(name)
             shapes[name] = tuple(header.get_shape())
             if header.get_dtype() not in DTYPES:

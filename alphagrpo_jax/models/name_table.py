@@ -60,6 +60,12 @@ class Entry:
         """Converts one layer of the tree to the file's layout."""
         return self._transposed(leaf, TO_FILE)
 
+    def file_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Converts an index into one layer of the tree's to one into the file's tensor."""
+        if self.path[-1] != "kernel":
+            return index
+        return tuple(index[axis] for axis in TO_FILE[len(index)])
+
     def _transposed(self, x: np.ndarray, axes: dict[int, tuple[int, ...]]) -> np.ndarray:
         return x.transpose(axes[x.ndim]) if self.path[-1] == "kernel" else x
 

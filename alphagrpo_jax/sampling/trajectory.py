@@ -166,7 +166,8 @@ def generate(
 ) -> tuple[Rollout, jax.Array | None]:
     """Runs the task's steps over the contexts of `prefill`, all rows at once.
 
-    See `sample_trajectories`; a run samples step by step (`training.sampling.run_steps`) to the same numbers.
+    See `sample_trajectories`. A run samples step by step, by `training.sampling.run_steps`, to the
+    same numbers.
     """
     rollout, images = prefix, None
     count = prefix.owner.shape[0]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,7 +16,7 @@ from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.errors import UsageError
-from alphagrpo_jax.runtime.paths import resolve
+from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.types import TrainState
 
@@ -26,17 +25,16 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
     """Loads the pretrained model onto the mesh.
 
     Raises:
-      ConfigError: an image size that the latent grid does not divide, or that is too large.
+      ConfigError: an image size that the latent grid does not divide, or that is too large; or
+        heads that mesh.tensor does not divide.
+      MissingFileError: no such folder, and no such model of the hub.
     """
 
-    def put_on_device(path: str, leaf: np.ndarray) -> jax.Array:
-        return jax.device_put(leaf, sharding.param_sharding(path, leaf.shape, mesh))
-
     loaded = load_model(
-        config.model.path,
+        model_folder(config.model.path),
         jnp.dtype(config.model.dtype),
         remat=config.model.remat,
-        put_on_device=put_on_device,
+        sharding_of=functools.partial(sharding.param_sharding, mesh=mesh),
     )
     tensor = mesh.shape["tensor"]
     heads = (loaded.config.llm.num_attention_heads, loaded.config.llm.num_key_value_heads)

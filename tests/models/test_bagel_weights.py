@@ -1,5 +1,6 @@
 """Folders read and written: same names, shapes, dtypes and bytes; every misfit in one message."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+from alphagrpo_jax.models import bagel_weights
 from alphagrpo_jax.models.bagel import base_shapes
 from alphagrpo_jax.models.bagel_weights import (
     LoadedModel,
@@ -154,17 +156,61 @@ def test_a_model_may_have_more_embeddings_than_tokens_but_not_fewer(
     )
 
 
-def test_leaves_can_be_placed_one_by_one(loaded: LoadedModel):
-    paths = []
+def test_leaves_lie_where_the_caller_says(loaded: LoadedModel):
+    placed = {}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def put_on_device(path: str, leaf: np.ndarray) -> jax.Array:
-        paths.append(path)
-        return jnp.asarray(leaf)
+    def sharding_of(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        placed[path] = shape
+        return sharding
 
-    again = load_model(FOLDER, put_on_device=put_on_device)
-    assert len(paths) == len(jax.tree.leaves(loaded.base))
-    assert "language_model/layers/mlp/up_proj/kernel" in paths
+    again = load_model(FOLDER, sharding_of=sharding_of)
+    assert len(placed) == len(jax.tree.leaves(loaded.base))
+    kernel = loaded.base["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert placed["language_model/layers/mlp/up_proj/kernel"] == kernel.shape
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.base, again.base))
+
+
+def test_any_part_of_a_leaf_can_be_read(loaded: LoadedModel):
+    """As a process does whose devices hold a part of it."""
+    rng = np.random.default_rng(0)
+    flat = traverse_util.flatten_dict(loaded.base)
+    groups = {path: [] for path in flat}
+    for entry in entries(base_shapes(loaded.model)):
+        groups[entry.path].append(entry)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(bagel_weights._open(FOLDER, name)) for name in (EMA, AE)}
+        for path, leaf in flat.items():
+            ends = [int(rng.integers(1, size + 1)) for size in leaf.shape]
+            bounds = tuple((int(rng.integers(0, end)), end) for end in ends)
+            part = bagel_weights._read_part(files, groups[path], bounds, np.float32)
+            expected = leaf[tuple(slice(*pair) for pair in bounds)]
+            np.testing.assert_array_equal(part, expected, str(path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_may_lie_in_several_files(loaded: LoadedModel, folder: pathlib.Path, dtype: str):
+    save_model(folder, loaded, dtype=dtype)
+    expected = load_model(folder)
+    tensors = load_file(folder / EMA)
+    names = sorted(tensors)
+    weight_map = {}
+    for number in range(3):
+        shard = {name: tensors[name] for name in names[number::3]}
+        file = f"ema-0000{number + 1}-of-00003.safetensors"
+        save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / EMA).unlink()
+    index = folder / (EMA + ".index.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    again = load_model(folder)
+    assert jax.tree.all(jax.tree.map(np.array_equal, expected.base, again.base))
+    (folder / "ema-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ema-00002-of-00003\.safetensors does not exist"):
+        load_model(folder)
+    index.write_text("{}")
+    with pytest.raises(WeightsError, match=r"index\.json is no index of weight files"):
+        load_model(folder)
 
 
 def test_a_new_model_can_be_saved_and_loaded(loaded: LoadedModel, tmp_path: pathlib.Path):
