@@ -25,8 +25,8 @@ from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.compilations import CompileCounter
 from alphagrpo_jax.runtime.files import replace_text
-from alphagrpo_jax.runtime.metrics import CompileCounter
 from alphagrpo_jax.training import setup, verifiers
 from alphagrpo_jax.training.context import Run, make_run
 from alphagrpo_jax.training.optimizer import make_optimizer

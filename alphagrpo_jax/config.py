@@ -549,14 +549,25 @@ class CheckpointOptions:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class LogOptions:
-    """Sample grids, TensorBoard events and the progress line of a run."""
+    """Sample grids, TensorBoard events, W&B and the progress line of a run."""
 
     samples: int = Field(ge=1, le=4096)
     """Held-out images in a sample grid."""
     tensorboard: bool
     """Write TensorBoard events."""
+    wandb: str
+    """Project of Weights & Biases that the rows are sent to, too; "" for none."""
     progress: bool
     """Show phases and a progress line on stderr."""
+
+
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class CacheOptions:
+    """Compiled programs, which the next start of a run need not compile again."""
+
+    dir: str
+    """Folder of compiled programs, which several runs may share; "" for compiled/ in the run's
+    folder, or none. The environment variable JAX_COMPILATION_CACHE_DIR wins."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
@@ -594,6 +605,7 @@ class Config:
     eval: EvalOptions
     checkpoint: CheckpointOptions
     log: LogOptions
+    cache: CacheOptions
     mesh: MeshOptions
 
     @property

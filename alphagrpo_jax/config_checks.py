@@ -23,13 +23,15 @@ from alphagrpo_jax.score_specs import short_name
 from alphagrpo_jax.tasks import IMAGE, TASKS
 
 # What may differ when a run is resumed.
-RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "verifier.audit")
+RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "cache.", "verifier.audit")
 # What may differ too, with a notice: the same verifier, asked in another way.
 RESUMABLE_WITH_NOTICE = ("verifier.",)
 NEVER_RESUMABLE = ("verifier.model", "verifier.instruction")  # another verifier, other questions
 # Fields that came after the first runs, and the values by which those runs went.
 LATER = {
+    "cache.dir": "",
     "checkpoint.stop_seconds": 6.0,
+    "log.wandb": "",
     "verifier.cache_size": 0,
     "verifier.extra_body": "",
     "verifier.instruction": (
@@ -73,7 +75,7 @@ def from_saved(saved: Mapping[str, Any]) -> Config:
     completed = dict(saved)
     for key, value in LATER.items():
         section, name = key.split(".")
-        completed[section] = {name: value} | completed[section]
+        completed[section] = {name: value} | dict(completed.get(section, {}))
     return from_config_dict(completed)
 
 

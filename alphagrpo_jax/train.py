@@ -1,6 +1,7 @@
 """Trains by AlphaGRPO: prompts, rollout, reward, advantage, loss, update, again and again.
 
     python -m alphagrpo_jax.train --config=configs/grpo.py [--workdir=DIR] [--config.FIELD=VALUE]
+      [--profile=START:COUNT]
 
 Exit codes: 0 done, 75 stopped by SIGTERM or SIGINT after a save (run the same command again), 1 a
 failure explained in one message, 2 wrong usage or configuration, 130 ended by a third Ctrl-C.
@@ -27,16 +28,19 @@ from alphagrpo_jax.evaluation import heldout
 from alphagrpo_jax.runtime import checkpoint, cli, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.cli import DONE, STOPPED
+from alphagrpo_jax.runtime.compilations import CompileCounter, use_cache
 from alphagrpo_jax.runtime.console import Console
 from alphagrpo_jax.runtime.errors import AccessError, UsageError, UserError, is_machine_error
 from alphagrpo_jax.runtime.metric_reductions import merge_batches
 from alphagrpo_jax.runtime.metrics import notify
+from alphagrpo_jax.runtime.profiling import ProfiledSteps, StepProfiler
 from alphagrpo_jax.runtime.stopping import StoppedError, StopSignals
 from alphagrpo_jax.training import run_folder, setup, verifiers
 from alphagrpo_jax.training.checks import check_end, early_decay
 from alphagrpo_jax.training.closing import closing_words
 from alphagrpo_jax.training.context import Run, make_run
 from alphagrpo_jax.training.optimizer import make_optimizer
+from alphagrpo_jax.training.speed import speed_metrics
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.training.writers import Writers
 from alphagrpo_jax.types import (
@@ -49,6 +53,7 @@ from alphagrpo_jax.types import (
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; default runs/<config name>.")
+_PROFILE = flags.DEFINE_string("profile", None, "START:COUNT, updates that the profiler traces.")
 
 LAST_SECONDS = 1.5  # by which the process that keeps the others' store ends after them
 
@@ -58,6 +63,7 @@ def main(
     workdir: pathlib.Path,
     console: Console | None = None,
     stop: StopSignals | None = None,
+    profiled: ProfiledSteps | None = None,
 ) -> int:
     """Runs a configuration in a folder, from where it stands; returns the exit code.
 
@@ -66,20 +72,22 @@ def main(
       workdir: the run's folder.
       console: shows phases and progress; None: nothing is shown.
       stop: ends the run early; None: SIGTERM and SIGINT do, but not in the middle of compiling.
+      profiled: updates that the profiler traces.
     Raises:
       UserError: the run cannot start or go on; the message says what to do.
     """
     if stop is None:
         with StopSignals(grace_seconds=config.checkpoint.stop_seconds) as stop:
-            return main(config, workdir, console, stop)
+            return main(config, workdir, console, stop, profiled)
     # ------------------------------------------------------------------ build
-    console, compiles = console or Console(enabled=False), metrics_lib.CompileCounter()
+    console, compiles = console or Console(enabled=False), CompileCounter()
     console.compile_seconds = lambda: compiles.seconds
     mesh = setup.make_mesh(config)
     jax.set_mesh(mesh)
     config = dataclasses.replace(config, mesh=MeshOptions(**mesh.shape))
     checkpoint.check_writable(workdir, state_bytes=0)
     run_folder.check_folder(config, workdir)
+    cache, profiler = use_cache(config.cache.dir, workdir), StepProfiler(profiled, workdir)
     if notice := early_decay(config):
         notify(notice)
     with console.phase("loading the model"):
@@ -118,8 +126,10 @@ def main(
         evaluated = True
         pool_counts = verifiers.PoolCounts(verifier)
         # ---------------------------------------------------------- the loop
-        while done < config.train.steps and not distributed.any_process(stop.requested):
+        while done < config.train.steps and not distributed.must_stop(stop.requested, done):
             step, timer = done + 1, metrics_lib.Timer()
+            saves.check()
+            profiler.begin(step)
             console.start_step(step, config.train.steps)
             emergency.hold(state, done, position)
             params = run.sampling_params(state)
@@ -149,7 +159,8 @@ def main(
                     emergency.hold(state, step, position, row)
                     greedy = step == config.train.steps
                     row |= evaluate(run, state, step, greedy=greedy, update_row=row)
-            row |= timer.metrics() | {"time/compilations": compiles.count} | pool_counts.metrics()
+            row |= timer.metrics() | compiles.metrics() | pool_counts.metrics()
+            row |= speed_metrics(config, loaded.config, rollouts, row)
             # ------------------------------------------------------- log, save
             if save_due := heldout.is_due(config, config.checkpoint.every, step):
                 content = run_folder.content(state, step, position, data)
@@ -157,13 +168,15 @@ def main(
             writers.log_row(step, row)
             done = step
             if save_due:
-                saves.save(done, *content)
+                saves.save(done, *content, wait=False)
         # ---------------------------------------------------------------- end
         if done < config.train.steps and saves.latest() != done:  # stopped
             saves.save(done, *run_folder.content(state, done, position, data))
+    saves.wait()
     saved = saves.latest() or 0  # more than `done` if a stop has ended an evaluation
-    saves.close()
-    writers.close()
+    for closed in (saves, writers, profiler):
+        closed.close()
+    notify(compiles.words(cache))
     if done < config.train.steps or not evaluated:
         notify(f"stopped after step {saved}; the same command continues")
         return STOPPED
@@ -188,7 +201,7 @@ def open_writers(
         workdir,
         console,
         config=dataclasses.asdict(config),
-        tensorboard=config.log.tensorboard,
+        options=config.log,
         step=done,
         total=config.train.steps,
     )
@@ -271,16 +284,17 @@ def command(argv: Sequence[str]) -> None:
     workdir = _WORKDIR.value or f"runs/{name}"
     if "://" in workdir:
         fail(f"--workdir={workdir}: expected a folder; mount the bucket and name that")
-    sys.exit(cli.exit_code_of(lambda: start(_CONFIG.value, pathlib.Path(workdir))))
+    sys.exit(cli.exit_code_of(lambda: start(_CONFIG.value, pathlib.Path(workdir), _PROFILE.value)))
 
 
-def start(fields: Mapping[str, Any], workdir: pathlib.Path) -> int:
+def start(fields: Mapping[str, Any], workdir: pathlib.Path, profile: str | None = None) -> int:
     """Checks a configuration and runs it; returns the exit code.
 
     Raises:
       UserError: the run cannot start or go on; the message says what to do.
     """
     config = config_lib.from_config_dict(fields)
+    profiled = ProfiledSteps.parse(profile) if profile else None
     distributed.initialize()
     progress = config.log.progress and distributed.is_primary()
     stop = StopSignals(
@@ -291,7 +305,7 @@ def start(fields: Mapping[str, Any], workdir: pathlib.Path) -> int:
     )
     try:
         with stop, Console(enabled=progress) as console:
-            return main(config, workdir, console, stop)
+            return main(config, workdir, console, stop, profiled)
     except OSError as error:
         in_workdir = isinstance(error.filename, str) and (
             pathlib.Path(error.filename).absolute().is_relative_to(workdir.absolute())

@@ -27,6 +27,7 @@ from alphagrpo_jax.config import Guidance, ImageOptions
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
 from alphagrpo_jax.models.bagel_config import BagelConfig
+from alphagrpo_jax.models.flops import decoder_flops, head_flops, layer_weights
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
 from alphagrpo_jax.models.layers import REMAT_POLICIES
 from alphagrpo_jax.runtime import cli
@@ -109,24 +110,6 @@ def random_params(model: Bagel, seed: int) -> policy.PolicyParams:
     )
 
 
-def layer_weights(config: BagelConfig) -> int:
-    """Counts the matrix elements that one token is multiplied with in the decoder's layers."""
-    llm = config.llm
-    heads = llm.num_attention_heads + llm.num_key_value_heads
-    attention = 2 * llm.hidden_size * heads * llm.head_dim
-    return llm.num_hidden_layers * (attention + 3 * llm.hidden_size * llm.intermediate_size)
-
-
-def decoder_flops(config: BagelConfig, rows: int, tokens: int, context: int) -> float:
-    """Counts the FLOPs of weights and attention for `tokens` new tokens per row.
-
-    The new tokens attend to each other and to `context` earlier tokens.
-    """
-    llm = config.llm
-    attention = 4 * llm.num_hidden_layers * llm.hidden_size * (context + tokens)
-    return float(rows * tokens * (2 * layer_weights(config) + attention))
-
-
 class Work(NamedTuple):
     """Minimum of FLOPs and of bytes read."""
 
@@ -141,7 +124,8 @@ def text_work(model: Bagel, sizes: Sizes) -> Work:
     cached = rows * (sizes.prompt + sizes.text) * config.llm.num_key_value_heads
     cached *= 2 * config.llm.head_dim * config.llm.num_hidden_layers
     read = jnp.dtype(model.dtype).itemsize * float(layer_weights(config) + head + cached)
-    flops = decoder_flops(config, rows, sizes.text, sizes.prompt) + 2 * rows * sizes.text * head
+    flops = decoder_flops(config, rows, sizes.text, sizes.prompt)
+    flops += head_flops(config, rows, sizes.text)
     return Work(flops, sizes.text * read)
 
 

@@ -198,7 +198,11 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.samples = 25
     config.log.tensorboard = True
+    config.log.wandb = ""
     config.log.progress = True
+
+    config.cache = ConfigDict()
+    config.cache.dir = ""
 
     config.mesh = ConfigDict()
     config.mesh.data = -1

@@ -1,5 +1,6 @@
 """Saves and restores what a run cannot compute again: state, keys, position in the data."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,36 +32,51 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run. A save is complete or invisible, and synchronous.
+    """The `checkpoints/` folder of a run. A save is complete or invisible.
+
+    Files are written in the background; at any moment at most one checkpoint is being written.
 
     Attributes:
-      lock: held during a save; hold it to save from another thread than the run's.
+      lock: held while a save starts and while its end is awaited; hold it to save from another
+        thread than the run's.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
         path = pathlib.Path(folder).absolute() / FOLDER
         self._manager = ocp.CheckpointManager(path, options=options)
+        self._writing: int | None = None  # step of the save whose end nobody has seen yet
         self.lock = threading.RLock()
 
     def latest(self) -> int | None:
-        """Returns the newest step that was saved, None before the first."""
+        """Returns the newest step that is saved, None before the first.
+
+        Raises:
+          CheckpointError: see `wait`, which it does first.
+        """
+        self.wait()
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and waits until it is complete.
+    def save(
+        self, step: int, state: Any, progress: Mapping[str, Any], *, wait: bool = True
+    ) -> None:
+        """Writes a checkpoint.
 
         Args:
           step: updates done.
           state: pytree of arrays (typed keys as their data).
           progress: JSON object.
+          wait: until it is complete. False: return as soon as the arrays are copied to the host, so
+            that an update may take their memory; then `check` and `wait` tell of a failure.
         Raises:
-          CheckpointError: it could not be written; earlier ones are untouched.
+          CheckpointError: it, or the save before it, could not be written; earlier ones are
+            untouched.
         """
-        try:
-            with self.lock:
+        with self.lock:
+            self.wait()
+            with _explained(step):
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
@@ -69,14 +85,30 @@ class Checkpoints:
                     ),
                     force=True,
                 )
-                self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            if not isinstance(error, OSError) and not _STORAGE_STATUS.match(str(error)):
-                raise
-            raise CheckpointError(
-                f"step {step}: the checkpoint could not be written ({error}); free some space, "
-                "then run the same command again: it continues from the checkpoint before"
-            ) from error
+            self._writing = step
+            if wait:
+                self.wait()
+
+    def check(self) -> None:
+        """Tells of a save that has failed since; does not wait for one that is under way.
+
+        Raises:
+          CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save that is under way, if any.
+
+        Raises:
+          CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        with self.lock:
+            if self._writing is not None:
+                step, self._writing = self._writing, None
+                with _explained(step):
+                    self._manager.wait_until_finished()
 
     def progress(self, step: int) -> dict[str, Any]:
         """Reads the JSON object of a checkpoint."""
@@ -90,7 +122,12 @@ class Checkpoints:
         return self._restore(step, args)["state"]
 
     def close(self) -> None:
-        """Ends the manager."""
+        """Waits for the save that is under way, and ends the manager.
+
+        Raises:
+          CheckpointError: see `wait`.
+        """
+        self.wait()
         self._manager.close()
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
@@ -101,6 +138,20 @@ class Checkpoints:
                 f"checkpoint {step} cannot be restored ({error}); if it is damaged, delete its "
                 "folder: the run then continues from the one before"
             ) from error
+
+
+@contextlib.contextmanager
+def _explained(step: int) -> Iterator[None]:
+    """Turns errors of a write into a `CheckpointError`; bugs stay what they are."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and not _STORAGE_STATUS.match(str(error)):
+            raise
+        raise CheckpointError(
+            f"step {step}: the checkpoint could not be written ({error}); free some space, "
+            "then run the same command again: it continues from the checkpoint before"
+        ) from error
 
 
 def digest(state: Any, progress: Mapping[str, Any]) -> str:

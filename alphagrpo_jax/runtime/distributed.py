@@ -144,3 +144,18 @@ def stop_announced() -> bool:
         return bool(client.key_value_try_get(STOP_KEY))
     except RuntimeError:  # nobody has told, or the store is gone
         return False
+
+
+def must_stop(requested: bool, step: int) -> bool:  # noqa: FBT001
+    """Tells if all processes stop behind this step: one was told to, or its machine will be taken.
+
+    JAX's preemption service agrees with the cluster on a step; every process asks at every step. A
+    machine that is taken by SIGTERM needs none of it, see `stopping`.
+
+    Args:
+      requested: this process was told to stop.
+      step: updates done.
+    """
+    if jax_distributed.global_state.preemption_sync_manager is not None:
+        requested |= multihost_utils.reached_preemption_sync_point(step)
+    return any_process(requested)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -22,7 +21,6 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples"  # the folder of the sample grids, inside the run's
 REPORT = "report.html"  # of the newest evaluation
 PENDING = "eval/pending"  # in a row whose evaluation failed and is still to be done
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class MetricsLog:
@@ -186,20 +184,6 @@ class Timer:
     def metrics(self) -> dict[str, float]:
         """Returns `time/STAGE`, seconds."""
         return {f"time/{stage}": seconds for stage, seconds in self._seconds.items()}
-
-
-class CompileCounter:
-    """Counts compilations of this process and their seconds."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == COMPILE_EVENT:
-            self.count += 1
-            self.seconds += duration_secs
 
 
 def _row(step: int, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def run_command(patch: pytest.MonkeyPatch, *arguments: str) -> int:
     patch.setattr(train, "_CONFIG", config)
     patch.setattr(train, "_WORKDIR", workdir)
     patch.setattr(train, "end_process", lambda code: None)  # it would end the tests
+    profile = flags.DEFINE_string("profile", None, "", flag_values=values)
+    patch.setattr(train, "_PROFILE", profile)
     try:
         return train.command(train.parse_flags(argv)) or 0
     except SystemExit as stop:

@@ -1,5 +1,8 @@
 """Saving, restoring, digests, and the checks at the start of a run."""
 
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,3 +91,62 @@ def test_too_little_room_is_an_explained_error(tmp_path):
         checkpoint.check_writable(tmp_path, state_bytes=1 << 60)
     checkpoint.check_writable(tmp_path, state_bytes=10)
     assert list(tmp_path.iterdir()) == []
+
+
+def large_state(value=1.0):
+    return {"trainable": {"layer": {"a": jnp.full((1 << 20,), value)}}}
+
+
+def test_a_save_that_does_not_wait_keeps_its_content_while_an_update_takes_the_memory(tmp_path):
+    saves, arrays = Checkpoints(tmp_path, keep=1), large_state()
+    digest = checkpoint.digest(arrays, {"step": 1})
+    saves.save(1, arrays, {"step": 1}, wait=False)
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    updated = jax.block_until_ready(update(arrays))
+    saves.wait()
+    restored = Checkpoints(tmp_path, keep=1).state(1, updated)
+    assert checkpoint.digest(restored, {"step": 1}) == digest
+    assert checkpoint.digest(updated, {"step": 1}) != digest
+
+
+@pytest.fixture
+def failing_saves(tmp_path, monkeypatch):
+    """Checkpoints whose newest save, of step 2, has failed in the background."""
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    saves = Checkpoints(tmp_path, keep=2)
+    saves.save(1, state(), {"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(saves._manager, "_finalize_checkpoint", fail)
+        saves.save(2, state(), {"step": 2}, wait=False)
+        while saves._manager.is_saving_in_progress():
+            time.sleep(0.01)
+    return saves
+
+
+@pytest.mark.parametrize("tell", ["check", "wait", "latest", "close"])
+def test_a_save_that_failed_in_the_background_is_told_once(failing_saves, tell):
+    with pytest.raises(CheckpointError, match="step 2: the checkpoint could not be written"):
+        getattr(failing_saves, tell)()
+    failing_saves.check()
+    assert failing_saves.latest() == 1
+
+
+def test_the_next_save_tells_of_the_failed_one_before(failing_saves):
+    with pytest.raises(CheckpointError, match="step 2: the checkpoint could not be written"):
+        failing_saves.save(3, state(), {"step": 3}, wait=False)
+
+
+def test_looking_for_failures_does_not_wait(tmp_path, monkeypatch):
+    saves, finish = Checkpoints(tmp_path, keep=1), threading.Event()
+    finalize = saves._manager._finalize_checkpoint
+    monkeypatch.setattr(
+        saves._manager, "_finalize_checkpoint", lambda step: (finish.wait(60), finalize(step))
+    )
+    saves.save(1, state(), {"step": 1}, wait=False)
+    saves.check()
+    assert not finish.is_set()
+    finish.set()
+    assert saves.latest() == 1
