@@ -58,6 +58,7 @@ setuptools.setup(
             "accelerate>=1.10,<2",
             "httpx2>=2.16,<3",
             "openai>=3,<4",
+            "peft>=0.18,<0.22",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff==0.17.6",
@@ -68,6 +69,7 @@ setuptools.setup(
         # Judges whose processors need it. Each torchvision fits one torch only: this one the pinned
         # torch, from the same index; beside another, see the command in the error's message.
         "torchvision": ["torch==2.13.0", "torchvision==0.28.0"],
+        "wandb": ["wandb>=0.22,<1"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
     },

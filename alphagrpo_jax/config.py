@@ -159,6 +159,9 @@ class LoraOptions:
     """Adapters are scaled by alpha / rank."""
     targets: Annotated[str, AfterValidator(_check_pattern)]
     """Regular expression over layer paths: the layers that get an adapter."""
+    init_from: str
+    """Adapter in PEFT's files that the run starts from, a folder or ORG/NAME of the Hugging Face
+    hub; "" for a fresh one, which changes nothing at first."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

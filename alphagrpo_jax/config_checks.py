@@ -32,6 +32,7 @@ LATER = {
     "cache.dir": "",
     "checkpoint.stop_seconds": 6.0,
     "log.wandb": "",
+    "lora.init_from": "",
     "verifier.cache_size": 0,
     "verifier.extra_body": "",
     "verifier.instruction": (

@@ -1,9 +1,10 @@
 """Writes a run's model, adapters merged into the weights, in the official folder layout.
 
-    python -m alphagrpo_jax.export --checkpoint RUN --out DIR
+    python -m alphagrpo_jax.export --checkpoint RUN --out DIR [--format peft]
 
 The folder serves wherever a pretrained one does (`--config.model.path=DIR`), and loads into the
-official code.
+official code. With --format peft it holds the adapters alone, in the files of the PEFT library,
+which also start a run (`--config.lora.init_from=DIR`).
 """
 
 import argparse
@@ -13,10 +14,11 @@ import sys
 from collections.abc import Sequence
 
 from alphagrpo_jax import inference
-from alphagrpo_jax.models import lora
+from alphagrpo_jax.models import lora, peft
 from alphagrpo_jax.models.bagel_weights import memory_dtypes, save_model
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import AccessError
+from alphagrpo_jax.training import adapters
 
 
 def merged_weights(policy: inference.Policy) -> dict:
@@ -40,14 +42,45 @@ def export(run: str, out: str, *, model_path: str | None = None, dtype: str | No
     Raises:
       AccessError: `out` holds something.
     """
-    folder = pathlib.Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AccessError(f"{out} exists and is not an empty folder; give another --out")
+    folder = _new_folder(out)
     policy = inference.from_run(run, model_path=model_path)
     base = merged_weights(policy)
     loaded = dataclasses.replace(policy.loaded, dtypes=memory_dtypes(base, policy.loaded.model))
     save_model(folder, loaded, base=base, dtype=dtype)
     return policy.step
+
+
+def export_adapter(
+    run: str, out: str, *, model_path: str | None = None, dtype: str | None = None
+) -> int:
+    """Writes the adapters in PEFT's files; returns the step of the checkpoint.
+
+    Args:
+      run: the run's folder; the weights of its model are not read.
+      out: a new or empty folder.
+      model_path: see `inference.from_run`.
+      dtype: of all tensors; None: float32, as they are trained.
+    Raises:
+      AccessError: `out` holds something.
+      InputError: the run has no adapters.
+    """
+    folder = _new_folder(out)
+    loaded = adapters.adapters_from_run(run, model_path=model_path)
+    peft.write_adapter(
+        folder,
+        loaded.adapters,
+        alpha=loaded.config.lora.alpha,
+        base_model=loaded.config.model.path,
+        dtype=dtype or "float32",
+    )
+    return loaded.step
+
+
+def _new_folder(out: str) -> pathlib.Path:
+    folder = pathlib.Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AccessError(f"{out} exists and is not an empty folder; give another --out")
+    return folder
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -56,6 +89,12 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="a run's folder")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--model", help="the pretrained folder, if it has moved since the run")
+    parser.add_argument(
+        "--format",
+        choices=("model", "peft"),
+        default="model",
+        help="the whole model, or its adapters for the PEFT library",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -66,8 +105,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Exports a checkpoint as the flags say."""
-    step = export(options.checkpoint, options.out, model_path=options.model, dtype=options.dtype)
-    print(f"{options.out}: the model after {step} updates")
+    write = export_adapter if options.format == "peft" else export
+    step = write(options.checkpoint, options.out, model_path=options.model, dtype=options.dtype)
+    content = "adapters" if options.format == "peft" else "model"
+    print(f"{options.out}: the {content} after {step} updates")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,9 +20,9 @@ from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.prompts import image_block, start_position
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.rollout import decode_steps
-from alphagrpo_jax.runtime import checkpoint, distributed, sharding
+from alphagrpo_jax.runtime import distributed, sharding
 from alphagrpo_jax.runtime import images as images_lib
-from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
+from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.texts import is_writable
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import setup
 from alphagrpo_jax.training import verifiers as verifiers_lib
 from alphagrpo_jax.training.optimizer import make_optimizer
-from alphagrpo_jax.training.run_folder import payload, run_config
+from alphagrpo_jax.training.run_folder import newest_arrays, payload, run_config
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
 KEEP_MODES = ("last", "best", "gated")
@@ -72,14 +72,9 @@ def from_run(folder: str | pathlib.Path, *, model_path: str | None = None) -> Po
     mesh = _one_device()
     loaded = setup.load_policy(config, mesh)
     state = setup.initial_state(config, loaded.base, make_optimizer(config.optimizer), mesh)
-    saves = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
-    step = saves.latest()
-    if step is None:
-        raise MissingFileError(f"the run in {folder} has no complete checkpoint yet")
-    trainable = saves.state(step, payload(state, start_position(config)))["trainable"]
-    saves.close()
+    arrays, step = newest_arrays(folder, config, payload(state, start_position(config)))
     params = gradient_lib.policy_params(
-        loaded.base, trainable, lora_scale=options_lib.lora_scale(config)
+        loaded.base, arrays["trainable"], lora_scale=options_lib.lora_scale(config)
     )
     return Policy(config, loaded, params, step)
 

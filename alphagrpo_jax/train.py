@@ -103,8 +103,8 @@ def main(
 
     # ---------------------------------------------------------------- restore
     saves = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
-    start = prompts.start_position(config)
-    state, done, position = run_folder.restore(saves, state, start, data)
+    state = state if saves.latest() is not None else setup.with_adapter(config, state)
+    state, done, position = run_folder.restore(saves, state, prompts.start_position(config), data)
     log = metrics_lib.MetricsLog(workdir, last_step=done, writes=distributed.is_primary())
     if done >= config.train.steps > 0 and run_folder.is_finished(workdir):
         notify(f"{workdir} is finished: {done} steps are done")

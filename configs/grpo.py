@@ -94,6 +94,7 @@ def get_config() -> ConfigDict:
     config.lora.rank = 32
     config.lora.alpha = 64.0
     config.lora.targets = r"language_model/layers/(self_attn|mlp|mlp_moe_gen)/\w+_proj(_moe_gen)?"
+    config.lora.init_from = ""
 
     config.verifier = verifier()
     config.reward = reward()

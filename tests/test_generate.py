@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import export, generate, inference
+from alphagrpo_jax.config import ConfigError
 from alphagrpo_jax.models.bagel_weights import load_model, save_model
 from alphagrpo_jax.models.name_table import AE, EMA, entries, position_tables
 from alphagrpo_jax.ops.posembed import sincos_table
@@ -115,6 +116,27 @@ def test_an_export_is_the_table_of_names_with_its_values(run: str, dtype, reques
             assert (written.dtype.name, written.shape) == (dtype or "float32", tensor.shape), name
             np.testing.assert_array_equal(written, tensor.astype(written.dtype), err_msg=name)
     assert "latent_pos_embed.pos_embed" in files[EMA]
+
+
+def test_adapters_are_exported_without_the_weights_and_start_a_run(
+    run_folder, tmp_path, monkeypatch
+):
+    out = tmp_path / "adapter"
+    monkeypatch.setattr(setup, "load_policy", None)  # nobody reads the weights
+    flags = ["--checkpoint", str(run_folder), "--out", str(out), "--format", "peft"]
+    assert export.main(flags) == 0
+    assert export.main(flags) == 1  # the folder holds something
+    monkeypatch.undo()
+    policy = inference.from_run(run_folder)
+    config = config_lib.change_options(policy.config, {"lora.init_from": str(out)})
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    fresh = setup.initial_state(config, policy.params.base, make_optimizer(config.optimizer), mesh)
+    started = setup.with_adapter(config, fresh)
+    jax.tree.map(np.testing.assert_array_equal, started.trainable, policy.params.lora)
+    assert setup.with_adapter(policy.config, fresh) is fresh
+    full = config_lib.change_options(config, {"train.trainable": "full"})
+    with pytest.raises(ConfigError, match=r"lora\.init_from=.* needs train\.trainable=lora"):
+        setup.with_adapter(full, fresh)
 
 
 def test_export_rounds_only_when_told_to(run_folder: pathlib.Path, tmp_path: pathlib.Path):

@@ -283,6 +283,28 @@ def run_config(folder: str | pathlib.Path) -> Config:
     return from_saved(_read_json(path))
 
 
+def newest_arrays(
+    folder: str | pathlib.Path, config: Config, like: Any
+) -> tuple[dict[str, Any], int]:
+    """Reads the newest checkpoint of a run; returns its arrays, and the updates done.
+
+    Args:
+      folder: of the run.
+      config: the run's.
+      like: see `Checkpoints.state`.
+    Raises:
+      MissingFileError: there is no checkpoint.
+      CheckpointError: it cannot be read.
+    """
+    saves = checkpoint.Checkpoints(folder, keep=config.checkpoint.keep)
+    step = saves.latest()
+    if step is None:
+        raise MissingFileError(f"the run in {folder} has no complete checkpoint yet")
+    arrays = saves.state(step, like)
+    saves.close()
+    return arrays, step
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.models import peft
 from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import sharding
@@ -106,3 +108,27 @@ def initial_state(
     trainable, opt_state = placed(base, lora_key)
     key = jax.device_put(run_key, sharding.replicated(mesh))
     return TrainState(trainable=trainable, opt_state=opt_state, key=key)
+
+
+def with_adapter(config: Config, state: TrainState) -> TrainState:
+    """Puts the adapter of `lora.init_from` into the state before the first update, if there is one.
+
+    Raises:
+      ConfigError: nothing of it would be trained.
+      MissingFileError, AdapterError, UsageError: see `peft.read_adapter`.
+    """
+    if not config.lora.init_from:
+        return state
+    if config.train.trainable != "lora":
+        raise ConfigError(
+            f"lora.init_from={config.lora.init_from!r} needs train.trainable=lora, got "
+            f"{config.train.trainable!r}; to train the model with the adapter merged in, merge it "
+            "and give the folder as model.path"
+        )
+    leaves = peft.read_adapter(config.lora.init_from, state.trainable, alpha=config.lora.alpha)
+
+    def place(old: jax.Array, values: np.ndarray) -> jax.Array:
+        # Each process what its devices hold: `jax.device_put` would compare all of it across hosts.
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: values[index])
+
+    return state.replace(trainable=jax.tree.map(place, state.trainable, leaves))

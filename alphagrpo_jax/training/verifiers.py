@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from alphagrpo_jax.config import Config, ConfigError
@@ -137,11 +139,13 @@ def open_verifiers(
       console: shows for how long the verifiers are being started.
       stop: ends waits for them once it is overdue.
     Raises:
-      ConfigError: wrong endpoints, or a policy that cannot be a verifier.
+      ConfigError: wrong endpoints, a policy that cannot be a verifier, or one on a card of JAX's.
       FileNotFoundError: a verifier's folder is missing.
       PoolError: a verifier cannot be started.
       StoppedError: a stop has ended the wait for them on some process.
     """
+    if config.verifier.kind == "hf":
+        check_device(config.verifier.device)
     with contextlib.ExitStack() as stack:
         with console.phase("starting the verifiers"), stop.at_once():
             second = None
@@ -165,6 +169,49 @@ def open_verifiers(
                         pool.wait_ready()
             distributed.check_stop(stop)
         yield first, second
+
+
+def check_device(device: str) -> None:
+    """Refuses to put a verifier on a card whose memory JAX has taken for the run.
+
+    At its first use JAX takes most of the memory of every card that it sees, and a verifier of
+    another process finds none left. Whoever has set how much JAX takes knows what is left.
+
+    Args:
+      device: of the verifier, as torch calls it.
+    Raises:
+      ConfigError: it cannot have that device.
+    """
+    kind, _, number = device.partition(":")
+    platform = jax.default_backend()
+    if kind == "cuda" and platform == "tpu":
+        raise ConfigError(
+            f"verifier.device={device!r}: a TPU host has no GPU; run the verifier on a machine "
+            "with one (launch/tpu.sh starts it) and set verifier.kind=openai, or use "
+            "verifier.device=cpu"
+        )
+    if kind not in ("cuda", "auto") or platform != "gpu" or _is_memory_left():
+        return
+    cards = {card.local_hardware_id for card in jax.local_devices()}
+    if number.isdigit() and int(number) not in cards:
+        return
+    raise ConfigError(
+        f"verifier.device={device!r}: JAX has taken the memory of the cards {sorted(cards)} for "
+        "the run, expected a card of the verifier's own: start it as a server on another card "
+        "(launch/gpus.sh --judge=ours --judge-cards=LIST) and set verifier.kind=openai; or hide "
+        "the card from JAX (JAX_CUDA_VISIBLE_DEVICES=0,1 and verifier.device=cuda:2); or, if both "
+        "fit, set XLA_PYTHON_CLIENT_MEM_FRACTION to the share that JAX may take"
+    )
+
+
+def _is_memory_left() -> bool:
+    """Tells if the environment limits what JAX takes of a card."""
+    preallocates = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower()
+    return (
+        preallocates in ("false", "0")
+        or "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ
+        or os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") in ("platform", "cuda_async")
+    )
 
 
 def follow(verifier: VerifierPool, params: PolicyParams) -> None:
