@@ -106,7 +106,7 @@ def test_commands_have_the_flags_that_they_are_shown_with(page: pathlib.Path, mo
         command = " ".join((name, *words))
         flags = {word.split("=")[0] for word in words if word.startswith("--")}
         if name == "alphagrpo_jax.train":
-            for flag in flags - {"--config", "--workdir", "--config.FIELD"}:
+            for flag in flags - {"--config", "--workdir", "--profile", "--config.FIELD"}:
                 field = operator.attrgetter(flag.removeprefix("--config."))
                 assert field(config) is not None, f"{command}: no {flag}"
             continue

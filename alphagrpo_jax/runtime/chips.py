@@ -6,7 +6,7 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class ChipPeak:
-    """What a chip can do at most, as its maker says."""
+    """Peak rates and memory of a chip, as its maker says."""
 
     flops: float  # per second, dense bfloat16 products
     memory_rate: float  # bytes per second

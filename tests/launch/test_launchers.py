@@ -6,6 +6,7 @@ A dry run prints what a real start would run; a real start calls the stand-ins w
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -470,3 +471,28 @@ def test_a_dry_run_prints_what_a_real_start_calls(launch, calls):
     ]
     assert judge[:2] == ["env", "PORT=8000"]
     assert judge[4:] == ["./launch/verifiers.sh", "vllm", "ORG/MODEL"]
+
+
+def shown_dry_runs() -> list[tuple[str, str]]:
+    """Commands and outputs of the manual's dry runs."""
+    text = (ROOT / "docs" / "launching.md").read_text()
+    return re.findall(
+        r"```bash\n(\./launch/\S+ --dry-run.*?)```\n\n```text\n(.*?)```", text, re.DOTALL
+    )
+
+
+def test_the_manual_shows_what_dry_runs_print(environment):
+    shown = shown_dry_runs()
+    assert {command.split()[0] for command, _ in shown} == {f"./launch/{name}" for name in STARTS}
+    variables = {key: value for key, value in environment.items() if key != "LOGS"}
+    for command, output in shown:
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert result.stdout == output, command
