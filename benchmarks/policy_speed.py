@@ -26,6 +26,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.config import Guidance, ImageOptions
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
+from alphagrpo_jax.models.bagel_7b import TOKENIZER, bagel_7b_config
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.flops import decoder_flops, head_flops, layer_weights
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
@@ -38,28 +39,6 @@ from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling import image, text
 from alphagrpo_jax.types import ImageSample
 
-TOKENIZER = "package:umm"  # whose special tokens stand in for the model's
-BAGEL_7B = {  # BAGEL-7B-MoT's JSON files; the autoencoder has FLUX's sizes, which are the defaults
-    "llm": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "rope_theta": 1000000.0,
-    },
-    "vit": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 980,
-    },
-    "vae": None,
-    "bagel": None,
-}
 GUIDANCE = Guidance(  # two branches at every step
     text_scale=4.0, image_scale=1.0, interval=(0.0, 1.0), renorm="global", renorm_min=0.0
 )
@@ -360,11 +339,11 @@ def run(options: argparse.Namespace) -> None:
     """
     try:
         folder = resolve(options.sizes or TOKENIZER)
-        tokens = Tokenizer.from_folder(folder).special
+        tokenizer = Tokenizer.from_folder(folder)
         config = (
-            BagelConfig.from_folder(folder, tokens)
+            BagelConfig.from_folder(folder, tokenizer.special)
             if options.sizes
-            else BagelConfig.from_dicts(**BAGEL_7B, tokens=tokens)
+            else bagel_7b_config(tokenizer)
         )
         if options.side % config.latent_stride:
             raise InputError(

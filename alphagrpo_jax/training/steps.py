@@ -168,10 +168,11 @@ class _Shared(NamedTuple):
 def _sample_fns(shared: _Shared, task: tasks.Task, spec: RolloutSpec) -> SampleFns:
     """Jits the functions of a rollout, rows over the mesh."""
     model, mesh = shared.loaded.model, shared.mesh
-    inputs = _input_shapes(shared, task)
+    config = shared.config
+    inputs = input_shapes(config, shared.loaded, task, config.train.prompts_per_step)
     prefill_fn = _bind(trajectory.prefill, model, spec=spec)
     rollout = jax.eval_shape(prefill_fn, shared.params, inputs)
-    jitted_prefill = _jitted(prefill_fn, _row_shardings(rollout, mesh))
+    jitted_prefill = _jitted(prefill_fn, row_shardings(rollout, mesh))
     layout = spec.layout(row_count(inputs) * spec.rows_per_prompt)
     fns: list[TextFns | ImageFns] = []
     for step in spec.plan.steps:
@@ -197,9 +198,9 @@ def _text_fns(
     after = jax.eval_shape(_bind(trajectory.add_text, step=step), rollout, *written, pieces)
     cut_fn = _bind(trajectory.cut_text, step=step)
     fns = TextFns(
-        _jitted(context_fn, _row_shardings((ctx, pieces), mesh)),
-        _jitted(sample_fn, _row_shardings(written, mesh)),
-        jax.jit(cut_fn, static_argnums=1, out_shardings=_row_shardings(after, mesh)),
+        _jitted(context_fn, row_shardings((ctx, pieces), mesh)),
+        _jitted(sample_fn, row_shardings(written, mesh)),
+        jax.jit(cut_fn, static_argnums=1, out_shardings=row_shardings(after, mesh)),
     )
     return fns, after
 
@@ -226,16 +227,16 @@ def _image_fns(
     if step.node is not None:
         absorb_fn = _bind(trajectory.absorb_image, model, **place)
         piece = jax.eval_shape(absorb_fn, params, rollout, pixels, pieces, number)
-        absorb = _jitted(absorb_fn, _row_shardings(piece, mesh))
+        absorb = _jitted(absorb_fn, row_shardings(piece, mesh))
         pieces = {**pieces, step.node: piece}
     join_fn = _bind(trajectory.add_images, spec=spec)
     micro_batches = [trajectory.Images(sample, pixels, pieces)] * layout.micro_batches
     after = jax.eval_shape(join_fn, rollout, micro_batches)
     fns = ImageFns(
-        _jitted(contexts_fn, _row_shardings((contexts, pieces), mesh)),
-        _jitted(sample_fn, _row_shardings((sample, pixels), mesh)),
+        _jitted(contexts_fn, row_shardings((contexts, pieces), mesh)),
+        _jitted(sample_fn, row_shardings((sample, pixels), mesh)),
         absorb,
-        _jitted(join_fn, _row_shardings(after, mesh)),
+        _jitted(join_fn, row_shardings(after, mesh)),
     )
     return fns, after
 
@@ -290,13 +291,13 @@ def _numbers(count: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((count,), jnp.int32)
 
 
-def _input_shapes(shared: _Shared, task: tasks.Task) -> tuple[TextBlock | ImageBlock, ...]:
-    """Returns the shapes of the inputs of a batch.
+def input_shapes(
+    config: Config, loaded: LoadedModel, task: tasks.Task, count: int
+) -> tuple[TextBlock | ImageBlock, ...]:
+    """Returns the shapes of the inputs of `count` prompts, texts at their greatest length.
 
     Shardings do not depend on the number of prompts, so that evaluation's may differ.
     """
-    config, loaded = shared.config, shared.loaded
-    count = config.train.prompts_per_step
     templates = iter(task.texts)
     height, width = config.model.height, config.model.width
     blocks: list[TextBlock | ImageBlock] = []
@@ -322,7 +323,7 @@ def sampling_weights(
     return sampling_params(params, merge_lora=merge_lora)
 
 
-def _row_shardings(tree: Any, mesh: Mesh) -> Any:
+def row_shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns the shardings of a rollout's arrays.
 
     Rows lie over the mesh, key and value heads over its tensor axis; arrays without rows, and

@@ -11,6 +11,7 @@ import tiny_world
 from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.models.bagel_7b import bagel_7b_config
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from benchmarks import policy_speed
 
@@ -60,8 +61,7 @@ def test_operations_are_those_that_the_compiler_counts():
 
 def test_operations_and_bytes_of_bagel():
     """28 layers of 4 * 3584^2 * (1 + 1/7) / 2 + 3 * 3584 * 18944 weights, counted by hand."""
-    tokens = tiny_world.tokenizer().special
-    model = Bagel(BagelConfig.from_dicts(**policy_speed.BAGEL_7B, tokens=tokens), jnp.bfloat16)
+    model = Bagel(bagel_7b_config(tiny_world.tokenizer()), jnp.bfloat16)
     weights, head = 6525288448, 3584 * 152064
     assert policy_speed.layer_weights(model.config) == weights
     single = policy_speed.decoder_flops(model.config, rows=1, tokens=1, context=0)

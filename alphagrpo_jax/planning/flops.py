@@ -1,0 +1,48 @@
+"""Counts the floating point operations of a traced function, loops and recomputation included."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+
+def count_flops(jaxpr: core.ClosedJaxpr, *, while_steps: int) -> float:
+    """Counts the FLOPs of all matrix products and convolutions, over all devices.
+
+    The compiler's own count takes a loop's body once; here a scan counts as often as it runs.
+
+    Args:
+      jaxpr: of the function.
+      while_steps: how often the body of a loop of unknown length runs.
+    """
+    return sum(_equation_flops(equation, while_steps) for equation in jaxpr.jaxpr.eqns)
+
+
+def _equation_flops(equation: core.JaxprEqn, while_steps: int) -> float:
+    name, options = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = options["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        depth = math.prod(shape[axis] for axis in contracted)
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = kernel[options["dimension_numbers"].rhs_spec[0]]
+        per_output = math.prod(kernel) / out_features
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
+    inner = [count_flops(jaxpr, while_steps=while_steps) for jaxpr in _inner(options)]
+    if name == "cond":
+        return max(inner, default=0.0)
+    times = {"scan": options.get("length", 1), "while": while_steps}.get(name, 1)
+    return times * sum(inner)
+
+
+def _inner(options: dict[str, Any]) -> Iterator[core.ClosedJaxpr]:
+    """Returns the functions that an equation calls."""
+    for value in options.values():
+        for candidate in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(candidate, core.ClosedJaxpr):
+                yield candidate
+            elif isinstance(candidate, core.Jaxpr):
+                yield core.ClosedJaxpr(candidate, ())

@@ -1,0 +1,293 @@
+"""The stages of a run: every function that it calls, with the shapes and places of its arguments.
+
+A stage also says what else is alive while it runs, which no compiler of a single function knows.
+Lengths are the greatest that the configuration allows, and nothing is ever computed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alphagrpo_jax import tasks
+from alphagrpo_jax.config import Config
+from alphagrpo_jax.models.bagel_weights import LoadedModel
+from alphagrpo_jax.planning.model import abstract_state, device_bytes, placed
+from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.sampling import trajectory
+from alphagrpo_jax.sampling.trajectory import Images
+from alphagrpo_jax.tasks import Task
+from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training.optimizer import make_optimizer
+from alphagrpo_jax.training.sampling import bucket_lengths
+from alphagrpo_jax.training.steps import (
+    CompiledFns,
+    SampleFns,
+    TaskFns,
+    TextFns,
+    compile_fns,
+    input_shapes,
+    row_shardings,
+)
+from alphagrpo_jax.types import Rollout, TrainState, UpdateBatch
+
+# Parts of a run: an iteration is its rollout, the update, and its share of initial images.
+ROLLOUT, UPDATE, INITIAL, EVALUATION = "rollout", "update", "initial images", "evaluation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One function of a run, ready to be lowered."""
+
+    name: str  # such as write_text
+    part: str
+    function: Any  # jitted
+    arguments: tuple[Any, ...]
+    alive: dict[str, float]  # bytes per device by kind, the arguments included
+    calls: float  # per iteration; of an evaluation's stages, per evaluation
+    while_steps: int = 1  # how often its loop of unknown length runs at most
+    holds: tuple[str, ...] = ()  # stages of its part whose results are alive too
+    rows: int = 0  # per device, of a micro-batch; 0: all rows
+
+
+class Plan(NamedTuple):
+    """What all stages of a run share."""
+
+    config: Config
+    loaded: LoadedModel
+    mesh: Mesh
+    fns: CompiledFns
+    state: TrainState
+    params: Any  # the weights that rollouts read
+    resident: dict[str, float]  # bytes per device that are alive all the time, by kind
+
+
+def make_plan(config: Config, loaded: LoadedModel, mesh: Mesh) -> Plan:
+    """Prepares the stages of a run on a mesh, `jax.set_mesh` being in force."""
+    optimizer = make_optimizer(config.optimizer)
+    state = abstract_state(config, loaded.base, optimizer, mesh)
+    fns = compile_fns(config, loaded, state, optimizer, mesh)
+    trained = "LoRA" if config.train.trainable == "lora" else "trained weights"
+    resident = {
+        "weights": device_bytes(loaded.base),
+        trained: device_bytes(state.trainable),
+        "optimizer": device_bytes(state.opt_state),
+    }
+    if config.rollout.merge_lora:
+        params = jax.eval_shape(fns.weights, loaded.base, state.trainable)
+        params = placed(params, mesh)
+    else:
+        params = fns.weights(loaded.base, state.trainable)
+    return Plan(config, loaded, mesh, fns, state, params, resident)
+
+
+def stages(plan: Plan, *, evaluation: bool = True) -> Iterator[Stage]:
+    """Lists the stages of a run in the order of their first call.
+
+    Args:
+      plan: the run's.
+      evaluation: False leaves out the stages of evaluations.
+    """
+    config = plan.config
+    if config.rollout.merge_lora:
+        arguments = (plan.loaded.base, plan.state.trainable)
+        alive = {**plan.resident}
+        yield Stage("merge", ROLLOUT, plan.fns.weights, arguments, alive, 1.0)
+    if plan.fns.initial is not None:
+        share = config.train.prompts_per_step / config.srr.queue_prompts
+        walk = _Walk(plan, INITIAL, tasks.TASKS["t2i"], config.srr.queue_prompts, share)
+        yield from walk.sample(plan.fns.initial)
+    shares = _task_shares(config)
+    for name, fns in plan.fns.tasks.items():
+        task = tasks.TASKS[name]
+        walk = _Walk(plan, ROLLOUT, task, config.train.prompts_per_step, shares[name])
+        yield from walk.sample(fns.train)
+        yield from _update(plan, task, fns, walk.rollout, shares[name])
+    yield from _apply(plan)
+    if not evaluation:
+        return
+    batches = -(-config.eval.prompts // config.eval.micro_batch)
+    if plan.fns.eval_initial is not None:
+        walk = _Walk(plan, EVALUATION, tasks.TASKS["t2i"], config.eval.micro_batch, batches)
+        walk.prefix = "initial_"
+        yield from walk.sample(plan.fns.eval_initial)
+    for name, fns in plan.fns.tasks.items():
+        walk = _Walk(plan, EVALUATION, tasks.TASKS[name], config.eval.micro_batch, batches)
+        yield from walk.sample(fns.eval)
+
+
+def _task_shares(config: Config) -> dict[str, float]:
+    """Returns the mean number of batches of each task in an update."""
+    if config.task != "mixed":
+        return {config.task: 1.0}
+    total = sum(config.mixed.weights)
+    pairs = zip(config.mixed.tasks, config.mixed.weights, strict=True)
+    return {name: config.mixed.batches * weight / total for name, weight in pairs}
+
+
+class _Walk:
+    """Walks through the steps of a rollout as `training.sampling.run_steps` does."""
+
+    def __init__(self, plan: Plan, part: str, task: Task, prompts: int, calls: float) -> None:
+        self.plan, self.part, self.task = plan, part, task
+        self.prompts, self.calls = prompts, calls
+        self.prefix = f"{task.name}_" if len(plan.config.tasks) > 1 else ""
+        self.rollout: Any = None  # shapes, of the samples so far
+
+    def sample(self, fns: SampleFns) -> Iterator[Stage]:
+        """Lists the stages of a rollout, and leaves its shapes in `rollout`."""
+        plan = self.plan
+        inputs = input_shapes(plan.config, plan.loaded, self.task, self.prompts)
+        everywhere = sharding.replicated(plan.mesh)
+        inputs = jax.tree.map(lambda x: _shape(x, everywhere), inputs)
+        arguments = (plan.params, inputs)
+        yield self._stage("prefill", fns.prefill, arguments, inputs)
+        self.rollout = _results(plan, fns.prefill, *arguments)
+        for step, step_fns in zip(fns.spec.plan.steps, fns.steps, strict=True):
+            walk = self._text if isinstance(step_fns, TextFns) else self._image
+            yield from walk(fns, step_fns, step)
+
+    def _stage(
+        self, name: str, function: Any, arguments: tuple, *alive: Any, calls: int = 1, **more: Any
+    ) -> Stage:
+        kinds = {**self.plan.resident, "contexts": device_bytes(alive)}
+        if self.plan.config.rollout.merge_lora:
+            kinds["merged weights"] = device_bytes(self.plan.params)
+        return Stage(
+            self.prefix + name, self.part, function, arguments, kinds, self.calls * calls, **more
+        )
+
+    def _text(self, fns: SampleFns, step_fns: Any, step: Any) -> Iterator[Stage]:
+        plan = self.plan
+        layout = fns.spec.layout(self.prompts * fns.spec.rows_per_prompt)
+        arguments: tuple = (plan.params, self.rollout)
+        yield self._stage("text_context", step_fns.context, arguments, self.rollout)
+        ctx, pieces = _results(plan, step_fns.context, *arguments)
+        temperature = _number(plan.mesh, jnp.float32)
+        rows = _rows(plan.mesh, layout.rows)
+        arguments = (plan.params, ctx, plan.state.key, _number(plan.mesh), rows, temperature)
+        steps = fns.spec.options.text_tokens + 1
+        alive = (self.rollout, ctx, pieces)
+        yield self._stage("write_text", step_fns.sample, arguments, *alive, while_steps=steps)
+        written = _results(plan, step_fns.sample, *arguments)
+        add = functools.partial(trajectory.add_text, step=step)
+        self.rollout = _results(plan, add, self.rollout, *written, pieces)
+        buckets = bucket_lengths(steps + 1, plan.config.rollout.length_buckets)
+        if len(buckets) > 1:
+            arguments = (self.rollout, buckets[-2])
+            yield self._stage("cut_text", step_fns.cut, arguments, self.rollout)
+
+    def _image(self, fns: SampleFns, step_fns: Any, step: Any) -> Iterator[Stage]:
+        plan = self.plan
+        layout = fns.spec.layout(self.prompts * fns.spec.rows_per_prompt)
+        count, number = layout.micro_batches, _number(plan.mesh)
+        more: dict[str, Any] = {"calls": count, "rows": layout.micro_rows}
+        arguments: tuple = (plan.params, self.rollout, number)
+        contexts, pieces = _results(plan, step_fns.contexts, *arguments)
+        rows = _rows(plan.mesh, layout.micro_batch)
+        draw = (plan.params, contexts, plan.state.key, number, rows, rows, number)
+        sample, pixels = _results(plan, step_fns.sample, *draw)
+        absorbed = {}
+        if step_fns.absorb is not None:
+            absorb = (plan.params, self.rollout, pixels, pieces, number)
+            absorbed = {step.node: _results(plan, step_fns.absorb, *absorb)}
+        images = Images(sample, pixels, {**pieces, **absorbed})
+        before = [images] * (count - 1)  # the last micro-batch has all others beside it
+        yield self._stage(
+            "image_contexts", step_fns.contexts, arguments, self.rollout, before, **more
+        )
+        alive = (self.rollout, before, contexts, pieces)
+        yield self._stage("draw", step_fns.sample, draw, *alive, **more)
+        if step_fns.absorb is not None:
+            alive = (self.rollout, before, pieces, sample, pixels)
+            yield self._stage("absorb_image", step_fns.absorb, absorb, *alive, **more)
+        arguments = (self.rollout, [images] * count)
+        yield self._stage("join", step_fns.join, arguments, *arguments)
+        self.rollout = _results(plan, step_fns.join, *arguments)
+
+
+def _update(
+    plan: Plan, task: Task, fns: TaskFns, rollout: Rollout, share: float
+) -> Iterator[Stage]:
+    """Lists the stages of an update on the trajectories of one task."""
+    config, mesh, state = plan.config, plan.mesh, plan.state
+    layout = options_lib.update_spec(config, plan.loaded, task).layout
+    everywhere = sharding.replicated(mesh)
+    by_row = [
+        jax.ShapeDtypeStruct((layout.rows,), dtype, sharding=everywhere)
+        for dtype in (jnp.float32, jnp.float32, bool)
+    ]
+    batch = UpdateBatch(rollout, *by_row)
+    number, weight = _number(mesh), _number(mesh, jnp.float32)
+    totals = jax.tree.map(
+        lambda x: _shape(x, everywhere), jax.eval_shape(lambda x: fns.count(x, None), batch)
+    )
+    gradient = device_bytes(state.trainable)
+    alive = {**plan.resident, "contexts": device_bytes(batch), "gradient": gradient}
+    prefix = f"{task.name}_" if len(config.tasks) > 1 else ""
+    updates = config.train.updates_per_batch
+    passes, rows = share * layout.micro_batches, layout.micro_rows
+
+    def stage(name: str, function: Any, arguments: tuple, calls: float, **more: Any) -> Stage:
+        return Stage(prefix + name, UPDATE, function, arguments, alive, calls, rows=rows, **more)
+
+    yield stage("count", fns.count, (batch, None), share * updates)
+    weights = (state.trainable, plan.loaded.base)
+    loss, reference, old = config.loss, None, None
+    if loss.text_beta > 0 or loss.image_beta > 0 or loss.report_kl:
+        arguments: tuple = (plan.loaded.base, rollout, number)
+        yield stage("reference", fns.reference, arguments, passes)
+        reference = jax.eval_shape(fns.reference, *arguments)
+    common = (reference, batch, number, totals, weight)
+    if config.train.old_logprob == "self":
+        yield stage("gradient", fns.gradient, (*weights, *common), passes * updates)
+        return
+    arguments = (*weights, rollout, number)
+    yield stage("forward", fns.forward, arguments, passes * (updates + 1))
+    old, residuals = jax.eval_shape(fns.forward, *arguments)
+    arguments = (*weights, residuals, old, old, *common)
+    held = (prefix + "forward",)
+    yield stage("backward", fns.backward, arguments, passes * updates, holds=held)
+
+
+def _apply(plan: Plan) -> Iterator[Stage]:
+    """Lists what adds gradients up and applies them."""
+    config, state = plan.config, plan.state
+    gradient, loss_total = state.trainable, _number(plan.mesh, jnp.float32)
+    size = device_bytes(gradient)
+    micro_batches = options_lib.update_spec(
+        config, plan.loaded, tasks.TASKS[config.tasks[0]]
+    ).layout.micro_batches
+    metrics: dict[str, Any] = {"loss/total": loss_total}
+    pair = (gradient, metrics)
+    alive = {**plan.resident, "gradient": 2 * size}
+    updates = config.train.updates_per_batch
+    if micro_batches > 1:
+        calls = (micro_batches - 1) * updates
+        arguments: tuple = (pair, pair)
+        yield Stage("accumulate", UPDATE, plan.fns.accumulate, arguments, alive, calls)
+    alive = {**plan.resident, "gradient": size}
+    arguments = (state, gradient, metrics)
+    yield Stage("apply", UPDATE, plan.fns.apply_gradient, arguments, alive, updates)
+
+
+def _results(plan: Plan, function: Any, *arguments: Any) -> Any:
+    """Returns the shapes of a rollout's arrays behind a function, with their places."""
+    tree = jax.eval_shape(function, *arguments)
+    return jax.tree.map(_shape, tree, row_shardings(tree, plan.mesh))
+
+
+def _shape(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def _number(mesh: Mesh, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(mesh))
+
+
+def _rows(mesh: Mesh, count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=sharding.replicated(mesh))
