@@ -71,6 +71,7 @@ setuptools.setup(
         "torchvision": ["torch==2.13.0", "torchvision==0.28.0"],
         "wandb": ["wandb>=0.22,<1"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "plan": ["libtpu>=0.0.42,<0.0.43"],  # the TPU compiler; it needs no TPU
         "tpu": ["jax[tpu]>=0.10,<0.12"],
     },
 )

@@ -34,7 +34,6 @@ __all__ = [
     "grpo_loss",
     "image_grpo",
     "inference",
-    "plan",
     "read_config",
     "read_jsonl",
     "text_grpo",
@@ -56,7 +55,7 @@ _NAMES = {
     "rewards.viescore": ("viescore",),
     "runtime.errors": ("UserError",),
     "runtime.records": ("Record", "read_jsonl"),
-    "tasks": ("TASKS", "Task", "plan"),
+    "tasks": ("TASKS", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -74,7 +73,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from alphagrpo_jax.rewards.viescore import viescore
     from alphagrpo_jax.runtime.errors import UserError
     from alphagrpo_jax.runtime.records import Record, read_jsonl
-    from alphagrpo_jax.tasks import TASKS, Task, plan
+    from alphagrpo_jax.tasks import TASKS, Task
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
 """BAGEL-7B-MoT, self-reflective refinement, with the numbers of AlphaGRPO (arXiv 2605.12495).
 
     python -m alphagrpo_jax.train --config=configs/bagel_7b_srr.py \\
-      --config.model.path=BAGEL-7B-MoT --config.verifier.path=Qwen3-VL-30B-A3B-Instruct \\
+      --config.model.path=BAGEL-7B-MoT --config.verifier.endpoints='("http://HOST:8000/v1",)' \\
       --config.data.train=train.jsonl --config.data.heldout=heldout.jsonl
 
-Hardware and what is untested: as in `configs/bagel_7b_rt2i.py`.
+Hardware, sizes and what is untested: as in `configs/bagel_7b_rt2i.py`.
 Expected (the authors'): TIIF-Bench overall 75.2 / 78.6 -> 79.1 / 79.5 (short / long).
 """
 
@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
     config.rollout.window_range = (0, 15)
     config.loss.text_loss_weight = 0.2
     config.srr.num_points = 40
-    config.srr.text_tokens = 1024
+    config.srr.text_tokens = 512
     config.srr.queue_prompts = 56
     return config

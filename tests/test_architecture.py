@@ -20,7 +20,7 @@ FLOORS = (
     {"policy", "types", "decomposition", "rewards/workers"},
     {"prompts", "advantage", "sampling", "parity", "rewards"},
     {"training"},
-    {"initial_images", "rollout", "reward", "update"},
+    {"initial_images", "rollout", "reward", "update", "planning"},
     {"evaluation", "inference"},
     {"commands", "shapes/pretraining"},
     {"studies"},

@@ -165,4 +165,4 @@ def init_base(model: Bagel, key: jax.Array) -> dict:
 @functools.cache
 def base_shapes(model: Bagel) -> dict:
     """Returns the base tree with `jax.ShapeDtypeStruct` leaves, without computing anything."""
-    return jax.eval_shape(functools.partial(init_base, model), jax.random.key(0))
+    return jax.eval_shape(lambda: init_base(model, jax.random.key(0)))

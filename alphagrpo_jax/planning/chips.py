@@ -25,6 +25,7 @@ class Chip:
 _CLOUD = "https://docs.cloud.google.com/tpu/docs/"
 _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 
+# v4 is absent: its compiler plans for the two cores of a chip apart, which no run uses.
 # Memory of a TPU is what its compiler allows a program (its error messages name it); of a GPU the
 # data sheet's size, times `GPU_FRACTION`. Link rates are one direction of what is given as both.
 # Rates beyond a slice are v5p's own (50 Gbit/s per chip) for all TPUs, and one adapter of 400
@@ -32,16 +33,11 @@ _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 275e12, 30.75 * GIB, 1228e9, 300e9, 6.25e9, _CLOUD + "v4", 3),
         Chip("v5e", "tpu", 197e12, 15.75 * GIB, 819e9, 200e9, 6.25e9, _CLOUD + "v5e", 2),
         Chip("v5p", "tpu", 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, _CLOUD + "v5p", 3),
         Chip("v6e", "tpu", 918e12, 31.25 * GIB, 1638e9, 400e9, 6.25e9, _CLOUD + "v6e", 2),
-        Chip(
-            "a100-40g", "gpu", 312e12, 40e9 * GPU_FRACTION, 1555e9, 300e9, 25e9, _NVIDIA + "a100"
-        ),
-        Chip(
-            "a100-80g", "gpu", 312e12, 80e9 * GPU_FRACTION, 2039e9, 300e9, 25e9, _NVIDIA + "a100"
-        ),
+        Chip("a100-40g", "gpu", 312e12, 40e9 * GPU_FRACTION, 1555e9, 300e9, 25e9, _NVIDIA + "a100"),
+        Chip("a100-80g", "gpu", 312e12, 80e9 * GPU_FRACTION, 2039e9, 300e9, 25e9, _NVIDIA + "a100"),
         Chip("h100", "gpu", 989e12, 80e9 * GPU_FRACTION, 3350e9, 450e9, 50e9, _NVIDIA + "h100"),
         Chip("h200", "gpu", 989e12, 141e9 * GPU_FRACTION, 4800e9, 450e9, 50e9, _NVIDIA + "h200"),
     )

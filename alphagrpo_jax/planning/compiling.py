@@ -14,7 +14,7 @@ import jax
 
 from alphagrpo_jax.planning import hlo
 from alphagrpo_jax.planning.flops import count_flops
-from alphagrpo_jax.planning.stages import Stage
+from alphagrpo_jax.planning.stages import PlanStage
 from alphagrpo_jax.planning.targets import Target
 from alphagrpo_jax.runtime.files import replace_text
 
@@ -24,7 +24,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass
 class Compiled:
-    """What the compiler says of one function; bytes are those of one device and one call."""
+    """Holds what the compiler says of a function; bytes are those of one device and one call."""
 
     argument_bytes: float  # of the arguments that the function uses, with padding
     parameter_bytes: float  # the same without padding
@@ -59,7 +59,7 @@ def default_cache() -> pathlib.Path:
 
 
 def compile_stage(
-    stage: Stage, target: Target, cache: pathlib.Path, say: Callable[[str], None]
+    stage: PlanStage, target: Target, cache: pathlib.Path, say: Callable[[str], None]
 ) -> Compiled:
     """Compiles a stage for a target, unless the cache knows the same program.
 
@@ -95,7 +95,20 @@ def compile_stage(
     return dataclasses.replace(result, flops=flops)
 
 
-def _key(program: str, stage: Stage, target: Target) -> str:
+def without_traffic(compiled: Compiled, stage: PlanStage) -> Compiled:
+    """Replaces the memory traffic of another machine's compiler by the least that there can be.
+
+    Arguments and results move once per call, and the arguments once more with every token.
+    """
+    arguments = compiled.parameter_bytes
+    return dataclasses.replace(
+        compiled,
+        memory_traffic=stage.while_steps * arguments + compiled.output_bytes,
+        step_memory_traffic=arguments if stage.while_steps > 1 else 0.0,
+    )
+
+
+def _key(program: str, stage: PlanStage, target: Target) -> str:
     """Returns the name of a program's entry in the cache."""
     devices = [getattr(device, "id", 0) for device in _mesh_devices(stage, target)]
     parts = (
@@ -105,7 +118,7 @@ def _key(program: str, stage: Stage, target: Target) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _mesh_devices(stage: Stage, target: Target) -> list[Any]:
+def _mesh_devices(stage: PlanStage, target: Target) -> list[Any]:
     """Returns the devices in the order in which the stage's arguments lie on them."""
     for leaf in jax.tree.leaves(stage.arguments):
         mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
@@ -122,7 +135,7 @@ def _read(path: pathlib.Path) -> Compiled | None:
         return None
 
 
-def _read_compiled(compiled: Any, stage: Stage, target: Target) -> Compiled:
+def _read_compiled(compiled: Any, stage: PlanStage, target: Target) -> Compiled:
     """Reads sizes and traffic from a compiled function."""
     memory = compiled.memory_analysis()
     slice_of = {device: part for device, part in zip(target.devices, target.slices, strict=True)}

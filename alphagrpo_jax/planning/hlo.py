@@ -24,8 +24,22 @@ COLLECTIVES = (
 )
 # Instructions that move nothing by themselves, or whose inner computations are counted instead.
 STILL = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
-    "partition-id replica-id opt-barrier add-dependency domain".split()
+    {
+        "add-dependency",
+        "after-all",
+        "bitcast",
+        "call",
+        "conditional",
+        "constant",
+        "domain",
+        "get-tuple-element",
+        "opt-barrier",
+        "parameter",
+        "partition-id",
+        "replica-id",
+        "tuple",
+        "while",
+    }
 )
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,<=?]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(
@@ -72,7 +86,7 @@ Computation = dict[str, Instruction]  # by name
 
 @dataclasses.dataclass
 class Traffic:
-    """What runs of a computation move, on one device."""
+    """Adds up what runs of a computation move, on one device."""
 
     memory: float = 0.0  # bytes to and from the large memory
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -360,7 +374,9 @@ def _instruction(name: re.Match[str], line: str) -> Instruction:
     called: dict[str, tuple[str, ...]] = {}
     for attribute, single, several in _CALLED.findall(text[end:]):
         called[attribute] = (single,) if single else tuple(re.findall(r"%([\w.\-]+)", several))
-    return Instruction(name[2], opcode.strip(), arrays(shape), operands, called, text, bool(name[1]))
+    return Instruction(
+        name[2], opcode.strip(), arrays(shape), operands, called, text, bool(name[1])
+    )
 
 
 def _closing(text: str, start: int) -> int:

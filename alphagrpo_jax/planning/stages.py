@@ -40,10 +40,10 @@ ROLLOUT, UPDATE, INITIAL, EVALUATION = "rollout", "update", "initial images", "e
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class PlanStage:
     """One function of a run, ready to be lowered."""
 
-    name: str  # such as write_text
+    name: str  # such as write_text, different from all others
     part: str
     function: Any  # jitted
     arguments: tuple[Any, ...]
@@ -54,8 +54,8 @@ class Stage:
     rows: int = 0  # per device, of a micro-batch; 0: all rows
 
 
-class Plan(NamedTuple):
-    """What all stages of a run share."""
+class PlannedRun(NamedTuple):
+    """Holds what all stages of a run share."""
 
     config: Config
     loaded: LoadedModel
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     resident: dict[str, float]  # bytes per device that are alive all the time, by kind
 
 
-def make_plan(config: Config, loaded: LoadedModel, mesh: Mesh) -> Plan:
+def make_plan(config: Config, loaded: LoadedModel, mesh: Mesh) -> PlannedRun:
     """Prepares the stages of a run on a mesh, `jax.set_mesh` being in force."""
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(config, loaded.base, optimizer, mesh)
@@ -82,10 +82,10 @@ def make_plan(config: Config, loaded: LoadedModel, mesh: Mesh) -> Plan:
         params = placed(params, mesh)
     else:
         params = fns.weights(loaded.base, state.trainable)
-    return Plan(config, loaded, mesh, fns, state, params, resident)
+    return PlannedRun(config, loaded, mesh, fns, state, params, resident)
 
 
-def stages(plan: Plan, *, evaluation: bool = True) -> Iterator[Stage]:
+def stages(plan: PlannedRun, *, evaluation: bool = True) -> Iterator[PlanStage]:
     """Lists the stages of a run in the order of their first call.
 
     Args:
@@ -96,15 +96,16 @@ def stages(plan: Plan, *, evaluation: bool = True) -> Iterator[Stage]:
     if config.rollout.merge_lora:
         arguments = (plan.loaded.base, plan.state.trainable)
         alive = {**plan.resident}
-        yield Stage("merge", ROLLOUT, plan.fns.weights, arguments, alive, 1.0)
+        yield PlanStage("merge", ROLLOUT, plan.fns.weights, arguments, alive, 1.0)
     if plan.fns.initial is not None:
         share = config.train.prompts_per_step / config.srr.queue_prompts
-        walk = _Walk(plan, INITIAL, tasks.TASKS["t2i"], config.srr.queue_prompts, share)
+        walk = _Walk(plan, INITIAL, tasks.TASKS["t2i"], config.srr.queue_prompts, share, "initial_")
         yield from walk.sample(plan.fns.initial)
     shares = _task_shares(config)
     for name, fns in plan.fns.tasks.items():
         task = tasks.TASKS[name]
-        walk = _Walk(plan, ROLLOUT, task, config.train.prompts_per_step, shares[name])
+        prefix, prompts = _prefix(config, name), config.train.prompts_per_step
+        walk = _Walk(plan, ROLLOUT, task, prompts, shares[name], prefix)
         yield from walk.sample(fns.train)
         yield from _update(plan, task, fns, walk.rollout, shares[name])
     yield from _apply(plan)
@@ -112,11 +113,12 @@ def stages(plan: Plan, *, evaluation: bool = True) -> Iterator[Stage]:
         return
     batches = -(-config.eval.prompts // config.eval.micro_batch)
     if plan.fns.eval_initial is not None:
-        walk = _Walk(plan, EVALUATION, tasks.TASKS["t2i"], config.eval.micro_batch, batches)
-        walk.prefix = "initial_"
+        task, count = tasks.TASKS["t2i"], config.eval.micro_batch
+        walk = _Walk(plan, EVALUATION, task, count, batches, "eval_initial_")
         yield from walk.sample(plan.fns.eval_initial)
     for name, fns in plan.fns.tasks.items():
-        walk = _Walk(plan, EVALUATION, tasks.TASKS[name], config.eval.micro_batch, batches)
+        task, count = tasks.TASKS[name], config.eval.micro_batch
+        walk = _Walk(plan, EVALUATION, task, count, batches, "eval_" + _prefix(config, name))
         yield from walk.sample(fns.eval)
 
 
@@ -129,16 +131,22 @@ def _task_shares(config: Config) -> dict[str, float]:
     return {name: config.mixed.batches * weight / total for name, weight in pairs}
 
 
+def _prefix(config: Config, task: str) -> str:
+    """Returns what the names of a task's stages begin with: nothing, if it is the only one."""
+    return f"{task}_" if len(config.tasks) > 1 else ""
+
+
 class _Walk:
     """Walks through the steps of a rollout as `training.sampling.run_steps` does."""
 
-    def __init__(self, plan: Plan, part: str, task: Task, prompts: int, calls: float) -> None:
+    def __init__(
+        self, plan: PlannedRun, part: str, task: Task, prompts: int, calls: float, prefix: str
+    ) -> None:
         self.plan, self.part, self.task = plan, part, task
-        self.prompts, self.calls = prompts, calls
-        self.prefix = f"{task.name}_" if len(plan.config.tasks) > 1 else ""
+        self.prompts, self.calls, self.prefix = prompts, calls, prefix
         self.rollout: Any = None  # shapes, of the samples so far
 
-    def sample(self, fns: SampleFns) -> Iterator[Stage]:
+    def sample(self, fns: SampleFns) -> Iterator[PlanStage]:
         """Lists the stages of a rollout, and leaves its shapes in `rollout`."""
         plan = self.plan
         inputs = input_shapes(plan.config, plan.loaded, self.task, self.prompts)
@@ -153,15 +161,15 @@ class _Walk:
 
     def _stage(
         self, name: str, function: Any, arguments: tuple, *alive: Any, calls: int = 1, **more: Any
-    ) -> Stage:
+    ) -> PlanStage:
         kinds = {**self.plan.resident, "contexts": device_bytes(alive)}
         if self.plan.config.rollout.merge_lora:
             kinds["merged weights"] = device_bytes(self.plan.params)
-        return Stage(
+        return PlanStage(
             self.prefix + name, self.part, function, arguments, kinds, self.calls * calls, **more
         )
 
-    def _text(self, fns: SampleFns, step_fns: Any, step: Any) -> Iterator[Stage]:
+    def _text(self, fns: SampleFns, step_fns: Any, step: Any) -> Iterator[PlanStage]:
         plan = self.plan
         layout = fns.spec.layout(self.prompts * fns.spec.rows_per_prompt)
         arguments: tuple = (plan.params, self.rollout)
@@ -181,7 +189,7 @@ class _Walk:
             arguments = (self.rollout, buckets[-2])
             yield self._stage("cut_text", step_fns.cut, arguments, self.rollout)
 
-    def _image(self, fns: SampleFns, step_fns: Any, step: Any) -> Iterator[Stage]:
+    def _image(self, fns: SampleFns, step_fns: Any, step: Any) -> Iterator[PlanStage]:
         plan = self.plan
         layout = fns.spec.layout(self.prompts * fns.spec.rows_per_prompt)
         count, number = layout.micro_batches, _number(plan.mesh)
@@ -211,8 +219,8 @@ class _Walk:
 
 
 def _update(
-    plan: Plan, task: Task, fns: TaskFns, rollout: Rollout, share: float
-) -> Iterator[Stage]:
+    plan: PlannedRun, task: Task, fns: TaskFns, rollout: Rollout, share: float
+) -> Iterator[PlanStage]:
     """Lists the stages of an update on the trajectories of one task."""
     config, mesh, state = plan.config, plan.mesh, plan.state
     layout = options_lib.update_spec(config, plan.loaded, task).layout
@@ -228,12 +236,14 @@ def _update(
     )
     gradient = device_bytes(state.trainable)
     alive = {**plan.resident, "contexts": device_bytes(batch), "gradient": gradient}
-    prefix = f"{task.name}_" if len(config.tasks) > 1 else ""
+    prefix = _prefix(config, task.name)
     updates = config.train.updates_per_batch
     passes, rows = share * layout.micro_batches, layout.micro_rows
 
-    def stage(name: str, function: Any, arguments: tuple, calls: float, **more: Any) -> Stage:
-        return Stage(prefix + name, UPDATE, function, arguments, alive, calls, rows=rows, **more)
+    def stage(name: str, function: Any, arguments: tuple, calls: float, **more: Any) -> PlanStage:
+        return PlanStage(
+            prefix + name, UPDATE, function, arguments, alive, calls, rows=rows, **more
+        )
 
     yield stage("count", fns.count, (batch, None), share * updates)
     weights = (state.trainable, plan.loaded.base)
@@ -254,7 +264,7 @@ def _update(
     yield stage("backward", fns.backward, arguments, passes * updates, holds=held)
 
 
-def _apply(plan: Plan) -> Iterator[Stage]:
+def _apply(plan: PlannedRun) -> Iterator[PlanStage]:
     """Lists what adds gradients up and applies them."""
     config, state = plan.config, plan.state
     gradient, loss_total = state.trainable, _number(plan.mesh, jnp.float32)
@@ -269,13 +279,13 @@ def _apply(plan: Plan) -> Iterator[Stage]:
     if micro_batches > 1:
         calls = (micro_batches - 1) * updates
         arguments: tuple = (pair, pair)
-        yield Stage("accumulate", UPDATE, plan.fns.accumulate, arguments, alive, calls)
+        yield PlanStage("accumulate", UPDATE, plan.fns.accumulate, arguments, alive, calls)
     alive = {**plan.resident, "gradient": size}
     arguments = (state, gradient, metrics)
-    yield Stage("apply", UPDATE, plan.fns.apply_gradient, arguments, alive, updates)
+    yield PlanStage("apply", UPDATE, plan.fns.apply_gradient, arguments, alive, updates)
 
 
-def _results(plan: Plan, function: Any, *arguments: Any) -> Any:
+def _results(plan: PlannedRun, function: Any, *arguments: Any) -> Any:
     """Returns the shapes of a rollout's arrays behind a function, with their places."""
     tree = jax.eval_shape(function, *arguments)
     return jax.tree.map(_shape, tree, row_shardings(tree, plan.mesh))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -82,19 +83,17 @@ def tpu_target(topology: str, slices: int) -> Target:
     devices = tuple(description.devices)
     if len(devices) != math.prod(sizes) * slices:
         raise UsageError(
-            f"--topology: {topology} has {len(devices)} devices instead of one per chip; v4 and "
-            "v5p are planned with both cores of a chip as one device"
+            f"--topology: {topology} has {len(devices)} devices instead of one per chip; take "
+            "another one"
         )
     name = topology if slices == 1 else f"{slices} slices of {topology}"
-    from importlib.metadata import version
-
     return Target(
         name,
         chip,
         devices,
         tuple(getattr(device, "slice_index", 0) or 0 for device in devices),
         exact=True,
-        compiler=f"libtpu {version('libtpu')}",
+        compiler=f"libtpu {importlib.metadata.version('libtpu')}",
     )
 
 
@@ -106,7 +105,9 @@ def split_chips(words: str) -> tuple[str, int]:
     """
     match = re.fullmatch(r"([\w-]+):([1-9]\d{0,4})", words)
     if match is None:
-        raise UsageError(f"--chips: got {words!r}, expected NAME:NUMBER, e.g. h200:8 or a100-80g:56")
+        raise UsageError(
+            f"--chips: got {words!r}, expected NAME:NUMBER, e.g. h200:8 or a100-80g:56"
+        )
     return match[1], int(match[2])
 
 

@@ -155,7 +155,7 @@ def log_probs(
 
 @struct.dataclass
 class Residuals:
-    """What a backward pass needs of its forward pass, without the arrays that both are given.
+    """Holds what a backward pass needs of its forward pass, without the arrays that both are given.
 
     A function that jit returns copies the arrays it holds: the frozen weights, 27 of 35 GB per row
     at BAGEL's size.

@@ -13,7 +13,11 @@ from jax.sharding import Mesh
 
 from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config, ConfigError
+<<<<<<< HEAD
 from alphagrpo_jax.models import peft
+=======
+from alphagrpo_jax.models.bagel_config import BagelConfig
+>>>>>>> 8cbb20e (plan: whether a run fits on a machine, what its functions need and how long they take at least, by the machine's own compiler)
 from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import sharding
@@ -27,39 +31,47 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
     """Loads the pretrained model onto the mesh.
 
     Raises:
-      ConfigError: an image size that the latent grid does not divide, or that is too large; or
-        heads that mesh.tensor does not divide.
+      ConfigError: see `check_sizes`.
       MissingFileError: no such folder, and no such model of the hub.
     """
-
     loaded = load_model(
         model_folder(config.model.path),
         jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         sharding_of=functools.partial(sharding.param_sharding, mesh=mesh),
     )
+    check_sizes(config, loaded.config, mesh)
+    return loaded
+
+
+def check_sizes(config: Config, model_config: BagelConfig, mesh: Mesh) -> None:
+    """Checks that a model's sizes fit the configuration and the mesh.
+
+    Raises:
+      ConfigError: an image size that the latent grid does not divide, or that is too large; or
+        heads that mesh.tensor does not divide.
+    """
     tensor = mesh.shape["tensor"]
-    heads = (loaded.config.llm.num_attention_heads, loaded.config.llm.num_key_value_heads)
+    heads = (model_config.llm.num_attention_heads, model_config.llm.num_key_value_heads)
     if any(count % tensor for count in heads):
         raise ConfigError(
             f"mesh.tensor={tensor} must divide the model's {heads[0]} query and {heads[1]} key "
             f"heads; make it a divisor of {math.gcd(*heads)}, and mesh.fsdp larger instead"
         )
-    stride = loaded.config.latent_stride
+    stride = model_config.latent_stride
     if config.model.height % stride or config.model.width % stride:
         raise ConfigError(
             f"model.height={config.model.height} and model.width={config.model.width} must be "
             f"multiples of {stride} pixels, the side of a latent token"
         )
-    most = loaded.config.max_latent_size
-    rows, columns = loaded.config.latent_grid(config.model.height, config.model.width)
-    if max(rows, columns) > most and not loaded.config.interpolate_pos:
+    most = model_config.max_latent_size
+    rows, columns = model_config.latent_grid(config.model.height, config.model.width)
+    if max(rows, columns) > most and not model_config.interpolate_pos:
         raise ConfigError(
             f"model.height={config.model.height} and model.width={config.model.width} are {rows} x "
             f"{columns} latent tokens, but the model's position table has {most} x {most}; make "
             f"them at most {most * stride} pixels"
         )
-    return loaded
 
 
 def make_mesh(config: Config) -> Mesh:
