@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from alphagrpo_jax.runtime.chips import peak_of
+
 GIB = 1 << 30
 # Shares of a GPU's memory that JAX takes: by itself, and as runs of large models should set it.
 GPU_FRACTION, GPU_FRACTION_VARIABLE = 0.92, "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -22,8 +24,23 @@ class Chip:
     axes: int = 0  # of a TPU's torus
 
 
-_CLOUD = "https://docs.cloud.google.com/tpu/docs/"
-_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+def _chip(
+    name: str,
+    kind: str,
+    *,
+    memory: float | None = None,
+    links: float,
+    network: float,
+    axes: int = 0,
+) -> Chip:
+    """Completes what `runtime.chips` knows of a kind of device."""
+    peak = peak_of(kind)
+    assert peak is not None  # a test asks for all
+    platform = "tpu" if axes else "gpu"
+    usable = peak.memory * GPU_FRACTION if memory is None else memory
+    rates = (peak.flops, usable, peak.memory_rate, links, network)
+    return Chip(name, platform, *rates, peak.source, axes)
+
 
 # v4 is absent: its compiler plans for the two cores of a chip apart, which no run uses.
 # Memory of a TPU is what its compiler allows a program (its error messages name it); of a GPU the
@@ -33,13 +50,13 @@ _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "tpu", 197e12, 15.75 * GIB, 819e9, 200e9, 6.25e9, _CLOUD + "v5e", 2),
-        Chip("v5p", "tpu", 459e12, 95.74 * GIB, 2765e9, 600e9, 6.25e9, _CLOUD + "v5p", 3),
-        Chip("v6e", "tpu", 918e12, 31.25 * GIB, 1638e9, 400e9, 6.25e9, _CLOUD + "v6e", 2),
-        Chip("a100-40g", "gpu", 312e12, 40e9 * GPU_FRACTION, 1555e9, 300e9, 25e9, _NVIDIA + "a100"),
-        Chip("a100-80g", "gpu", 312e12, 80e9 * GPU_FRACTION, 2039e9, 300e9, 25e9, _NVIDIA + "a100"),
-        Chip("h100", "gpu", 989e12, 80e9 * GPU_FRACTION, 3350e9, 450e9, 50e9, _NVIDIA + "h100"),
-        Chip("h200", "gpu", 989e12, 141e9 * GPU_FRACTION, 4800e9, 450e9, 50e9, _NVIDIA + "h200"),
+        _chip("v5e", "TPU v5e", memory=15.75 * GIB, links=200e9, network=6.25e9, axes=2),
+        _chip("v5p", "TPU v5p", memory=95.74 * GIB, links=600e9, network=6.25e9, axes=3),
+        _chip("v6e", "TPU v6e", memory=31.25 * GIB, links=400e9, network=6.25e9, axes=2),
+        _chip("a100-40g", "NVIDIA A100-SXM4-40GB", links=300e9, network=25e9),
+        _chip("a100-80g", "NVIDIA A100-SXM4-80GB", links=300e9, network=25e9),
+        _chip("h100", "NVIDIA H100 80GB HBM3", links=450e9, network=50e9),
+        _chip("h200", "NVIDIA H200", links=450e9, network=50e9),
     )
 }
 GPUS_PER_MACHINE = 8  # joined by the fast links
