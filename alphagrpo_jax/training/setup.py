@@ -13,11 +13,8 @@ from jax.sharding import Mesh
 
 from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config, ConfigError
-<<<<<<< HEAD
 from alphagrpo_jax.models import peft
-=======
 from alphagrpo_jax.models.bagel_config import BagelConfig
->>>>>>> 8cbb20e (plan: whether a run fits on a machine, what its functions need and how long they take at least, by the machine's own compiler)
 from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import sharding
