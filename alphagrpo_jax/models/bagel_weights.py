@@ -156,8 +156,8 @@ def read_weights(
 
     Raises:
       FileNotFoundError: a missing file.
-      WeightsError: an unreadable file; or tensors missing, unexpected or of another shape, all
-        of them in one message.
+      WeightsError: an unreadable file; tensors missing, unexpected or of another shape, all of
+        them in one message; or one that holds NaN or infinite values.
     """
     shapes = base_shapes(model)
     table = entries(shapes)
@@ -221,9 +221,24 @@ def _read_part(
             if not begin <= entry.layer < end:
                 continue
         slices = entry.file_index(tuple(slice(*pair) for pair in inner))
-        tensor = entry.to_tree(file.read(entry.name, slices))
-        part[... if entry.layer is None else entry.layer - begin] = tensor
+        tensor = file.read(entry.name, slices)
+        if not is_finite(tensor):
+            raise WeightsError(
+                f"{file.folder / entry.file}: tensor {entry.name} holds NaN or infinite values, "
+                "expected numbers: whatever it computes would be NaN; fetch or make the weights "
+                "again"
+            )
+        part[... if entry.layer is None else entry.layer - begin] = entry.to_tree(tensor)
     return part
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Tells whether all values are numbers: neither NaN nor infinite."""
+    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(tensor.dtype.name)
+    if exponent is None:
+        return bool(np.isfinite(tensor).all())
+    # All bits of the exponent are set in NaN and in the infinities; as integers it is fast.
+    return not bool(((tensor.view(np.uint16) & np.uint16(exponent)) == exponent).any())
 
 
 def write_weights(
@@ -290,9 +305,9 @@ def _write(
 class _WeightFiles:
     """One weight file, or several that an index puts together."""
 
-    def __init__(self, handles: Mapping[str, Any]) -> None:
-        """Takes an open file per tensor name."""
-        self.handles = handles
+    def __init__(self, folder: Path, handles: Mapping[str, Any]) -> None:
+        """Takes an open file per tensor name, and the folder for messages."""
+        self.folder, self.handles = folder, handles
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor."""
@@ -318,7 +333,7 @@ def _open(folder: Path, name: str) -> Iterator[_WeightFiles]:
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_open_file(folder / file, name)) for file in names]
         # Not from the index: what a file holds is checked against the model, whoever named it.
-        yield _WeightFiles({tensor: file for file in files for tensor in file.keys()})  # noqa: SIM118
+        yield _WeightFiles(folder, {tensor: file for file in files for tensor in file.keys()})  # noqa: SIM118
 
 
 @contextlib.contextmanager
