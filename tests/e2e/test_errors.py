@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from alphagrpo_jax import advantage, prompts, update
@@ -87,3 +88,27 @@ def test_a_record_that_nobody_can_answer_costs_no_update(run, world, rows):
     code, printed = run(world / "never_bad", *command)
     assert code == 0, printed
     assert rows(world / "mended") == rows(world / "never_bad")
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_and_costs_no_older_one(
+    run, world, monkeypatch
+):
+    workdir, written = world / "unsaved", []
+
+    def fail_once(manager, step):
+        if step == 2 and not written:
+            written.append(step)
+            raise OSError(28, "No space left on device")
+        return finalize(manager, step)
+
+    finalize = ocp.CheckpointManager._finalize_checkpoint
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize_checkpoint", fail_once)
+    arguments = ("--config.checkpoint.every=1", "--config.eval.every=0")
+    code, printed = run(workdir, *arguments)
+    assert code == 1, printed
+    assert "error: step 2: the checkpoint could not be written" in printed
+    assert "run the same command again" in printed
+    assert "Traceback" not in printed
+    code, printed = run(workdir, *arguments)
+    assert code == 0, printed
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4"}

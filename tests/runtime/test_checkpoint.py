@@ -1,5 +1,6 @@
 """Saving, restoring, digests, and the checks at the start of a run."""
 
+import signal
 import threading
 import time
 
@@ -150,3 +151,28 @@ def test_looking_for_failures_does_not_wait(tmp_path, monkeypatch):
     assert not finish.is_set()
     finish.set()
     assert saves.latest() == 1
+
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+import jax.numpy as jnp
+from alphagrpo_jax.runtime.checkpoint import Checkpoints
+
+saves = Checkpoints(sys.argv[1], keep=2)
+for step in (1, 2):
+    saves.save(step, {"a": jnp.full((1 << 24,), float(step))}, {"step": step}, wait=step == 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_during_a_save_leaves_a_whole_checkpoint(run_python, tmp_path):
+    result = run_python("-c", KILLED_IN_A_SAVE, str(tmp_path))
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    saves = Checkpoints(tmp_path, keep=2)
+    step = saves.latest()
+    assert step in (1, 2)  # by how far the second save had come
+    assert saves.progress(step) == {"step": step}
+    restored = saves.state(step, {"a": jnp.zeros((1 << 24,))})["a"]
+    assert (np.asarray(restored) == step).all()
+    saves.save(3, {"a": jnp.full((1 << 24,), 3.0)}, {"step": 3})
+    assert saves.latest() == 3
