@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_world
 
+from alphagrpo_jax import export
 from alphagrpo_jax.models.bagel_weights import save_model
 from alphagrpo_jax.rewards.workers import ledger
 
@@ -78,6 +79,21 @@ def test_nothing_compiles_after_the_first_step(full_run):
     lines = (full_run / "metrics.jsonl").read_text().splitlines()
     counts = [json.loads(line)["time/compilations"] for line in lines[1:]]
     assert len(set(counts)) == 1
+
+
+def test_a_run_starts_from_the_adapter_of_another(run, world, full_run, rows):
+    """Its first evaluation is the other's last one."""
+    adapter = world / "adapter"
+    assert export.main(["--checkpoint", str(full_run), "--out", str(adapter), "--format=peft",
+                        f"--model={world / 'model'}"]) == 0  # fmt: skip
+    workdir = world / "continues"
+    code, errors = run(workdir, f"--config.lora.init_from={adapter}", "--config.train.steps=0")
+    assert code == 0, errors
+    last, (first,) = rows(full_run)[-1], rows(workdir)
+    names = [name for name in first if name.startswith("eval")]
+    assert "eval/reward/mean" in names
+    assert {name: first[name] for name in names} == {name: last[name] for name in names}
+    assert first["eval/reward/mean"] != rows(full_run)[0]["eval/reward/mean"]
 
 
 def test_a_finished_run_says_so(run_process, full_run):

@@ -74,3 +74,21 @@ def test_totals_are_sums_over_the_processes(processes, monkeypatch):
     monkeypatch.setattr(multihost_utils, "process_allgather", gather)
     for totals in processes(3, lambda: distributed.total(np.array([1.0, 5.0]))):
         assert totals.tolist() == [4.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("requested", "taken_after", "expected"),
+    [(False, None, False), (True, None, True), (False, 3, True), (False, 4, False)],
+)
+def test_a_stop_is_requested_or_agreed_on_by_the_preemption_service(
+    monkeypatch, requested, taken_after, expected
+):
+    state = distributed.jax_distributed.global_state
+    if taken_after is not None:
+        monkeypatch.setattr(state, "preemption_sync_manager", object())
+    monkeypatch.setattr(
+        distributed.multihost_utils,
+        "reached_preemption_sync_point",
+        lambda step: step == taken_after,
+    )
+    assert distributed.must_stop(requested, 3) == expected
