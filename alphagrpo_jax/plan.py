@@ -17,13 +17,15 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from alphagrpo_jax import config_checks
 from alphagrpo_jax.config import Config, ConfigError, MeshOptions
+from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.planning import compiling, fit, model, report, targets
 from alphagrpo_jax.planning import stages as stages_lib
 from alphagrpo_jax.planning.fit import StageNeeds
@@ -99,23 +101,37 @@ def find_target(options: argparse.Namespace) -> Target:
 
 
 def compile_all(
-    plan: stages_lib.PlannedRun, target: Target, cache: pathlib.Path, *, evaluation: bool
-) -> list[StageNeeds]:
-    """Compiles all stages of a run, saying on stderr which one it is at."""
+    config: Config, target: Target, mesh: Mesh, cache: pathlib.Path, *, evaluation: bool
+) -> tuple[LoadedModel, list[str], list[StageNeeds]]:
+    """Compiles all stages of a run, saying on stderr which one it is at.
+
+    Returns:
+      The model, what stands in for what, and the needs of every stage.
+    """
     start, needs = time.monotonic(), list[StageNeeds]()
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - start:5.0f} s] {text}", file=sys.stderr, flush=True)
 
+    loaded, notes = model.abstract_model(config, mesh)
+    setup.check_sizes(config, loaded.config, mesh)
+    twins: Iterator[stages_lib.PlanStage] = iter(())
+    if not target.exact:
+        in_float32 = config_checks.change_options(config, {"model.dtype": "float32"})
+        twin, _ = model.abstract_model(in_float32, mesh)
+        plan = stages_lib.make_plan(in_float32, twin, mesh)
+        twins = stages_lib.stages(plan, evaluation=evaluation)
+    plan = stages_lib.make_plan(config, loaded, mesh)
     for stage in stages_lib.stages(plan, evaluation=evaluation):
         compiled = compiling.compile_stage(stage, target, cache, say)
         if not compiled.cached:
             say(f"  {stage.name}: {compiled.compile_seconds:.0f} s")
         if not target.exact:
-            compiled = compiling.without_traffic(compiled, stage)
+            wide = compiling.compile_stage(next(twins), target, cache, say)
+            compiled = compiling.stand_in(compiled, wide, stage)
         held = [entry.compiled.output_bytes for entry in needs if entry.stage.name in stage.holds]
         needs.append(StageNeeds(stage, compiled, sum(held)))
-    return needs
+    return loaded, notes, needs
 
 
 def run(options: argparse.Namespace) -> int:
@@ -132,10 +148,8 @@ def run(options: argparse.Namespace) -> int:
     config = dataclasses.replace(config, mesh=MeshOptions(**sizes))
     cache = pathlib.Path(options.cache) if options.cache else compiling.default_cache()
     with jax.set_mesh(mesh):
-        loaded, notes = model.abstract_model(config, mesh)
-        setup.check_sizes(config, loaded.config, mesh)
-        plan = stages_lib.make_plan(config, loaded, mesh)
-        needs = compile_all(plan, target, cache, evaluation=not options.skip_evaluation)
+        evaluation = not options.skip_evaluation
+        loaded, notes, needs = compile_all(config, target, mesh, cache, evaluation=evaluation)
     chip = target.chip
     print(
         f"{pathlib.Path(options.config).name}, task {config.task}, on {target.name}: "

@@ -95,14 +95,23 @@ def compile_stage(
     return dataclasses.replace(result, flops=flops)
 
 
-def without_traffic(compiled: Compiled, stage: PlanStage) -> Compiled:
-    """Replaces the memory traffic of another machine's compiler by the least that there can be.
+def stand_in(compiled: Compiled, in_float32: Compiled, stage: PlanStage) -> Compiled:
+    """Puts an estimate together from what a CPU's compiler says of a function.
 
-    Arguments and results move once per call, and the arguments once more with every token.
+    Where a function computes in bfloat16, this compiler copies whole stacks of weights to float32,
+    which no GPU does. The same function in float32 has no copies, and temporaries that are at most
+    as large in bfloat16: the smaller of the two bounds them from above. Memory traffic is the least
+    that there can be: arguments and results once per call, arguments once more with every token.
+
+    Args:
+      compiled: of the function.
+      in_float32: of the same function with weights and contexts in float32.
+      stage: the function's.
     """
     arguments = compiled.parameter_bytes
     return dataclasses.replace(
         compiled,
+        temporary_bytes=min(compiled.temporary_bytes, in_float32.temporary_bytes),
         memory_traffic=stage.while_steps * arguments + compiled.output_bytes,
         step_memory_traffic=arguments if stage.while_steps > 1 else 0.0,
     )
@@ -111,8 +120,9 @@ def without_traffic(compiled: Compiled, stage: PlanStage) -> Compiled:
 def _key(program: str, stage: PlanStage, target: Target) -> str:
     """Returns the name of a program's entry in the cache."""
     devices = [getattr(device, "id", 0) for device in _mesh_devices(stage, target)]
+    machine = target.name if target.exact else ""  # a CPU stands in for every chip alike
     parts = (
-        str(FORMAT), jax.__version__, target.compiler, target.name, repr(devices),
+        str(FORMAT), jax.__version__, target.compiler, machine, repr(devices),
         str(stage.while_steps), program,
     )  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

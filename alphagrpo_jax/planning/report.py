@@ -50,7 +50,7 @@ def sources(target: Target) -> dict[str, str]:
     how = "estimated by XLA for CPUs"
     return {
         "arrays": "exact, from shapes and shardings",
-        "temporaries": how + ", which computes bfloat16 in float32: an upper bound in most cases",
+        "temporaries": how + " with all in float32: an upper bound",
         "collectives": how + ": kinds and number may differ, float32 where GPUs send bfloat16",
         "memory_traffic": "estimated: arguments once per call, and per token in write_text",
         "flops": "counted in the traced program (matrix products), spread evenly",
