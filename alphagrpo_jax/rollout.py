@@ -86,6 +86,16 @@ def sample(
     return rollout
 
 
+def release(rollouts: Sequence[RolloutBatch]) -> None:
+    """Frees the arrays of trajectories on the devices, which nothing reads behind the update.
+
+    They would else lie beside those of the evaluation and of the next rollout.
+    """
+    for batch in rollouts:
+        for array in jax.tree.leaves(batch.trajectories):
+            array.delete()
+
+
 def _first_rows(samples: Sequence[TextSample], count: int) -> list[TextSample]:
     """Drops the rows that fill up the mesh."""
     return [jax.tree.map(lambda x: x[:count], sample) for sample in samples]

@@ -146,13 +146,13 @@ def main(
                     )
                     for batch in batches
                 ]
-            with timer("reward_wait"):
-                # On the device, while the verifiers still answer.
+            with timer("reward_wait"):  # the device computes while the verifiers still answer
                 old = [update.old_log_probs(run, state, batch) for batch in rollouts]
                 rewards = [reward.gather(run, batch, step) for batch in rollouts]
             advantages = [advantage.of_batch(batch, config.advantage) for batch in rewards]
             with timer("update"):
                 state, metrics = update.step(run, state, rollouts, old, advantages, step)
+            rollout.release(rollouts)
             row = step_row(config, rollouts, rewards, advantages, metrics) | timer.metrics()
             with timer("eval"):
                 if heldout.is_due(config, config.eval.every, step):
