@@ -11,7 +11,7 @@ whatever the number of devices. Ask before paying, with the machine's own compil
 
     python -m alphagrpo_jax.plan --config=configs/bagel_7b_rt2i.py --topology=v5p:4x4x4
 
-docs/planning.md has what it says for several machines; never run here as a whole. Texts are half as
+docs/performance.md has what it said; never run here as a whole. Texts are half as
 long as the authors' (`rollout.text_tokens=1024`).
 Expected (the authors'): TIIF-Bench overall 75.2 / 78.6 -> 78.9 / 79.5 (short / long).
 """
