@@ -8,7 +8,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 FOLDER = "compiled"  # inside the run's folder
 OFF = "none"
-VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+VARIABLE, FOLDER_OPTION = "JAX_COMPILATION_CACHE_DIR", "jax_compilation_cache_dir"
 LEAST_SECONDS = 0.1  # of compiling, below which a program is compiled again rather than kept
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -31,8 +31,8 @@ def use_cache(setting: str, workdir: pathlib.Path) -> pathlib.Path | None:
         return pathlib.Path(folder)
     folder = workdir / FOLDER if setting == "" else pathlib.Path(setting).expanduser()
     path = None if setting == OFF else folder.absolute()
-    if jax.config.jax_compilation_cache_dir != (path and str(path)):
-        jax.config.update("jax_compilation_cache_dir", path and str(path))
+    if getattr(jax.config, FOLDER_OPTION) != (path and str(path)):
+        jax.config.update(FOLDER_OPTION, path and str(path))
         compilation_cache.reset_cache()  # what was compiled before has opened the former one
     if path and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

@@ -35,7 +35,7 @@ class WandbWriter:
         if not project or not enabled:
             return
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MissingFileError(
                 f"log.wandb={project!r} needs the package wandb ({error}); install it by "

@@ -1,5 +1,6 @@
 """Builds what a configuration names: mesh, model, data, optimizer, train state."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -140,4 +141,4 @@ def with_adapter(config: Config, state: TrainState) -> TrainState:
         # Each process what its devices hold: `jax.device_put` would compare all of it across hosts.
         return jax.make_array_from_callback(old.shape, old.sharding, lambda index: values[index])
 
-    return state.replace(trainable=jax.tree.map(place, state.trainable, leaves))
+    return dataclasses.replace(state, trainable=jax.tree.map(place, state.trainable, leaves))
