@@ -28,15 +28,9 @@ from alphagrpo_jax.models.bagel_weights import (  # noqa: F401
 )
 from alphagrpo_jax.models.kv_cache import Context, DecodeCache, GuidanceContexts, Segment
 from alphagrpo_jax.models.mot import Tokens
-from alphagrpo_jax.ops.log_probs import (  # noqa: F401
-    TextLogProbs,
-    target_log_probs,
-    token_log_probs,
-)
+from alphagrpo_jax.ops.log_probs import TextLogProbs, by_blocks, target_log_probs
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.patchify import patchify, unpatchify
-
-LOGIT_POSITIONS = 128  # of a text, whose logits exist at the same time
 
 
 @struct.dataclass
@@ -109,38 +103,15 @@ def text_log_probs(
         logits = text_logits(model, params, hidden)
         return target_log_probs(logits, targets, temperature=temperature)
 
-    hidden, targets, valid = hidden[:, :-1], tokens[:, 1:], mask[:, 1:]
-    length = targets.shape[1]
-    if length <= LOGIT_POSITIONS:
-        log_prob, entropy = of_block(hidden, targets)
-    else:
-        # Logits of a whole text would be the largest array of an update: 623 MB per row for
-        # BAGEL's vocabulary and 1025 positions, and three such arrays live at once.
-        blocks = -(-length // LOGIT_POSITIONS)
-        columns = [_column_blocks(x, blocks) for x in (hidden, targets)]
-        _, by_block = jax.lax.scan(
-            lambda _, block: (None, jax.checkpoint(of_block)(*block)), None, tuple(columns)
-        )
-        log_prob, entropy = (
-            jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in by_block
-        )
-    return TextLogProbs(jnp.where(valid, log_prob, 0.0), jnp.where(valid, entropy, 0.0), valid)
-
-
-def _column_blocks(x: jax.Array, count: int) -> jax.Array:
-    """Cuts [B, T, ...] into blocks of positions, padded: [count, B, LOGIT_POSITIONS, ...]."""
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, count * LOGIT_POSITIONS - x.shape[1])
-    blocks = jnp.pad(x, padding).reshape(x.shape[0], count, LOGIT_POSITIONS, *x.shape[2:])
-    return jnp.moveaxis(blocks, 1, 0)
+    pair, valid = by_blocks(of_block, hidden[:, :-1], tokens[:, 1:]), mask[:, 1:]
+    return TextLogProbs(*(jnp.where(valid, x, 0.0) for x in pair), valid)
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:
     """Allocates an empty text of at most `max_tokens` tokens behind a context."""
     cfg, batch = model.config.llm, ctx.rope.shape[0]
-    shape = (
-        cfg.num_hidden_layers, batch, max_tokens, cfg.num_key_value_heads, cfg.head_dim
-    )  # fmt: skip
+    heads = (cfg.num_key_value_heads, cfg.head_dim)
+    shape = (cfg.num_hidden_layers, batch, max_tokens, *heads)
     zeros = jnp.zeros(shape, model.dtype)
     segment = Segment(zeros, zeros, jnp.zeros((batch, max_tokens), bool))
     return DecodeCache(segment, ctx.rope, jnp.zeros((), jnp.int32))
@@ -202,8 +173,7 @@ def extend_vae(
       latents: float[B, M, C].
       grid: token rows and columns.
     """
-    sigma = jnp.zeros(latents.shape[:1], jnp.float32)
-    block = _latent_block(model, params, ctx, latents, sigma, grid)
+    block = _latent_block(model, params, ctx, latents, jnp.zeros(latents.shape[:1]), grid)
     _, segment = _decode(model, params, *block)
     return kv_cache.append(block.ctx, segment, 1)
 
@@ -280,8 +250,8 @@ def packed_velocity(
 ) -> jax.Array:
     """Computes the velocities of R noisy versions of each row's image in the row's one context.
 
-    The same numbers as `velocity` on every version alone: the versions are packed into one
-    sequence whose mask hides them from each other, so that the context is read once per row.
+    As `velocity` on every version alone, but the context is read once per row: the versions are
+    one sequence whose mask hides them from each other.
 
     Args:
       ctx: context of B rows.
@@ -444,10 +414,8 @@ def _decode_uncached(model: Bagel, params: PolicyParams, block: _Block) -> Token
     """Runs new tokens over a context without keeping their keys and values."""
     ctx, tokens, positions, self_mask = block
     masks = (*(segment.valid[:, None] for segment in ctx.segments), self_mask)
-    hidden, _ = call(
-        model, params, "decode", tokens, positions, ctx.segments, masks, keep_cache=False
-    )
-    return hidden
+    arguments = (tokens, positions, ctx.segments, masks)
+    return call(model, params, "decode", *arguments, keep_cache=False)[0]
 
 
 def _image_geometry(ctx: Context, length: int) -> tuple[jax.Array, jax.Array]:

@@ -53,7 +53,7 @@ class ImageBlock:
 class Piece:
     """The segments that one event adds to a context: one for a text, two for an image (VAE, ViT).
 
-    A context is put together from the pieces of its nodes (`sampling.trajectory.context`), so that
+    A context is put together from the pieces of its nodes (`sampling.contexts.context`), so that
     contexts that share an event share its arrays.
     """
 

@@ -21,6 +21,7 @@ from alphagrpo_jax.parity.fixture import load_fixture
 from alphagrpo_jax.parity.model import Port
 from alphagrpo_jax.parity.text_cases import greedy
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.sampling import contexts as contexts_lib
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SEEN_IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.training import options as options_lib
@@ -58,7 +59,7 @@ def contexts_of(port, events, inputs, texts, system="c6.system"):
     )
     owner = jnp.zeros(1, jnp.int32)
     rollout = Rollout(inputs=inputs, owner=owner, pieces=(), texts=samples, images=())
-    pieces = trajectory.rebuild(
+    pieces = contexts_lib.rebuild(
         port.model,
         port.params,
         rollout,
@@ -76,7 +77,7 @@ def block(ids) -> TextBlock:
 def test_thinking_before_drawing_is_c6(port):
     events, think = tasks.TASKS["rt2i"].events, port.ids_of("c6.think")
     pieces, plan = contexts_of(port, events, (block(port.ids_of("c6.prompt")),), [think])
-    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
+    contexts = contexts_lib.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
     for sigma, name in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(contexts, port.array("c6.x_t")[None], sigma, THOUGHT)
         expected = port.array(f"c6.v_{name}_text4_img1p5_global")
@@ -91,7 +92,7 @@ def log_probs(port, pieces, step, ids):
     return policy.text_log_probs(
         port.model,
         port.params,
-        trajectory.context(pieces, step.gen, jnp.zeros(1, jnp.int32)),
+        contexts_lib.context(pieces, step.gen, jnp.zeros(1, jnp.int32)),
         jnp.asarray(ids)[None],
         jnp.ones((1, len(ids)), bool),
         temperature=1.0,
@@ -124,7 +125,7 @@ def test_answering_is_the_official_pipelines_c13(port):
     inputs = (given_image(port), block(port.ids_of("c7.und_prompt")))
     events = tasks.TASKS["ti2t"].events
     pieces, plan = contexts_of(port, events, inputs, [port.ids("")], "c13.system_und")
-    context = trajectory.context(pieces, plan.text_steps[0].gen, jnp.zeros(1, jnp.int32))
+    context = contexts_lib.context(pieces, plan.text_steps[0].gen, jnp.zeros(1, jnp.int32))
     tokens, _ = greedy(port, context, 12, port.tokenizer.special.im_end)
     text = port.tokenizer.decode(tokens).split("<|im_start|>")[1]
     assert text == port.fixture.texts["c13.und_think_output"]
@@ -147,7 +148,7 @@ def test_editing_is_c7(port, name):
     events = tuple(event for event in tasks.TASKS[name].events if event != THINK)
     inputs = (given_image(port), block(port.ids_of("c7.instruction")))
     pieces, plan = contexts_of(port, events, inputs, [])
-    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
+    contexts = contexts_lib.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
     for sigma, level in ((1.0, "s1"), (0.75, "s0p75"), (0.3, "s0p3")):
         v = port.combined_velocity(contexts, port.array("c7.x_t")[None], sigma, EDIT)
         expected = port.array(f"c7.v_{level}_text4_img2_textchannel")
@@ -164,7 +165,7 @@ def test_first_velocity_of_the_official_pipeline_is_c13(port, run, name):
     ids = port.array(f"c13.{run}.think_ids")
     text = port.tokenizer.decode(ids).split("<|im_end|>")[0].split("<|im_start|>")[1]
     pieces, plan = contexts_of(port, tasks.TASKS[name].events, inputs, [port.ids(text)])
-    contexts = trajectory.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
+    contexts = contexts_lib.guidance_contexts(pieces, plan.image_steps[0], jnp.zeros(1, jnp.int32))
     options = port.fixture.options(f"c13.{run}.image_uint8")
     guidance = dataclasses.replace(
         EDIT,
@@ -278,7 +279,7 @@ def test_contexts_are_those_computed_from_nothing(setting, name):
             (step.gen, step.cfg_text, step.cfg_img), before[step.event], strict=True
         ):
             ctx = context_of(*wanted)
-            rebuilt = trajectory.context(sampled.pieces, nodes, sampled.owner)
+            rebuilt = contexts_lib.context(sampled.pieces, nodes, sampled.owner)
             np.testing.assert_array_equal(rebuilt.rope, ctx.rope)
             level = jnp.full(4, 0.7)
             pair = [
@@ -303,7 +304,7 @@ def event_blocks(loaded, sampled, spec, events):
             blocks.append(TextBlock(tokens, jnp.ones(tokens.shape, bool)))
         elif kind == IMAGE:
             latents = next(images).latents
-            pixels = trajectory.pixels(loaded.model, PolicyParams(loaded.base), latents, (2, 2))
+            pixels = contexts_lib.pixels(loaded.model, PolicyParams(loaded.base), latents, (2, 2))
             blocks.append(ImageBlock(pixels, pixels))
         elif kind in (THINK, ANSWER):
             sample = next(texts)

@@ -1,9 +1,13 @@
 """Log-probabilities and entropies of texts from logits."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+LOGIT_POSITIONS = 128  # of a text, whose logits exist at the same time
 
 
 @struct.dataclass
@@ -49,3 +53,43 @@ def target_log_probs(
     log_p = jax.nn.log_softmax(logits / temperature, axis=-1)
     log_prob = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return log_prob, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def by_blocks(
+    function: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    hidden: jax.Array,
+    targets: jax.Array,
+    *,
+    positions: int = LOGIT_POSITIONS,
+) -> tuple[jax.Array, jax.Array]:
+    """Applies a function of positions to a text, block by block if it is longer than a block.
+
+    Logits of a whole text would be the largest array of an update: 623 MB per row for BAGEL's
+    vocabulary and 1025 positions, three times. The backward pass computes a block's logits again.
+
+    Args:
+      function: maps float[B, S, D] and int32[B, S] to two arrays float32[B, S].
+      hidden: float[B, T, D].
+      targets: int32[B, T].
+      positions: S of a block.
+    Returns:
+      Two arrays float32[B, T].
+    """
+    length = targets.shape[1]
+    if length <= positions:
+        return function(hidden, targets)
+    count = -(-length // positions)
+
+    def blocks(x: jax.Array) -> jax.Array:
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, count * positions - length)
+        shape = (x.shape[0], count, positions, *x.shape[2:])
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), 1, 0)
+
+    _, by_block = jax.lax.scan(
+        lambda _, block: (None, jax.checkpoint(function)(*block)),
+        None,
+        (blocks(hidden), blocks(targets)),
+    )
+    first, second = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in by_block)
+    return first[:, :length], second[:, :length]

@@ -11,6 +11,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.models.mot import Tokens
+from alphagrpo_jax.ops.log_probs import token_log_probs
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.posembed import grid_ids
 from alphagrpo_jax.parity.model import Port, cache_arrays, context_sizes
@@ -48,7 +49,7 @@ def text_log_probs(
     """Computes log-probs and entropies float32[T - 1] from logits float32[T, V]."""
     tokens = jnp.asarray(ids)[None]
     mask = jnp.ones(tokens.shape, bool)
-    row = policy.token_log_probs(logits[None, :-1], tokens, mask, temperature=temperature)
+    row = token_log_probs(logits[None, :-1], tokens, mask, temperature=temperature)
     return row.log_prob[0], row.entropy[0]
 
 

@@ -18,36 +18,36 @@ from alphagrpo_jax.config import ImageOptions, RolloutOptions
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
-from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.runtime import sharding
-from alphagrpo_jax.runtime.images import fitted_size
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import image, text
+from alphagrpo_jax.sampling.contexts import (
+    Inputs,
+    context,
+    event_block,
+    extend,
+    fill_pieces,
+    first_rows,
+    guidance_contexts,
+    image_block,
+    pixels,
+    take_rows,
+    with_pieces,
+)  # fmt: skip
 from alphagrpo_jax.tasks import (
-    ANSWER,
-    BATCHED,
     IMAGE,
-    SEEN_IMAGE,
-    SYSTEM,
-    THINK,
-    Node,
     Plan,
     PlannedStep,
 )  # fmt: skip
 from alphagrpo_jax.types import (
-    ImageBlock,
     ImageSample,
     Piece,
     Rollout,
-    TextBlock,
     TextSample,
     join_micro_batches,
-    map_rows,
     row_count,
     take_micro_batch,
 )  # fmt: skip
-
-Inputs = tuple[TextBlock | ImageBlock, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,22 +134,22 @@ def prefill(
     if group > 1 and spec.shards > 1:
         # Few prompts, many devices: each computes some, then all get all.
         spread = jnp.minimum(jnp.arange(-(-prompts // spec.shards) * spec.shards), prompts - 1)
-        blocks = sharding.constrain_rows(_take_rows(inputs, spread))
+        blocks = sharding.constrain_rows(take_rows(inputs, spread))
     pieces: list[Piece | None] = [None] * len(plan.nodes)
     for index, node in enumerate(plan.nodes):
         if node.level != "trajectory":
-            block = _block(plan, node, blocks, (), spec.system_tokens)
-            pieces[index] = _extend(model, params, pieces, node, block)
+            block = event_block(plan, node, blocks, (), spec.system_tokens)
+            pieces[index] = extend(model, params, pieces, node, block)
     owner = jnp.minimum(jnp.arange(layout.rows, dtype=jnp.int32) // group, prompts - 1)
     for index, piece in enumerate(pieces):
         if piece is None or plan.nodes[index].level == "shared":
             continue
         if group == 1:
-            pieces[index] = piece if layout.rows == prompts else _take_rows(piece, owner)
+            pieces[index] = piece if layout.rows == prompts else take_rows(piece, owner)
         else:
-            pieces[index] = dataclasses.replace(_first_rows(piece, prompts), level="prompt")
+            pieces[index] = dataclasses.replace(first_rows(piece, prompts), level="prompt")
     return Rollout(
-        inputs=_take_rows(inputs, owner), owner=owner, pieces=tuple(pieces), texts=(), images=()
+        inputs=take_rows(inputs, owner), owner=owner, pieces=tuple(pieces), texts=(), images=()
     )
 
 
@@ -214,7 +214,9 @@ def text_context(
     Returns:
       The context of all rows, and new pieces by node.
     """
-    pieces, new = _filled(model, params, rollout, step.gen, spec)
+    pieces, new = fill_pieces(
+        model, params, rollout, step.gen, plan=spec.plan, system_tokens=spec.system_tokens
+    )
     return kv_cache.merge(context(pieces, step.gen, rollout.owner)), new
 
 
@@ -266,7 +268,7 @@ def add_text(
     own = {} if step.node is None else {step.node: piece}
     return dataclasses.replace(
         rollout,
-        pieces=_with_pieces(rollout.pieces, {**pieces, **own}),
+        pieces=with_pieces(rollout.pieces, {**pieces, **own}),
         texts=(*rollout.texts, sample),
     )
 
@@ -314,7 +316,9 @@ def image_contexts(
     """
     rows = take_micro_batch(spec.layout(rollout.owner.shape[0]), rollout, number)
     nodes = (*step.gen, *step.cfg_text, *step.cfg_img)
-    pieces, new = _filled(model, params, rows, nodes, spec)
+    pieces, new = fill_pieces(
+        model, params, rows, nodes, plan=spec.plan, system_tokens=spec.system_tokens
+    )
     return guidance_contexts(pieces, step, rows.owner), new
 
 
@@ -393,8 +397,8 @@ def absorb_image(
     """
     rows = take_micro_batch(spec.layout(rollout.owner.shape[0]), rollout, number)
     assert step.node is not None  # a later step reads the images
-    node, complete = spec.plan.nodes[step.node], _with_pieces(rows.pieces, pieces)
-    return _extend(model, params, complete, node, image_block(model, images), rows.owner)
+    node, complete = spec.plan.nodes[step.node], with_pieces(rows.pieces, pieces)
+    return extend(model, params, complete, node, image_block(model, images), rows.owner)
 
 
 def add_images(rollout: Rollout, micro_batches: Sequence[Images], *, spec: RolloutSpec) -> Rollout:
@@ -403,183 +407,9 @@ def add_images(rollout: Rollout, micro_batches: Sequence[Images], *, spec: Rollo
     joined: Images = join_micro_batches(layout, micro_batches)
     return dataclasses.replace(
         rollout,
-        pieces=_with_pieces(rollout.pieces, joined.pieces),
+        pieces=with_pieces(rollout.pieces, joined.pieces),
         images=(*rollout.images, joined.sample),
     )
-
-
-def rebuild(
-    model: Bagel,
-    params: policy.PolicyParams,
-    trajectories: Rollout,
-    *,
-    plan: Plan,
-    system_tokens: tuple[int, ...],
-    grid: tuple[int, int],
-) -> tuple[Piece, ...]:
-    """Computes the context pieces of trajectories again from their tokens, under other parameters.
-
-    Used where the context takes part in the gradient, and for the reference policy. The pixels of
-    generated images are constants.
-
-    Args:
-      grid: rows and columns of an image's latent tokens.
-    """
-    pieces: list[Piece] = []
-    by_event = {step.event: step for step in plan.steps}
-    for node in plan.nodes:
-        if node.kind == IMAGE:
-            latents = trajectories.images[by_event[node.event].index].latents
-            block = image_block(model, pixels(model, params, latents, grid))
-        else:
-            block = _block(plan, node, trajectories.inputs, trajectories.texts, system_tokens)
-        pieces.append(_extend(model, params, pieces, node, block))
-    return tuple(pieces)
-
-
-def image_block(model: Bagel, images: jax.Array) -> ImageBlock:
-    """Prepares generated images uint8[B, Hpx, Wpx, 3] for a context.
-
-    For the ViT they are resized on the device where its size differs: cubic and antialiased as
-    Pillow resizes a user's image, equal to it within a few levels of 255.
-    """
-    rows, height, width, _ = images.shape
-    wide, high = fitted_size(width, height, model.config.vit_transform)
-    vit_images = images
-    if (high, wide) != (height, width):
-        floats = jax.image.resize(
-            images.astype(jnp.float32), (rows, high, wide, 3), "cubic", antialias=True
-        )
-        vit_images = jnp.clip(jnp.round(floats), 0, 255).astype(jnp.uint8)
-    return ImageBlock(images, vit_images)
-
-
-def context(pieces: Sequence[Piece | None], nodes: tuple[int, ...], owner: jax.Array) -> Context:
-    """Joins the pieces of some nodes into a context of B rows.
-
-    Args:
-      pieces: by node.
-      nodes: numbers of the context's nodes, in order.
-      owner: int32[B], number of each row's prompt, by which pieces of prompts are taken.
-    Raises:
-      ValueError: a piece is still to be computed.
-    """
-    ctx = kv_cache.empty(owner.shape[0])
-    for index in nodes:
-        piece = pieces[index]
-        if piece is None:
-            raise ValueError(f"got no piece of node {index} of a context; compute it first")
-        if piece.level == "prompt":
-            piece = _take_rows(piece, owner)
-        added = kv_cache.broadcast(Context(piece.segments, piece.advance), owner.shape[0])
-        ctx = Context((*ctx.segments, *added.segments), ctx.rope + added.rope)
-    return ctx
-
-
-def guidance_contexts(
-    pieces: Sequence[Piece | None], step: PlannedStep, owner: jax.Array
-) -> GuidanceContexts:
-    """Joins the three contexts of an image step, each merged into one segment."""
-    return GuidanceContexts(
-        *(
-            kv_cache.merge(context(pieces, nodes, owner))
-            for nodes in (step.gen, step.cfg_text, step.cfg_img)
-        )
-    )
-
-
-def pixels(
-    model: Bagel, params: policy.PolicyParams, latents: jax.Array, grid: tuple[int, int]
-) -> jax.Array:
-    """Decodes latents float32[B, M, C] to uint8[B, Hpx, Wpx, 3], truncated as officially."""
-    images = policy.decode_latents(model, params, latents, grid)
-    return ((images * 0.5 + 0.5) * 255.0).astype(jnp.uint8)
-
-
-def _take_rows(tree: Any, rows: jax.Array) -> Any:
-    """Takes the rows `rows` (int32[B]) of pytrees of `types`."""
-    return map_rows(lambda axis, x: jnp.take(x, rows, axis=axis), tree)
-
-
-def _first_rows(tree: Any, count: int) -> Any:
-    """Takes the first `count` rows of pytrees of `types`."""
-    return map_rows(lambda axis, x: jax.lax.slice_in_dim(x, 0, count, axis=axis), tree)
-
-
-def _with_pieces(
-    pieces: Sequence[Piece | None], new: Mapping[int, Piece]
-) -> tuple[Piece | None, ...]:
-    """Puts new pieces, by node, among the others."""
-    return tuple(new.get(index, piece) for index, piece in enumerate(pieces))
-
-
-def _filled(
-    model: Bagel,
-    params: policy.PolicyParams,
-    rows: Rollout,
-    nodes: Sequence[int],
-    spec: RolloutSpec,
-) -> tuple[tuple[Piece | None, ...], dict[int, Piece]]:
-    """Computes the pieces of inputs and texts that these nodes lack; returns all, and the new."""
-    plan, pieces = spec.plan, list(rows.pieces)
-    new: dict[int, Piece] = {}
-    for index in nodes:
-        if pieces[index] is None:
-            node = plan.nodes[index]
-            block = _block(plan, node, rows.inputs, rows.texts, spec.system_tokens)
-            pieces[index] = new[index] = _extend(model, params, pieces, node, block, rows.owner)
-    return tuple(pieces), new
-
-
-def _block(
-    plan: Plan,
-    node: Node,
-    inputs: Inputs,
-    texts: tuple[TextSample, ...],
-    system_tokens: tuple[int, ...],
-) -> TextBlock | ImageBlock:
-    """Returns what an event adds to a context: an input, or a sampled text."""
-    if node.kind == SYSTEM:
-        tokens = jnp.asarray(system_tokens, jnp.int32)[None]
-        return TextBlock(tokens, jnp.ones(tokens.shape, bool))
-    before = plan.events[: node.event]
-    if node.kind in BATCHED:
-        return inputs[sum(event in BATCHED for event in before)]
-    sample = texts[sum(event in (THINK, ANSWER) for event in before)]
-    return TextBlock(sample.tokens, sample.mask)
-
-
-def _extend(
-    model: Bagel,
-    params: policy.PolicyParams,
-    pieces: Sequence[Piece | None],
-    node: Node,
-    block: TextBlock | ImageBlock,
-    owner: jax.Array | None = None,
-) -> Piece:
-    """Computes the piece that a block adds to a node's context.
-
-    `owner` int32[B] is needed where the context has pieces of prompts and the block has one row
-    for each trajectory.
-    """
-    count = row_count((block,))
-    before = context(pieces, node.before, jnp.arange(count) if owner is None else owner)
-    if isinstance(block, TextBlock):
-        after, _ = policy.extend_text(model, params, before, block.tokens, block.mask)
-    elif node.kind == SEEN_IMAGE:
-        patches = patchify(_to_signed_unit(block.vit_pixels), model.config.vit.patch_size)
-        grid = model.config.vit_grid(*block.vit_pixels.shape[1:3])
-        after = policy.extend_vit(model, params, before, patches, grid)
-    else:
-        images = (_to_signed_unit(block.pixels), _to_signed_unit(block.vit_pixels))
-        after = policy.extend_image(model, params, before, *images)
-    level = "shared" if node.level == "shared" else "trajectory"
-    return Piece(after.segments[len(before.segments) :], after.rope - before.rope, level)
-
-
-def _to_signed_unit(images: jax.Array) -> jax.Array:
-    """Scales uint8 pixels to float32 in [-1, 1]."""
-    return (images.astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
 def image_options(options: RolloutOptions, step: PlannedStep) -> ImageOptions:

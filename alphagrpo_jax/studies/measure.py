@@ -28,7 +28,8 @@ from alphagrpo_jax import config_checks, inference, policy, tasks
 from alphagrpo_jax.inference import Policy
 from alphagrpo_jax.runtime import cli, distributed
 from alphagrpo_jax.runtime.files import replace_text
-from alphagrpo_jax.sampling.trajectory import pixels, sample_trajectories
+from alphagrpo_jax.sampling.contexts import pixels
+from alphagrpo_jax.sampling.trajectory import sample_trajectories
 from alphagrpo_jax.shapes import checker, examples, prompts, requests, scenes
 from alphagrpo_jax.studies import drawings, measure_skills
 from alphagrpo_jax.training import options as options_lib

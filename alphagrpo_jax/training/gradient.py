@@ -22,13 +22,8 @@ from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import image
-from alphagrpo_jax.sampling.trajectory import (
-    RolloutSpec,
-    context,
-    guidance_contexts,
-    image_options,
-    rebuild,
-)
+from alphagrpo_jax.sampling.contexts import context, guidance_contexts, rebuild
+from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_options
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
     LogProbs,

@@ -26,7 +26,7 @@ from alphagrpo_jax.rewards.verifiers.instructions import CAPTION_REQUEST
 from alphagrpo_jax.rewards.verifiers.spelling import MIN_MASS, normalize_word
 from alphagrpo_jax.runtime.stopping import NEVER, StopRequest
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.sampling.trajectory import image_block
+from alphagrpo_jax.sampling.contexts import image_block
 
 IMAGES = 8  # encoded at once
 QUESTIONS = 48  # about these images, answered at once

@@ -18,7 +18,8 @@ from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import trajectory
-from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_block, sampling_params
+from alphagrpo_jax.sampling.contexts import image_block
+from alphagrpo_jax.sampling.trajectory import RolloutSpec, sampling_params
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
 from alphagrpo_jax.training.options import (

@@ -351,7 +351,6 @@ def test_eight_devices(run_process, world, rows):
     [
         (["--config.train.stepz=3"], "stepz"),
         (["--config.loss.level=word"], "loss.level: got 'word'"),
-        (["--config.train.micro_batch=3"], "does not divide"),
         (["--wrkdir=x"], "wrkdir"),
         (["surplus"], "unexpected arguments"),
         (["--config.mesh.data=2"], "needs 2 devices, but there are 1"),
@@ -365,11 +364,11 @@ def test_wrong_usage_is_refused_with_two(run, world, arguments, message):
     assert "Traceback" not in errors
 
 
-def test_a_batch_that_the_mesh_does_not_divide(run_process, world):
+def test_a_mesh_that_does_not_fit_the_devices(run_process, world):
     """In a process of its own: it has two devices, and shows exit code 2."""
-    code, errors = run_process(world / "refused", "--config.eval.micro_batch=3", devices=2)
+    code, errors = run_process(world / "refused", "--config.mesh.tensor=3", devices=2)
     assert code == 2
-    assert "eval.micro_batch=3 does not divide over mesh.data x mesh.fsdp = 2" in errors
+    assert "mesh data=-1 fsdp=1 tensor=3 needs 3 devices, but there are 2" in errors
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tiny_world
 
 from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache
+from alphagrpo_jax.ops.log_probs import token_log_probs
 from alphagrpo_jax.sampling import text
 
 MAX_TOKENS = 6
@@ -45,7 +46,7 @@ def test_log_probs_and_context_equal_teacher_forcing(tiny, setting, extend):
     sample, after = write(params, ctx, keys(), temperature=jnp.float32(0.7))
     one_pass, hidden = extend(params, ctx, sample.tokens, sample.mask)
     logits = policy.text_logits(tiny.model, params, hidden[:, :-1])
-    forced = policy.token_log_probs(logits, sample.tokens, sample.mask, temperature=0.7)
+    forced = token_log_probs(logits, sample.tokens, sample.mask, temperature=0.7)
     expected = np.where(sample.scored, forced.log_prob, 0.0)
     np.testing.assert_allclose(sample.log_prob, expected, atol=2e-5)
     np.testing.assert_array_equal(after.rope, one_pass.rope)

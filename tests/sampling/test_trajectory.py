@@ -14,6 +14,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.models import lora
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime.rows import RowLayout
+from alphagrpo_jax.sampling import contexts as contexts_lib
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import options as options_lib
@@ -121,7 +122,7 @@ def test_pixels_are_truncated(setting):
     loaded = setting[0]
     latents = jax.random.normal(jax.random.key(0), (1, 4, loaded.config.latent_width))
     params = PolicyParams(loaded.base)
-    decode = functools.partial(trajectory.pixels, loaded.model, grid=(2, 2))
+    decode = functools.partial(contexts_lib.pixels, loaded.model, grid=(2, 2))
     images = jax.jit(decode)(params, latents)
 
     floats = jax.jit(functools.partial(policy.decode_latents, loaded.model, grid=(2, 2)))

@@ -13,6 +13,7 @@ import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.runtime.rows import RowLayout
+from alphagrpo_jax.sampling import contexts as contexts_lib
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import gradient as gradient_lib
@@ -196,7 +197,7 @@ def test_rebuilt_contexts_are_the_stored_ones(setting):
     rollout_spec = setting.spec.rollout
     pieces = jax.jit(
         functools.partial(
-            trajectory.rebuild,
+            contexts_lib.rebuild,
             setting.loaded.model,
             plan=rollout_spec.plan,
             system_tokens=rollout_spec.system_tokens,

@@ -13,6 +13,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context
+from alphagrpo_jax.ops.log_probs import token_log_probs
 from alphagrpo_jax.ops.patchify import patchify
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.shapes import scenes
@@ -66,7 +67,7 @@ def text_nll(
     before = ctx.rope
     ctx, hidden = policy.extend_text(model, params, ctx, texts["tokens"], texts["mask"])
     logits = policy.text_logits(model, params, hidden[:, :-1])
-    log_probs = policy.token_log_probs(logits, texts["tokens"], texts["scored"], temperature=1.0)
+    log_probs = token_log_probs(logits, texts["tokens"], texts["scored"], temperature=1.0)
     nll = -jnp.sum(log_probs.log_prob) / jnp.sum(log_probs.mask)
     *past, text_segment = ctx.segments
     rope = before + jnp.sum(texts["visible"], axis=1, dtype=jnp.int32)
