@@ -57,20 +57,8 @@ def check_key_name(name: str) -> str:
 
 # Fields of a chat request that the client sets itself: another value would change what is read.
 CLIENT_FIELDS = frozenset(
-    {
-        "logprobs",
-        "max_completion_tokens",
-        "max_tokens",
-        "messages",
-        "model",
-        "n",
-        "response_format",
-        "seed",
-        "stream",
-        "stream_options",
-        "temperature",
-        "top_logprobs",
-    }
+    "logprobs max_completion_tokens max_tokens messages model n response_format seed stream"
+    " stream_options temperature top_logprobs".split()
 )
 
 
