@@ -60,8 +60,7 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     if config.task not in TASKS:
         raise ConfigError(f"task: got {config.task!r}, bench measures one of {TASKS}")
     compiles = CompileCounter()
-    mesh = setup.make_mesh(config)
-    jax.set_mesh(mesh)
+    config, mesh = setup.enter_mesh(config)
     loaded = setup.load_policy(config, mesh)
     data = setup.load_data(config, loaded, folder / "data")
     optimizer = make_optimizer(config.optimizer)

@@ -56,10 +56,10 @@ def check_key_name(name: str) -> str:
 
 
 # Fields of a chat request that the client sets itself: another value would change what is read.
-CLIENT_FIELDS = frozenset(
-    "logprobs max_completion_tokens max_tokens messages model n response_format seed stream"
-    " stream_options temperature top_logprobs".split()
-)
+CLIENT_FIELDS = frozenset({
+    "logprobs", "max_completion_tokens", "max_tokens", "messages", "model", "n", "response_format",
+    "seed", "stream", "stream_options", "temperature", "top_logprobs",
+})  # fmt: skip
 
 
 def extra_fields(text: str) -> dict[str, Any]:

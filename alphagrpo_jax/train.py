@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from alphagrpo_jax import advantage, initial_images, prompts, reward, rollout, update
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax.config import Config, MeshOptions
+from alphagrpo_jax.config import Config
 from alphagrpo_jax.evaluation import heldout
 from alphagrpo_jax.runtime import checkpoint, cli, distributed
 from alphagrpo_jax.runtime import metrics as metrics_lib
@@ -82,14 +82,9 @@ def main(
     # ------------------------------------------------------------------ build
     console, compiles = console or Console(enabled=False), CompileCounter()
     console.compile_seconds = lambda: compiles.seconds
-    mesh = setup.make_mesh(config)
-    jax.set_mesh(mesh)
-    config = dataclasses.replace(config, mesh=MeshOptions(**mesh.shape))
-    checkpoint.check_writable(workdir, state_bytes=0)
-    run_folder.check_folder(config, workdir)
+    config, mesh = setup.enter_mesh(config)
+    check_start(config, workdir)
     cache, profiler = use_cache(config.cache.dir, workdir), StepProfiler(profiled, workdir)
-    if notice := early_decay(config):
-        notify(notice)
     with console.phase("loading the model"):
         loaded = setup.load_policy(config, mesh)
     with console.phase("reading the prompts"):
@@ -100,7 +95,6 @@ def main(
         state = setup.initial_state(config, loaded.base, optimizer, mesh)
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
     fns = compile_fns(config, loaded, state, optimizer, mesh)
-
     # ---------------------------------------------------------------- restore
     saves = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
     state = state if saves.latest() is not None else setup.with_adapter(config, state)
@@ -172,7 +166,6 @@ def main(
         # ---------------------------------------------------------------- end
         if done < config.train.steps and saves.latest() != done:  # stopped
             saves.save(done, *run_folder.content(state, done, position, data))
-    saves.wait()
     saved = saves.latest() or 0  # more than `done` if a stop has ended an evaluation
     for closed in (saves, writers, profiler):
         closed.close()
@@ -180,12 +173,19 @@ def main(
     if done < config.train.steps or not evaluated:
         notify(f"stopped after step {saved}; the same command continues")
         return STOPPED
-    if config.train.steps == 0:
-        return DONE
-    run_folder.mark_finished(workdir, done)
-    notify(f"{workdir}: {done} steps are done")
-    console.message(closing_words(config, workdir, log.rows, data, console.seconds))
+    if config.train.steps > 0:
+        run_folder.mark_finished(workdir, done)
+        notify(f"{workdir}: {done} steps are done")
+        console.message(closing_words(config, workdir, log.rows, data, console.seconds))
     return DONE
+
+
+def check_start(config: Config, workdir: pathlib.Path) -> None:
+    """Refuses a folder that cannot be written or holds another run; notifies of an early decay."""
+    checkpoint.check_writable(workdir, state_bytes=0)
+    run_folder.check_folder(config, workdir)
+    if notice := early_decay(config):
+        notify(notice)
 
 
 def open_writers(

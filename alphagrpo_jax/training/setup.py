@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from alphagrpo_jax import prompts, tasks
-from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.config import Config, ConfigError, MeshOptions
 from alphagrpo_jax.models import peft
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
@@ -83,6 +83,17 @@ def make_mesh(config: Config) -> Mesh:
     except UsageError as error:
         raise ConfigError(str(error)) from error
     return mesh
+
+
+def enter_mesh(config: Config) -> tuple[Config, Mesh]:
+    """Makes the mesh and enters it; returns the configuration with its sizes, and the mesh.
+
+    Raises:
+      ConfigError: see `make_mesh`.
+    """
+    mesh = make_mesh(config)
+    jax.set_mesh(mesh)
+    return dataclasses.replace(config, mesh=MeshOptions(**mesh.shape)), mesh
 
 
 def load_data(config: Config, loaded: LoadedModel, cache: str | os.PathLike) -> dict[str, TaskData]:
