@@ -28,6 +28,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "rank": (),
+    "split_rank": ("fsdp",),  # an adapter's rank where its other dimension is not over fsdp
     "length": (),
     "none": (),
 }
@@ -45,12 +46,13 @@ PARAM_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (rf"layers/.*{_MLP}/(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
     (rf"layers/.*{_MLP}/fc1/bias$", ("mlp",)),
     (rf"layers/.*{_MLP}/(down_proj|fc2)/kernel$", ("mlp", "embed")),
-    (rf"layers/.*({_ATTENTION_IN}|o_proj(_moe_gen)?)/a$", ("embed", "rank")),
-    (rf"layers/.*{_ATTENTION_IN}/b$", ("rank", "heads")),
+    (rf"layers/.*{_ATTENTION_IN}/a$", ("embed", "rank")),
+    (rf"layers/.*{_ATTENTION_IN}/b$", ("split_rank", "heads")),
+    (r"layers/.*o_proj(_moe_gen)?/a$", ("heads", "split_rank")),
     (r"layers/.*o_proj(_moe_gen)?/b$", ("rank", "embed")),
     (rf"layers/.*{_MLP}/(gate_proj|up_proj)/a$", ("embed", "rank")),
-    (rf"layers/.*{_MLP}/(gate_proj|up_proj)/b$", ("rank", "mlp")),
-    (rf"layers/.*{_MLP}/down_proj/a$", ("mlp", "rank")),
+    (rf"layers/.*{_MLP}/(gate_proj|up_proj)/b$", ("split_rank", "mlp")),
+    (rf"layers/.*{_MLP}/down_proj/a$", ("mlp", "split_rank")),
     (rf"layers/.*{_MLP}/down_proj/b$", ("rank", "embed")),
     (r"embed_tokens(/embedding)?$", ("vocab", "embed")),
     (r"lm_head/kernel$", ("embed", "vocab")),
@@ -202,10 +204,17 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, partition_spec([None] * axis + ["batch"]))
 
 
-def cache_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Lays keys or values [L, B, S, K, H] over the mesh: rows, and heads where they divide."""
+def cache_sharding(mesh: Mesh, shape: Sequence[int], *, rows: bool = True) -> NamedSharding:
+    """Lays keys or values [L, B, S, K, H] over the mesh: rows, and heads where they divide.
+
+    Args:
+      mesh: the devices.
+      shape: of the array.
+      rows: False leaves the rows whole on every device.
+    """
     heads = "heads" if shape[3] % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, partition_spec([None, "batch", None, heads, None]))
+    batch = "batch" if rows else None
+    return NamedSharding(mesh, partition_spec([None, batch, None, heads, None]))
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -328,19 +328,19 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns the shardings of a rollout's arrays.
 
     Rows lie over the mesh, key and value heads over its tensor axis; arrays without rows, and
-    pieces of prompts, are replicated.
+    those of prompts, which trajectories on all devices read, lie whole on the other axes.
     """
     replicated = sharding.replicated(mesh)
 
     def of_piece(piece: Piece) -> Piece:
-        if piece.level != "trajectory":
-            return jax.tree.map(lambda _: replicated, piece)
-        segments = tuple(of_segment(segment) for segment in piece.segments)
-        return dataclasses.replace(piece, segments=segments, advance=sharding.batch_sharding(mesh))
+        rows = piece.level == "trajectory"
+        segments = tuple(of_segment(segment, rows=rows) for segment in piece.segments)
+        advance = sharding.batch_sharding(mesh) if rows else replicated
+        return dataclasses.replace(piece, segments=segments, advance=advance)
 
-    def of_segment(segment: Segment) -> Segment:
-        heads = sharding.cache_sharding(mesh, segment.k.shape)
-        return Segment(heads, heads, sharding.batch_sharding(mesh))
+    def of_segment(segment: Segment, *, rows: bool = True) -> Segment:
+        heads = sharding.cache_sharding(mesh, segment.k.shape, rows=rows)
+        return Segment(heads, heads, sharding.batch_sharding(mesh) if rows else replicated)
 
     def of_node(node: Any) -> Any:
         if isinstance(node, Piece):

@@ -86,7 +86,17 @@ def numbers(config, mesh, stored=None):
         spread = len(attention["q_proj"]["a"].sharding.device_set)
         after, _ = fns.apply_gradient(state, gradient, metrics)
         compared["updated"] = jax.tree.map(np.asarray, after.trainable)
-    return stored, compared, spread
+        whole = whole_matrices((gradient, after.trainable, after.opt_state), mesh.shape["fsdp"])
+    return stored, compared, {"devices": spread, "whole over fsdp": whole}
+
+
+def whole_matrices(tree, ways):
+    """Returns the paths of matrices of which a device holds more than its share over fsdp."""
+    return [
+        sharding.path_name(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if x.ndim >= 2 and math.prod(x.sharding.shard_shape(x.shape)) * ways > x.size
+    ]
 
 
 def largest_difference(first, second):
@@ -106,9 +116,9 @@ def main(root: pathlib.Path) -> None:
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected["gradient"]))
     for sizes in MESHES:
         mesh = sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
-        _, got, devices = numbers(config, mesh, stored)
+        _, got, places = numbers(config, mesh, stored)
         differences = {name: largest_difference(expected[name], got[name]) for name in expected}
-        sys.stdout.write(json.dumps({"devices": devices, "scale": scale} | differences) + "\n")
+        sys.stdout.write(json.dumps({"scale": scale} | places | differences) + "\n")
 
 
 if __name__ == "__main__":

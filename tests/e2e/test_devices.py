@@ -21,6 +21,7 @@ def test_one_update_on_3_6_and_8_devices_equals_one_device(run_python, tmp_path)
     assert [comparison["devices"] for comparison in comparisons] == [3, 6, 8]
     for comparison in comparisons:
         assert comparison["scale"] > 1e-4
+        assert comparison["whole over fsdp"] == []  # adapters, their gradient and moments are split
         assert comparison["scores"] < 1e-4
         assert comparison["ode"] < 1e-3
         assert comparison["pixels"] <= 1

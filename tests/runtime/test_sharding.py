@@ -4,12 +4,16 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny_world
 from jax.sharding import PartitionSpec
 
 from alphagrpo_jax.models import lora
+from alphagrpo_jax.models.kv_cache import Segment
 from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.training.steps import row_shardings
+from alphagrpo_jax.types import Piece
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +80,10 @@ def test_data_crosses_slices_and_the_other_axes_do_not():
     [
         ("language_model/layers/self_attn/q_proj/kernel", (2, 4, 4), (None, "fsdp", "tensor")),
         ("layers/self_attn/o_proj_moe_gen/kernel", (2, 4, 4), (None, "tensor", "fsdp")),
-        ("language_model/layers/mlp_moe_gen/down_proj/a", (2, 4, 4), (None, "tensor", None)),
-        ("0/mu/language_model/layers/mlp/up_proj/b", (2, 4, 4), (None, None, "tensor")),
+        ("language_model/layers/mlp_moe_gen/down_proj/a", (2, 4, 4), (None, "tensor", "fsdp")),
+        ("0/mu/language_model/layers/mlp/up_proj/b", (2, 4, 4), (None, "fsdp", "tensor")),
+        ("language_model/layers/self_attn/o_proj/a", (2, 4, 4), (None, "tensor", "fsdp")),
+        ("language_model/layers/self_attn/o_proj/b", (2, 4, 4), (None, None, "fsdp")),
         ("embed_tokens/embedding", (8, 4), ("tensor", "fsdp")),
         ("language_model/layers/input_layernorm/scale", (2, 4), ()),
         ("vae/decoder/conv_in/kernel", (3, 3, 4, 4), ()),
@@ -103,3 +109,26 @@ def test_every_parameter_of_the_model_has_a_row(mesh):
     for tree in (base, adapters):
         count = len(jax.tree.leaves(sharding.param_shardings(tree, mesh)))
         assert count == len(jax.tree.leaves(tree))
+
+
+def test_adapters_and_both_moments_are_split_over_fsdp():
+    mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.MESH_AXES)
+    adapters = lora.init(jax.random.key(0), tiny_world.model().base, lora.TARGETS, rank=2)
+    state = (adapters, optax.adamw(1e-3).init(adapters))
+    specs = [place.spec for place in jax.tree.leaves(sharding.param_shardings(state, mesh))]
+    assert all("fsdp" in spec for spec in specs if len(spec))
+    assert sum("fsdp" in spec for spec in specs) == 3 * len(jax.tree.leaves(adapters))
+
+
+def test_keys_and_values_are_split_by_rows_and_heads():
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.MESH_AXES)
+    rows, shape = ("data", "fsdp"), (2, 8, 3, 4, 5)
+    by_heads = PartitionSpec(None, rows, None, "tensor", None)
+    assert sharding.cache_sharding(mesh, shape).spec == by_heads
+    by_rows = PartitionSpec(None, rows, None, None, None)
+    assert sharding.cache_sharding(mesh, (2, 8, 3, 1, 5)).spec == by_rows
+    segment = Segment(*(jax.ShapeDtypeStruct(shape, np.float32),) * 2, np.ones((8, 3), bool))
+    for level in ("shared", "prompt"):  # trajectories on all devices read these rows
+        piece = row_shardings(Piece((segment,), np.ones(8), level), mesh)
+        assert piece.segments[0].k.spec == PartitionSpec(None, None, None, "tensor", None)
+        assert piece.advance.spec == piece.segments[0].valid.spec == PartitionSpec()
