@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
         print(line)
     worst = report.worst_of(needs)
     print(f"most memory: {worst.stage.name}, {worst.peak / report.GB:.1f} GB per chip")
-    fits = worst.peak <= chip.memory
+    fits = report.fits(needs, chip)
     if not fits:
         suggestion = fit.suggest(config, loaded, worst, sizes, chip.memory)
         print("\n".join(report.suggestion_lines(suggestion, chip)))

@@ -14,11 +14,15 @@ import jax
 
 from alphagrpo_jax.planning import hlo
 from alphagrpo_jax.planning.flops import count_flops
+from alphagrpo_jax.planning.model import device_bytes
 from alphagrpo_jax.planning.stages import PlanStage
 from alphagrpo_jax.planning.targets import Target
+from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.files import replace_text
 
 FORMAT = 1  # of cached results: raise it when what is read from a compiler changes
+# Memories of a TPU's core that no configuration's size fills: running out of them is a fault.
+_SMALL_MEMORIES = re.compile(r"\b(vmem|smem|cmem|sflag)\b", re.IGNORECASE)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -72,6 +76,12 @@ def compile_stage(
       target: whose compiler is used.
       cache: a folder, made if need be.
       say: is told what happens, in words.
+
+    Returns:
+      What the stage needs; `too_large` is set where the compiler refused it for its memory.
+
+    Raises:
+      InputError: the compiler refused it for another reason.
     """
     traced = stage.function.trace(*stage.arguments)
     flops = count_flops(traced.jaxpr, while_steps=stage.while_steps) / len(target.devices)
@@ -85,8 +95,11 @@ def compile_stage(
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if (needed := needed_bytes(str(error))) is None:
-            raise
-        result = _too_large(needed)
+            raise InputError(
+                f"{stage.name}: {target.compiler} does not compile this function for "
+                f"{target.name}: {str(error).strip()[:500]}"
+            ) from error
+        result = _too_large(needed, stage)
     else:
         result = _read_compiled(compiled, stage, target)
     result.compile_seconds = time.monotonic() - start
@@ -167,14 +180,26 @@ def _read_compiled(compiled: Any, stage: PlanStage, target: Target) -> Compiled:
     )
 
 
-def _too_large(needed: float) -> Compiled:
-    """Returns the result of a function that the compiler refused for its memory."""
-    return Compiled(0, 0, 0, 0, 0, 0, {}, 0, 0, {}, 0.0, too_large=needed)
+def _too_large(needed: float, stage: PlanStage) -> Compiled:
+    """Returns the result of a function that the compiler refused for its memory.
+
+    The compiler's sum has the arguments in it: what is above them counts as temporaries.
+    """
+    arguments = device_bytes(stage.arguments)
+    temporaries = max(0.0, needed - arguments)
+    sizes = (arguments, arguments, 0.0, temporaries, 0.0)
+    return Compiled(*sizes, 0.0, {}, 0.0, 0.0, {}, 0.0, too_large=needed)
 
 
 def needed_bytes(message: str) -> float | None:
-    """Reads from a compiler's error how much memory a function needs; None: it is another error."""
+    """Reads from a compiler's error how much memory a function needs, its arguments included.
+
+    Returns:
+      Bytes; infinity where the message has no number; None where it is another error.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    if _SMALL_MEMORIES.search(message):
         return None
     patterns = (
         r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",

@@ -43,9 +43,7 @@ class StageNeeds:
 
     @property
     def peak(self) -> float:
-        """Bytes per device."""
-        if self.compiled.too_large:
-            return max(self.compiled.too_large, sum(self.stage.alive.values()))
+        """Bytes per device; infinity where a compiler refused the stage without a number."""
         return sum(self.bytes_by_kind.values())
 
 

@@ -1,5 +1,6 @@
 """Writes a plan: tables for people, JSON for programs, and the verdict."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,19 +21,24 @@ COLUMNS = ("weights", "LoRA", "optimizer", "contexts", "gradient", "results", "t
 
 
 def worst_of(needs: Sequence[StageNeeds]) -> StageNeeds:
-    """Returns the stage that needs the most memory."""
-    return max(needs, key=lambda entry: entry.peak)
+    """Returns the stage that needs the most memory; those that a compiler refused come first."""
+    return max(needs, key=lambda entry: (entry.compiled.too_large > 0, entry.peak))
+
+
+def fits(needs: Sequence[StageNeeds], chip: Chip) -> bool:
+    """Tells whether no stage needs more than a chip has, and none was refused."""
+    worst = worst_of(needs)
+    return not worst.compiled.too_large and worst.peak <= chip.memory
 
 
 def verdict(needs: Sequence[StageNeeds], chip: Chip) -> str:
     """Returns the last line of a plan."""
-    worst = worst_of(needs)
-    if worst.peak <= chip.memory:
+    if fits(needs, chip):
         return "fits: yes"
-    return (
-        f"fits: no ({worst.stage.name} needs {worst.peak / GB:.1f} of {chip.memory / GB:.1f} GB "
-        "per chip)"
-    )
+    worst, limit = worst_of(needs), f"{chip.memory / GB:.1f} GB per chip"
+    if math.isinf(worst.peak):
+        return f"fits: no ({worst.stage.name} needs more than {limit})"
+    return f"fits: no ({worst.stage.name} needs {worst.peak / GB:.1f} of {limit})"
 
 
 def sources(target: Target) -> dict[str, str]:
@@ -155,7 +161,7 @@ def memory_line(chip: Chip) -> str:
 def suggestion_lines(suggestion: Suggestion | None, chip: Chip) -> list[str]:
     """Says what to change."""
     if suggestion is None:
-        return ["no field makes it smaller: take chips with more memory, or more of them"]
+        return ["no field is known to make it fit: take chips with more memory, or more of them"]
     flags = " ".join(f"--config.{name}={value}" for name, value in suggestion.changes.items())
     size = f"{suggestion.peak / GB:.1f} of {chip.memory / GB:.1f} GB"
     if suggestion.fits:
@@ -187,9 +193,9 @@ def as_json(
         "sources": sources(target),
         "stages": {entry.stage.name: _stage_json(entry, chip) for entry in needs},
         "iteration_seconds": {"all": without_evaluation(parts), **parts},
-        "peak_bytes": worst_of(needs).peak,
+        "peak_bytes": _finite(worst_of(needs).peak),
         "peak_stage": worst_of(needs).stage.name,
-        "fits": worst_of(needs).peak <= chip.memory,
+        "fits": fits(needs, chip),
         "verdict": verdict(needs, chip),
     }
 
@@ -199,9 +205,9 @@ def _stage_json(entry: StageNeeds, chip: Chip) -> dict[str, Any]:
     row = {
         "part": entry.stage.part,
         "calls": entry.stage.calls,
-        "bytes": entry.bytes_by_kind,
-        "peak_bytes": entry.peak,
-        "refused_bytes": compiled.too_large,
+        "bytes": {kind: _finite(size) for kind, size in entry.bytes_by_kind.items()},
+        "peak_bytes": _finite(entry.peak),
+        "refused_bytes": _finite(compiled.too_large),
         "flops": compiled.flops,
         "memory_traffic_bytes": compiled.memory_traffic,
         "collectives": {
@@ -219,6 +225,11 @@ def _stage_json(entry: StageNeeds, chip: Chip) -> dict[str, Any]:
         row["collective_bytes_per_token"] = compiled.step_collective_bytes
         row["memory_traffic_bytes_per_token"] = compiled.step_memory_traffic
     return row
+
+
+def _finite(size: float) -> float | None:
+    """Returns a size for JSON, which has no infinity: None where a compiler gave no number."""
+    return size if math.isfinite(size) else None
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

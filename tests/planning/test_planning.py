@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from alphagrpo_jax.planning.compiling import Compiled
 from alphagrpo_jax.planning.flops import count_flops
 from alphagrpo_jax.planning.stages import EVALUATION, INITIAL, ROLLOUT, UPDATE, PlanStage
 from alphagrpo_jax.runtime import sharding
-from alphagrpo_jax.runtime.errors import UsageError
+from alphagrpo_jax.runtime.errors import InputError, UsageError
 from alphagrpo_jax.training import setup
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -62,6 +64,16 @@ def test_without_its_compiler_a_topology_says_what_to_install(monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"\[plan\]"):
         targets.tpu_target("v5p:2x2x1", 1)
+
+
+def test_a_topology_that_nobody_rents_is_refused_with_some_that_are(monkeypatch):
+    def unknown(*_, **__):
+        raise RuntimeError("INVALID_ARGUMENT: no such topology")
+
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", unknown)
+    with pytest.raises(UsageError, match=r"knows no v5p:3x3x3 \(INVALID.*v5p:4x4x4, v6e:4x4"):
+        targets.tpu_target("v5p:3x3x3", 1)
 
 
 # -------------------------------------------------------------------------- FLOPs
@@ -200,7 +212,6 @@ def test_a_peak_adds_what_is_alive_results_temporaries_and_padding():
         temporary_bytes=4e9,
     )  # fmt: skip
     assert entry.peak == pytest.approx(32e9 + 1e9 + 2e9 + 4e9)
-    assert needs(too_large=50e9).peak == 50e9
 
 
 def test_the_roofline_is_what_binds():
@@ -321,6 +332,9 @@ def test_results_are_cached_by_program(tmp_path):
          "hbm. Used 40.50G of 31.25G hbm. Exceeded hbm capacity by 9.25G.", 40.5 * 2**30),
         ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
          "temporaries (800.00G) exceeds available HBM (95.74G).", 800 * 2**30),
+        ("RESOURCE_EXHAUSTED: Ran out of memory while allocating.", float("inf")),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.",
+         None),
         ("INVALID_ARGUMENT: something else", None),
     ],
 )  # fmt: skip
@@ -328,26 +342,55 @@ def test_a_refusal_says_how_much_was_needed(message: str, needed: float | None):
     assert compiling.needed_bytes(message) == needed
 
 
-def test_a_refused_stage_does_not_end_the_plan(tmp_path):
-    class Refused:
-        def __getattr__(self, name):
-            return lambda *_, **__: self
+class Refused:
+    """A function that a compiler refuses with a message; cached results are never those of it."""
 
-        def compile(self):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 40.50G of 31.25G hbm")
+    def __init__(self, message: str) -> None:
+        self.message = message
 
-        def as_text(self):
-            return "program"
+    def __getattr__(self, name):
+        return lambda *_, **__: self
 
-        @property
-        def jaxpr(self):
-            return jax.make_jaxpr(lambda: 1.0)()
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
 
-    stage = dataclasses.replace(small_stage(), function=Refused())
-    result = compiling.compile_stage(stage, cpu_target(), tmp_path, lambda _: None)
-    assert result.too_large == 40.5 * 2**30
-    entry = fit.StageNeeds(stage, result, 0.0)
-    assert report.verdict([entry], CHIPS["v6e"]).startswith("fits: no (product needs 43.5 of")
+    def as_text(self):
+        return self.message
+
+    @property
+    def jaxpr(self):
+        return jax.make_jaxpr(lambda: 1.0)()
+
+
+# A chip's memory is 33.6 GB; 40.5 GiB are 43.5 GB, arguments (1 kB) included, and 1 GB is alive.
+@pytest.mark.parametrize(
+    ("message", "end"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (40.50G) exceeds available HBM (31.25G).", "needs 44.5 of 33.6 GB per chip)"),
+        ("RESOURCE_EXHAUSTED: Used 1.50G of 1.25G hbm", "needs 2.6 of 33.6 GB per chip)"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory.", "needs more than 33.6 GB per chip)"),
+    ],
+)  # fmt: skip
+def test_a_refused_stage_does_not_end_the_plan(message: str, end: str, tmp_path):
+    stage = dataclasses.replace(small_stage(), function=Refused(message), alive={"weights": 1e9})
+    other = needs(temporary_bytes=1e9)
+    for cached in (False, True):
+        result = compiling.compile_stage(stage, cpu_target(), tmp_path, lambda _: None)
+        assert result.cached == cached
+        entries = [other, fit.StageNeeds(stage, result, 0.0)]
+        assert report.verdict(entries, CHIPS["v6e"]) == f"fits: no (product {end}"
+        target = dataclasses.replace(cpu_target(), chip=CHIPS["v6e"])
+        content = report.as_json(entries, target, {"data": 1}, [])
+        assert not content["fits"]
+        assert json.loads(json.dumps(content, allow_nan=False))["peak_stage"] == "product"
+        assert "(refused)" in report.memory_table(entries)
+
+
+def test_a_compilers_other_errors_name_the_stage_and_have_no_traceback(tmp_path):
+    stage = dataclasses.replace(small_stage(), function=Refused("UNIMPLEMENTED: sorting so much"))
+    with pytest.raises(InputError, match=r"product: XLA for CPUs .* UNIMPLEMENTED: sorting"):
+        compiling.compile_stage(stage, cpu_target(), tmp_path, lambda _: None)
 
 
 # ------------------------------------------------------------------------- command
@@ -386,6 +429,31 @@ def test_without_a_machine_the_usage_is_shown(capsys):
         plan.main([])
     assert end.value.code == 2
     assert "--topology" in capsys.readouterr().err
+
+
+def test_the_command_ends_with_the_refused_stage(world, tmp_path, monkeypatch, capsys):
+    def compile_stage(stage, target, cache, say):
+        refused = stage.name in ("gradient", "forward")
+        return compiling._too_large(200e9, stage) if refused else compiled()
+
+    monkeypatch.setattr(compiling, "compile_stage", compile_stage)
+    words = [f"--config={ROOT / 'tests' / 'tiny_world.py'}", f"--out={tmp_path / 'plan.json'}"]
+    words += [f"--config.model.path={world / 'model'}", "--chips=h200:1", "--skip-evaluation"]
+    assert plan.main(words) == 1
+    output = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"fits: no \((gradient|forward) needs 200\.\d of 129\.7 .*", output[-1])
+    assert any("fit: " in line or "take" in line for line in output[-4:-1])  # what to change
+    assert not json.loads((tmp_path / "plan.json").read_text())["fits"]
+
+
+@pytest.mark.parametrize("slices", ["0", "-1", "two"])
+def test_numbers_of_slices_are_checked(slices: str, capsys):
+    with pytest.raises(SystemExit) as end:
+        plan.main(["--topology=v5p:4x4x4", f"--slices={slices}"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "--slices" in error
+    assert "at least 1" in error
 
 
 @pytest.mark.slow
