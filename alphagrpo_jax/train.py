@@ -25,7 +25,7 @@ from alphagrpo_jax import advantage, initial_images, prompts, reward, rollout, u
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.evaluation import heldout
-from alphagrpo_jax.runtime import checkpoint, cli, distributed
+from alphagrpo_jax.runtime import checkpoint, cli, distributed, peers
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.cli import DONE, STOPPED
 from alphagrpo_jax.runtime.compilations import CompileCounter, use_cache
@@ -181,8 +181,9 @@ def main(
 
 
 def check_start(config: Config, workdir: pathlib.Path) -> None:
-    """Refuses a folder that cannot be written or holds another run; notifies of an early decay."""
+    """Refuses a folder that not all can write, or of another run; notifies of an early decay."""
     checkpoint.check_writable(workdir, state_bytes=0)
+    checkpoint.check_shared(workdir)
     run_folder.check_folder(config, workdir)
     if notice := early_decay(config):
         notify(notice)
@@ -303,8 +304,24 @@ def start(fields: Mapping[str, Any], workdir: pathlib.Path, profile: str | None 
         announce=distributed.announce_stop,
         announced=distributed.stop_announced if distributed.is_joined() else None,
     )
+    with peers.ending_together():
+        return run_explained(config, workdir, Console(enabled=progress), stop, profiled)
+
+
+def run_explained(
+    config: Config,
+    workdir: pathlib.Path,
+    console: Console,
+    stop: StopSignals,
+    profiled: ProfiledSteps | None,
+) -> int:
+    """Runs `main`, and says of errors of the machine what they mean for the run.
+
+    Raises:
+      UserError: see `main`; AccessError for files that cannot be read or written.
+    """
     try:
-        with stop, Console(enabled=progress) as console:
+        with stop, console:
             return main(config, workdir, console, stop, profiled)
     except OSError as error:
         in_workdir = isinstance(error.filename, str) and (
@@ -321,6 +338,7 @@ def start(fields: Mapping[str, Any], workdir: pathlib.Path, profile: str | None 
 
 def end_process(code: int) -> NoReturn:
     """Ends the process at once, whatever its main thread does; called from another thread."""
+    peers.announce_end(code)
     if distributed.is_joined() and distributed.is_primary():
         time.sleep(LAST_SECONDS)  # without its store the other processes would end by a failure
     os._exit(code)

@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,14 +17,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.distributed import to_host
 from alphagrpo_jax.runtime.errors import UserError
 from alphagrpo_jax.runtime.sharding import path_name
 
 FOLDER = "checkpoints"
 MIN_FREE = 64 << 20  # bytes of free space that any run wants: logs, samples, prompt cache
-# A write that fails is a ValueError of tensorstore, "RESOURCE_EXHAUSTED: Error writing ...".
-_STORAGE_STATUS = re.compile(r"[A-Z]+(?:_[A-Z]+)*: ")
+# A write that fails is a ValueError of tensorstore, "RESOURCE_EXHAUSTED: Error writing ...". Of
+# collectives, which fail where another process has ended, it is none of the storage.
+_STORAGE_STATUS = re.compile(r"[A-Z]+(?:_[A-Z]+)*: (?!.*(?:[Gg]loo|NCCL))", re.DOTALL)
+SHARED_SECONDS = 10.0  # in which a new file shows on all hosts
 ROOM = 4  # checkpoints of free space that a run wants at its start
 
 
@@ -193,3 +197,44 @@ def check_writable(folder: str | os.PathLike, *, state_bytes: int) -> None:
             f"and {ROOM} checkpoints of {state_bytes / 1e6:.0f} MB); free some space or choose "
             "another --workdir"
         )
+
+
+def check_shared(folder: str | os.PathLike) -> None:
+    """Makes sure that all processes see the same run folder; all of them call it.
+
+    A checkpoint is written by all processes together, and a host with a folder of its own would
+    write its part to where no other finds it.
+
+    Raises:
+      CheckpointError: some do not see what process 0 writes, on every process.
+    """
+    if jax.process_count() == 1:
+        return
+    token = distributed.all_gather(np.frombuffer(uuid.uuid4().bytes, np.uint8))[0]
+    probe = pathlib.Path(folder) / f".shared_probe_{token.tobytes().hex()}"
+    if distributed.is_primary():
+        probe.touch()
+    distributed.all_gather(np.zeros(1, np.uint8))  # it is there
+    sees = distributed.all_gather(np.array([_appears(probe)], np.uint8))[:, 0]
+    if distributed.is_primary():
+        probe.unlink(missing_ok=True)
+    if not sees.all():
+        blind = ", ".join(map(str, np.flatnonzero(sees == 0)))
+        raise CheckpointError(
+            f"the run folder {pathlib.Path(folder).absolute()} of process 0 is another one on "
+            f"process {blind} of {len(sees)}: a file that process 0 wrote into it was not there "
+            f"after {SHARED_SECONDS:g} s; expected one folder that all hosts see: mount a shared "
+            "file system on all of them and name a --workdir on it"
+        )
+
+
+def _appears(path: pathlib.Path) -> bool:
+    """Waits until a file shows; a network file system may take seconds."""
+    end = time.monotonic() + SHARED_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # asks the server again
+    return True

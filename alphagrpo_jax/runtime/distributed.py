@@ -46,6 +46,30 @@ def is_joined() -> bool:
     return jax_distributed.global_state.client is not None
 
 
+def process_number() -> int:
+    """Returns the number of this process among those that have joined, without a device."""
+    return jax_distributed.global_state.process_id
+
+
+def coordinator_host() -> str:
+    """Returns the name or address under which all processes have reached process 0."""
+    return str(jax_distributed.global_state.coordinator_address).rpartition(":")[0].strip("[]")
+
+
+def publish(key: str, value: str) -> None:
+    """Writes a value into the store that all processes share; RuntimeError: it is gone."""
+    client = jax_distributed.global_state.client
+    assert client is not None  # this process has joined
+    client.key_value_set(key, value)
+
+
+def published(key: str, seconds: float) -> str:
+    """Waits so long for a value of the store; RuntimeError: it did not come."""
+    client = jax_distributed.global_state.client
+    assert client is not None  # this process has joined
+    return client.blocking_key_value_get(key, int(1000 * seconds))
+
+
 def is_primary() -> bool:
     """Tells if this process is the one that writes logs."""
     return jax.process_index() == 0

@@ -1,0 +1,162 @@
+"""Several processes on this machine, as on several hosts: the same numbers, and the same end."""
+
+import json
+import resource
+import signal
+import time
+
+import pytest
+
+# Far more than the 30 s in which every process should end: a busy machine decides no test.
+END_SECONDS = 60.0
+PATIENCE_SECONDS = 900.0
+STEPS = 3
+RUN = (
+    f"--config.train.steps={STEPS}",
+    "--config.eval.every=0",
+    "--config.checkpoint.every=1",
+    "--config.log.samples=0",
+)
+ENDLESS = (*RUN, "--config.train.steps=1000")
+
+
+@pytest.fixture
+def start_processes(start, free_port):
+    """start_processes(workdir, count, *arguments, of_rank={}): one process for each rank.
+
+    `of_rank` gives arguments of one rank only, which win.
+    """
+    started = []
+
+    def start_processes(workdir, count, *arguments, of_rank=None):
+        joined = {"COORDINATOR_ADDRESS": f"127.0.0.1:{free_port}", "NUM_PROCESSES": str(count)}
+        for rank in range(count):
+            own = (of_rank or {}).get(rank, (f"--workdir={workdir}",))
+            started.append(start(workdir, *arguments, *own, **joined, PROCESS_ID=str(rank)))
+        return started[-count:]
+
+    yield start_processes
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def ends(processes, seconds=PATIENCE_SECONDS):
+    """Exit codes and outputs."""
+    outputs = [process.communicate(timeout=seconds)[1] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def check_others_end(processes, victim, words):
+    """All but the victim end in time with 1, and say that it was the victim, and why."""
+    began = time.monotonic()
+    for rank, process in enumerate(processes):
+        if rank == victim:
+            continue
+        _, output = process.communicate(timeout=END_SECONDS)
+        assert time.monotonic() - began < END_SECONDS
+        assert process.returncode == 1, output
+        last = output[output.rindex("error: ") :]
+        assert f"process {victim} (host" in last
+        assert words in last
+        assert "run the same command again" in last
+        assert "free some space" not in last or "could not be written" in words
+
+
+def single(workdir, count, run_process, *arguments):
+    """A run of one process with so many devices; returns its folder."""
+    code, errors = run_process(
+        workdir, *RUN, f"--config.mesh.data={count}", *arguments, devices=count
+    )
+    assert code == 0, errors
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(world, run_process, rows):
+    """Rows of a run without interruption by one process with two devices."""
+    return rows(single(world / "one_of_2", 2, run_process))
+
+
+def test_a_folder_that_not_all_processes_see_is_refused(start_processes, world):
+    other = (f"--workdir={world / 'not_shared_1'}",)
+    processes = start_processes(world / "not_shared", 2, of_rank={1: other})
+    codes, outputs = ends(processes)
+    assert codes == [1, 1]
+    for output in outputs:
+        assert "is another one on process 1 of 2" in output
+        assert "mount a shared file system" in output
+    assert not list((world / "not_shared").glob(".shared_probe*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_compute_what_as_many_devices_do(
+    count, start_processes, run_process, world, rows, whole
+):
+    expected = whole if count == 2 else rows(single(world / "one_of_4", 4, run_process))
+    workdir = world / f"processes_{count}"
+    audit = f"--config.verifier.audit={world / f'audit_{count}'}"
+    codes, outputs = ends(
+        start_processes(workdir, count, *RUN, f"--config.mesh.data={count}", audit)
+    )
+    assert codes == [0] * count, "\n".join(outputs)
+    assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
+    assert rows(workdir) == expected
+    shares = [
+        {
+            record["sample_id"]
+            if isinstance(record["sample_id"], str)
+            else str(record["sample_id"])
+            for record in map(json.loads, path.read_text().splitlines())
+        }
+        for path in sorted(world.glob(f"audit_{count}*"))
+    ]
+    assert len(shares) == count
+    assert [len(share) for share in shares] == [STEPS * 8 / count] * count
+    assert len(set.union(*shares)) == STEPS * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_end_where_one_is_killed_and_the_run_continues(
+    victim, start_processes, world, rows, whole, wait_for_step
+):
+    workdir = world / f"killed_{victim}"
+    processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2")
+    wait_for_step(workdir, 2, processes[victim])
+    processes[victim].send_signal(signal.SIGKILL)
+    check_others_end(processes, victim, "it ended without a word")
+    codes, outputs = ends(start_processes(workdir, 2, *RUN, "--config.mesh.data=2"))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert rows(workdir) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_end_where_one_has_no_verifier(victim, start_processes, world):
+    workdir = world / f"no_verifier_{victim}"
+    missing = (f"--workdir={workdir}", "--config.verifier.path=tiny_verifiers:Missing")
+    processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2", of_rank={victim: missing})
+    check_others_end(processes, victim, "Missing")
+    assert ends(processes)[0][victim] in (1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_end_where_the_disk_of_one_is_full(
+    victim, start_processes, world, rows, whole, wait_for_step
+):
+    workdir = world / f"full_{victim}"
+    processes = start_processes(workdir, 2, *ENDLESS, "--config.mesh.data=2")
+    wait_for_step(workdir, 1, processes[victim])
+    resource.prlimit(processes[victim].pid, resource.RLIMIT_FSIZE, (0, 0))
+    check_others_end(processes, victim, "File too large")
+    assert ends(processes)[0] == [1, 1]
+    saved = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    again = (*RUN, f"--config.train.steps={saved + 1}", "--config.mesh.data=2")
+    codes, outputs = ends(start_processes(workdir, 2, *again))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert [row["step"] for row in rows(workdir)] == list(range(1, saved + 2))
+    assert rows(workdir)[:STEPS] == whole[: saved + 1]
