@@ -22,6 +22,9 @@ COLLECTIVES = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
+# A TPU's compiler splits a collective over slices: what leaves a slice is a send by the host, of
+# this device's share, which says what it is a part of.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([\w-]+)"')
 # Instructions that move nothing by themselves, or whose inner computations are counted instead.
 STILL = frozenset(
     {
@@ -36,7 +39,9 @@ STILL = frozenset(
         "opt-barrier",
         "parameter",
         "partition-id",
+        "recv",
         "replica-id",
+        "send",
         "tuple",
         "while",
     }
@@ -175,6 +180,9 @@ class Module:
                 entry[0] += 1
                 entry[1] += size
                 total.network += size if self._crosses(instruction) else 0.0
+            if sent := self._sent_between_slices(instruction):
+                kind, size = sent
+                total.add(Traffic(collectives={kind: [1.0, size]}, network=size), 1)
             times = 1.0
             if instruction.opcode == "while":
                 trips = self.trips(instruction)
@@ -315,6 +323,21 @@ class Module:
             rows = [_integers(row) for row in re.findall(r"\{([\d,]+)\}", explicit[1])]
             return np.array(rows, dtype=np.int64) if len({len(r) for r in rows}) == 1 else _NONE
         return _NONE
+
+    def _sent_between_slices(self, instruction: Instruction) -> tuple[str, float] | None:
+        """Returns the kind and bytes of what a device sends to other slices by its host."""
+        transfer = _BETWEEN_SLICES.search(instruction.text)
+        if instruction.opcode != "send" or transfer is None:
+            return None
+        ways = max(2, len(set(self.slices.tolist())))
+        kind = transfer[1].lower().replace("_", "-")
+        share = {
+            "all-reduce": 2 * (ways - 1) / ways,
+            "all-gather": ways - 1.0,
+            "all-to-all": (ways - 1) / ways,
+            "reduce-scatter": (ways - 1) / ways,
+        }.get(kind, 1.0)
+        return f"{kind} between slices", instruction.arrays[0].bytes * share
 
     def _crosses(self, instruction: Instruction) -> bool:
         """Tells whether a collective exchanges between slices."""

@@ -101,6 +101,36 @@ def test_collectives_between_slices_are_told_apart():
     assert crossing.traffic(while_steps=1).network == 2 * 4 * 7 / 8 + 28 * GATHERED
 
 
+# An all-reduce over two slices of four devices, as the TPU's compiler writes it (shortened).
+SENT = """
+ENTRY %main (p: f32[2048,1024]) -> f32[2048,1024] {
+  %p = f32[2048,1024]{1,0} parameter(0)
+  %mark = token[] after-all()
+  %cut = f32[512,1024]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+  %send = (f32[512,1024]{1,0}, u32[], token[]) send(%cut, %mark), is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[512,1024]{1,0}, u32[], token[]) recv(%mark), is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), is_host_transfer=true
+  %got = (f32[512,1024]{1,0}, token[]) recv-done(%recv), is_host_transfer=true
+  %share = f32[512,1024]{1,0} get-tuple-element(%got), index=0
+  ROOT %all = f32[2048,1024]{1,0} all-gather(%share), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+def test_what_hosts_send_between_slices_is_counted():
+    share = 4.0 * 512 * 1024
+    traffic = hlo.Module(SENT, [0, 0, 0, 0, 1, 1, 1, 1]).traffic(while_steps=1)
+    # Of two slices each sends its half of the share twice, as in a ring.
+    assert traffic.collectives["all-reduce between slices"] == [1, share]
+    assert traffic.network == share
+    assert set(traffic.collectives) == {
+        "reduce-scatter", "all-gather", "all-reduce between slices",
+    }  # fmt: skip
+    assert traffic.memory == 0
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
