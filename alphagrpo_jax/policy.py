@@ -103,8 +103,9 @@ def text_log_probs(
         logits = text_logits(model, params, hidden)
         return target_log_probs(logits, targets, temperature=temperature)
 
-    pair, valid = by_blocks(of_block, hidden[:, :-1], tokens[:, 1:]), mask[:, 1:]
-    return TextLogProbs(*(jnp.where(valid, x, 0.0) for x in pair), valid)
+    log_prob, entropy = by_blocks(of_block, hidden[:, :-1], tokens[:, 1:])
+    valid = mask[:, 1:]
+    return TextLogProbs(jnp.where(valid, log_prob, 0.0), jnp.where(valid, entropy, 0.0), valid)
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ CONFIG_FILES = (LLM_FILE, VIT_FILE, VAE_FILE, BAGEL_FILE)
 # (path "a/b/c", shape of the leaf) -> where it lies
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 INDEX = ".index.json"  # beside several files that stand for one
+BLOCK_BYTES = 2**22  # of a tensor that are in memory beside the part that they belong to
+ALIGNMENT = 64  # bytes; a CPU device takes memory that is aligned so as it is
 
 
 class WeightsError(UserError, ValueError):
@@ -199,7 +202,8 @@ def _read_leaf(
     for bounds, holders in devices.items():
         part = _read_part(files, group, bounds, dtype)
         copies = [jax.device_put(part, device) for device in holders]
-        jax.block_until_ready(copies)  # then the host's copy may go
+        del part  # where it was copied it goes, before the next one is read
+        jax.block_until_ready(copies)
         places |= dict(zip(holders, copies, strict=True))
     arrays = [places[device] for device in sharding.addressable_devices_indices_map(shape)]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
@@ -212,24 +216,44 @@ def _read_part(
     dtype: Any,
 ) -> np.ndarray:
     """Reads the part of a leaf between `bounds`, (begin, end) per dimension."""
-    part = np.empty([end - begin for begin, end in bounds], dtype)
+    part = _aligned_empty([end - begin for begin, end in bounds], jnp.dtype(dtype))
     for entry in group:
-        file, begin = files[entry.file], 0
+        file, begin, target = files[entry.file], 0, part
         inner = bounds
         if entry.layer is not None:
             (begin, end), *inner = bounds
             if not begin <= entry.layer < end:
                 continue
+            target = part[entry.layer - begin]
         slices = entry.file_index(tuple(slice(*pair) for pair in inner))
-        tensor = file.read(entry.name, slices)
-        if not is_finite(tensor):
+        _read_tensor(file, entry, slices, entry.to_file(target))  # of a view: it writes into `part`
+    return part
+
+
+def _read_tensor(
+    file: "_WeightFiles", entry: Entry, slices: tuple[slice, ...], target: np.ndarray
+) -> None:
+    """Reads a part of a tensor into an array of the file's layout, block by block."""
+    first, *others = slices
+    row_bytes = max(1, target[:1].size) * np.dtype(np.float32).itemsize
+    rows = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(first.start, first.stop, rows):
+        stop = min(start + rows, first.stop)
+        block = file.read(entry.name, (slice(start, stop), *others))
+        if not is_finite(block):
             raise WeightsError(
                 f"{file.folder / entry.file}: tensor {entry.name} holds NaN or infinite values, "
                 "expected numbers: whatever it computes would be NaN; fetch or make the weights "
                 "again"
             )
-        part[... if entry.layer is None else entry.layer - begin] = entry.to_tree(tensor)
-    return part
+        target[start - first.start : stop - first.start] = block
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def is_finite(tensor: np.ndarray) -> bool:
@@ -311,8 +335,6 @@ class _WeightFiles:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor."""
-        if not index:
-            return self.handles[name].get_tensor(name)
         return self.handles[name].get_slice(name)[index]
 
 

@@ -1,11 +1,14 @@
 """Log-probabilities and entropies of texts from logits."""
 
 from collections.abc import Callable
+from typing import cast
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+_Pair = tuple[jax.Array, jax.Array]
 
 LOGIT_POSITIONS = 128  # of a text, whose logits exist at the same time
 
@@ -84,12 +87,17 @@ def by_blocks(
         padding = [(0, 0)] * x.ndim
         padding[1] = (0, count * positions - length)
         shape = (x.shape[0], count, positions, *x.shape[2:])
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), 1, 0)
+        padded = cast(jax.Array, jnp.pad(x, padding))
+        return jnp.moveaxis(padded.reshape(shape), 1, 0)
 
-    _, by_block = jax.lax.scan(
-        lambda _, block: (None, jax.checkpoint(function)(*block)),
-        None,
-        (blocks(hidden), blocks(targets)),
-    )
-    first, second = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1) for x in by_block)
-    return first[:, :length], second[:, :length]
+    remade = cast(Callable[[jax.Array, jax.Array], _Pair], jax.checkpoint(function))
+
+    def step(carry: None, block: _Pair) -> tuple[None, _Pair]:
+        return carry, remade(*block)
+
+    _, (first, second) = jax.lax.scan(step, None, (blocks(hidden), blocks(targets)))
+
+    def joined(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
+
+    return joined(first), joined(second)

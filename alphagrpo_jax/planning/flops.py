@@ -23,19 +23,23 @@ def _equation_flops(equation: core.JaxprEqn, while_steps: int) -> float:
     name, options = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = options["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
+        shape = _shape(equation.invars[0])
         depth = math.prod(shape[axis] for axis in contracted)
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * depth
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         out_features = kernel[options["dimension_numbers"].rhs_spec[0]]
         per_output = math.prod(kernel) / out_features
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * per_output
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * per_output
     inner = [count_flops(jaxpr, while_steps=while_steps) for jaxpr in _inner(options)]
     if name == "cond":
         return max(inner, default=0.0)
     times = {"scan": options.get("length", 1), "while": while_steps}.get(name, 1)
     return times * sum(inner)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 def _inner(options: dict[str, Any]) -> Iterator[core.ClosedJaxpr]:

@@ -86,8 +86,8 @@ def abstract_state(
     key = jax.eval_shape(lambda: jax.random.key(0))
     trainable, opt_state = placed(jax.eval_shape(init, base, key), mesh)
     replicated = sharding.replicated(mesh)
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
-    return TrainState(trainable=trainable, opt_state=opt_state, key=key)
+    placed_key: Any = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
+    return TrainState(trainable=trainable, opt_state=opt_state, key=placed_key)
 
 
 def device_bytes(tree: Any) -> float:
@@ -102,5 +102,5 @@ def _leaf_bytes(leaf: Any) -> float:
     size = 1
     for side in shape:
         size *= side
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return float(size * (8 if is_key else leaf.dtype.itemsize))

@@ -225,7 +225,7 @@ def _update(
     config, mesh, state = plan.config, plan.mesh, plan.state
     layout = options_lib.update_spec(config, plan.loaded, task).layout
     everywhere = sharding.replicated(mesh)
-    by_row = [
+    by_row: list[Any] = [
         jax.ShapeDtypeStruct((layout.rows,), dtype, sharding=everywhere)
         for dtype in (jnp.float32, jnp.float32, bool)
     ]

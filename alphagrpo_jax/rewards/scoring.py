@@ -149,7 +149,7 @@ def submit(
         several processes each scores its own share of the batch.
     """
     rows = np.arange(len(sample_ids)) if rows is None else rows
-    for row in np.flatnonzero(distributed.is_own(rows)):
+    for row in np.flatnonzero(distributed.is_own(rows)).tolist():
         questions = yes_no_questions(options, records[row])
         rated = rating_questions(options, records[row])
         scored = scored_texts(options, records[row])

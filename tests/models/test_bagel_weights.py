@@ -171,8 +171,10 @@ def test_leaves_lie_where_the_caller_says(loaded: LoadedModel):
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.base, again.base))
 
 
-def test_any_part_of_a_leaf_can_be_read(loaded: LoadedModel):
-    """As a process does whose devices hold a part of it."""
+@pytest.mark.parametrize("block", [bagel_weights.BLOCK_BYTES, 100])
+def test_any_part_of_a_leaf_can_be_read(loaded: LoadedModel, monkeypatch, block):
+    """As a process does whose devices hold a part of it; tensors are read block by block."""
+    monkeypatch.setattr(bagel_weights, "BLOCK_BYTES", block)
     rng = np.random.default_rng(0)
     flat = traverse_util.flatten_dict(loaded.base)
     groups = {path: [] for path in flat}
