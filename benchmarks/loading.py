@@ -13,7 +13,6 @@ every load.
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -263,7 +262,10 @@ def run(options: argparse.Namespace) -> None:
             )
 
 
-main = functools.partial(cli.run, parse_flags, run)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    return cli.run(parse_flags, run, arguments)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -81,7 +81,13 @@ spec:
 YAML
 }
 
+HANDED_OVER="" # to a run: until then the judges end with this script
+end_judges_of_cluster() {
+  [ -n "$HANDED_OVER" ] || kubectl delete "statefulset,service" "$NAME-judge" >&2 || true
+}
 if [ -n "$JUDGE" ]; then
+  [ -n "$DRY_RUN" ] || trap end_judges_of_cluster EXIT
+  end_by_signals
   case "$JUDGE" in
     vllm) JUDGE_IMAGE="${JUDGE_IMAGE:-vllm/vllm-openai:latest}" ;;
     sglang) JUDGE_IMAGE="${JUDGE_IMAGE:-lmsysorg/sglang:latest}" ;;
@@ -109,4 +115,5 @@ run xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--zone=$ZONE" "
   "--num-slices=$SLICES" "--docker-image=$IMAGE" "--max-restarts=$RESTARTS" --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=300 \
   "--command=JAX_PLATFORMS=tpu DISTRIBUTED=1 $(quoted python -m alphagrpo_jax.train "${TRAIN[@]}")"
+HANDED_OVER=1
 [ -z "$JUDGE" ] || [ -n "$DRY_RUN" ] || say "the judges stay: kubectl delete statefulset,service $NAME-judge"

@@ -37,14 +37,16 @@ done
 
 [ -n "$DRY_RUN" ] || . launch/setup.sh
 trap end_judges EXIT
+end_by_signals
 if [ -n "$JUDGE" ]; then
   start_judges "$JUDGE_CARDS" 127.0.0.1 "$LOGS"
-  wait_for_judges 127.0.0.1 "$LOGS"
+  wait_for_judges
 fi
 use_endpoints
 
 processes=() variables=("CUDA_VISIBLE_DEVICES=$CARDS")
 if [ -n "$PER_CARD" ]; then
+  # shellcheck disable=SC2086 # one word per card
   read -ra variables <<<"$(printf 'CUDA_VISIBLE_DEVICES=%s ' ${CARDS//,/ })"
 fi
 for number in "${!variables[@]}"; do

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that start judges and a run: flags, dry runs, starting judges, waiting for their health.
 #
 # Flags of all these scripts (what is none of theirs goes to alphagrpo_jax.train):
@@ -11,7 +12,7 @@
 
 DRY_RUN="" JUDGE="" JUDGE_MODEL="" JUDGE_ARGS="" JUDGE_SECONDS=1200 ENDPOINTS="" FIRST_PORT="${FIRST_PORT:-8000}"
 TRAIN=() # arguments of alphagrpo_jax.train
-JUDGE_PIDS=()
+JUDGE_PIDS=() JUDGE_PORTS=() JUDGE_LOGS=() # of the judges that start_judges has started
 
 fail() {
   echo "error: $*" >&2
@@ -35,7 +36,8 @@ quoted() {
 # Runs a command; in a dry run it prints it.
 run() {
   if [ -n "$DRY_RUN" ]; then
-    echo "$(quoted "$@")"
+    quoted "$@"
+    echo
   else
     "$@"
   fi
@@ -96,6 +98,7 @@ wait_for_judge() {
   fi
   say "waiting for the judge $1 (log: $log) ..."
   until curl -sf -m 5 -o /dev/null "$base/health" || curl -sf -m 5 -o /dev/null "$base/v1/models"; do
+    check_judges
     if [ -n "$pid" ] && ! kill -0 "$pid" 2>/dev/null; then
       judge_failed "$1 has ended before it was healthy" "$log"
     elif [ "$SECONDS" -ge "$deadline" ]; then
@@ -104,6 +107,15 @@ wait_for_judge() {
     sleep "${POLL_SECONDS:-2}"
   done
   say "the judge $1 is healthy"
+}
+
+# Fails if a judge of this machine has ended, whichever is waited for.
+check_judges() {
+  local number
+  for number in "${!JUDGE_PIDS[@]}"; do
+    kill -0 "${JUDGE_PIDS[$number]}" 2>/dev/null ||
+      judge_failed "http://127.0.0.1:${JUDGE_PORTS[$number]}/v1 has ended before it was healthy" "${JUDGE_LOGS[$number]}"
+  done
 }
 
 judge_failed() {
@@ -137,6 +149,13 @@ start_judge() {
   JUDGE_PIDS+=($!)
 }
 
+# Ctrl-C and SIGTERM end the script, and run what it does at its end. A shell by itself outlives Ctrl-C where the program that
+# it waits for does.
+end_by_signals() {
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+}
+
 # Ends the judges of this machine that were started here.
 end_judges() {
   [ "${#JUDGE_PIDS[@]}" -eq 0 ] || kill "${JUDGE_PIDS[@]}" 2>/dev/null || true
@@ -148,17 +167,17 @@ start_judges() {
   for cards in ${1//,/ }; do
     start_judge "$cards" "$port" "$3/judge_$2_$port.log"
     add_endpoint "http://$2:$port/v1"
+    JUDGE_PORTS+=("$port")
+    JUDGE_LOGS+=("$3/judge_$2_$port.log")
     port=$((port + 1))
   done
 }
 
-# Waits for the judges that start_judges has started.
+# Waits for the judges that start_judges has started, on their own machine.
 wait_for_judges() {
-  local url number=0 port
-  for url in ${ENDPOINTS//,/ }; do
-    port="${url##*:}" port="${port%/v1}"
-    wait_for_judge "$url" "$2/judge_$1_$port.log" "${JUDGE_PIDS[$number]:-}"
-    number=$((number + 1))
+  local number
+  for number in "${!JUDGE_PORTS[@]}"; do
+    wait_for_judge "http://127.0.0.1:${JUDGE_PORTS[$number]}/v1" "${JUDGE_LOGS[$number]}"
   done
 }
 

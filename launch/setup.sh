@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes the virtual environment once, installs the project, activates it.
 # VENV: where it lives (default .venv). PYTHON: what makes it (default python3, 3.11 or newer).
 # EXTRAS: what is installed (default ".[tests]", or what it was last time), e.g. ".[tests,cuda]" for a GPU.
@@ -14,4 +15,5 @@ if [ ! -e "$VENV/installed" ] || [ "$(cat "$VENV/installed")" != "$wanted" ] ||
   echo "installing ... $((SECONDS - began)) s" >&2
 fi
 unset wanted began
+# shellcheck disable=SC1091 # made above
 . "$VENV/bin/activate"

@@ -75,11 +75,12 @@ part() { # of a heterogeneous job, or the nodes of an ordinary one: part NUMBER 
 [ -n "$DRY_RUN" ] || . launch/setup.sh
 judges_pid=""
 trap '[ -z "$judges_pid" ] || kill "$judges_pid" 2>/dev/null || true' EXIT
+end_by_signals
 if [ -n "$JUDGE" ]; then
   groups=$(card_groups "$GPUS" "$JUDGE_GPUS")
   command=(srun "$(part 1 "${nodes[@]:$NODES}")" "--nodes=$JUDGE_NODES" "--ntasks=$JUDGE_NODES" --ntasks-per-node=1
-    "--gpus-per-node=$GPUS" "--cpus-per-task=$CPUS" ./launch/node_judges.sh
-    "--judge=$JUDGE" "--judge-model=$JUDGE_MODEL" "--judge-args=$JUDGE_ARGS" "--judge-cards=$groups")
+    "--gpus-per-node=$GPUS" "--cpus-per-task=$CPUS" --kill-on-bad-exit=1 ./launch/node_judges.sh
+    "--judge=$JUDGE" "--judge-model=$JUDGE_MODEL" "--judge-args=$JUDGE_ARGS" "--judge-seconds=$JUDGE_SECONDS" "--judge-cards=$groups")
   if [ -n "$DRY_RUN" ]; then
     echo "$(quoted "${command[@]}") &"
   else
@@ -103,7 +104,8 @@ command=(env "NUM_PROCESSES=$((NODES * tasks))" "COORDINATOR_ADDRESS=${nodes[0]}
   "--gpus-per-node=$GPUS" "--cpus-per-task=$((CPUS / tasks))" --kill-on-bad-exit=1
   ./launch/slurm_task.sh ${PER_CARD:+--per-card} "${TRAIN[@]}")
 if [ -n "$DRY_RUN" ]; then
-  echo "$(quoted "${command[@]}")"
+  quoted "${command[@]}"
+  echo
   echo "# if the run was stopped (exit code 75): scontrol requeue JOB"
   exit 0
 fi

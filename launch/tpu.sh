@@ -9,7 +9,7 @@
 # --judge-vms=VM,VM    VMs with GPUs, in the same zone and network (--judge-zone=ZONE: in another); they have this folder, too
 # --judge-cards=LIST   cards of the judges of each VM (default 0)
 # --folder=FOLDER      where the repository is on all of these machines (default alphagrpo_jax, below the home)
-# The other flags stand in launch/lib.sh. The run's folder is one that all hosts mount. Exit code 75: stopped and saved.
+# The judges end with the run, and with this script. The other flags stand in launch/lib.sh. The run's folder is one that all hosts mount. Exit code 75: stopped and saved.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/lib.sh
@@ -66,10 +66,27 @@ if [ -n "$TYPE" ]; then
   fi
 fi
 
+RUNNING="" STARTED=() # VMs with judges of this start
+# shellcheck disable=SC2329 # called by the trap
+end_judges_on_vms() {
+  local vm
+  if [ -n "$RUNNING" ]; then # only this end of the connection has gone
+    say "the run goes on on $NAME, and the judges with it; to stop it: pkill -f alphagrpo_jax.train on all of its hosts"
+    return
+  fi
+  for vm in ${STARTED[@]+"${STARTED[@]}"}; do
+    # The process is the first of its session, and of its group: the judges end with it.
+    run gcloud compute ssh "$vm" "${judge_where[@]}" "--command=cd $FOLDER && kill -- -\$(cat runs/logs/judges.pid)" ||
+      say "the judges on $vm may still run: end them by pkill -f node_judges.sh there, or delete the VM"
+  done
+}
+trap end_judges_on_vms EXIT
+end_by_signals
 port_last=$((FIRST_PORT + $(tr -cd , <<<"$JUDGE_CARDS" | wc -c)))
 for vm in ${VMS//,/ }; do
-  judges="$(quoted ./launch/node_judges.sh "--judge=$JUDGE" "--judge-model=$JUDGE_MODEL" "--judge-args=$JUDGE_ARGS" "--judge-cards=$JUDGE_CARDS")"
-  run gcloud compute ssh "$vm" "${judge_where[@]}" "--command=cd $FOLDER && mkdir -p runs/logs && nohup setsid $judges > runs/logs/judges.log 2>&1 < /dev/null &"
+  judges="$(quoted ./launch/node_judges.sh "--judge=$JUDGE" "--judge-model=$JUDGE_MODEL" "--judge-args=$JUDGE_ARGS" "--judge-seconds=$JUDGE_SECONDS" "--judge-cards=$JUDGE_CARDS")"
+  run gcloud compute ssh "$vm" "${judge_where[@]}" "--command=cd $FOLDER && mkdir -p runs/logs && { nohup setsid $judges > runs/logs/judges.log 2>&1 < /dev/null & echo \$! > runs/logs/judges.pid; }"
+  STARTED+=("$vm")
   address=(gcloud compute instances describe "$vm" "${judge_where[@]}" "--format=value(networkInterfaces[0].networkIP)")
   if [ -n "$DRY_RUN" ]; then
     echo "# address of $vm: $(quoted "${address[@]}")"
@@ -90,7 +107,7 @@ for vm in ${VMS//,/ }; do
 done
 use_endpoints
 
-code=0
+code=0 RUNNING=1
 on_slice all "cd $FOLDER && $(quoted ./launch/tpu_pod.sh "${TRAIN[@]}")" || code=$?
-[ -z "$VMS" ] || [ -n "$DRY_RUN" ] || say "the judges on $VMS still run: end them by pkill -f node_judges.sh there, or delete the VMs"
+RUNNING=""
 exit "$code"

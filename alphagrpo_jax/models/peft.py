@@ -24,6 +24,7 @@ from alphagrpo_jax.runtime.files import replace_bytes, replace_text
 from alphagrpo_jax.runtime.paths import model_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"  # of old versions of the library
 PREFIX = "base_model.model."  # that PEFT puts before every name
 # What adapters of the whole model and of its language model alone have before the same names.
 OUTER = ("", "language_model.")
@@ -38,6 +39,16 @@ PLAIN: Mapping[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+# Settings that say whose adapter it is or how it was made, whatever their values.
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "revision", "runtime_config", "target_modules",
+    "task_type",
+}  # fmt: skip
+# Values of init_lora_weights under which the base's weights were changed, too.
+CHANGED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 SHOWN = 5  # names of a kind in an error message
 
 
@@ -118,9 +129,11 @@ def read_adapter(folder: str | pathlib.Path, adapters: dict, *, alpha: float) ->
     leaves = {path: np.empty(leaf.shape, np.float32) for path, leaf in flat.items()}
     path = folder / WEIGHTS_FILE
     if not path.is_file():
+        is_pickled = path.with_name(PICKLED_FILE).is_file()
+        hint = f"; {PICKLED_FILE} there is not read, since unpickling runs code of whoever made it"
         raise MissingFileError(
-            f"{path} does not exist; lora.init_from names a folder with {CONFIG_FILE} and "
-            f"{WEIGHTS_FILE}, as save_pretrained of the PEFT library writes it"
+            f"{path} does not exist{hint * is_pickled}; lora.init_from names a folder with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_pretrained of the PEFT library writes it"
         )
     try:
         with safe_open(path, "numpy") as file:
@@ -194,6 +207,17 @@ def _check_config(folder: pathlib.Path, rank: int, alpha: float) -> None:
                 f"{path}: got {key}={config[key]!r}, expected {value!r}: adapters of this kind "
                 "compute something else; train or export one without it"
             )
+    if unknown := sorted(key for key in config.keys() - HARMLESS - PLAIN.keys() if config[key]):
+        raise AdapterError(
+            f"{path}: got {unknown[0]}={config[unknown[0]]!r}, expected no such setting: it is not "
+            "known here and may mean another computation; train or export an adapter without it"
+        )
+    if CHANGED_BASE.match(str(config.get("init_lora_weights"))):
+        raise AdapterError(
+            f"{path}: got init_lora_weights={config['init_lora_weights']!r}, expected true, false "
+            "or gaussian: such an adapter belongs to changed weights of the base, not to the "
+            "model's; convert it by save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
     if config.get("r") != rank:
         raise AdapterError(
             f"{path}: got r={config.get('r')!r}, expected lora.rank={rank}; set lora.rank to it"

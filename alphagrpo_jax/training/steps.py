@@ -339,8 +339,9 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
         return dataclasses.replace(piece, segments=segments, advance=advance)
 
     def of_segment(segment: Segment, *, rows: bool = True) -> Segment:
-        heads = sharding.cache_sharding(mesh, segment.k.shape, rows=rows)
-        return Segment(heads, heads, sharding.batch_sharding(mesh) if rows else replicated)
+        heads: Any = sharding.cache_sharding(mesh, segment.k.shape, rows=rows)
+        valid: Any = sharding.batch_sharding(mesh) if rows else replicated
+        return Segment(heads, heads, valid)
 
     def of_node(node: Any) -> Any:
         if isinstance(node, Piece):

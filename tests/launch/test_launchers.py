@@ -49,7 +49,7 @@ elif name == "curl":  # a judge is healthy once it has been started
     sys.exit(int(os.environ.get("CURL_CODE", "0")) or 7 * (not is_up))
 elif name == "vllm" or "sglang.launch_server" in words:
     print("loading " + "x" * 10, "CUDA out of memory", sep="\\n", flush=True)
-    if os.environ.get("JUDGE_ENDS"):
+    if os.environ.get("JUDGE_ENDS") in ("all", os.environ.get("PORT")):
         sys.exit(1)
     time.sleep(60)
 elif name == "gcloud" and "describe" in words:
@@ -238,18 +238,59 @@ def test_judges_that_run_already_are_handed_over(launch, calls):
 
 @pytest.mark.parametrize(
     ("variables", "message"),
-    [({"JUDGE_ENDS": "1"}, "has ended before it was healthy"),
-     ({}, "was not healthy within 1 s (--judge-seconds)")],
+    [({"JUDGE_ENDS": "all"}, "has ended before it was healthy"),
+     ({}, "was not healthy within 5 s (--judge-seconds)")],
     ids=["ends", "hangs"],
 )  # fmt: skip
 def test_a_judge_that_is_not_healthy_ends_the_start_with_its_log(launch, calls, variables, message):
     result = launch(
-        "gpus.sh", *JUDGE, "--judge-cards=2", "--judge-seconds=1", CURL_CODE="7", **variables
+        "gpus.sh", *JUDGE, "--judge-cards=2", "--judge-seconds=5", CURL_CODE="7", **variables
     )
     assert result.returncode == 1
     assert message in result.stderr
     assert "CUDA out of memory" in result.stderr
     assert calls("python") == []
+
+
+def test_the_end_of_any_judge_ends_the_start(launch, calls):
+    """Not only of the one whose turn it is to be waited for."""
+    result = launch("gpus.sh", *JUDGE, "--judge-cards=1,2", CURL_CODE="7", JUDGE_ENDS="8001")
+    assert result.returncode == 1
+    assert "http://127.0.0.1:8001/v1 has ended before it was healthy" in result.stderr
+    assert calls("python") == []
+    assert not running("serve ORG/MODEL --host 127.0.0.1")
+
+
+def test_judges_are_started_beside_those_that_run_already(launch, calls):
+    result = launch("gpus.sh", *JUDGE, "--judge-cards=2", "--endpoints=http://a:1/v1")
+    assert result.returncode == 0, result.stderr
+    words = train_words(calls("python")[0])
+    assert endpoints(words) == ("http://a:1/v1", "http://127.0.0.1:8000/v1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", ["gpus.sh", "slurm.sh"])
+def test_a_signal_during_the_wait_ends_the_judges(environment, tmp_path, script, number, calls):
+    process = subprocess.Popen(
+        [f"./launch/{script}", *STARTS[script]],
+        cwd=ROOT,
+        env=environment | JOB | {"CURL_CODE": "7"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not calls("vllm") and process.poll() is None:
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=60) != 0
+    assert calls("python") == []
+    for _ in range(600):
+        if not running("serve ORG/MODEL --host"):
+            break
+        time.sleep(0.05)
+    assert not running("serve ORG/MODEL --host")
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
@@ -338,6 +379,18 @@ def test_slurm_splits_the_nodes_of_a_job(launch, calls):
     assert not [call for call in calls("scontrol") if call["words"][0] == "requeue"]
 
 
+def test_judges_of_a_slurm_job_that_end_end_the_job(launch, calls):
+    """One of them is enough: the others of its node end with it, and nobody waits for minutes."""
+    result = launch(
+        "slurm.sh", "--judge-nodes=1", *JUDGE, "--gpus=2", **JOB, CURL_CODE="7", JUDGE_ENDS="8001"
+    )
+    assert result.returncode == 1
+    assert "has ended before it was healthy" in result.stderr
+    assert "CUDA out of memory" in result.stderr
+    assert len(calls("vllm")) == 2
+    assert len(calls("srun")) == 1
+
+
 def test_slurm_uses_the_parts_of_a_heterogeneous_job(launch, calls):
     variables = {
         "SLURM_HET_SIZE": "2",
@@ -409,7 +462,9 @@ def test_a_pod_is_asked_for_and_gets_its_judges(launch, calls):
     assert "--judge-cards=0,1" in command
     waits = [call for call in words if "--worker=0" in call]
     assert ["8000/health" in waits[0][-1], "8001/health" in waits[1][-1]] == [True, True]
-    run = words[-1]
+    run, end = words[-2:]
+    assert end[:3] == ["compute", "ssh", "vm"]
+    assert "kill" in end[-1]
     assert run[:4] == ["compute", "tpus", "tpu-vm", "ssh"]
     assert "--worker=all" in run
     remote = shlex.split(run[-1].removeprefix("--command=").partition(" && ")[2])
@@ -423,8 +478,32 @@ def test_judges_of_a_pod_that_are_not_healthy_end_the_start(launch, calls):
     assert result.returncode == 1
     assert "on vm was not healthy within 1200 s" in result.stderr
     words = [call["words"] for call in calls("gcloud")]
-    assert "tail -n 20" in words[-1][-1]
+    assert "tail -n 20" in words[-2][-1]
+    assert "kill" in words[-1][-1]
     assert not [call for call in words if "--worker=all" in call]
+
+
+def test_judges_of_a_vm_start_and_end_by_what_the_pod_script_sends(launch, calls, tmp_path):
+    script = tmp_path / "alphagrpo_jax" / "launch" / "node_judges.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"#!/bin/bash\necho $$\nsleep 60 & touch {tmp_path}/up; wait\n")
+    script.chmod(0o755)
+    launch("tpu.sh", *STARTS["tpu.sh"])
+    ssh = [call["words"][-1] for call in calls("gcloud") if call["words"][1:3] == ["ssh", "vm"]]
+    start, end = (word.removeprefix("--command=") for word in ssh)
+    subprocess.run(["bash", "-c", start], cwd=tmp_path, check=True, timeout=60)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    logs = tmp_path / "alphagrpo_jax" / "runs" / "logs"
+    pid = int((logs / "judges.pid").read_text())
+    assert int((logs / "judges.log").read_text()) == pid
+    subprocess.run(["bash", "-c", end], cwd=tmp_path, check=True, timeout=60)
+    for _ in range(600):
+        if not pathlib.Path(f"/proc/{pid}/cmdline").exists():
+            break
+        time.sleep(0.05)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(pid, 0)
 
 
 def test_gke_gets_judges_with_an_address_each_and_one_workload(launch, calls):
@@ -455,7 +534,7 @@ def test_judges_of_gke_that_are_not_healthy_end_the_start(launch, calls):
     result = launch("gke.sh", *STARTS["gke.sh"], CURL_CODE="1")
     assert result.returncode == 1
     assert "the judges were not healthy within 1200 s" in result.stderr
-    assert calls("kubectl")[-1]["words"][0] == "logs"
+    assert [call["words"][0] for call in calls("kubectl")[-2:]] == ["logs", "delete"]
     assert calls("xpk") == []
 
 

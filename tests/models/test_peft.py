@@ -193,6 +193,13 @@ def test_files_that_do_not_fit_are_refused(folder, adapters, damage, message):
         ({"use_rslora": True}, AdapterError, "got use_rslora=True"),
         ({"bias": "all"}, AdapterError, "got bias='all', expected 'none'"),
         ({"rank_pattern": {"q_proj": 4}}, AdapterError, "got rank_pattern="),
+        ({"modules_to_save": ["lm_head"]}, AdapterError, "got modules_to_save="),
+        ({"alpha_pattern": {"q_proj": 4}}, AdapterError, "got alpha_pattern="),
+        ({"lora_bias": True}, AdapterError, "got lora_bias=True, expected no such setting"),
+        ({"use_qalora": True}, AdapterError, "got use_qalora=True, expected no such"),
+        ({"layer_replication": [[0, 2]]}, AdapterError, "got layer_replication="),
+        ({"of_tomorrow": 1}, AdapterError, "got of_tomorrow=1, expected no such setting"),
+        ({"init_lora_weights": "pissa_niter_4"}, AdapterError, "belongs to changed weights"),
         ({"peft_type": "IA3"}, AdapterError, "expected peft_type LORA"),
     ],
 )
@@ -209,6 +216,12 @@ def test_settings_that_mean_another_computation_are_refused(
 def test_a_missing_file_is_named(folder, adapters, name):
     (folder / name).unlink()
     with pytest.raises(MissingFileError, match=name):
+        peft.read_adapter(folder, adapters, alpha=ALPHA)
+
+
+def test_pickled_weights_are_not_read(folder, adapters):
+    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+    with pytest.raises(MissingFileError, match=r"adapter_model\.bin there is not read"):
         peft.read_adapter(folder, adapters, alpha=ALPHA)
 
 
