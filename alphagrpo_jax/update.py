@@ -263,7 +263,9 @@ def _task_gradient(
                 )
                 del residuals  # else the next forward pass would run beside it
             accumulated = (
-                micro_batch if accumulated is None else run.fns.accumulate(accumulated, micro_batch)
+                micro_batch
+                if accumulated is None
+                else run.fns.accumulate(*accumulated, micro_batch)
             )
             pace.dispatched(micro_batch[1])
     assert accumulated is not None  # a task of an update has at least one batch

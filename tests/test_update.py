@@ -1,6 +1,7 @@
 """Updates of several batches, numerically: two batches of one task are one of twice the size."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_world
@@ -19,9 +20,10 @@ USED = np.array([[True] * 4, [True, True, False, True]])
 class World:
     """A run whose optimizer step only shows its gradient."""
 
-    def __init__(self, root, prompts):
+    def __init__(self, root, prompts, micro_batch):
         fields = tiny_world.config(root)
-        fields.train.prompts_per_step, fields.loss.level = prompts, "token"
+        fields.train.prompts_per_step, fields.train.micro_batch = prompts, micro_batch
+        fields.loss.level = "token"
         fields.loss.entropy_fraction, fields.loss.text_beta = 0.5, 0.1
         self.config = config_lib.from_config_dict(fields)
         mesh = setup.make_mesh(self.config)
@@ -66,18 +68,32 @@ def cut(sampled):
     return sampled._replace(trajectories=sampled.trajectories.replace(texts=texts))
 
 
+def joined_rows(first, second):
+    """The trajectories of two prompts in one rollout, as if both had been in one batch."""
+
+    def join(axis, *arrays):
+        return jnp.concatenate(arrays, axis=axis)
+
+    rows = types.map_rows(join, first, second.replace(owner=second.owner + 1))
+    pieces = [
+        types.map_rows(join, *pair) if pair[0] is not None and pair[0].level == "prompt" else joined
+        for joined, pair in zip(rows.pieces, zip(first.pieces, second.pieces, strict=True))
+    ]
+    return rows.replace(pieces=tuple(pieces))
+
+
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     """Runs of one and of two prompts per batch, and rollouts for both."""
     root = tiny_world.write_all(tmp_path_factory.mktemp("world"))
-    single, double = World(root, 1), World(root, 2)
+    single, double = World(root, 1, micro_batch=1), World(root, 2, micro_batch=4)
     params = single.run.sampling_params(single.state)
     first, second = (
         rollout.sample(single.run, params, single.state.key, 1, batch(number, [number]))
         for number in (0, 1)
     )
     second = cut(second)
-    trajectories = single.run.tasks["rt2i"].fns.join([first.trajectories, second.trajectories])
+    trajectories = joined_rows(first.trajectories, second.trajectories)
     joined = types.RolloutBatch(batch(0, [0, 1]), trajectories, [], [], [], {})
     return single, double, (first, second), joined
 

@@ -278,7 +278,7 @@ def _apply(plan: PlannedRun) -> Iterator[PlanStage]:
     updates = config.train.updates_per_batch
     if micro_batches > 1:
         calls = (micro_batches - 1) * updates
-        arguments: tuple = (pair, pair)
+        arguments: tuple = (*pair, pair)
         yield PlanStage("accumulate", UPDATE, plan.fns.accumulate, arguments, alive, calls)
     alive = {**plan.resident, "gradient": size}
     arguments = (state, gradient, metrics)

@@ -321,11 +321,11 @@ def apply_gradient(
 
 
 def accumulate(
-    first: tuple[Any, loss.Metrics], second: tuple[Any, loss.Metrics]
+    gradient: Any, metrics: loss.Metrics, micro_batch: tuple[Any, loss.Metrics]
 ) -> tuple[Any, loss.Metrics]:
-    """Adds the gradients of two micro-batches, and reduces their metrics."""
-    gradient = jax.tree.map(jnp.add, first[0], second[0])
-    return gradient, loss.merge_metrics(first[1], second[1])
+    """Adds a micro-batch's gradient to those before it, and reduces their metrics."""
+    gradient = jax.tree.map(jnp.add, gradient, micro_batch[0])
+    return gradient, loss.merge_metrics(metrics, micro_batch[1])
 
 
 def join_entropy(micro_batches: list[LogProbs], *, layout: RowLayout) -> tuple[jax.Array, ...]:

@@ -116,6 +116,7 @@ def compile_fns(
         tasks={name: _task_fns(shared, task, state) for name, task in trained_tasks.items()},
         initial=initial,
         eval_initial=eval_initial,
+        # The metrics stay: the host waits for those of a micro-batch.
         accumulate=jax.jit(gradient_lib.accumulate, donate_argnums=0),
         add=jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second), donate_argnums=0),
         copy=jax.jit(lambda state: jax.tree.map(jnp.copy, state)),

@@ -70,7 +70,7 @@ def numbers(config, mesh, stored=None):
                 *policy, residuals, new, None, None, batch, number, totals, jnp.float32(1.0)
             )
             accumulated = (
-                micro_batch if accumulated is None else fns.accumulate(accumulated, micro_batch)
+                micro_batch if accumulated is None else fns.accumulate(*accumulated, micro_batch)
             )
             scores.append(new)
         gradient, metrics = accumulated

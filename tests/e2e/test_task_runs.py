@@ -153,6 +153,7 @@ def test_judged_reflections_and_the_papers_rectification(run, world, rows):
         "--config.srr.reflection_format=verifier",
         "--config.srr.rectification=paper",
         "--config.srr.choice=softmax",
+        "--config.srr.queue_prompts=5",  # no multiple of a micro-batch or of a step's prompts
         "--config.advantage.baseline=anchor",
         "--config.train.steps=1",
     )
@@ -174,7 +175,7 @@ def test_equal_rewards_are_no_improvement_and_skip_the_update(run, world, rows):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((*SRR, "--config.srr.queue_prompts=5"), 2, "srr.queue_prompts=5 be a multiple"),
+        ((*SRR, "--config.srr.queue_prompts=1"), 2, "expected at least train.prompts_per_step=2"),
         ((*SRR, "--config.srr.source=record"), 1, "records have no readable image"),
         (("--config.advantage.baseline=anchor",), 2, "which only refining tasks have"),
         (("--config.task=ti2i", "--config.data.edit_train="), 2, "needs data.edit_train"),

@@ -55,7 +55,7 @@ def test_scores_count_by_range_and_weight(record):
     log_prob = math.log(0.2)
     pool = Numbers({0: result(0.9, 0.3, 0.6, scores=(0.3, -7.0, log_prob)), 1: FAILED})
     images = np.zeros((2, 2, 2, 3), np.uint8)
-    scoring.submit(pool, [0, 1], images, [record] * 2, options, first=0)
+    scoring.submit(pool, [0, 1], images, [record] * 2, options)
     assert pool.submitted[0] == (0, record.question_texts, ["a circle"] * 3)
     rewards = scoring.gather(pool, [0, 1], [record] * 2, (), options)
     assert rewards.reward[0] == pytest.approx((0.6 + 2 * 0.5 - 3 * 7.0 + 4 * 0.2) / 10)
@@ -73,7 +73,7 @@ def test_scores_count_by_range_and_weight(record):
 def test_a_scorer_may_be_the_whole_reward(record):
     options = reward_options(score="callable:ocr:match", format_weight=0.0)
     pool = Numbers({0: result(scores=(-3.5,)), 1: result(scores=(2.0,))})
-    scoring.submit(pool, [0, 1], np.zeros((2, 2, 2, 3), np.uint8), [record] * 2, options, first=0)
+    scoring.submit(pool, [0, 1], np.zeros((2, 2, 2, 3), np.uint8), [record] * 2, options)
     assert pool.submitted[0] == (0, [], ["a circle"])
     rewards = scoring.gather(pool, [0, 1], [record] * 2, (), options)
     assert rewards.reward.tolist() == [-3.5, 2.0]

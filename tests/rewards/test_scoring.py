@@ -43,7 +43,7 @@ def test_rewards_of_a_batch():
     pool = Answers({"a": scored(0.9, 0.5, 0.4), "b": FAILED, "c": scored(0.0, 0.0, 1.0)})
     images = np.stack([np.full((2, 2, 3), value, np.uint8) for value in (1, 2, 3)])
     options = reward_options(aggregate="geometric", score="confidence", format_weight=0.5)
-    scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, options, first=0)
+    scoring.submit(pool, ["a", "b", "c"], images, [record] * 3, options)
     assert pool.submitted[1] == ("b", 2, record.question_texts, [])
     texts = ["<think> x </think>", "<think> y </think>", "no form"]
     rewards = scoring.gather(pool, ["a", "b", "c"], [record] * 3, [texts], options)
@@ -178,7 +178,7 @@ def test_holistic_scores_ask_for_ratings_only():
     pool = Answers({0: rated(8.0, 5.0), 1: rated(0.0, 10.0), 2: FAILED})
     options = reward_options(aggregate="geometric", score="holistic", format_weight=0.0)
     images = np.zeros((3, 2, 2, 3), np.uint8)
-    scoring.submit(pool, [0, 1, 2], images, [record] * 3, options, first=0)
+    scoring.submit(pool, [0, 1, 2], images, [record] * 3, options)
     match = "How well does the image match the prompt: a {circle}?"
     assert pool.submitted[0] == (0, 0, [], [match, "How well is the image drawn?"])
     rewards = scoring.gather(pool, [0, 1, 2], [record] * 3, (), options)
@@ -207,7 +207,7 @@ def test_several_scores_are_averaged_by_weight():
         aggregate="mean", extra_scores=("binary", "holistic"), extra_weights=(0.5, 2.5)
     )
     images = np.zeros((1, 2, 2, 3), np.uint8)
-    scoring.submit(pool, [0], images, [record], options, first=0)
+    scoring.submit(pool, [0], images, [record], options)
     assert pool.submitted[0][2] == record.question_texts
     assert len(pool.submitted[0][3]) == 2
     rewards = scoring.gather(pool, [0, 1], [record] * 2, (), options)

@@ -158,6 +158,8 @@ def test_the_commands_are_found():
 def test_every_command_takes_both_spellings_and_shows_hyphens(name, monkeypatch):
     parser = parser_of(name, monkeypatch)
     assert isinstance(parser, cli.Parser)
+    for group in parser._mutually_exclusive_groups:
+        group.required = False
     for action in parser._actions:
         assert not [flag for flag in action.option_strings if "_" in flag]
         action.required = False

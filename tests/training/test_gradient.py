@@ -94,7 +94,7 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
             totals,
             ONE,
         )
-        summed = contribution if summed is None else gradient_lib.accumulate(summed, contribution)
+        summed = contribution if summed is None else gradient_lib.accumulate(*summed, contribution)
         scores.append(new)
     return *summed, scores
 

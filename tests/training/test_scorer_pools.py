@@ -73,7 +73,7 @@ def test_scorers_answer_beside_a_verifier(tmp_path):
     ]
     with verifiers_lib.open_verifiers(config, None) as (pool, _):
         counts = verifiers_lib.PoolCounts(pool)
-        scoring.submit(pool, ["right", "wrong"], pictures, [record] * 2, options, first=0)
+        scoring.submit(pool, ["right", "wrong"], pictures, [record] * 2, options)
         rewards = scoring.gather(pool, ["right", "wrong"], [record] * 2, (), options)
         metrics = counts.metrics()
     redness = tiny_verifiers.redness(pictures, [record.prompt] * 2)

@@ -29,7 +29,7 @@ def scored(records):
     images = np.zeros((len(records), 4, 4, 3), np.uint8)
     ids = list(range(len(records)))
     with start_pool(refuses, workers=1) as pool:
-        scoring.submit(pool, ids, images, records, reward_options(), first=0)
+        scoring.submit(pool, ids, images, records, reward_options())
         rewards = scoring.gather(pool, ids, records, (), reward_options())
         return rewards, pool.counters()
 
