@@ -24,8 +24,16 @@ from alphagrpo_jax.tasks import IMAGE, TASKS
 
 # What may differ when a run is resumed.
 RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "cache.", "verifier.audit")
-# What may differ too, with a notice: the same verifier, asked in another way.
-RESUMABLE_WITH_NOTICE = ("verifier.",)
+# What may differ too, with a notice: the same numbers but for their last bits. Of `model.path` the
+# weights must be the same; of `verifier.*` the model.
+RESUMABLE_WITH_NOTICE = (
+    "mesh.",
+    "model.path",
+    "model.remat",
+    "rollout.micro_batch",
+    "train.micro_batch",
+    "verifier.",
+)
 NEVER_RESUMABLE = ("verifier.model", "verifier.instruction")  # another verifier, other questions
 # Fields that came after the first runs, and the values by which those runs went.
 LATER = {
@@ -102,17 +110,22 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
-def check_resumable(config: Config, saved: Mapping[str, Any]) -> str:
-    """Refuses to continue a run under another configuration.
+def check_resumable(
+    config: Config, saved: Mapping[str, Any], *, weights: str = "", saved_weights: str = ""
+) -> str:
+    """Refuses to continue a run under another configuration, or with other weights.
 
     Args:
       config: of this start.
       saved: the JSON object that the run wrote.
+      weights: digest of the weights that `model.path` names now; "" if it is not known.
+      saved_weights: of those that the run began with; "" if it is not known.
     Returns:
-      A notice of differences that are allowed but may change the last bits of rewards; "" without
+      A notice of differences that are allowed but may change the last bits of numbers; "" without
       any.
     Raises:
-      ConfigError: a field that may not change differs; all such fields are listed.
+      ConfigError: a field that may not change differs, all such fields are listed; or the weights
+        are others.
     """
     now, then = _flatten(json.loads(to_json(config))), LATER | _flatten(saved)
     changed = [
@@ -131,17 +144,28 @@ def check_resumable(config: Config, saved: Mapping[str, Any]) -> str:
     # A run that asked no chat server had no name for its verifier there.
     if "verifier.model" in changed and not then.get("verifier.model"):
         noticed.append("verifier.model")
+    if "model.path" in noticed and not (weights and saved_weights):
+        noticed.remove("model.path")
+        differences["model.path"] += " (it kept no digest that shows whether these are its weights)"
     if refused := [key for key in changed if key not in noticed]:
         raise ConfigError(
             "the run folder holds a run of another configuration:\n  "
             + "\n  ".join(differences[key] for key in refused)
             + "\nuse these values, or another --workdir"
         )
+    if weights and saved_weights and weights != saved_weights:
+        raise ConfigError(
+            f"model.path={config.model.path!r} holds other weights (digest {weights[:12]}) than "
+            f"the run began with ({saved_weights[:12]}, then at {then.get('model.path')!r}); put "
+            "the old weights back, or use another --workdir"
+        )
     if not noticed:
         return ""
+    same_model = any(key.startswith("verifier.") for key in noticed)
     return (
-        "notice: the run goes on with another way to its verifier, which must be the same model "
-        "(the last bits of rewards may change):\n  "
+        "notice: the run goes on with other values, which may change the last bits of its numbers"
+        + (" (the verifier must be the same model)" if same_model else "")
+        + ":\n  "
         + "\n  ".join(differences[key] for key in noticed)
     )
 

@@ -114,7 +114,7 @@ def main(
         emergency.on_error(),
     ):
         if config.train.steps > 0 or not run_folder.holds_run(workdir):
-            run_folder.mark_running(workdir, config)
+            run_folder.mark_running(workdir, config, loaded.weights)
         run = make_run(config, loaded, data, fns, verifier, workdir, second_verifier, console, stop)
         evaluate_pending(run, state, done, position, data, log, writers)
         evaluated = True

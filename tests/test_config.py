@@ -190,7 +190,8 @@ def test_a_run_may_go_on_with_another_way_to_its_verifier_but_no_other_verifier(
     local = json.loads(config_lib.to_json(config_lib.from_config_dict(changed())))
     config = config_lib.from_config_dict(changed(**served))
     notice = config_lib.check_resumable(config, local)
-    assert notice.startswith("notice: the run goes on with another way to its verifier")
+    assert notice.startswith("notice: the run goes on with other values, which may change the last")
+    assert "the verifier must be the same model" in notice
     assert "verifier.kind: the run has 'hf', this start 'openai'" in notice
     saved = json.loads(config_lib.to_json(config))
     assert not config_lib.check_resumable(config, saved)
@@ -204,6 +205,59 @@ def test_a_run_may_go_on_with_another_way_to_its_verifier_but_no_other_verifier(
             config_lib.check_resumable(
                 config_lib.from_config_dict(changed(**(served | field))), saved
             )
+
+
+def test_a_run_may_go_on_on_other_devices_and_by_other_micro_batches():
+    saved = json.loads(config_lib.to_json(config_lib.from_config_dict(changed())))
+    differing = changed(
+        mesh__data=2, mesh__fsdp=4, mesh__tensor=1, model__remat="full",
+        rollout__micro_batch=3, train__micro_batch=5,
+    )  # fmt: skip
+    config = config_lib.from_config_dict(differing)
+    notice, *lines = config_lib.check_resumable(config, saved).splitlines()
+    assert notice.startswith("notice: ")
+    assert "the last bits" in notice
+    assert "verifier" not in notice
+    keys = [line.strip().partition(": the run has ")[0] for line in lines]
+    assert keys == [
+        "mesh.data", "mesh.fsdp", "model.remat", "rollout.micro_batch", "train.micro_batch",
+    ]  # fmt: skip
+    assert lines[0] == "  mesh.data: the run has -1, this start 2"
+
+
+def test_weights_may_lie_elsewhere_but_must_be_the_same():
+    saved = json.loads(config_lib.to_json(config_lib.from_config_dict(changed())))
+    moved = config_lib.from_config_dict(changed(model__path="/elsewhere"))
+    notice = config_lib.check_resumable(moved, saved, weights="a1", saved_weights="a1")
+    assert "model.path: the run has 'package:" in notice
+    assert "this start '/elsewhere'" in notice
+    for config in (moved, config_lib.from_config_dict(changed())):
+        with pytest.raises(ConfigError, match=r"other weights \(digest b2\) than .*\(a1, "):
+            config_lib.check_resumable(config, saved, weights="b2", saved_weights="a1")
+    with pytest.raises(ConfigError, match=r"model\.path: .*no digest.*\nuse these values"):
+        config_lib.check_resumable(moved, saved)  # the run of an older version
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"model__dtype": "bfloat16"},
+        {"model__height": 128},
+        {"train__group_size": 8},
+        {"rollout__text_tokens": 9},
+        {"verifier__instruction": "Say yes."},
+    ],
+)
+def test_what_changes_more_than_last_bits_is_refused_beside_what_may_differ(field):
+    saved = json.loads(config_lib.to_json(config_lib.from_config_dict(changed())))
+    config = config_lib.from_config_dict(changed(train__micro_batch=5, **field))
+    (key,) = field
+    with pytest.raises(ConfigError) as caught:
+        config_lib.check_resumable(config, saved)
+    first, difference, last = str(caught.value).splitlines()
+    assert first == "the run folder holds a run of another configuration:"
+    assert difference.strip().startswith(key.replace("__", "."))
+    assert last == "use these values, or another --workdir"
 
 
 def test_the_default_instruction_is_the_one_that_runs_before_it_had():

@@ -77,7 +77,7 @@ def joined_rows(first, second):
     rows = types.map_rows(join, first, second.replace(owner=second.owner + 1))
     pieces = [
         types.map_rows(join, *pair) if pair[0] is not None and pair[0].level == "prompt" else joined
-        for joined, pair in zip(rows.pieces, zip(first.pieces, second.pieces, strict=True))
+        for joined, *pair in zip(rows.pieces, first.pieces, second.pieces, strict=True)
     ]
     return rows.replace(pieces=tuple(pieces))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 INDEX = ".index.json"  # beside several files that stand for one
 BLOCK_BYTES = 2**22  # of a tensor that are in memory beside the part that they belong to
 ALIGNMENT = 64  # bytes; a CPU device takes memory that is aligned so as it is
+FIRST_VALUES = 64  # of each tensor, by which weights of one architecture are told apart
 
 
 class WeightsError(UserError, ValueError):
@@ -54,6 +56,7 @@ class LoadedModel:
     config: BagelConfig
     json_files: Mapping[str, bytes]  # the configuration files as they were
     dtypes: Mapping[str, str]  # dtype of every tensor in the files, by name
+    weights: str = ""  # `weights_digest` of the files; "" for a model that comes from none
 
 
 def load_model(
@@ -85,7 +88,8 @@ def load_model(
     base, dtypes = read_weights(folder, model, sharding_of)
     files = {name: folder / name for name in CONFIG_FILES}
     json_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
-    return LoadedModel(model, base, tokenizer, config, json_files, dtypes)
+    weights = weights_digest(folder)
+    return LoadedModel(model, base, tokenizer, config, json_files, dtypes, weights)
 
 
 def new_model(
@@ -178,6 +182,30 @@ def read_weights(
             sharding = sharding_of("/".join(path), shape) if sharding_of else default
             leaves[path] = _read_leaf(files, group, shape, model.dtype, sharding)
     return traverse_util.unflatten_dict(leaves), dtypes
+
+
+def weights_digest(folder: Path) -> str:
+    """Computes a SHA-256 digest that tells the weights of one folder from others, in moments.
+
+    It covers name, dtype and shape of every tensor, and its first values: other weights of the same
+    architecture have the same headers. How tensors are spread over files does not matter.
+
+    Raises:
+      MissingFileError, WeightsError: a missing or unreadable file.
+    """
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        for file in (EMA, AE):
+            weight_files = stack.enter_context(_open(folder, file))
+            for name, handle in sorted(weight_files.handles.items()):
+                header = handle.get_slice(name)
+                shape, dtype = header.get_shape(), header.get_dtype()
+                digest.update(json.dumps([file, name, dtype, shape]).encode())
+                if dtype in DTYPES and shape:
+                    last = slice(0, min(FIRST_VALUES, shape[-1]))
+                    first = (*(slice(0, 1) for _ in shape[1:]), last)
+                    digest.update(np.ascontiguousarray(header[first]).tobytes())
+    return digest.hexdigest()
 
 
 def _read_leaf(

@@ -14,16 +14,18 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import prompts
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.config_checks import from_saved
+from alphagrpo_jax.models.bagel_weights import weights_digest
 from alphagrpo_jax.rewards.workers.pool import PoolError
 from alphagrpo_jax.runtime import checkpoint, distributed
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.metrics import METRICS, PENDING, notify, read_rows
+from alphagrpo_jax.runtime.paths import model_folder
 from alphagrpo_jax.runtime.stopping import StoppedError
 from alphagrpo_jax.training.checks import TrainingError
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TrainState
 
-CONFIG_FILE, DONE_FILE = "config.json", "DONE"
+CONFIG_FILE, DONE_FILE, WEIGHTS_FILE = "config.json", "DONE", "weights.sha256"
 UNMENDED = ".unmended"  # behind a file's name: digest of what no mend of questions changes
 
 
@@ -236,12 +238,20 @@ def check_folder(config: Config, workdir: pathlib.Path) -> None:
     """Refuses a folder that holds a run of another configuration; notifies of small differences.
 
     Raises:
-      ConfigError: fields that may not change differ.
+      ConfigError: fields that may not change differ, or the weights.
+      MissingFileError, WeightsError: weights that cannot be read.
     """
-    path = workdir / CONFIG_FILE
+    path, weights_path = workdir / CONFIG_FILE, workdir / WEIGHTS_FILE
     if not path.exists() or not holds_run(workdir):
         return
-    if notice := config_lib.check_resumable(config, _read_json(path)):
+    weights = saved_weights = ""
+    if weights_path.exists():
+        saved_weights = weights_path.read_text(encoding="utf-8").strip()
+        weights = weights_digest(model_folder(config.model.path))
+    notice = config_lib.check_resumable(
+        config, _read_json(path), weights=weights, saved_weights=saved_weights
+    )
+    if notice:
         notify(notice)
 
 
@@ -256,10 +266,11 @@ def is_finished(workdir: pathlib.Path) -> bool:
     return (workdir / DONE_FILE).exists()
 
 
-def mark_running(workdir: pathlib.Path, config: Config) -> None:
-    """Writes the configuration, and removes the mark of an earlier end."""
+def mark_running(workdir: pathlib.Path, config: Config, weights: str) -> None:
+    """Writes the configuration and the weights' digest; removes the mark of an earlier end."""
     if distributed.is_primary():
         (workdir / DONE_FILE).unlink(missing_ok=True)
+        replace_text(workdir / WEIGHTS_FILE, f"{weights}\n")
         replace_text(workdir / CONFIG_FILE, config_lib.to_json(config))
 
 

@@ -118,11 +118,18 @@ def test_position_tables_may_be_absent(folder: pathlib.Path):
     np.testing.assert_array_equal(written, load_file(FOLDER / EMA)["vit_pos_embed.pos_embed"])
 
 
-def test_missing_and_truncated_files(folder: pathlib.Path):
-    contents = (folder / AE).read_bytes()
-    (folder / AE).write_bytes(contents[:-100])
-    with pytest.raises(WeightsError, match=r"ae\.safetensors .* not a complete .* truncated"):
-        load_model(folder)
+@pytest.mark.parametrize("size", [0, 5, 100, -100])
+def test_half_a_download(folder: pathlib.Path, size: int):
+    """Nothing yet, a part of the header's length, of the header, or of the tensors."""
+    contents = (folder / AE).read_bytes()[:size]
+    (folder / AE).write_bytes(contents)
+    message = rf"ae\.safetensors \({len(contents)} bytes\) is not a complete safetensors file"
+    for read in (load_model, bagel_weights.weights_digest):
+        with pytest.raises(WeightsError, match=message + r"[^\n]*truncated: download[^\n]*again$"):
+            read(folder)
+
+
+def test_a_missing_file(folder: pathlib.Path):
     (folder / AE).unlink()
     with pytest.raises(FileNotFoundError, match=r"ae\.safetensors does not exist"):
         load_model(folder)
@@ -207,12 +214,32 @@ def test_weights_may_lie_in_several_files(loaded: LoadedModel, folder: pathlib.P
     index.write_text(json.dumps({"weight_map": weight_map}))
     again = load_model(folder)
     assert jax.tree.all(jax.tree.map(np.array_equal, expected.base, again.base))
+    assert again.weights == expected.weights == bagel_weights.weights_digest(folder)
     (folder / "ema-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"ema-00002-of-00003\.safetensors does not exist"):
         load_model(folder)
     index.write_text("{}")
     with pytest.raises(WeightsError, match=r"index\.json is no index of weight files"):
         load_model(folder)
+
+
+def test_the_digest_tells_weights_apart(loaded: LoadedModel, folder: pathlib.Path):
+    digests = {loaded.weights, bagel_weights.weights_digest(folder)}
+    assert len(digests) == 1
+    for file, name in (
+        (EMA, "language_model.model.layers.1.mlp.up_proj.weight"),
+        (EMA, "language_model.model.norm.weight"),
+        (AE, "decoder.conv_in.bias"),
+    ):
+        tensors = load_file(folder / file)
+        tensors[name] = np.nextafter(tensors[name], np.float32(9))
+        save_file(tensors, folder / file)
+        digests.add(bagel_weights.weights_digest(folder))
+    save_model(folder, loaded, dtype="bfloat16")
+    digests.add(bagel_weights.weights_digest(folder))
+    assert len(digests) == 5
+    for digest in digests:
+        assert len(digest) == 64
 
 
 def test_a_new_model_can_be_saved_and_loaded(loaded: LoadedModel, tmp_path: pathlib.Path):
