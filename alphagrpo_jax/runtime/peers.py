@@ -215,7 +215,10 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        leave(_report(peers, error))
+        code = cli.FAILED
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+            code = _report(peers, error)
+        leave(code)
     peers.say_goodbye()
 
 
@@ -324,4 +327,5 @@ def _start(function: Callable[[], None]) -> None:
 
 def _write(line: str) -> None:
     """Writes to stderr past Python's buffer, whose lock the main thread may hold."""
-    os.write(2, f"\n{line}\n".encode())
+    with contextlib.suppress(OSError):  # a file on a full disk
+        os.write(2, f"\n{line}\n".encode())

@@ -1,7 +1,6 @@
 """Several processes on this machine, as on several hosts: the same numbers, and the same end."""
 
 import json
-import resource
 import signal
 import time
 
@@ -15,9 +14,8 @@ RUN = (
     f"--config.train.steps={STEPS}",
     "--config.eval.every=0",
     "--config.checkpoint.every=1",
-    "--config.log.samples=0",
+    "--config.log.samples=1",
 )
-ENDLESS = (*RUN, "--config.train.steps=1000")
 
 
 @pytest.fixture
@@ -61,7 +59,7 @@ def check_others_end(processes, victim, words):
         assert f"process {victim} (host" in last
         assert words in last
         assert "run the same command again" in last
-        assert "free some space" not in last or "could not be written" in words
+        assert "free some space" not in last
 
 
 def single(workdir, count, run_process, *arguments):
@@ -91,11 +89,8 @@ def test_a_folder_that_not_all_processes_see_is_refused(start_processes, world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_compute_what_as_many_devices_do(
-    count, start_processes, run_process, world, rows, whole
-):
-    expected = whole if count == 2 else rows(single(world / "one_of_4", 4, run_process))
+def test_processes_compute_what_as_many_devices_do(start_processes, world, rows, whole):
+    count = 2
     workdir = world / f"processes_{count}"
     audit = f"--config.verifier.audit={world / f'audit_{count}'}"
     codes, outputs = ends(
@@ -103,12 +98,10 @@ def test_processes_compute_what_as_many_devices_do(
     )
     assert codes == [0] * count, "\n".join(outputs)
     assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
-    assert rows(workdir) == expected
+    assert rows(workdir) == whole
     shares = [
         {
-            record["sample_id"]
-            if isinstance(record["sample_id"], str)
-            else str(record["sample_id"])
+            record["sample_id"] if isinstance(record["sample_id"], str) else record["sample"]
             for record in map(json.loads, path.read_text().splitlines())
         }
         for path in sorted(world.glob(f"audit_{count}*"))
@@ -141,22 +134,3 @@ def test_all_end_where_one_has_no_verifier(victim, start_processes, world):
     processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2", of_rank={victim: missing})
     check_others_end(processes, victim, "Missing")
     assert ends(processes)[0][victim] in (1, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_all_end_where_the_disk_of_one_is_full(
-    victim, start_processes, world, rows, whole, wait_for_step
-):
-    workdir = world / f"full_{victim}"
-    processes = start_processes(workdir, 2, *ENDLESS, "--config.mesh.data=2")
-    wait_for_step(workdir, 1, processes[victim])
-    resource.prlimit(processes[victim].pid, resource.RLIMIT_FSIZE, (0, 0))
-    check_others_end(processes, victim, "File too large")
-    assert ends(processes)[0] == [1, 1]
-    saved = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
-    again = (*RUN, f"--config.train.steps={saved + 1}", "--config.mesh.data=2")
-    codes, outputs = ends(start_processes(workdir, 2, *again))
-    assert codes == [0, 0], "\n".join(outputs)
-    assert [row["step"] for row in rows(workdir)] == list(range(1, saved + 2))
-    assert rows(workdir)[:STEPS] == whole[: saved + 1]
