@@ -103,8 +103,7 @@ def text_log_probs(
         logits = text_logits(model, params, hidden)
         return target_log_probs(logits, targets, temperature=temperature)
 
-    log_prob, entropy = by_blocks(of_block, hidden[:, :-1], tokens[:, 1:])
-    valid = mask[:, 1:]
+    (log_prob, entropy), valid = by_blocks(of_block, hidden[:, :-1], tokens[:, 1:]), mask[:, 1:]
     return TextLogProbs(jnp.where(valid, log_prob, 0.0), jnp.where(valid, entropy, 0.0), valid)
 
 
