@@ -127,7 +127,7 @@ def check_resumable(
       ConfigError: a field that may not change differs, all such fields are listed; or the weights
         are others.
     """
-    now, then = _flatten(json.loads(to_json(config))), LATER | _flatten(saved)
+    now, then = flatten(json.loads(to_json(config))), LATER | flatten(saved)
     changed = [
         key
         for key in sorted(now.keys() | then.keys())
@@ -237,12 +237,12 @@ def _allowed(location: Location) -> str:
     return " ".join([kind.__name__, " and ".join(limits)]).strip()
 
 
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         name = f"{prefix}{key}"
-        flat.update(_flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+        flat.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
     return flat
 
 

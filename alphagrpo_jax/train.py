@@ -25,6 +25,7 @@ from alphagrpo_jax import advantage, initial_images, prompts, reward, rollout, u
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.evaluation import heldout
+from alphagrpo_jax.planning import shortage
 from alphagrpo_jax.runtime import checkpoint, cli, distributed, peers
 from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.cli import DONE, STOPPED
@@ -281,16 +282,27 @@ def command(argv: Sequence[str]) -> None:
     if _CONFIG.value is None:
         fail("no --config given; the default is --config=configs/grpo.py")
     logging.set_verbosity(logging.WARNING)  # libraries; our own notices go to stderr
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = _WORKDIR.value or f"runs/{name}"
+    config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    workdir = _WORKDIR.value or f"runs/{config_file.stem}"
     if "://" in workdir:
         fail(f"--workdir={workdir}: expected a folder; mount the bucket and name that")
-    sys.exit(cli.exit_code_of(lambda: start(_CONFIG.value, pathlib.Path(workdir), _PROFILE.value)))
+    arguments = (_CONFIG.value, pathlib.Path(workdir), _PROFILE.value, config_file)
+    sys.exit(cli.exit_code_of(lambda: start(*arguments)))
 
 
-def start(fields: Mapping[str, Any], workdir: pathlib.Path, profile: str | None = None) -> int:
+def start(
+    fields: Mapping[str, Any],
+    workdir: pathlib.Path,
+    profile: str | None = None,
+    config_file: pathlib.Path = config_lib.DEFAULT_CONFIG,
+) -> int:
     """Checks a configuration and runs it; returns the exit code.
 
+    Args:
+      fields: of the configuration.
+      workdir: the run's folder.
+      profile: updates that the profiler traces, "START:COUNT".
+      config_file: where the configuration comes from, for messages.
     Raises:
       UserError: the run cannot start or go on; the message says what to do.
     """
@@ -305,7 +317,8 @@ def start(fields: Mapping[str, Any], workdir: pathlib.Path, profile: str | None 
         announced=distributed.stop_announced if distributed.is_joined() else None,
     )
     with peers.ending_together():
-        return run_explained(config, workdir, Console(enabled=progress), stop, profiled)
+        console = Console(enabled=progress)
+        return run_explained(config, workdir, console, stop, profiled, config_file)
 
 
 def run_explained(
@@ -314,15 +327,21 @@ def run_explained(
     console: Console,
     stop: StopSignals,
     profiled: ProfiledSteps | None,
+    config_file: pathlib.Path,
 ) -> int:
     """Runs `main`, and says of errors of the machine what they mean for the run.
 
     Raises:
-      UserError: see `main`; AccessError for files that cannot be read or written.
+      UserError: see `main`; AccessError for files that cannot be read or written; DeviceMemoryError
+        for devices with too little memory.
     """
     try:
         with stop, console:
             return main(config, workdir, console, stop, profiled)
+    except jax.errors.JaxRuntimeError as error:
+        if not shortage.is_shortage(error):
+            raise
+        raise shortage.explain(error, config, config_file) from error
     except OSError as error:
         in_workdir = isinstance(error.filename, str) and (
             pathlib.Path(error.filename).absolute().is_relative_to(workdir.absolute())

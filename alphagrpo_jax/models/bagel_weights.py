@@ -39,7 +39,7 @@ ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 INDEX = ".index.json"  # beside several files that stand for one
 BLOCK_BYTES = 2**22  # of a tensor that are in memory beside the part that they belong to
 ALIGNMENT = 64  # bytes; a CPU device takes memory that is aligned so as it is
-FIRST_VALUES = 64  # of each tensor, by which weights of one architecture are told apart
+FIRST_VALUES = 64  # of each tensor: headers alone do not tell weights of one architecture apart
 
 
 class WeightsError(UserError, ValueError):
@@ -88,8 +88,8 @@ def load_model(
     base, dtypes = read_weights(folder, model, sharding_of)
     files = {name: folder / name for name in CONFIG_FILES}
     json_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
-    weights = weights_digest(folder)
-    return LoadedModel(model, base, tokenizer, config, json_files, dtypes, weights)
+    digest = weights_digest(folder)
+    return LoadedModel(model, base, tokenizer, config, json_files, dtypes, digest)
 
 
 def new_model(
@@ -185,10 +185,7 @@ def read_weights(
 
 
 def weights_digest(folder: Path) -> str:
-    """Computes a SHA-256 digest that tells the weights of one folder from others, in moments.
-
-    It covers name, dtype and shape of every tensor, and its first values: other weights of the same
-    architecture have the same headers. How tensors are spread over files does not matter.
+    """Computes a SHA-256 digest of every tensor's name, dtype, shape and `FIRST_VALUES`.
 
     Raises:
       MissingFileError, WeightsError: a missing or unreadable file.
@@ -198,13 +195,12 @@ def weights_digest(folder: Path) -> str:
         for file in (EMA, AE):
             weight_files = stack.enter_context(_open(folder, file))
             for name, handle in sorted(weight_files.handles.items()):
-                header = handle.get_slice(name)
-                shape, dtype = header.get_shape(), header.get_dtype()
+                tensor = handle.get_slice(name)
+                shape, dtype = tensor.get_shape(), tensor.get_dtype()
                 digest.update(json.dumps([file, name, dtype, shape]).encode())
                 if dtype in DTYPES and shape:
-                    last = slice(0, min(FIRST_VALUES, shape[-1]))
-                    first = (*(slice(0, 1) for _ in shape[1:]), last)
-                    digest.update(np.ascontiguousarray(header[first]).tobytes())
+                    first = [slice(1)] * (len(shape) - 1) + [slice(min(FIRST_VALUES, shape[-1]))]
+                    digest.update(np.ascontiguousarray(tensor[tuple(first)]).tobytes())
     return digest.hexdigest()
 
 

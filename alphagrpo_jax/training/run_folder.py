@@ -160,13 +160,13 @@ class EmergencyCheckpoint:
         except StoppedError:
             self._save()
             raise
-        except (TrainingError, PoolError) as error:
-            # Saving is collective: of several processes, all raise the same TrainingError, but a
-            # PoolError is one's own.
+        except (TrainingError, PoolError, jax.errors.JaxRuntimeError) as error:
+            # Saving is collective: of several processes, all raise the same TrainingError, but any
+            # other is one's own.
             if isinstance(error, TrainingError) or jax.process_count() == 1:
                 try:
                     self._save()
-                except (checkpoint.CheckpointError, OSError) as save_error:
+                except (checkpoint.CheckpointError, OSError, RuntimeError) as save_error:
                     notify(f"the steps since the last checkpoint are lost: {save_error}")
             raise
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -112,3 +113,33 @@ def test_a_save_that_fails_in_the_background_ends_the_run_and_costs_no_older_one
     code, printed = run(workdir, *arguments)
     assert code == 0, printed
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4"}
+
+
+def test_too_little_memory_names_the_stage_and_the_plan_and_costs_no_update(
+    run, world, monkeypatch, rows
+):
+    """A device that runs out of memory in the second update, as XLA says it."""
+    step, calls = update._gradient, []
+
+    def out_of_memory(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 9876543210 bytes.\nBufferAssignment:"
+            )
+        return step(*arguments)
+
+    flags = ("--config.train.steps=3", "--config.train.micro_batch=2", "--config.eval.every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "_gradient", out_of_memory)
+        code, printed = run(world / "small", *flags)
+    assert code == 1
+    assert "Traceback" not in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "too little memory: the stage update (step) needs" in line
+    assert "python -m alphagrpo_jax.plan --config=" in line
+    assert " --config.train.micro_batch=2 --config.train.steps=3 --chips=NAME:1" in line
+    assert (world / "small" / "checkpoints" / "1").is_dir()
+    code, printed = run(world / "small", *flags)
+    assert code == 0, printed
+    assert [row["step"] for row in rows(world / "small")] == [0, 1, 2, 3]
