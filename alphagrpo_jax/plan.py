@@ -134,6 +134,16 @@ def compile_all(
     return loaded, notes, needs
 
 
+def left_out(config: Config, *, evaluation: bool) -> list[str]:
+    """Says what of a run the verdict does not cover."""
+    notes = []
+    if not evaluation:
+        notes.append("the functions of evaluations were left out: the verdict is of training alone")
+    if config.verifier.kind == "self":
+        notes.append("verifier.kind=self: the policy's work as its own verifier was left out")
+    return notes
+
+
 def run(options: argparse.Namespace) -> int:
     """Plans a run and prints what it finds; returns the exit code."""
     config = read_config(options.config, options.changes)
@@ -156,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
         f"{len(target.devices)} chips, mesh "
         + " ".join(f"{axis}={size}" for axis, size in sizes.items())
     )
-    for note in (*notes, report.memory_line(chip)):
+    for note in (*notes, *left_out(config, evaluation=evaluation), report.memory_line(chip)):
         print(f"note: {note}")
     for kind, source in report.sources(target).items():
         print(f"{kind}: {source}")

@@ -141,6 +141,7 @@ def main(
                     )
                     for batch in batches
                 ]
+            del params  # a copy of all weights, if adapters are merged
             with timer("reward_wait"):  # the device computes while the verifiers still answer
                 old = [update.old_log_probs(run, state, batch) for batch in rollouts]
                 rewards = [reward.gather(run, batch, step) for batch in rollouts]

@@ -14,6 +14,7 @@ class Chip:
     """Peak rates and memory of one chip."""
 
     name: str
+    kind: str  # as JAX names it
     platform: str  # "tpu" or "gpu"
     flops: float  # per second, dense bfloat16 products
     memory: float  # bytes that a program may use
@@ -39,7 +40,7 @@ def _chip(
     platform = "tpu" if axes else "gpu"
     usable = peak.memory * GPU_FRACTION if memory is None else memory
     rates = (peak.flops, usable, peak.memory_rate, links, network)
-    return Chip(name, platform, *rates, peak.source, axes)
+    return Chip(name, kind, platform, *rates, peak.source, axes)
 
 
 # v4 is absent: its compiler plans for the two cores of a chip apart, which no run uses.

@@ -199,10 +199,11 @@ def needed_bytes(message: str) -> float | None:
     """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
-    if _SMALL_MEMORIES.search(message):
+    hbm = r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
+    if _SMALL_MEMORIES.search(message) and not re.search(hbm, message):
         return None
     patterns = (
-        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
+        hbm,
         r"total memory required for [\w ]+ \(([\d.]+)([KMGT])\)",
         r"requires? ([\d.]+)([KMGT])",
         r"([\d.]+)([KMGT])i?B?\b",

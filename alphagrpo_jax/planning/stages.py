@@ -23,6 +23,7 @@ from alphagrpo_jax.sampling.trajectory import Images
 from alphagrpo_jax.tasks import Task
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.optimizer import make_optimizer
+from alphagrpo_jax.training.pacing import AHEAD
 from alphagrpo_jax.training.sampling import bucket_lengths
 from alphagrpo_jax.training.steps import (
     CompiledFns,
@@ -101,14 +102,13 @@ def stages(plan: PlannedRun, *, evaluation: bool = True) -> Iterator[PlanStage]:
         share = config.train.prompts_per_step / config.srr.queue_prompts
         walk = _Walk(plan, INITIAL, tasks.TASKS["t2i"], config.srr.queue_prompts, share, "initial_")
         yield from walk.sample(plan.fns.initial)
-    shares = _task_shares(config)
+    training, contexts = _with_other_batches(plan), 0.0
     for name, fns in plan.fns.tasks.items():
-        task = tasks.TASKS[name]
-        prefix, prompts = _prefix(config, name), config.train.prompts_per_step
-        walk = _Walk(plan, ROLLOUT, task, prompts, shares[name], prefix)
+        walk = _training_walk(training, name)
         yield from walk.sample(fns.train)
-        yield from _update(plan, task, fns, walk.rollout, shares[name])
-    yield from _apply(plan)
+        yield from _update(training, walk.task, fns, walk.rollout, walk.calls)
+        contexts = max(contexts, device_bytes(walk.rollout))
+    yield from _apply(training, contexts)
     if not evaluation:
         return
     batches = -(-config.eval.prompts // config.eval.micro_batch)
@@ -120,6 +120,28 @@ def stages(plan: PlannedRun, *, evaluation: bool = True) -> Iterator[PlanStage]:
         task, count = tasks.TASKS[name], config.eval.micro_batch
         walk = _Walk(plan, EVALUATION, task, count, batches, "eval_" + _prefix(config, name))
         yield from walk.sample(fns.eval)
+
+
+def _training_walk(plan: PlannedRun, name: str) -> "_Walk":
+    """Begins to walk through the rollout of a task's batch."""
+    config = plan.config
+    share, prompts = _task_shares(config)[name], config.train.prompts_per_step
+    return _Walk(plan, ROLLOUT, tasks.TASKS[name], prompts, share, _prefix(config, name))
+
+
+def _with_other_batches(plan: PlannedRun) -> PlannedRun:
+    """Counts the trajectories of an update's other batches: they stay until its end."""
+    config = plan.config
+    others = config.mixed.batches - 1 if config.task == "mixed" else 0
+    if others == 0:
+        return plan
+    largest = 0.0
+    for name, fns in plan.fns.tasks.items():
+        walk = _training_walk(plan, name)
+        for _ in walk.sample(fns.train):
+            pass
+        largest = max(largest, device_bytes(walk.rollout))
+    return plan._replace(resident={**plan.resident, "other batches": others * largest})
 
 
 def _task_shares(config: Config) -> dict[str, float]:
@@ -234,8 +256,10 @@ def _update(
     totals = jax.tree.map(
         lambda x: _shape(x, everywhere), jax.eval_shape(lambda x: fns.count(x, None), batch)
     )
-    gradient = device_bytes(state.trainable)
+    # The host runs ahead of the device: gradients of dispatched micro-batches have their memory.
+    gradient = device_bytes(state.trainable) * min(layout.micro_batches, AHEAD + 1)
     alive = {**plan.resident, "contexts": device_bytes(batch), "gradient": gradient}
+    alive |= _copied_state(plan)
     prefix = _prefix(config, task.name)
     updates = config.train.updates_per_batch
     passes, rows = share * layout.micro_batches, layout.micro_rows
@@ -264,8 +288,21 @@ def _update(
     yield stage("backward", fns.backward, arguments, passes * updates, holds=held)
 
 
-def _apply(plan: PlannedRun) -> Iterator[PlanStage]:
-    """Lists what adds gradients up and applies them."""
+def _copied_state(plan: PlannedRun) -> dict[str, float]:
+    """Counts the state that stays for a stop while several optimizer steps are taken."""
+    train, state = plan.config.train, plan.state
+    if train.updates_per_batch == 1 or train.trainable != "lora":
+        return {}
+    return {"copied state": device_bytes((state.trainable, state.opt_state))}
+
+
+def _apply(plan: PlannedRun, contexts: float) -> Iterator[PlanStage]:
+    """Lists what adds gradients up and applies them.
+
+    Args:
+      plan: the run's.
+      contexts: bytes per device of a batch's trajectories.
+    """
     config, state = plan.config, plan.state
     gradient, loss_total = state.trainable, _number(plan.mesh, jnp.float32)
     size = device_bytes(gradient)
@@ -274,13 +311,14 @@ def _apply(plan: PlannedRun) -> Iterator[PlanStage]:
     ).layout.micro_batches
     metrics: dict[str, Any] = {"loss/total": loss_total}
     pair = (gradient, metrics)
-    alive = {**plan.resident, "gradient": 2 * size}
+    common = {**plan.resident, "contexts": contexts, **_copied_state(plan)}
+    alive = {**common, "gradient": size * min(micro_batches, AHEAD + 1)}
     updates = config.train.updates_per_batch
     if micro_batches > 1:
         calls = (micro_batches - 1) * updates
         arguments: tuple = (*pair, pair)
         yield PlanStage("accumulate", UPDATE, plan.fns.accumulate, arguments, alive, calls)
-    alive = {**plan.resident, "gradient": size}
+    alive = {**common, "gradient": size}
     arguments = (state, gradient, metrics)
     yield PlanStage("apply", UPDATE, plan.fns.apply_gradient, arguments, alive, updates)
 

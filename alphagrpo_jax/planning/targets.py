@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from alphagrpo_jax.planning import chips
 from alphagrpo_jax.planning.chips import CHIPS, GPUS_PER_MACHINE, Chip
+from alphagrpo_jax.runtime.chips import peak_of
 from alphagrpo_jax.runtime.errors import UsageError
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -120,7 +121,9 @@ def gpu_target(words: str) -> Target:
     name, count = split_chips(words)
     chip = _chip(name, "gpu", "--chips")
     machines = tuple(index // GPUS_PER_MACHINE for index in range(count))
-    if devices := _gpu_devices(count):
+    devices = _gpu_devices(count)
+    # Another kind of card has another compiler's choices: its numbers would not be exact.
+    if devices and peak_of(devices[0].device_kind) == peak_of(chip.kind):
         kind = devices[0].device_kind
         return Target(words, chip, devices, machines, exact=True, compiler=f"XLA for {kind}")
     devices = tuple(_cpu_devices(count))

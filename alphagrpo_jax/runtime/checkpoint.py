@@ -80,12 +80,14 @@ class Checkpoints:
         """
         with self.lock:
             self.wait()
+            # Behind this call a thread turns the object into text: the run changes it meanwhile.
+            progress = json.loads(json.dumps(dict(progress)))
             with _explained(step):
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(state),
-                        progress=ocp.args.JsonSave(dict(progress)),
+                        progress=ocp.args.JsonSave(progress),
                     ),
                     force=True,
                 )

@@ -63,7 +63,7 @@ def run_steps(
             rows = jnp.asarray(first + np.arange(layout.rows), jnp.int32)
             written = step_fns.sample(params, ctx, key, event, rows, jnp.float32(temperature))
             rollout = add_text(rollout, *written, pieces, step=step)
-            length = _bucket(rollout.texts[-1].mask, buckets)
+            length = _bucket(rollout.texts[-1].mask, buckets, layout.count)
             if length < rollout.texts[-1].mask.shape[1]:
                 rollout = step_fns.cut(rollout, length)
             continue
@@ -135,12 +135,16 @@ def _cut_prompt(block: TextBlock | ImageBlock, buckets: int) -> TextBlock | Imag
     return TextBlock(block.tokens[:, :length], block.mask[:, :length])
 
 
-def _bucket(mask: Any, buckets: int) -> int:
-    """Returns the smallest of the bucket lengths that holds every row of bool[B, T]."""
+def _bucket(mask: Any, buckets: int, rows: int | None = None) -> int:
+    """Returns the smallest of the bucket lengths that holds every row of bool[B, T].
+
+    With `rows`, the first ones alone: those behind them fill up a mesh, and no number of a run may
+    depend on them.
+    """
     longest = mask.shape[1]
     if buckets == 1:
         return longest
-    length = int(distributed.to_host(mask).sum(axis=1).max())
+    length = int(distributed.to_host(mask)[:rows].sum(axis=1).max())
     return next(size for size in bucket_lengths(longest, buckets) if size >= length)
 
 

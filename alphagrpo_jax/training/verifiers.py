@@ -25,6 +25,8 @@ from alphagrpo_jax.runtime.stopping import NEVER, StoppedError, StopRequest
 from alphagrpo_jax.training.scorers import audit_path, with_scorers
 from alphagrpo_jax.training.self_verifier import PolicyVerifier
 
+JAX_FRACTION = 0.75  # of a card's memory, which JAX takes by itself
+
 
 def make_pool(config: Config, stop: StopRequest = NEVER) -> Pool | CombinedPool:
     """Starts the workers of the verifier and of scorers in the background.
@@ -205,11 +207,15 @@ def check_device(device: str) -> None:
 
 
 def _is_memory_left() -> bool:
-    """Tells if the environment limits what JAX takes of a card."""
+    """Tells if the environment has JAX take less of a card than by itself."""
     preallocates = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower()
+    try:
+        fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", JAX_FRACTION))
+    except ValueError:  # JAX refuses it
+        fraction = JAX_FRACTION
     return (
         preallocates in ("false", "0")
-        or "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ
+        or fraction < JAX_FRACTION
         or os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") in ("platform", "cuda_async")
     )
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from alphagrpo_jax.planning.stages import EVALUATION, INITIAL, ROLLOUT, UPDATE, 
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.errors import InputError, UsageError
 from alphagrpo_jax.training import setup
+from alphagrpo_jax.training.pacing import AHEAD
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIGS = [ROOT / "configs" / f"bagel_7b_{name}.py" for name in ("rt2i", "srr")]
@@ -167,6 +169,31 @@ def test_refinement_has_initial_images_and_recomputed_log_probs_two_passes(world
     assert by_name["initial_prefill"].calls == share
     assert by_name["forward"].calls == 2 * by_name["backward"].calls
     assert by_name["backward"].holds == ("forward",)
+
+
+def test_what_lives_beside_an_update_is_counted(world):
+    changes = {"train.old_logprob": "self", "train.micro_batch": 1}
+    run, stages = stages_of(tiny_config(world, **changes), evaluation=False)
+    by_name = {stage.name: stage for stage in stages}
+    adapters = run.resident["LoRA"]
+    assert by_name["gradient"].calls > AHEAD
+    assert by_name["gradient"].alive["gradient"] == (AHEAD + 1) * adapters
+    assert by_name["apply"].alive["contexts"] > 0
+    assert "copied state" not in by_name["apply"].alive
+    changes = {"train.old_logprob": "recompute", "train.updates_per_batch": 2}
+    run, stages = stages_of(tiny_config(world, **changes), evaluation=False)
+    copied = adapters + run.resident["optimizer"]
+    assert [s.alive["copied state"] for s in stages if s.name == "backward"] == [copied]
+
+
+def test_a_mixed_update_holds_the_trajectories_of_all_its_batches(world):
+    changes = {"task": "mixed", "mixed.batches": 3, "mixed.tasks": ("t2i", "rt2i")}
+    changes |= {"mixed.weights": (1, 1)}
+    _, stages = stages_of(tiny_config(world, **changes), evaluation=False)
+    others = {stage.alive.get("other batches") for stage in stages if stage.name != "merge"}
+    assert len(others) == 1
+    largest = max(stage.alive["contexts"] for stage in stages if stage.part == UPDATE)
+    assert others.pop() == pytest.approx(2 * largest, rel=0.1)
 
 
 def test_abstract_weights_are_those_that_a_run_has(world):
@@ -333,6 +360,7 @@ def test_results_are_cached_by_program(tmp_path):
         ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
          "temporaries (800.00G) exceeds available HBM (95.74G).", 800 * 2**30),
         ("RESOURCE_EXHAUSTED: Ran out of memory while allocating.", float("inf")),
+        ("RESOURCE_EXHAUSTED: Used 40.50G of 31.25G hbm. 2.0M of vmem are reserved.", 40.5 * 2**30),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.",
          None),
         ("INVALID_ARGUMENT: something else", None),
@@ -391,6 +419,15 @@ def test_a_compilers_other_errors_name_the_stage_and_have_no_traceback(tmp_path)
     stage = dataclasses.replace(small_stage(), function=Refused("UNIMPLEMENTED: sorting so much"))
     with pytest.raises(InputError, match=r"product: XLA for CPUs .* UNIMPLEMENTED: sorting"):
         compiling.compile_stage(stage, cpu_target(), tmp_path, lambda _: None)
+
+
+def test_a_card_of_another_kind_does_not_make_numbers_exact(monkeypatch):
+    card = types.SimpleNamespace(device_kind="NVIDIA H200")
+    monkeypatch.setattr(targets, "_gpu_devices", lambda count: (card,) * count)
+    assert targets.gpu_target("h200:1").exact
+    other = targets.gpu_target("a100-80g:1")
+    assert not other.exact
+    assert other.devices[0].platform == "cpu"
 
 
 # ------------------------------------------------------------------------- command

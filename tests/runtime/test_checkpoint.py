@@ -1,5 +1,6 @@
 """Saving, restoring, digests, and the checks at the start of a run."""
 
+import json
 import signal
 import threading
 import time
@@ -108,6 +109,24 @@ def test_a_save_that_does_not_wait_keeps_its_content_while_an_update_takes_the_m
     restored = Checkpoints(tmp_path, keep=1).state(1, updated)
     assert checkpoint.digest(restored, {"step": 1}) == digest
     assert checkpoint.digest(updated, {"step": 1}) != digest
+
+
+def test_a_save_that_does_not_wait_has_the_place_of_its_step(tmp_path, monkeypatch):
+    saves, moved = Checkpoints(tmp_path, keep=1), threading.Event()
+    dumps = json.dumps
+
+    def late(*args, **options):  # as on a slow disk: the text is made once the run has gone on
+        if threading.current_thread() is not threading.main_thread():
+            moved.wait(60)
+        return dumps(*args, **options)
+
+    progress = {"positions": {"rt2i": 3}}
+    monkeypatch.setattr(json, "dumps", late)
+    saves.save(1, state(), progress, wait=False)
+    progress["positions"]["rt2i"] = 4
+    moved.set()
+    saves.wait()
+    assert saves.progress(1) == {"positions": {"rt2i": 3}}
 
 
 @pytest.fixture

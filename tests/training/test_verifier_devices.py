@@ -52,6 +52,14 @@ def test_whoever_limits_what_jax_takes_may_share_a_card(machine, monkeypatch, na
     verifiers.check_device("cuda")
 
 
+@pytest.mark.parametrize("fraction", [".75", ".92"])
+def test_where_jax_takes_most_of_a_card_a_verifier_is_refused(machine, monkeypatch, fraction):
+    machine("gpu", (0,))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
+    with pytest.raises(ConfigError, match="memory of the cards"):
+        verifiers.check_device("cuda")
+
+
 def test_a_tpu_host_has_no_card(machine):
     machine("tpu", (0, 1, 2, 3))
     with pytest.raises(ConfigError, match=r"a TPU host has no GPU.*launch/tpu.sh"):
