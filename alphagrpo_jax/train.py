@@ -118,8 +118,7 @@ def main(
             run_folder.mark_running(workdir, config, loaded.weights)
         run = make_run(config, loaded, data, fns, verifier, workdir, second_verifier, console, stop)
         evaluate_pending(run, state, done, position, data, log, writers)
-        evaluated = True
-        pool_counts = verifiers.PoolCounts(verifier)
+        evaluated, pool_counts = True, verifiers.PoolCounts(verifier)
         # ---------------------------------------------------------- the loop
         while done < config.train.steps and not distributed.must_stop(stop.requested, done):
             step, timer = done + 1, metrics_lib.Timer()

@@ -39,7 +39,7 @@ ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 INDEX = ".index.json"  # beside several files that stand for one
 BLOCK_BYTES = 2**22  # of a tensor that are in memory beside the part that they belong to
 ALIGNMENT = 64  # bytes; a CPU device takes memory that is aligned so as it is
-FIRST_VALUES = 64  # of each tensor: headers alone do not tell weights of one architecture apart
+FIRST_VALUES, SHOWN_PROBLEMS = 64, 12  # of a tensor in a digest; tensors in an error message
 
 
 class WeightsError(UserError, ValueError):
@@ -242,8 +242,7 @@ def _read_part(
     """Reads the part of a leaf between `bounds`, (begin, end) per dimension."""
     part = _aligned_empty([end - begin for begin, end in bounds], jnp.dtype(dtype))
     for entry in group:
-        file, begin, target = files[entry.file], 0, part
-        inner = bounds
+        file, target, inner = files[entry.file], part, bounds
         if entry.layer is not None:
             (begin, end), *inner = bounds
             if not begin <= entry.layer < end:
@@ -423,7 +422,8 @@ def _check(
     if problems:
         raise WeightsError(
             f"the weights in {folder} do not fit its JSON files ({len(problems)} tensors):\n"
-            + "\n".join(problems)
+            + "\n".join(problems[:SHOWN_PROBLEMS])
+            + f"\n  and {len(problems) - SHOWN_PROBLEMS} more" * (len(problems) > SHOWN_PROBLEMS)
             + f"\nfetch weights and {', '.join(CONFIG_FILES)} of one and the same model"
         )
     return dtypes

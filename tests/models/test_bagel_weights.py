@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -107,6 +108,21 @@ def test_misfits_are_listed_together_with_both_shapes(folder: pathlib.Path):
     assert "ema.safetensors: unexpected surprise of shape [2, 3]" in message
     assert "ema.safetensors: llm2vae.weight has shape [5, 64], expected [16, 64]" in message
     assert "ae.safetensors: missing encoder.conv_in.bias, expected shape [32]" in message
+
+
+def test_weights_of_another_architecture_name_the_first_misfits_and_count_the_others(
+    folder: pathlib.Path,
+):
+    tensors = {f"blocks.{k}.weight": np.zeros((2, 3), np.float32) for k in range(20)}
+    save_file(tensors, folder / EMA)
+    with pytest.raises(WeightsError) as error:
+        load_model(folder)
+    first, *lines = str(error.value).splitlines()
+    count = int(re.search(r"\((\d+) tensors\)", first)[1])
+    assert "  ema.safetensors: unexpected blocks.0.weight of shape [2, 3]" in "\n".join(lines)
+    assert lines[-2:-1] == [f"  and {count - len(lines) + 2} more"]
+    assert len(lines) < 20 < count
+    assert "one and the same model" in lines[-1]
 
 
 def test_position_tables_may_be_absent(folder: pathlib.Path):
