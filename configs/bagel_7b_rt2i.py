@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.model.width = 512
     config.verifier.kind = "openai"  # on machines or cards of its own, by launch/verifiers.sh
     config.verifier.endpoints = ("http://127.0.0.1:8000/v1",)
-    config.verifier.model = "Qwen3-VL-30B-A3B-Instruct"
+    config.verifier.model = "Qwen/Qwen3-VL-30B-A3B-Instruct"
     config.data.train = "train.jsonl"
     config.data.heldout = "heldout.jsonl"
     config.rollout.prompt_tokens = 512

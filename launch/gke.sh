@@ -33,19 +33,22 @@ for word in "$@"; do
   esac
 done
 check_common_flags
+case "$JUDGE_GPUS" in "" | *[!0-9]*) fail "got --judge-gpus=$JUDGE_GPUS, expected the number of cards of a judge" ;; esac
 for name in NAME CLUSTER ZONE PROJECT TYPE IMAGE; do
   [ -n "${!name}" ] || fail "expected --name, --cluster, --zone, --project, --tpu-type and --image; $name is missing"
 done
 [ -z "$JUDGE" ] || [ -n "$ACCELERATOR" ] || fail "--judge=$JUDGE needs --judge-accelerator=NAME, the GPUs of its nodes"
 
 manifest() { # judges with an address each
-  local words=() arguments="" word
-  # shellcheck disable=SC2206 # words of the user
-  case "$JUDGE" in
-    vllm) words=(vllm serve "$JUDGE_MODEL" --host 0.0.0.0 --port 8000 --enable-request-id-headers --tensor-parallel-size "$JUDGE_GPUS" $JUDGE_ARGS) ;;
-    sglang) words=(python3 -m sglang.launch_server --model-path "$JUDGE_MODEL" --host 0.0.0.0 --port 8000 --tp "$JUDGE_GPUS" $JUDGE_ARGS) ;;
-    ours) words=(python -m alphagrpo_jax.serve_verifier --model "$JUDGE_MODEL" --host 0.0.0.0 --port 8000 --device cuda $JUDGE_ARGS) ;;
+  local words=() arguments="" word device=cuda
+  [ "$JUDGE_GPUS" -eq 1 ] || device=auto
+  case "$JUDGE" in # as launch/verifiers.sh does; images of other runtimes do not have it
+    vllm) words=(vllm serve "$JUDGE_MODEL" --host 0.0.0.0 --port 8000 --enable-request-id-headers
+      --limit-mm-per-prompt '{"image": 1}' --tensor-parallel-size "$JUDGE_GPUS") ;;
+    sglang) words=(python3 -m sglang.launch_server --model-path "$JUDGE_MODEL" --host 0.0.0.0 --port 8000 --tp "$JUDGE_GPUS") ;;
+    ours) words=(python -m alphagrpo_jax.serve_verifier --model "$JUDGE_MODEL" --host 0.0.0.0 --port 8000 --device "$device") ;;
   esac
+  words+=(${JUDGE_WORDS[@]+"${JUDGE_WORDS[@]}"})
   for word in "${words[@]}"; do
     word="${word//\\/\\\\}"
     arguments+="${arguments:+, }\"${word//\"/\\\"}\""
@@ -70,6 +73,8 @@ spec:
           ports: [{containerPort: 8000}]
           readinessProbe: {httpGet: {path: /health, port: 8000}, periodSeconds: 5, timeoutSeconds: 5}
           resources: {limits: {nvidia.com/gpu: $JUDGE_GPUS}}
+          volumeMounts: [{name: shm, mountPath: /dev/shm}]
+      volumes: [{name: shm, emptyDir: {medium: Memory}}]
 ---
 apiVersion: v1
 kind: Service
@@ -114,6 +119,6 @@ use_endpoints
 run xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--zone=$ZONE" "--project=$PROJECT" "--tpu-type=$TYPE" \
   "--num-slices=$SLICES" "--docker-image=$IMAGE" "--max-restarts=$RESTARTS" --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=300 \
-  "--command=JAX_PLATFORMS=tpu DISTRIBUTED=1 $(quoted python -m alphagrpo_jax.train "${TRAIN[@]}")"
+  "--command=exec env JAX_PLATFORMS=tpu DISTRIBUTED=1 $(quoted python -m alphagrpo_jax.train "${TRAIN[@]}")" # SIGTERM must reach it
 HANDED_OVER=1
 [ -z "$JUDGE" ] || [ -n "$DRY_RUN" ] || say "the judges stay: kubectl delete statefulset,service $NAME-judge"

@@ -49,8 +49,9 @@ if [ -n "$PER_CARD" ]; then
   # shellcheck disable=SC2086 # one word per card
   read -ra variables <<<"$(printf 'CUDA_VISIBLE_DEVICES=%s ' ${CARDS//,/ })"
 fi
+[ -n "$DRY_RUN" ] || hold_stop
 for number in "${!variables[@]}"; do
-  command=(env "${variables[$number]}")
+  command=(env "${variables[$number]}" "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
   if [ "${#variables[@]}" -gt 1 ]; then
     command+=("COORDINATOR_ADDRESS=127.0.0.1:${PORT:-9876}" "NUM_PROCESSES=${#variables[@]}" "PROCESS_ID=$number")
   fi

@@ -5,12 +5,14 @@
 #   --dry-run               print what would run, and run nothing
 #   --judge=SERVER          ours, vllm or sglang; without it no judges are started
 #   --judge-model=MODEL     their model, as the server takes it
-#   --judge-args="..."      further arguments of the server
+#   --judge-args="..."      further arguments of the server, split at blanks; 'what stands in single quotes' is taken as it is
 #   --judge-seconds=N       deadline for the judges to be healthy (default 1200: large models load for minutes)
 #   --endpoints=URL[,URL]   judges that run already, http://HOST:PORT/v1
+# XLA_PYTHON_CLIENT_MEM_FRACTION: the share of a card's memory that JAX takes (default here 0.92, which a plan counts on).
 # FIRST_PORT (default 8000) is the first judge's; the others on its machine follow.
 
 DRY_RUN="" JUDGE="" JUDGE_MODEL="" JUDGE_ARGS="" JUDGE_SECONDS=1200 ENDPOINTS="" FIRST_PORT="${FIRST_PORT:-8000}"
+JUDGE_WORDS=() # JUDGE_ARGS, split
 TRAIN=() # arguments of alphagrpo_jax.train
 JUDGE_PIDS=() JUDGE_PORTS=() JUDGE_LOGS=() # of the judges that start_judges has started
 
@@ -56,6 +58,18 @@ common_flag() {
   esac
 }
 
+# Splits JUDGE_ARGS into JUDGE_WORDS. Double quotes stay, since JSON has them.
+split_judge_args() {
+  local text="$JUDGE_ARGS" blank=$'[ \t\n]' plain=$'[^ \t\n\']' word
+  local pattern="^$blank*(($plain|'[^']*')+)($blank.*)?\$"
+  while [[ "$text" =~ [^[:space:]] ]]; do
+    [[ "$text" =~ $pattern ]] || fail "got --judge-args=$JUDGE_ARGS, whose single quotes do not match"
+    word="${BASH_REMATCH[1]}" text="${BASH_REMATCH[3]-}"
+    case "$word" in '"'*) fail "got $word in --judge-args; expected single quotes around what has blanks (double quotes stay)" ;; esac
+    JUDGE_WORDS+=("${word//\'/}")
+  done
+}
+
 check_common_flags() {
   case "$JUDGE" in
     "") ;;
@@ -65,6 +79,7 @@ check_common_flags() {
   case "$JUDGE_SECONDS" in
     "" | *[!0-9]*) fail "got --judge-seconds=$JUDGE_SECONDS, expected whole seconds" ;;
   esac
+  split_judge_args
   case " ${TRAIN[*]-} " in *" --config="*) ;; *) TRAIN=(--config=configs/grpo.py ${TRAIN[@]+"${TRAIN[@]}"}) ;; esac
 }
 
@@ -135,8 +150,7 @@ start_judge() {
     sglang-*) words=(--tp "$count") ;;
   esac
   [ "$JUDGE-$count" != ours-1 ] || [ -z "$cards" ] || words=(--device cuda)
-  # shellcheck disable=SC2206 # words of the user
-  words+=($JUDGE_ARGS)
+  words+=(${JUDGE_WORDS[@]+"${JUDGE_WORDS[@]}"})
   local command=(env "PORT=$port" "HOST=${JUDGE_HOST:-127.0.0.1}")
   [ -z "$cards" ] || command+=("CUDA_VISIBLE_DEVICES=$cards")
   command+=(./launch/verifiers.sh "$JUDGE" "$JUDGE_MODEL" ${words[@]+"${words[@]}"})
@@ -192,14 +206,20 @@ card_groups() {
   echo "$groups"
 }
 
-# Waits for the processes of a run, hands SIGTERM on to them, and returns the worst code: a failure, else 75, else 0.
+# Tells the processes of a run to save and end.
+stop_run() { kill -TERM "$@" 2>/dev/null || true; }
+
+# Waits for the processes of a run, hands SIGTERM on to them (stop_run), and returns the worst code: a failure, else 75, else 0.
 # Ctrl-C reaches them by itself.
-SIGNALED=""
+SIGNALED="" HELD=""
+# Keeps a SIGTERM that comes while the processes are started for wait_for_run.
+hold_stop() { trap 'HELD=1' TERM; }
 wait_for_run() {
   local pid code worst=0
   # shellcheck disable=SC2064 # these processes
-  trap "SIGNALED=1; kill -TERM $* 2>/dev/null || true" TERM
+  trap "SIGNALED=1; stop_run $*" TERM
   trap 'SIGNALED=1' INT
+  [ -z "$HELD" ] || stop_run "$@"
   for pid in "$@"; do
     code=0
     wait "$pid" || code=$?

@@ -15,7 +15,8 @@
 # --sbatch="..."        further flags of sbatch, such as a partition and a time limit
 # --judge-sbatch="..."  flags of sbatch for the judges' nodes: the job is then a heterogeneous one, whose second part they are
 # The other flags stand in launch/lib.sh. Five minutes before the time limit the run is told to stop; it saves and ends with 75,
-# and the job is put into the queue again, where it continues. LOGS (default runs/logs) must be on a shared file system.
+# and the job is put into the queue again, where it continues. Earlier: scancel --signal=TERM --batch JOB.
+# LOGS (default runs/logs) must be on a shared file system.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 . launch/lib.sh
@@ -99,23 +100,48 @@ fi
 use_endpoints
 
 stopped="$LOGS/stopped_${SLURM_JOB_ID:-JOB}" # a task makes it where the run ends with 75
+step="$LOGS/step_${SLURM_JOB_ID:-JOB}"       # the first task writes JOB.STEP, by which Slurm knows the run
 command=(env "NUM_PROCESSES=$((NODES * tasks))" "COORDINATOR_ADDRESS=${nodes[0]}:${PORT:-9876}" "STOPPED_FILE=$stopped"
+  "STEP_FILE=$step" "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
   srun "$(part 0 "${nodes[@]:0:$NODES}")" "--nodes=$NODES" "--ntasks=$((NODES * tasks))" "--ntasks-per-node=$tasks"
   "--gpus-per-node=$GPUS" "--cpus-per-task=$((CPUS / tasks))" --kill-on-bad-exit=1
   ./launch/slurm_task.sh ${PER_CARD:+--per-card} "${TRAIN[@]}")
 if [ -n "$DRY_RUN" ]; then
   quoted "${command[@]}"
   echo
+  echo "# on SIGTERM: scancel --signal=TERM \$(cat $step)"
   echo "# if the run was stopped (exit code 75): scontrol requeue JOB"
   exit 0
 fi
+# srun itself must not get the signal: it would kill all tasks at once. Slurm hands it to the tasks of the step.
+stop_run() {
+  until [ -s "$step" ]; do # the tasks do not run yet
+    kill -0 "$1" 2>/dev/null || return 0
+    sleep "${POLL_SECONDS:-2}"
+  done
+  told=1
+  say "the run, step $(cat "$step"), is told to save and end"
+  scancel --signal=TERM "$(cat "$step")" || say "error: scancel could not tell the run to stop; it goes on until the time limit"
+}
 mkdir -p "$LOGS"
-rm -f "$stopped"
+rm -f "$stopped" "$step"
+told=""
+hold_stop
 "${command[@]}" &
 code=0
 wait_for_run $! || code=$?
+rm -f "$step"
+if [ -n "$told" ] && [ "$code" -eq 143 ]; then code=0 && touch "$stopped"; fi # before the tasks could listen
 if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then
   rm -f "$stopped"
+  # A job that is canceled as a whole tells its run to save, too.
+  case "$(scontrol show job "$SLURM_JOB_ID" || true)" in
+    "" | *JobState=RUNNING*) ;;
+    *)
+      say "the run was stopped and has saved; job $SLURM_JOB_ID was canceled, so it does not go into the queue again"
+      exit 75
+      ;;
+  esac
   say "the run was stopped and has saved; job $SLURM_JOB_ID goes into the queue again"
   scontrol requeue "$SLURM_JOB_ID"
   exit 75

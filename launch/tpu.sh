@@ -3,9 +3,12 @@
 #   ./launch/tpu.sh --name=NAME --zone=ZONE --config=configs/bagel_7b_rt2i.py --workdir=/mnt/shared/run \
 #     --judge=vllm --judge-model=Qwen/Qwen3-VL-30B-A3B-Instruct --judge-vms=VM,VM --judge-cards=0,1,2,3,4,5,6,7
 # --name=NAME --zone=ZONE [--project=PROJECT]   the slice
-# --create=TYPE        first ask for it as a queued resource of this type (v5p-128), and wait until it is there
+# --create=TYPE        first ask for it as a queued resource of this type (v5p-128), and wait until it is there. One that is there
+#                      already is used; one that has failed or was taken away (SUSPENDED) is deleted and asked for again
 # --version=VERSION    its software (default: that of the type's generation)
 # --spot               it may be taken away at any moment; the same command continues then
+# --setup=COMMAND      run on every host of the slice first, such as one that mounts the run's folder and clones the repository:
+#                      a new slice has neither
 # --judge-vms=VM,VM    VMs with GPUs, in the same zone and network (--judge-zone=ZONE: in another); they have this folder, too
 # --judge-cards=LIST   cards of the judges of each VM (default 0)
 # --folder=FOLDER      where the repository is on all of these machines (default alphagrpo_jax, below the home)
@@ -13,7 +16,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/lib.sh
-NAME="" ZONE="" PROJECT="" TYPE="" VERSION="" SPOT="" VMS="" JUDGE_ZONE="" JUDGE_CARDS=0 FOLDER=alphagrpo_jax
+NAME="" ZONE="" PROJECT="" TYPE="" VERSION="" SPOT="" SETUP="" VMS="" JUDGE_ZONE="" JUDGE_CARDS=0 FOLDER=alphagrpo_jax
 for word in "$@"; do
   case "$word" in
     --name=*) NAME="${word#*=}" ;;
@@ -21,6 +24,7 @@ for word in "$@"; do
     --project=*) PROJECT="${word#*=}" ;;
     --create=*) TYPE="${word#*=}" ;;
     --version=*) VERSION="${word#*=}" ;;
+    --setup=*) SETUP="${word#*=}" ;;
     --spot) SPOT=--spot ;;
     --judge-vms=*) VMS="${word#*=}" ;;
     --judge-zone=*) JUDGE_ZONE="${word#*=}" ;;
@@ -41,6 +45,39 @@ on_slice() { # on_slice WORKER COMMAND
   run gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
+# Sets now to the state of the queued resource, NONE where there is none; fails where gcloud fails five times in a row.
+ask_state() {
+  local attempt errors
+  errors=$(mktemp)
+  for attempt in 1 2 3 4 5; do
+    if now=$("${state[@]}" 2>"$errors") && [ -n "$now" ]; then break; fi
+    if grep -q NOT_FOUND "$errors"; then now=NONE && break; fi
+    say "gcloud does not tell the state of the queued resource $NAME ($attempt of 5): $(cat "$errors")"
+    [ "$attempt" -lt 5 ] || fail "the state of the queued resource $NAME is not known; this failed five times: $(quoted "${state[@]}")"
+    sleep "${POLL_SECONDS:-30}"
+  done
+  rm -f "$errors"
+}
+
+# Waits until the slice is there. It is asked for once: where that fails, it would fail again.
+get_slice() {
+  local created="" now=""
+  for (( ; ; )); do
+    ask_state
+    say "the queued resource $NAME: $now"
+    case "$now" in
+      ACTIVE) return ;;
+      NONE | FAILED | SUSPENDED)
+        [ -z "$created" ] || fail "the queued resource $NAME is $now; its reasons: ${resource[*]} describe $NAME $(quoted "${where[@]}")"
+        [ "$now" = NONE ] || "${delete[@]}"
+        "${create[@]}"
+        created=1
+        ;;
+    esac
+    sleep "${POLL_SECONDS:-30}"
+  done
+}
+
 if [ -n "$TYPE" ]; then
   if [ -z "$VERSION" ]; then
     case "$TYPE" in
@@ -51,20 +88,22 @@ if [ -n "$TYPE" ]; then
       *) fail "got --create=$TYPE, whose software is not known here; give --version=VERSION" ;;
     esac
   fi
-  run gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${where[@]}" "--accelerator-type=$TYPE" \
-    "--runtime-version=$VERSION" $SPOT
-  state=(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" "--format=value(state.state)")
+  resource=(gcloud compute tpus queued-resources)
+  create=("${resource[@]}" create "$NAME" "--node-id=$NAME" "${where[@]}" "--accelerator-type=$TYPE" "--runtime-version=$VERSION" ${SPOT:+"$SPOT"})
+  delete=("${resource[@]}" delete "$NAME" "${where[@]}" --force --quiet)
+  state=("${resource[@]}" describe "$NAME" "${where[@]}" "--format=value(state.state)")
   if [ -n "$DRY_RUN" ]; then
+    echo "# where this says ACTIVE, nothing is asked for: $(quoted "${state[@]}")"
+    echo "# where it says FAILED or SUSPENDED, first: $(quoted "${delete[@]}")"
+    quoted "${create[@]}"
+    echo
     echo "# until it says ACTIVE: $(quoted "${state[@]}")"
   else
-    until [ "${now:=$("${state[@]}")}" = ACTIVE ]; do
-      case "$now" in FAILED | SUSPENDED) fail "the queued resource $NAME is $now; see gcloud compute tpus queued-resources describe $NAME" ;; esac
-      say "the queued resource $NAME is $now"
-      sleep "${POLL_SECONDS:-30}"
-      now=""
-    done
+    get_slice
   fi
 fi
+
+[ -z "$SETUP" ] || on_slice all "$SETUP"
 
 RUNNING="" STARTED=() # VMs with judges of this start
 # shellcheck disable=SC2329 # called by the trap

@@ -3,6 +3,7 @@
 A dry run prints what a real start would run; a real start calls the stand-ins with it.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ import time
 import pytest
 import yaml
 
+from alphagrpo_jax.planning import chips
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 JUDGE = ("--judge=vllm", "--judge-model=ORG/MODEL")
 ENDPOINT_FIELD = "--config.verifier.endpoints="
@@ -26,7 +29,7 @@ import json, os, pathlib, signal, subprocess, sys, time
 
 name, words = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 environment = {{key: os.environ[key] for key in os.environ if key.startswith(
-    ("CUDA_VISIBLE", "NUM_PROCESSES", "PROCESS_ID", "COORDINATOR", "HOST", "PORT", "LOGS"))}}
+    ("CUDA_VISIBLE", "NUM_PROCESSES", "PROCESS_ID", "COORDINATOR", "HOST", "PORT", "XLA_"))}}
 call = {{"name": name, "words": words, "environment": environment}}
 if name == "kubectl" and "-f" in words:
     call["input"] = sys.stdin.read()
@@ -34,13 +37,35 @@ with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps(call) + "\\n")
 if name == "nvidia-smi":
     print("0\\n1\\n2")
+elif name == "scontrol" and words[:2] == ["show", "job"]:
+    print("JobId=" + words[2], "   JobState=" + os.environ.get("JOB_STATE", "RUNNING"), sep="\\n")
 elif name == "scontrol" and words[0] == "show":
     print(words[2].replace(",", "\\n"))
 elif name == "srun":
     first = next(i for i, word in enumerate(words) if not word.startswith("--"))
     node = next((w for w in words if w.startswith("--nodelist=")), "--nodelist=het").split("=")[1]
-    os.environ.update(SLURM_PROCID="0", SLURM_LOCALID="3", SLURMD_NODENAME=node.split(",")[0])
-    os.execvp(words[first], words[first:])
+    step = sum('"srun"' in line for line in open(os.environ["CALLS"])) - 1
+    os.environ.update(SLURM_PROCID="0", SLURM_LOCALID="3", SLURMD_NODENAME=node.split(",")[0],
+                      SLURM_STEP_ID=str(step))
+    task = None
+
+    def end(*_):  # srun kills its tasks at once, and says so
+        print("srun: forcing job termination", file=sys.stderr)
+        if task is not None:
+            os.killpg(task.pid, signal.SIGKILL)
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, end)
+    time.sleep(float(os.environ.get("SRUN_DELAY", "0")))
+    task = subprocess.Popen(words[first:], start_new_session=True)
+    job_step = os.environ["SLURM_JOB_ID"] + "." + str(step)
+    pathlib.Path(os.environ["CALLS"] + "." + job_step).write_text(str(task.pid))
+    sys.exit(task.wait())
+elif name == "scancel":
+    task = pathlib.Path(os.environ["CALLS"] + "." + words[-1])
+    while not task.exists():
+        time.sleep(0.01)
+    os.killpg(int(task.read_text()), signal.SIGTERM)
 elif name == "curl":  # a judge is healthy once it has been started
     port = words[-1].split("/")[2].split(":")[1]
     started = [json.loads(line) for line in open(os.environ["CALLS"])]
@@ -52,8 +77,21 @@ elif name == "vllm" or "sglang.launch_server" in words:
     if os.environ.get("JUDGE_ENDS") in ("all", os.environ.get("PORT")):
         sys.exit(1)
     time.sleep(60)
+elif name == "gcloud" and "queued-resources" in words and "describe" in words:
+    states = pathlib.Path(os.environ["CALLS"] + ".states")  # one per question; the last one stays
+    if not states.exists():
+        states.write_text(os.environ.get("SLICE_STATES", "NOT_FOUND ACTIVE"))
+    now, *later = states.read_text().split()
+    if later:
+        states.write_text(" ".join(later))
+    print("WARNING: of some kind", file=sys.stderr)
+    if now in ("NOT_FOUND", "UNAVAILABLE"):
+        sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) " + now + ": no")
+    print(now)
+elif name == "gcloud" and "queued-resources" in words:
+    sys.exit(int(os.environ.get("CREATE_CODE", "0")) if "create" in words else 0)
 elif name == "gcloud" and "describe" in words:
-    print("ACTIVE" if "queued-resources" in words else "10.0.0.7")
+    print("10.0.0.7")
 elif name == "gcloud" and "--worker=0" in words:
     sys.exit(int(os.environ.get("CURL_CODE", "0")))
 elif name == "kubectl" and words[0] == "rollout":
@@ -66,8 +104,8 @@ elif name == "python":
     sys.exit(int(os.environ.get("TRAIN_CODE", "0")))
 """
 NAMES = (
-    "curl", "gcloud", "kubectl", "nvidia-smi", "python", "sbatch", "scontrol", "sglang", "srun",
-    "vllm", "xpk",
+    "curl", "gcloud", "kubectl", "nvidia-smi", "python", "sbatch", "scancel", "scontrol", "sglang",
+    "srun", "vllm", "xpk",
 )  # fmt: skip
 
 
@@ -226,6 +264,61 @@ def test_a_card_is_a_judges_or_the_runs(launch, calls, arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert calls("python") == []
+
+
+@pytest.mark.parametrize(("variables", "fraction"), [({}, "0.92"), (
+    {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".8"}, ".8")], ids=["default", "given"])  # fmt: skip
+@pytest.mark.parametrize("script", ["gpus.sh", "slurm.sh"])
+def test_jax_takes_of_a_card_what_plans_count_on(launch, calls, script, variables, fraction):
+    result = launch(script, *STARTS[script], **JOB, **variables)
+    assert result.returncode == 0, result.stderr
+    (train,) = calls("python")
+    assert train["environment"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == fraction
+    judges = [call["environment"].get("XLA_PYTHON_CLIENT_MEM_FRACTION") for call in calls("vllm")]
+    assert set(judges) == {variables.get("XLA_PYTHON_CLIENT_MEM_FRACTION")}
+
+
+def test_launchers_and_plans_agree_on_the_share_of_a_card():
+    for script in ("gpus.sh", "slurm.sh"):
+        text = (ROOT / "launch" / script).read_text()
+        name = chips.GPU_FRACTION_VARIABLE
+        assert f"{name}=${{{name}:-{chips.GPU_FRACTION}}}" in text
+
+
+ARGUMENTS = [
+    ("", []),
+    (' --x {"a":1}  -y', ["--x", '{"a":1}', "-y"]),
+    ("""--mm '{"image": 2}' --z='a  b' ''""", ["--mm", '{"image": 2}', "--z=a  b", ""]),
+    ("--glob * $(touch no) `x` $HOME", ["--glob", "*", "$(touch", "no)", "`x`", "$HOME"]),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), ARGUMENTS)
+def test_arguments_of_judges_may_have_blanks(launch, calls, text, words):
+    """On this machine, on nodes of a job and in the manifest of pods, all split alike."""
+    for script, variables in (("gpus.sh", {}), ("slurm.sh", JOB | {"FIRST_PORT": "8100"})):
+        result = launch(script, *STARTS[script], f"--judge-args={text}", "--gpus=1", **variables)
+        assert result.returncode == 0, result.stderr
+    expected = ["--limit-mm-per-prompt", '{"image": 1}', *words]
+    for call in calls("vllm"):
+        assert call["words"][-len(expected) :] == expected
+    assert len(calls("vllm")) == 2
+    assert launch("gke.sh", *STARTS["gke.sh"], f"--judge-args={text}").returncode == 0
+    judges, _ = yaml.safe_load_all(calls("kubectl")[0]["input"])
+    (container,) = judges["spec"]["template"]["spec"]["containers"]
+    assert container["command"][10:] == ["--tensor-parallel-size", "1", *words]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("--x 'a b", "single quotes do not match"), ('--x "a b"', "expected single quotes around")],
+)
+@pytest.mark.parametrize("script", STARTS)
+def test_arguments_of_judges_with_wrong_quotes_are_refused(launch, calls, script, text, message):
+    result = launch(script, *STARTS[script], f"--judge-args={text}")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not [name for name in NAMES if calls(name)]
 
 
 def test_judges_that_run_already_are_handed_over(launch, calls):
@@ -416,26 +509,44 @@ def test_slurm_requeues_a_stopped_run_and_no_other(launch, calls, code, is_reque
     assert requeues == ([["requeue", "17"]] if is_requeued else [])
 
 
-def test_slurm_tells_the_run_of_the_time_limit(environment, tmp_path, calls):
+def test_slurm_requeues_no_job_that_was_canceled(launch, calls):
+    result = launch("slurm.sh", **JOB, TRAIN_CODE="75", JOB_STATE="COMPLETING")
+    assert result.returncode == 75
+    assert "does not go into the queue again" in result.stderr
+    assert not [call for call in calls("scontrol") if call["words"][0] == "requeue"]
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+@pytest.mark.parametrize(("arguments", "step"), [((), 0), (("--judge-nodes=1", *JUDGE), 1)])
+def test_slurm_tells_the_run_of_the_time_limit(
+    environment, tmp_path, calls, arguments, step, is_early
+):
+    """The step of the run and no other is told, also where its tasks do not run yet.
+
+    srun must not be told: it kills its tasks.
+    """
     assert "#SBATCH --signal=B:TERM@300" in (ROOT / "launch" / "slurm.sh").read_text()
     waits = tmp_path / "waits"
+
+    def has_begun():
+        return len(calls("srun")) > step if is_early else waits.exists()
+
     process = subprocess.Popen(
-        ["./launch/slurm.sh"],
+        ["./launch/slurm.sh", "--gpus=1", *arguments],
         cwd=ROOT,
-        env=environment | JOB | {"TRAIN_WAITS": str(waits)},
+        env=environment
+        | JOB
+        | {"TRAIN_WAITS": str(waits), "SRUN_DELAY": "0.5" if is_early else "0"},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while not waits.exists() and process.poll() is None:
+    while not has_begun() and process.poll() is None:
         time.sleep(0.02)
-    # The batch shell alone gets it; it tells srun, which tells shell and process of every task.
-    process.send_signal(signal.SIGTERM)
-    tasks = f"/proc/{process.pid}/task/{process.pid}/children"
-    (task,) = pathlib.Path(tasks).read_text().split()
-    for child in pathlib.Path(f"/proc/{task}/task/{task}/children").read_text().split():
-        os.kill(int(child), signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # the batch shell alone gets it
     assert process.wait(timeout=60) == 75
+    assert [call["words"] for call in calls("scancel")] == [["--signal=TERM", f"17.{step}"]]
     assert ["requeue", "17"] in [call["words"] for call in calls("scontrol")]
+    assert not list((tmp_path / "logs").glob("step_*"))
 
 
 def test_slurm_leaves_a_node_to_the_run(launch):
@@ -451,6 +562,7 @@ def test_a_pod_is_asked_for_and_gets_its_judges(launch, calls):
     assert result.returncode == 0, result.stderr
     words = [call["words"] for call in calls("gcloud")]
     where = ["--zone=z", "--project=p"]
+    assert words.pop(0)[:5] == ["compute", "tpus", "queued-resources", "describe", "pod"]
     assert words[0] == [
         "compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod", *where,
         "--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5", "--spot",
@@ -471,6 +583,66 @@ def test_a_pod_is_asked_for_and_gets_its_judges(launch, calls):
     assert remote[0] == "./launch/tpu_pod.sh"
     assert endpoints(remote) == ("http://10.0.0.7:8000/v1", "http://10.0.0.7:8001/v1")
     assert remote[-1] == "--workdir=w x"
+
+
+def slice_calls(calls) -> list[str]:
+    """What a start did with the queued resource, and whether a run began."""
+    words = [call["words"] for call in calls("gcloud")]
+    runs = ["run" for call in words if "--worker=all" in call]
+    return [call[3] for call in words if "queued-resources" in call] + runs
+
+
+CREATED = ["create", "describe", "run"]
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [("ACTIVE", ["describe", "run"]),
+     ("PROVISIONING ACTIVE", ["describe", "describe", "run"]),
+     ("NOT_FOUND ACTIVE", ["describe", *CREATED]),
+     ("SUSPENDED ACTIVE", ["describe", "delete", *CREATED]),
+     ("FAILED ACTIVE", ["describe", "delete", *CREATED]),
+     ("SUSPENDING SUSPENDED ACTIVE", ["describe", "describe", "delete", *CREATED]),
+     ("UNAVAILABLE UNAVAILABLE ACTIVE", ["describe", "describe", "describe", "run"])],
+)  # fmt: skip
+def test_the_same_command_continues_on_a_slice_of_any_state(launch, calls, states, expected):
+    result = launch(
+        "tpu.sh", "--name=pod", "--zone=z", "--create=v5p-128", "--spot", SLICE_STATES=states
+    )
+    assert result.returncode == 0, result.stderr
+    assert slice_calls(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [("NOT_FOUND FAILED", "the queued resource pod is FAILED"),
+     ("SUSPENDED SUSPENDED", "the queued resource pod is SUSPENDED"),
+     ("UNAVAILABLE", "the state of the queued resource pod is not known"),
+     ("NOT_FOUND PROVISIONING UNAVAILABLE", "the state of the queued resource pod is not known")],
+)  # fmt: skip
+def test_a_slice_that_does_not_come_ends_the_start(launch, calls, states, message):
+    result = launch("tpu.sh", *STARTS["tpu.sh"], SLICE_STATES=states)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert slice_calls(calls).count("create") == (states != "UNAVAILABLE")
+    assert "run" not in slice_calls(calls)
+    if "UNAVAILABLE" in states:
+        assert result.stderr.count("UNAVAILABLE: no") == 5
+
+
+def test_a_slice_that_is_refused_ends_the_start(launch, calls):
+    assert launch("tpu.sh", *STARTS["tpu.sh"], CREATE_CODE="3").returncode == 3
+    assert slice_calls(calls) == ["describe", "create"]
+
+
+def test_hosts_of_a_slice_are_set_up_before_judges_and_run(launch, calls):
+    result = launch("tpu.sh", *STARTS["tpu.sh"], "--setup=git clone A && mount B")
+    assert result.returncode == 0, result.stderr
+    words = [call["words"] for call in calls("gcloud")]
+    setup, run = [number for number, call in enumerate(words) if "--worker=all" in call]
+    assert words[setup][-1] == "--command=git clone A && mount B"
+    assert setup < min(number for number, call in enumerate(words) if call[1:3] == ["ssh", "vm"])
+    assert "tpu_pod.sh" in words[run][-1]
 
 
 def test_judges_of_a_pod_that_are_not_healthy_end_the_start(launch, calls):
@@ -525,9 +697,40 @@ def test_gke_gets_judges_with_an_address_each_and_one_workload(launch, calls):
     } <= set(workload["words"])  # fmt: skip
     (remote,) = [word for word in workload["words"] if word.startswith("--command=")]
     words = shlex.split(remote.removeprefix("--command="))
-    assert words[:2] == ["JAX_PLATFORMS=tpu", "DISTRIBUTED=1"]
+    # The shell that calls it must not stand between SIGTERM and the run.
+    assert words[:5] == ["exec", "env", "JAX_PLATFORMS=tpu", "DISTRIBUTED=1", "python"]
     address = "n-judge.default.svc.cluster.local:8000/v1"
     assert endpoints(words) == (f"http://n-judge-0.{address}", f"http://n-judge-1.{address}")
+
+
+def test_judges_of_gke_over_several_cards_have_shared_memory(launch, calls):
+    assert launch("gke.sh", *STARTS["gke.sh"], "--judge-gpus=4").returncode == 0
+    judges, _ = yaml.safe_load_all(calls("kubectl")[0]["input"])
+    pod = judges["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert "--tensor-parallel-size 4" in " ".join(container["command"])
+    (mount,) = container["volumeMounts"]
+    assert mount["mountPath"] == "/dev/shm"
+    assert pod["volumes"] == [{"name": mount["name"], "emptyDir": {"medium": "Memory"}}]
+
+
+def test_judges_of_gke_are_served_as_by_the_script_of_one_machine(launch, calls):
+    launch("gke.sh", *STARTS["gke.sh"])
+    judges, _ = yaml.safe_load_all(calls("kubectl")[0]["input"])
+    (container,) = judges["spec"]["template"]["spec"]["containers"]
+    launch("verifiers.sh", "vllm", "ORG/MODEL", HOST="0.0.0.0", JUDGE_ENDS="all")
+    (call,) = calls("vllm")
+    assert container["command"] == ["vllm", *call["words"], "--tensor-parallel-size", "1"]
+
+
+@pytest.mark.parametrize("name", ["bagel_7b_rt2i", "bagel_7b_srr"])
+def test_large_configurations_name_the_judge_as_it_is_served(name):
+    """vLLM and SGLang serve a model by the name they are started with, that of the hub."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert config.verifier.kind == "openai"
+    served = re.findall(r"--judge-model=(\S+)", (ROOT / "docs" / "launching.md").read_text())
+    assert config.verifier.model in served
 
 
 def test_judges_of_gke_that_are_not_healthy_end_the_start(launch, calls):
