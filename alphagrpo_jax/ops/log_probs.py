@@ -87,10 +87,13 @@ def by_blocks(
         padding = [(0, 0)] * x.ndim
         padding[1] = (0, count * positions - length)
         shape = (x.shape[0], count, positions, *x.shape[2:])
-        padded = cast(jax.Array, jnp.pad(x, padding))
+        padded = jnp.pad(x, padding)  # pyright: ignore[reportUnknownMemberType]
         return jnp.moveaxis(padded.reshape(shape), 1, 0)
 
-    remade = cast(Callable[[jax.Array, jax.Array], _Pair], jax.checkpoint(function))
+    remade = cast(
+        Callable[[jax.Array, jax.Array], _Pair],
+        jax.checkpoint(function),  # pyright: ignore[reportUnknownMemberType]
+    )
 
     def step(carry: None, block: _Pair) -> tuple[None, _Pair]:
         return carry, remade(*block)
