@@ -97,7 +97,7 @@ def main(
     checkpoint.check_writable(workdir, state_bytes=sum(x.nbytes for x in jax.tree.leaves(state)))
     fns = compile_fns(config, loaded, state, optimizer, mesh)
     # ---------------------------------------------------------------- restore
-    saves = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
+    saves = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, on_failure=peers.fail)
     state = state if saves.latest() is not None else setup.with_adapter(config, state)
     state, done, position = run_folder.restore(saves, state, prompts.start_position(config), data)
     log = metrics_lib.MetricsLog(workdir, last_step=done, writes=distributed.is_primary())

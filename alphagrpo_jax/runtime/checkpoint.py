@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ MIN_FREE = 64 << 20  # bytes of free space that any run wants: logs, samples, pr
 # collectives, which fail where another process has ended, it is none of the storage.
 _STORAGE_STATUS = re.compile(r"[A-Z]+(?:_[A-Z]+)*: (?!.*(?:[Gg]loo|NCCL))", re.DOTALL)
 SHARED_SECONDS = 10.0  # in which a new file shows on all hosts
+LOOK_SECONDS = 0.05  # between looks at a save of several processes
 ROOM = 4  # checkpoints of free space that a run wants at its start
 
 
@@ -45,12 +46,26 @@ class Checkpoints:
         thread than the run's.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int,
+        on_failure: Callable[[UserError], None] = lambda error: None,
+    ) -> None:
+        """Opens the folder.
+
+        Args:
+          folder: of the run.
+          keep: newest checkpoints that stay.
+          on_failure: of several processes, called in that one which cannot write its share, on
+            another thread; its argument is what `wait` raises.
+        """
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
         path = pathlib.Path(folder).absolute() / FOLDER
-        self._manager = ocp.CheckpointManager(path, options=options)
+        self._manager = _Manager(path, options, on_failure)
         self._writing: int | None = None  # step of the save whose end nobody has seen yet
         self.lock = threading.RLock()
 
@@ -83,6 +98,7 @@ class Checkpoints:
             # Behind this call a thread turns the object into text: the run changes it meanwhile.
             progress = json.loads(json.dumps(dict(progress)))
             with _explained(step):
+                self._manager.writing = step
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
@@ -144,6 +160,57 @@ class Checkpoints:
                 f"checkpoint {step} cannot be restored ({error}); if it is damaged, delete its "
                 "folder: the run then continues from the one before"
             ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    """Tells at once of a write that has failed in this process of several.
+
+    Orbax tells of it once all processes have written, and they wait for this one.
+
+    Attributes:
+      writing: step of the newest save.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        options: ocp.CheckpointManagerOptions,
+        on_failure: Callable[[UserError], None],
+    ) -> None:
+        self.writing = 0
+        self._on_failure = on_failure
+        self._failed, self._failure = threading.Event(), None
+        super().__init__(path, options=options)
+
+    def _wait_for_checkpointers(self) -> None:
+        """Waits for the files of a save, on the thread that completes it."""
+        try:
+            with _explained(self.writing):
+                super()._wait_for_checkpointers()
+        except Exception as error:
+            if jax.process_count() > 1:  # alone, the next save may succeed
+                self._failure = error
+                self._failed.set()
+                if isinstance(error, UserError) and not _is_of_collective(error):
+                    self._on_failure(error)
+            raise
+
+    def wait_until_finished(self) -> None:
+        """Waits for the save that is under way, or until it has failed in this process."""
+        while self._failure is None and self.is_saving_in_progress():
+            if jax.process_count() == 1:
+                break
+            self._failed.wait(LOOK_SECONDS)
+        if self._failure is not None:
+            raise self._failure
+        super().wait_until_finished()
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Tells if an error comes from waiting for other processes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, jax.errors.JaxRuntimeError)
 
 
 @contextlib.contextmanager

@@ -65,18 +65,19 @@ class Failure:
 class Peers:
     """Connections to the other processes of a run. Thread-safe."""
 
-    def __init__(self, rank: int, end_process: Callable[[PeerError], None]) -> None:
+    def __init__(self, rank: int, end_process: Callable[[UserError], None]) -> None:
         """Prepares; `listen` or `join` connects.
 
         Args:
           rank: number of this process.
           end_process: called on another thread if the main thread does not end by itself once
-            another process has failed.
+            a process has failed.
         """
         self._rank = rank
         self._end_process = end_process
         self._lock = threading.Lock()
         self._failure: Failure | None = None
+        self._own_error: UserError | None = None
         self._failed, self._ending = threading.Event(), threading.Event()
         self._connections: dict[int, socket.socket] = {}
         self._names = {rank: f"process {rank} (host {socket.gethostname()}, pid {os.getpid()})"}
@@ -115,12 +116,27 @@ class Peers:
         self._ending.set()
         self._take(self._rank, Failure(self.name, cause[:LONGEST]))
 
+    def fail(self, error: UserError) -> None:
+        """Ends the run by an error that the main thread does not wait for.
+
+        Args:
+          error: this process ends with it, unless another failed before.
+        """
+        self._own_error = error
+        self._take(self._rank, Failure(self.name, str(error)[:LONGEST]))
+
+    def error(self, failure: Failure) -> UserError:
+        """Returns what this process ends with after the run's failure."""
+        if self._own_error is not None and failure.name == self.name:
+            return self._own_error
+        return failure.error()
+
     def say_goodbye(self) -> None:
         """Tells the others that this process ends as it should; it still hears of failures."""
         self._broadcast({"bye": self._rank})
 
     def failure(self, seconds: float) -> Failure | None:
-        """Waits so long for another process's failure; returns it, None if there is none."""
+        """Waits so long for a failure that ends the run; returns it, None if there is none."""
         self._failed.wait(seconds)
         return self._failure
 
@@ -191,7 +207,7 @@ class Peers:
         """Ends the process once the main thread has let a failure pass."""
         self._failed.wait()
         if not self._ending.wait(REACT_SECONDS) and self._failure is not None:
-            self._end_process(self._failure.error())
+            self._end_process(self.error(self._failure))
 
 
 _current: Peers | None = None
@@ -233,6 +249,15 @@ def announce_end(code: int) -> None:
         _current.report(f"it was ended by a signal (exit code {code})")
 
 
+def fail(error: UserError) -> None:
+    """Ends all processes by an error of this one; called from any thread.
+
+    The main thread has some seconds to end by itself. Nothing happens if there is one process.
+    """
+    if _current is not None:
+        _current.fail(error)
+
+
 def _connect(peers: Peers, rank: int) -> None:
     """Connects the processes by an address in the store that they share."""
     try:
@@ -271,7 +296,7 @@ def _report(peers: Peers, error: BaseException) -> int:
     failure = peers.failure(0.0 if _is_own(error) else CAUSE_SECONDS)
     peers.leave_alone()
     if failure is not None and not _is_own(error):
-        return cli.report(failure.error())
+        return cli.report(peers.error(failure))
     if isinstance(error, UserError) or is_machine_error(error):
         peers.report(str(error))
         return cli.report(error)
@@ -294,7 +319,7 @@ def _is_own(error: BaseException) -> bool:
     return is_machine_error(source) or isinstance(source, UserError | KeyboardInterrupt)
 
 
-def _end_by(error: PeerError) -> None:
+def _end_by(error: UserError) -> None:
     """Ends the process, whose main thread may wait for ever for another one."""
     _write(f"error: {error}")
     os._exit(error.exit_code)

@@ -1,7 +1,9 @@
 """Several processes on this machine, as on several hosts: the same numbers, and the same end."""
 
 import json
+import resource
 import signal
+import sys
 import time
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 END_SECONDS = 60.0
 PATIENCE_SECONDS = 900.0
 STEPS = 3
+FULL = "File too large"
 RUN = (
     f"--config.train.steps={STEPS}",
     "--config.eval.every=0",
@@ -59,7 +62,7 @@ def check_others_end(processes, victim, words):
         assert f"process {victim} (host" in last
         assert words in last
         assert "run the same command again" in last
-        assert "free some space" not in last
+        assert ("free some space" in last) == (words == FULL)
 
 
 def single(workdir, count, run_process, *arguments):
@@ -120,6 +123,27 @@ def test_all_end_where_one_is_killed_and_the_run_continues(
     wait_for_step(workdir, 2, processes[victim])
     processes[victim].send_signal(signal.SIGKILL)
     check_others_end(processes, victim, "it ended without a word")
+    codes, outputs = ends(start_processes(workdir, 2, *RUN, "--config.mesh.data=2"))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert rows(workdir) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="no limits of another process")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_end_where_one_cannot_write_and_the_run_continues(
+    victim, start_processes, world, rows, whole, wait_for_step
+):
+    workdir = world / f"full_{victim}"
+    processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2")
+    wait_for_step(workdir, 1, processes[victim])
+    resource.prlimit(processes[victim].pid, resource.RLIMIT_FSIZE, (0, 0))
+    check_others_end(processes, victim, FULL)
+    (code,), (output,) = ends([processes[victim]], END_SECONDS)
+    assert code == 1, output
+    last = output[output.rindex("error: ") :]
+    assert FULL in last
+    assert "of the run has failed" not in last
     codes, outputs = ends(start_processes(workdir, 2, *RUN, "--config.mesh.data=2"))
     assert codes == [0, 0], "\n".join(outputs)
     assert rows(workdir) == whole
