@@ -188,12 +188,25 @@ class _Manager(ocp.CheckpointManager):
             with _explained(self.writing):
                 super()._wait_for_checkpointers()
         except Exception as error:
-            if jax.process_count() > 1:  # alone, the next save may succeed
-                self._failure = error
-                self._failed.set()
-                if isinstance(error, UserError) and not _is_of_collective(error):
-                    self._on_failure(error)
+            self._keep(error)
             raise
+
+    def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
+        """Completes a save, on a thread of its own."""
+        try:
+            super()._finalize(step, steps_to_remove)
+        except Exception as error:
+            self._keep(error)
+            raise
+
+    def _keep(self, error: Exception) -> None:
+        """Keeps the first failure among several processes; alone, the next save may succeed."""
+        if jax.process_count() == 1 or self._failure is not None:
+            return
+        self._failure = error
+        self._failed.set()
+        if isinstance(error, UserError) and not _is_of_collective(error):
+            self._on_failure(error)
 
     def wait_until_finished(self) -> None:
         """Waits for the save that is under way, or until it has failed in this process."""
