@@ -438,6 +438,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run, world, tmp_path,
     # Finite, as NaN is refused when weights are read; the logits overflow.
     head = {"kernel": np.full_like(loaded.base["lm_head"]["kernel"], 3e38)}
     save_model(tmp_path / "model", loaded, base=loaded.base | {"lm_head": head})
+    (tmp_path / "run" / "weights.sha256").unlink()  # other weights would be refused by it
     code, errors = run(tmp_path / "run", *flags, "--config.train.steps=3")
     assert code == 1
     assert "step 2: the loss (nan)" in errors
