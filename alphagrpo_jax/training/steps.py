@@ -225,14 +225,14 @@ def _image_fns(
     )
     arguments = (contexts, shared.key, number, rows, rows, number)
     sample, pixels = jax.eval_shape(sample_fn, params, *arguments)
-    absorb = None
+    absorb, complete = None, pieces
     if step.node is not None:
         absorb_fn = _bind(trajectory.absorb_image, model, **place)
         piece = jax.eval_shape(absorb_fn, params, rollout, pixels, pieces, number)
         absorb = _jitted(absorb_fn, row_shardings(piece, mesh))
-        pieces = {**pieces, step.node: piece}
+        complete = {**pieces, step.node: piece}
     join_fn = _bind(trajectory.add_images, spec=spec)
-    micro_batches = [trajectory.Images(sample, pixels, pieces)] * layout.micro_batches
+    micro_batches = [trajectory.Images(sample, pixels, complete)] * layout.micro_batches
     after = jax.eval_shape(join_fn, rollout, micro_batches)
     fns = ImageFns(
         _jitted(contexts_fn, row_shardings((contexts, pieces), mesh)),

@@ -18,6 +18,7 @@ def begun(run, world):
     return world / "begun"
 
 
+@pytest.mark.slow
 def test_another_micro_batch_and_device_count_continue_with_one_notice(
     begun, world, run_process, rows
 ):
