@@ -251,12 +251,12 @@ def _checked_names(path: pathlib.Path, file: Any, matrices: list[_Matrix]) -> di
             if name in names and shapes[name] != matrix.shape
         ],
     }
-    if problems := {kind: found for kind, found in lines.items() if found}:
+    if problems := {kind: misfits for kind, misfits in lines.items() if misfits}:
         raise AdapterError(
             f"{path} does not fit the run's adapters:\n"
             + "\n".join(
-                f"  {len(found)} {kind}: {', '.join(found[:SHOWN])}{' ...' * (len(found) > SHOWN)}"
-                for kind, found in problems.items()
+                f"  {len(misfits)} {kind}: {', '.join(misfits[:SHOWN])}{' ...' * (len(misfits) > SHOWN)}"
+                for kind, misfits in problems.items()
             )
             + "\nset lora.targets and lora.rank to the adapter's, and model.path to its model"
         )

@@ -139,12 +139,14 @@ def suggest(
                 if tokens != config.rollout.text_tokens:
                     changes["rollout.text_tokens"] = tokens
                 resident = resident_bytes(config, loaded, mesh) + _gathered(loaded, mesh)
-                other = worst.peak - now
+                beside = worst.peak - now
                 if rows:
-                    other -= worst.compiled.temporary_bytes * (1 - 1 / max(1, worst.stage.rows))
+                    beside -= worst.compiled.temporary_bytes * (1 - 1 / max(1, worst.stage.rows))
                 if tokens != config.rollout.text_tokens:
-                    other -= worst.stage.alive.get("contexts", 0.0) / 3
-                candidates.append(Suggestion(changes, resident + other, resident + other <= limit))
+                    beside -= worst.stage.alive.get("contexts", 0.0) / 3
+                candidates.append(
+                    Suggestion(changes, resident + beside, resident + beside <= limit)
+                )
     candidates = [option for option in candidates if option.changes]
     fitting = [option for option in candidates if option.fits]
     if fitting:

@@ -395,8 +395,8 @@ def _instruction(name: re.Match[str], line: str) -> Instruction:
     end = _closing(text, 0) if text.startswith("(") else 0
     operands = tuple(re.findall(r"%([\w.\-]+)", text[:end]))
     called: dict[str, tuple[str, ...]] = {}
-    for attribute, single, several in _CALLED.findall(text[end:]):
-        called[attribute] = (single,) if single else tuple(re.findall(r"%([\w.\-]+)", several))
+    for attribute, single, names in _CALLED.findall(text[end:]):
+        called[attribute] = (single,) if single else tuple(re.findall(r"%([\w.\-]+)", names))
     return Instruction(
         name[2], opcode.strip(), arrays(shape), operands, called, text, bool(name[1])
     )

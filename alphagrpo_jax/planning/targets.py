@@ -161,8 +161,8 @@ def _cpu_devices(count: int) -> list[Any]:
 def _chip(name: str, platform: str, flag: str) -> Chip:
     chip = CHIPS.get(name)
     if chip is None or chip.platform != platform:
-        other = "--chips" if platform == "tpu" else "--topology"
-        hint = f"; {name} belongs to {other}" if chip else ""
+        right_flag = "--chips" if platform == "tpu" else "--topology"
+        hint = f"; {name} belongs to {right_flag}" if chip else ""
         raise UsageError(f"{flag}: unknown chip {name!r}, known: {chips.names(platform)}{hint}")
     return chip
 

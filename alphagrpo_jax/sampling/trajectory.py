@@ -265,10 +265,10 @@ def add_text(
     step: PlannedStep,
 ) -> Rollout:
     """Appends the texts of a step, and their piece if a later step reads it."""
-    own = {} if step.node is None else {step.node: piece}
+    text_piece = {} if step.node is None else {step.node: piece}
     return dataclasses.replace(
         rollout,
-        pieces=with_pieces(rollout.pieces, {**pieces, **own}),
+        pieces=with_pieces(rollout.pieces, {**pieces, **text_piece}),
         texts=(*rollout.texts, sample),
     )
 

@@ -243,13 +243,15 @@ def test_a_judge_over_several_cards_and_a_process_per_card(launch, calls):
     assert judge["environment"]["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert judge["words"][-4:] == ["--tp", "2", "--mem-fraction-static", "0.8"]
     runs = [call for call in calls("python") if call["words"][1] == "alphagrpo_jax.train"]
-    found = {run["environment"]["PROCESS_ID"]: run["environment"] for run in runs}
-    assert {number: found[number]["CUDA_VISIBLE_DEVICES"] for number in found} == {
+    by_process = {run["environment"]["PROCESS_ID"]: run["environment"] for run in runs}
+    assert {number: by_process[number]["CUDA_VISIBLE_DEVICES"] for number in by_process} == {
         "0": "0",
         "1": "1",
     }
-    assert {variables["NUM_PROCESSES"] for variables in found.values()} == {"2"}
-    assert {variables["COORDINATOR_ADDRESS"] for variables in found.values()} == {"127.0.0.1:9876"}
+    assert {variables["NUM_PROCESSES"] for variables in by_process.values()} == {"2"}
+    assert {variables["COORDINATOR_ADDRESS"] for variables in by_process.values()} == {
+        "127.0.0.1:9876"
+    }
 
 
 @pytest.mark.parametrize(

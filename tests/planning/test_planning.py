@@ -344,8 +344,8 @@ def test_results_are_cached_by_program(tmp_path):
     assert dataclasses.replace(again, cached=False) == first
     assert len(said) == 1
     compiling.compile_stage(small_stage(3.0), cpu_target(), tmp_path, said.append)
-    other = dataclasses.replace(cpu_target(), compiler="CPU 2")
-    compiling.compile_stage(small_stage(), other, tmp_path, said.append)
+    newer = dataclasses.replace(cpu_target(), compiler="CPU 2")
+    compiling.compile_stage(small_stage(), newer, tmp_path, said.append)
     assert len(said) == 3
     for path in tmp_path.glob("*.json"):
         path.write_text("{")  # half a file is as none
@@ -402,11 +402,11 @@ class Refused:
 )  # fmt: skip
 def test_a_refused_stage_does_not_end_the_plan(message: str, end: str, tmp_path):
     stage = dataclasses.replace(small_stage(), function=Refused(message), alive={"weights": 1e9})
-    other = needs(temporary_bytes=1e9)
+    taken = needs(temporary_bytes=1e9)
     for cached in (False, True):
         result = compiling.compile_stage(stage, cpu_target(), tmp_path, lambda _: None)
         assert result.cached == cached
-        entries = [other, fit.StageNeeds(stage, result, 0.0)]
+        entries = [taken, fit.StageNeeds(stage, result, 0.0)]
         assert report.verdict(entries, CHIPS["v6e"]) == f"fits: no (product {end}"
         target = dataclasses.replace(cpu_target(), chip=CHIPS["v6e"])
         content = report.as_json(entries, target, {"data": 1}, [])
@@ -425,9 +425,9 @@ def test_a_card_of_another_kind_does_not_make_numbers_exact(monkeypatch):
     card = types.SimpleNamespace(device_kind="NVIDIA H200")
     monkeypatch.setattr(targets, "_gpu_devices", lambda count: (card,) * count)
     assert targets.gpu_target("h200:1").exact
-    other = targets.gpu_target("a100-80g:1")
-    assert not other.exact
-    assert other.devices[0].platform == "cpu"
+    estimate = targets.gpu_target("a100-80g:1")
+    assert not estimate.exact
+    assert estimate.devices[0].platform == "cpu"
 
 
 # ------------------------------------------------------------------------- command
