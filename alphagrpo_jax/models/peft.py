@@ -255,7 +255,8 @@ def _checked_names(path: pathlib.Path, file: Any, matrices: list[_Matrix]) -> di
         raise AdapterError(
             f"{path} does not fit the run's adapters:\n"
             + "\n".join(
-                f"  {len(misfits)} {kind}: {', '.join(misfits[:SHOWN])}{' ...' * (len(misfits) > SHOWN)}"
+                f"  {len(misfits)} {kind}: {', '.join(misfits[:SHOWN])}"
+                + " ..." * (len(misfits) > SHOWN)
                 for kind, misfits in problems.items()
             )
             + "\nset lora.targets and lora.rank to the adapter's, and model.path to its model"
