@@ -31,6 +31,7 @@ from alphagrpo_jax.runtime import metrics as metrics_lib
 from alphagrpo_jax.runtime.cli import DONE, STOPPED
 from alphagrpo_jax.runtime.compilations import CompileCounter, use_cache
 from alphagrpo_jax.runtime.console import Console
+from alphagrpo_jax.runtime.device_memory import is_shortage
 from alphagrpo_jax.runtime.errors import AccessError, UsageError, UserError, is_machine_error
 from alphagrpo_jax.runtime.metric_reductions import merge_batches
 from alphagrpo_jax.runtime.metrics import notify
@@ -339,7 +340,7 @@ def run_explained(
         with stop, console:
             return main(config, workdir, console, stop, profiled)
     except jax.errors.JaxRuntimeError as error:
-        if not shortage.is_shortage(error):
+        if not is_shortage(error):
             raise
         raise shortage.explain(error, config, config_file) from error
     except OSError as error:

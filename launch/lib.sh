@@ -170,9 +170,19 @@ end_by_signals() {
   trap 'exit 143' TERM
 }
 
-# Ends the judges of this machine that were started here.
+# Ends the judges of this machine that were started here, and waits until they have: their cards are free for what comes next.
+# One that does not end within JUDGE_END_SECONDS (default 20) is killed.
 end_judges() {
-  [ "${#JUDGE_PIDS[@]}" -eq 0 ] || kill "${JUDGE_PIDS[@]}" 2>/dev/null || true
+  [ "${#JUDGE_PIDS[@]}" -gt 0 ] || return 0
+  local pid deadline=$((SECONDS + ${JUDGE_END_SECONDS:-20}))
+  trap '' INT TERM # a further signal must not leave judges behind
+  kill "${JUDGE_PIDS[@]}" 2>/dev/null || true
+  for pid in "${JUDGE_PIDS[@]}"; do
+    while kill -0 "$pid" 2>/dev/null; do
+      [ "$SECONDS" -lt "$deadline" ] || kill -KILL "$pid" 2>/dev/null || true
+      sleep 0.05
+    done
+  done
 }
 
 # Starts one judge per entry of a list of cards and adds its URL: start_judges "4+5,6+7" HOSTNAME LOGS.

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +16,11 @@ from alphagrpo_jax.planning.flops import count_flops
 from alphagrpo_jax.planning.model import device_bytes
 from alphagrpo_jax.planning.stages import PlanStage
 from alphagrpo_jax.planning.targets import Target
+from alphagrpo_jax.runtime.device_memory import needed_bytes
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.files import replace_text
 
 FORMAT = 1  # of cached results: raise it when what is read from a compiler changes
-# Memories of a TPU's core that no configuration's size fills: running out of them is a fault.
-_SMALL_MEMORIES = re.compile(r"\b(vmem|smem|cmem|sflag)\b", re.IGNORECASE)
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass
@@ -189,26 +186,3 @@ def _too_large(needed: float, stage: PlanStage) -> Compiled:
     temporaries = max(0.0, needed - arguments)
     sizes = (arguments, arguments, 0.0, temporaries, 0.0)
     return Compiled(*sizes, 0.0, {}, 0.0, 0.0, {}, 0.0, too_large=needed)
-
-
-def needed_bytes(message: str) -> float | None:
-    """Reads from a compiler's error how much memory a function needs, its arguments included.
-
-    Returns:
-      Bytes; infinity where the message has no number; None where it is another error.
-    """
-    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
-        return None
-    hbm = r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
-    if _SMALL_MEMORIES.search(message) and not re.search(hbm, message):
-        return None
-    patterns = (
-        hbm,
-        r"total memory required for [\w ]+ \(([\d.]+)([KMGT])\)",
-        r"requires? ([\d.]+)([KMGT])",
-        r"([\d.]+)([KMGT])i?B?\b",
-    )
-    for pattern in patterns:
-        if match := re.search(pattern, message):
-            return float(match[1]) * _UNITS[match[2]]
-    return float("inf")

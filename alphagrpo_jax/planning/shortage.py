@@ -13,8 +13,8 @@ import jax
 from alphagrpo_jax import config_checks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.planning.chips import CHIPS, GIB, Chip
-from alphagrpo_jax.planning.compiling import needed_bytes
 from alphagrpo_jax.runtime.chips import peak_of
+from alphagrpo_jax.runtime.device_memory import needed_bytes
 from alphagrpo_jax.runtime.errors import UserError
 
 # Module of a run's stage -> its name for users; of an error's frames the first that is one counts.
@@ -32,18 +32,13 @@ class DeviceMemoryError(UserError):
     """The devices have too little memory for a stage of the run."""
 
 
-def is_shortage(error: BaseException) -> bool:
-    """Tells whether an error of compiling or running a function is about memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and needed_bytes(str(error)) is not None
-
-
 def explain(
     error: BaseException, config: Config, config_file: str | pathlib.Path
 ) -> DeviceMemoryError:
     """Names the stage that a shortage of memory has ended, and the command that plans the run.
 
     Args:
-      error: see `is_shortage`.
+      error: see `device_memory.is_shortage`.
       config: the run's, with the mesh as the user gave it.
       config_file: where its unchanged fields stand.
     """

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from alphagrpo_jax.runtime.device_memory import is_shortage
 from alphagrpo_jax.runtime.errors import UserError, is_machine_error
 
 # Exit codes of all commands. STOPPED: a signal ended it with everything saved, and the same command
@@ -113,10 +114,31 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         return command() or DONE
     except KeyboardInterrupt:
         return report("interrupted")
-    except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and not is_machine_error(error):
+    except UserError as error:
+        return report(error)
+    except Exception as error:
+        if is_shortage(error):
+            return report(f"too little memory on a device: {_first_line(error)}; {_remedy(error)}")
+        if not is_machine_error(error):
             raise
         return report(error)
+
+
+def _remedy(error: BaseException) -> str:
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's: a verifier
+        return (
+            "give the verifier more devices (--device auto), fewer questions at a time "
+            "(--max-batch) or weights of less precision (--dtype bfloat16)"
+        )
+    return (
+        "work on fewer rows at a time (--n, or the configuration's rollout.micro_batch and "
+        "eval.micro_batch), on smaller images or on more devices (mesh.fsdp, mesh.tensor); "
+        "python -m alphagrpo_jax.plan says what every function needs"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
 
 
 def report(error: BaseException | str) -> int:

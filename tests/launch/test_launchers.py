@@ -76,6 +76,8 @@ elif name == "vllm" or "sglang.launch_server" in words:
     print("loading " + "x" * 10, "CUDA out of memory", sep="\\n", flush=True)
     if os.environ.get("JUDGE_ENDS") in ("all", os.environ.get("PORT")):
         sys.exit(1)
+    if seconds := float(os.environ.get("JUDGE_END_DELAY", "0")):
+        signal.signal(signal.SIGTERM, lambda *_: time.sleep(seconds) or sys.exit(0))
     time.sleep(60)
 elif name == "gcloud" and "queued-resources" in words and "describe" in words:
     states = pathlib.Path(os.environ["CALLS"] + ".states")  # one per question; the last one stays
@@ -394,6 +396,22 @@ def test_the_exit_code_is_the_runs_and_judges_end(launch, calls, code):
     assert result.returncode == code
     assert len(calls("vllm")) == 1
     assert not running("serve ORG/MODEL --host 127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "least", "most"),
+    [
+        ({"JUDGE_END_DELAY": "1"}, 1, 30),
+        ({"JUDGE_END_DELAY": "50", "JUDGE_END_SECONDS": "1"}, 0, 40),
+    ],
+    ids=["slow to end", "killed"],
+)
+def test_the_end_waits_for_judges_and_kills_those_that_stay(launch, variables, least, most):
+    began = time.monotonic()
+    result = launch("gpus.sh", *JUDGE, "--judge-cards=2", **variables)
+    assert result.returncode == 0, result.stderr
+    assert not running("serve ORG/MODEL --host 127.0.0.1")
+    assert least <= time.monotonic() - began < most
 
 
 def running(words: str) -> list[str]:

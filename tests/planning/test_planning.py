@@ -352,24 +352,6 @@ def test_results_are_cached_by_program(tmp_path):
     assert not compiling.compile_stage(small_stage(), cpu_target(), tmp_path, said.append).cached
 
 
-@pytest.mark.parametrize(
-    ("message", "needed"),
-    [
-        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-         "hbm. Used 40.50G of 31.25G hbm. Exceeded hbm capacity by 9.25G.", 40.5 * 2**30),
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-         "temporaries (800.00G) exceeds available HBM (95.74G).", 800 * 2**30),
-        ("RESOURCE_EXHAUSTED: Ran out of memory while allocating.", float("inf")),
-        ("RESOURCE_EXHAUSTED: Used 40.50G of 31.25G hbm. 2.0M of vmem are reserved.", 40.5 * 2**30),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.",
-         None),
-        ("INVALID_ARGUMENT: something else", None),
-    ],
-)  # fmt: skip
-def test_a_refusal_says_how_much_was_needed(message: str, needed: float | None):
-    assert compiling.needed_bytes(message) == needed
-
-
 class Refused:
     """A function that a compiler refuses with a message; cached results are never those of it."""
 

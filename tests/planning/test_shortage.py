@@ -10,6 +10,7 @@ import tiny_world
 
 from alphagrpo_jax import config_checks, plan, rollout, update
 from alphagrpo_jax.planning import shortage
+from alphagrpo_jax.runtime.device_memory import is_shortage
 
 CONFIG_FILE = pathlib.Path(tiny_world.__file__)
 ON_TPU = (
@@ -46,24 +47,12 @@ def changed(**fields):
 )
 def test_the_message_names_stage_and_amount_in_one_line(module, message, stage, amount):
     error = raised_in(module, message)
-    assert shortage.is_shortage(error)
+    assert is_shortage(error)
     text = str(shortage.explain(error, changed(), CONFIG_FILE))
     assert f"the stage {stage} {amount} on a device" in text
     assert message.splitlines()[0] in text
     assert "\n" not in text
     assert f"python -m alphagrpo_jax.plan --config={CONFIG_FILE} --chips=NAME:" in text
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError(ON_TPU),
-        jax.errors.JaxRuntimeError("INTERNAL: something else"),
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: in memory space vmem. Used 2M of 1M vmem."),
-    ],
-)
-def test_other_errors_are_no_shortage(error):
-    assert not shortage.is_shortage(error)
 
 
 def test_the_command_has_the_very_fields_of_the_run():
