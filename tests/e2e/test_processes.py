@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -164,3 +165,33 @@ def test_all_end_where_one_has_no_verifier(victim, start_processes, world):
     processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2", of_rank={victim: missing})
     check_others_end(processes, victim, "Missing")
     assert ends(processes)[0][victim] in (1, 2)
+
+
+@pytest.mark.slow
+def test_a_run_continues_on_other_numbers_of_processes_and_devices(
+    start_processes, run_process, world, rows
+):
+    """On 1, 2, 4 and 1 processes: to the bit what as many devices of one process compute."""
+    workdir, twin = world / "layouts", world / "layouts_of_devices"
+    for step, count in enumerate((1, 2, 4, 1), start=1):
+        arguments = (*RUN, f"--config.train.steps={step}", f"--config.mesh.data={count}")
+        codes, outputs = ends(start_processes(workdir, count, *arguments))
+        assert set(codes) == {0}, "\n".join(outputs)
+        if step == 1:
+            shutil.copytree(workdir, twin)
+            before = count
+            continue
+        notices = [output.count("notice: the run goes on with other values") for output in outputs]
+        assert notices == [1] + [0] * (count - 1)
+        assert f"mesh.data: the run has {before}, this start {count}" in outputs[0]
+        code, errors = run_process(twin, *arguments, devices=count)
+        assert code == 0, errors
+        before = count
+    assert rows(workdir) == rows(twin)
+    assert [row["step"] for row in rows(workdir)] == [0, 1, 2, 3, 4]
+    for step, count in ((5, 8), (6, 1)):
+        arguments = (*RUN, f"--config.train.steps={step}", f"--config.mesh.data={count}")
+        code, errors = run_process(twin, *arguments, devices=count)
+        assert code == 0, errors
+    assert rows(twin)[:5] == rows(workdir)
+    assert [row["step"] for row in rows(twin)] == [0, 1, 2, 3, 4, 5, 6]
