@@ -94,6 +94,7 @@ def scored(audit):
     return [json.loads(line)["sample"] for line in audit.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_folder_that_not_all_processes_see_is_refused(start_processes, world):
     elsewhere = (f"--workdir={world / 'not_shared_1'}",)
     processes = start_processes(world / "not_shared", 2, of_rank={1: elsewhere})
@@ -189,9 +190,16 @@ def test_a_run_continues_on_other_numbers_of_processes_and_devices(
         before = count
     assert rows(workdir) == rows(twin)
     assert [row["step"] for row in rows(workdir)] == [0, 1, 2, 3, 4]
-    for step, count in ((5, 8), (6, 1)):
-        arguments = (*RUN, f"--config.train.steps={step}", f"--config.mesh.data={count}")
-        code, errors = run_process(twin, *arguments, devices=count)
+    for step, count, mesh in ((5, 8, (2, 2, 2)), (6, 1, (1, 1, 1))):
+        axes = zip(("data", "fsdp", "tensor"), mesh, strict=True)
+        flags = (f"--config.mesh.{axis}={size}" for axis, size in axes)
+        code, errors = run_process(
+            twin, *RUN, f"--config.train.steps={step}", *flags, devices=count
+        )
         assert code == 0, errors
+    for row in rows(twin)[1:]:
+        assert row["text/ratio_max_dev"] <= 1e-6
+        assert row["image/ratio_max_dev"] <= 1e-6
+        assert row["update/grad_norm"] > 0
     assert rows(twin)[:5] == rows(workdir)
     assert [row["step"] for row in rows(twin)] == [0, 1, 2, 3, 4, 5, 6]

@@ -335,17 +335,6 @@ def test_the_policy_as_its_own_verifier(run, world, rows):
     assert len(set(counts)) == 1
 
 
-@pytest.mark.slow
-def test_eight_devices(run_process, world, rows):
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    code, errors = run_process(world / "eight", *mesh, "--config.train.steps=2", devices=8)
-    assert code == 0, errors
-    last = rows(world / "eight")[-1]
-    assert last["text/ratio_max_dev"] <= 1e-6
-    assert last["image/ratio_max_dev"] <= 1e-6
-    assert last["update/grad_norm"] > 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
