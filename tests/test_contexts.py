@@ -231,7 +231,7 @@ def inputs_of(loaded, config, events):
     return tuple(blocks)
 
 
-SLOW_LISTS = ("refinement", "two turns")
+SLOW_LISTS = ("refinement", "two turns", "an answer in between")
 
 
 @pytest.mark.parametrize(

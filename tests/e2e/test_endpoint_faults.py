@@ -93,6 +93,7 @@ def check_no_key(world, workdir, printed):
     assert KEY not in printed
 
 
+@pytest.mark.slow
 def test_a_flaky_endpoint_costs_no_sample(train, world, server):
     server.behave(*FAULTS, every=9)
     code, printed, workdir, audit = train("flaky")

@@ -115,6 +115,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_and_costs_no_older_one
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4"}
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_the_stage_and_the_plan_and_costs_no_update(
     run, world, monkeypatch, rows
 ):

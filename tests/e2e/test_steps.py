@@ -61,8 +61,8 @@ def world(tmp_path_factory) -> pathlib.Path:
     return tiny_world.write_all(tmp_path_factory.mktemp("world"))
 
 
-# The list of two turns compiles longest.
-PARAMS = (*NAMES[:-1], pytest.param(NAMES[-1], marks=pytest.mark.slow))
+# Compiling a task takes half a minute and more; the fast tests train these tasks by whole runs.
+PARAMS = tuple(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)
 
 
 @pytest.fixture(scope="module", params=PARAMS)

@@ -47,6 +47,7 @@ def test_rates_a_match_above_a_mismatch(verifier):
     assert good.value > bad.value
 
 
+@pytest.mark.slow
 def test_three_ways_are_timed_on_the_same_questions():
     samples = verifier_eval.timed_lists(seed=1, images=3)
     speeds = verifier_eval.speed(FOLDER, samples, threads=2)
