@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.results import breakdown
@@ -203,6 +204,12 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def notify(message: str) -> None:
-    """Prints a notice for whoever watches the run."""
-    print(message, file=sys.stderr, flush=True)
+def notify(message: str, *, of_process: bool = False) -> None:
+    """Prints a notice for whoever watches the run; one of the run is printed by process 0 alone.
+
+    Args:
+      message: the notice.
+      of_process: it is about this process, so that it is printed by whichever it is.
+    """
+    if of_process or distributed.is_primary():
+        print(message, file=sys.stderr, flush=True)

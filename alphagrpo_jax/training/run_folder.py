@@ -167,7 +167,8 @@ class EmergencyCheckpoint:
                 try:
                     self._save()
                 except (checkpoint.CheckpointError, OSError, RuntimeError) as save_error:
-                    notify(f"the steps since the last checkpoint are lost: {save_error}")
+                    message = f"the steps since the last checkpoint are lost: {save_error}"
+                    notify(message, of_process=True)
             raise
 
     def rescue(self) -> bool:
