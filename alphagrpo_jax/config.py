@@ -430,6 +430,9 @@ class TrainOptions:
     old_logprob: Literal["recompute", "self"]
     """Log-probs that the ratio divides by: computed by a pass before the update, or the policy's
     own, exact for one optimizer step per batch."""
+    keep_residuals: bool
+    """Keep what the backward pass needs from the pass before the update: one forward pass less, and
+    the memory of all micro-batches at once. Without effect with `old_logprob` "self"."""
     context_gradient: bool
     """Let the gradient flow through the contexts of the trained steps."""
 

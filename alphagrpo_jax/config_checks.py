@@ -23,7 +23,15 @@ from alphagrpo_jax.score_specs import short_name
 from alphagrpo_jax.tasks import IMAGE, TASKS
 
 # What may differ when a run is resumed.
-RESUMABLE = ("train.steps", "eval.", "checkpoint.", "log.", "cache.", "verifier.audit")
+RESUMABLE = (
+    "train.steps",
+    "train.keep_residuals",  # the same bits
+    "eval.",
+    "checkpoint.",
+    "log.",
+    "cache.",
+    "verifier.audit",
+)
 # What may differ too, with a notice: the same numbers but for their last bits. Of `model.path` the
 # weights must be the same; of `verifier.*` the model.
 RESUMABLE_WITH_NOTICE = (
@@ -41,6 +49,7 @@ LATER = {
     "checkpoint.stop_seconds": 6.0,
     "log.wandb": "",
     "lora.init_from": "",
+    "train.keep_residuals": False,
     "verifier.cache_size": 0,
     "verifier.extra_body": "",
     "verifier.instruction": (

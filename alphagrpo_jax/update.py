@@ -15,7 +15,7 @@ from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.training.gradient import LossNormalizers
+from alphagrpo_jax.training.gradient import LossNormalizers, Residuals
 from alphagrpo_jax.training.pacing import MicroBatches
 from alphagrpo_jax.training.steps import TaskFns
 from alphagrpo_jax.types import BatchAdvantages, LogProbs, RolloutBatch, TrainState, UpdateBatch
@@ -28,32 +28,41 @@ class UpdateMetrics(NamedTuple):
     batches: list[dict[str, float]]  # of each batch
 
 
-def old_log_probs(run: Run, state: TrainState, rollout: RolloutBatch) -> list[LogProbs] | None:
-    """Computes the log-probs before the update, by micro-batch.
+class OldLogProbs(NamedTuple):
+    """The log-probs of a batch before its update, by micro-batch."""
+
+    log_probs: list[LogProbs]
+    # What the backward pass needs, for the first optimizer step, which takes it out; else Nones.
+    residuals: list[Residuals | None]
+
+
+def old_log_probs(run: Run, state: TrainState, rollout: RolloutBatch) -> OldLogProbs | None:
+    """Computes the log-probs before the update.
 
     Returns:
-      One `LogProbs` per micro-batch; None with `train.old_logprob` "self", where the loss takes
-      its own log-probs for the old ones.
+      None with `train.old_logprob` "self", where the loss takes its own log-probs for the old ones.
     Raises:
       StoppedError: a stop is overdue.
     """
     if run.config.train.old_logprob == "self":
         return None
     forward = run.tasks[rollout.batch.task.name].fns.forward
-    log_probs, pace = [], MicroBatches(run.stop)
+    old, pace = OldLogProbs([], []), MicroBatches(run.stop)
     for index in _micro_batch_indices(run, rollout.batch.task.name):
         pace.begin()
-        new, _ = forward(state.trainable, run.loaded.base, rollout.trajectories, index)
-        log_probs.append(new)
+        new, residuals = forward(state.trainable, run.loaded.base, rollout.trajectories, index)
+        old.log_probs.append(new)
+        old.residuals.append(residuals if run.config.train.keep_residuals else None)
+        del residuals  # else it would lie beside the next micro-batch's
         pace.dispatched(new)
-    return log_probs
+    return old
 
 
 def step(
     run: Run,
     state: TrainState,
     rollouts: Sequence[RolloutBatch],
-    old: Sequence[list[LogProbs] | None],
+    old: Sequence[OldLogProbs | None],
     advantages: Sequence[BatchAdvantages],
     step: int,
 ) -> tuple[TrainState, UpdateMetrics]:
@@ -77,6 +86,7 @@ def step(
     if all(batch.text.all_zero and not batch.image.any() for batch in advantages):
         for rollout in rollouts:
             check_sampled(rollout.trajectories, step)
+        _drop_residuals(old)
         skipped: dict[str, float] = {"update/skipped": 1}
         return state, UpdateMetrics(skipped, [dict(skipped) for _ in rollouts])
     tasks = _group_by_task(run, rollouts, old, advantages)
@@ -94,11 +104,19 @@ def step(
             values = {key: float(value) for key, value in device_metrics.items()}
             for index in task.indices:
                 _record(batch_metrics[index], values)
+    _drop_residuals(old)
     update_metrics |= {
         "update/skipped": 0,
         "update/old_is_self": int(run.config.train.old_logprob == "self"),
     }
     return state, UpdateMetrics(update_metrics, batch_metrics)
+
+
+def _drop_residuals(old: Sequence[OldLogProbs | None]) -> None:
+    """Frees what no optimizer step has taken: the next rollout may need the memory."""
+    for entry in old:
+        if entry is not None:
+            entry.residuals[:] = [None] * len(entry.residuals)
 
 
 def _record(batch_metrics: dict[str, float], values: dict[str, float]) -> None:
@@ -117,7 +135,7 @@ class _BatchUpdate(NamedTuple):
     task: str
     fns: TaskFns
     batch: UpdateBatch
-    old: list[LogProbs] | None  # by micro-batch
+    old: OldLogProbs | None
     reference: list[LogProbs] | None  # by micro-batch; None without a KL term
     entropy: tuple[jax.Array, ...] | None  # float32[B, T - 1] of each text step
 
@@ -135,7 +153,7 @@ class _TaskUpdate:
 def _group_by_task(
     run: Run,
     rollouts: Sequence[RolloutBatch],
-    old: Sequence[list[LogProbs] | None],
+    old: Sequence[OldLogProbs | None],
     advantages: Sequence[BatchAdvantages],
 ) -> list[_TaskUpdate]:
     """Groups the batches that are trained by task; batches without a used trajectory stay out."""
@@ -156,7 +174,7 @@ def _group_by_task(
 
 
 def _batch_update(
-    run: Run, rollout: RolloutBatch, old: list[LogProbs] | None, advantages: BatchAdvantages
+    run: Run, rollout: RolloutBatch, old: OldLogProbs | None, advantages: BatchAdvantages
 ) -> _BatchUpdate:
     """Puts a batch's arrays on the device, with reference log-probs and entropies if needed."""
     fns, loss_options = run.tasks[rollout.batch.task.name].fns, run.config.loss
@@ -171,7 +189,8 @@ def _batch_update(
             reference.append(fns.reference(run.loaded.base, rollout.trajectories, index))
             pace.dispatched(reference[-1])
     if loss_options.entropy_fraction < 1 and rollout.trajectories.texts:
-        entropy = fns.entropy(old)
+        assert old is not None  # the checks of a configuration refuse "self" here
+        entropy = fns.entropy(old.log_probs)
     return _BatchUpdate(rollout.batch.task.name, fns, batch, old, reference, entropy)
 
 
@@ -257,10 +276,12 @@ def _task_gradient(
             if batch.old is None:
                 micro_batch = batch.fns.gradient(*policy, *common)
             else:
-                new, residuals = batch.fns.forward(*policy, batch.batch.rollout, index)
-                micro_batch = batch.fns.backward(
-                    *policy, residuals, new, batch.old[number], *common
-                )
+                old, residuals = batch.old.log_probs[number], batch.old.residuals[number]
+                batch.old.residuals[number] = None  # they are those of the policy before this step
+                new = old
+                if residuals is None:
+                    new, residuals = batch.fns.forward(*policy, batch.batch.rollout, index)
+                micro_batch = batch.fns.backward(*policy, residuals, new, old, *common)
                 del residuals  # else the next forward pass would run beside it
             accumulated = (
                 micro_batch

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.model.path = "BAGEL-7B-MoT"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
+    config.train.keep_residuals = False  # 7 GB per trajectory
     config.model.height = 512
     config.model.width = 512
     config.verifier.kind = "openai"  # on machines or cards of its own, by launch/verifiers.sh

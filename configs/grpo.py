@@ -149,6 +149,7 @@ def get_config() -> ConfigDict:
         r"language_model/layers/.*|language_model/norm.*|(vae2llm|llm2vae|time_embedder)/.*"
     )
     config.train.old_logprob = "recompute"
+    config.train.keep_residuals = True
     config.train.context_gradient = False
 
     config.loss = ConfigDict()

@@ -1,5 +1,7 @@
 """Updates of several batches, numerically: two batches of one task are one of twice the size."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +137,42 @@ def test_batches_without_any_advantage_skip_the_update(worlds):
     _, update_metrics, batch_metrics = single.update(rollouts, [nothing, nothing])
     assert update_metrics == {"update/skipped": 1}
     assert batch_metrics == [{"update/skipped": 1}] * 2
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_kept_residuals_give_the_same_bits_with_a_forward_pass_less(worlds, monkeypatch, updates):
+    single, _, rollouts, _ = worlds
+    advantages = [scored(ADVANTAGES[i : i + 1], USED[i : i + 1]) for i in (0, 1)]
+    passes, micro_batches = {}, 2 * 4
+    results = {}
+    for keep in (False, True):
+        calls = []
+        train = dataclasses.replace(
+            single.config.train, keep_residuals=keep, updates_per_batch=updates
+        )
+        run = single.run._replace(config=dataclasses.replace(single.config, train=train))
+        fns = run.tasks["rt2i"].fns
+
+        def forward(*arguments, inner=fns.forward, calls=calls):
+            calls.append(1)
+            return inner(*arguments)
+
+        tasks_fns = {"rt2i": run.tasks["rt2i"]._replace(fns=fns._replace(forward=forward))}
+        run = run._replace(tasks=tasks_fns)
+        old = [update.old_log_probs(run, single.state, sampled) for sampled in rollouts]
+        assert all((x is not None) == keep for entry in old for x in entry.residuals)
+        _, metrics = update.step(run, single.state, rollouts, old, advantages, 1)
+        assert all(x is None for entry in old for x in entry.residuals)  # their memory is free
+        results[keep], passes[keep] = (single.gradient, metrics), len(calls)
+    assert passes == {False: micro_batches * (1 + updates), True: micro_batches * updates}
+    jax.tree.map(np.testing.assert_array_equal, *results.values())
+
+
+def test_residuals_that_no_update_takes_are_freed(worlds):
+    single, _, rollouts, _ = worlds
+    train = dataclasses.replace(single.config.train, keep_residuals=True)
+    run = single.run._replace(config=dataclasses.replace(single.config, train=train))
+    old = update.old_log_probs(run, single.state, rollouts[0])
+    nothing = scored(np.zeros((1, 4), np.float32), USED[:1])
+    update.step(run, single.state, rollouts[:1], [old], [nothing], 1)
+    assert old.residuals == [None] * 4

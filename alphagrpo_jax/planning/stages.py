@@ -281,8 +281,12 @@ def _update(
         yield stage("gradient", fns.gradient, (*weights, *common), passes * updates)
         return
     arguments = (*weights, rollout, number)
-    yield stage("forward", fns.forward, arguments, passes * (updates + 1))
     old, residuals = jax.eval_shape(fns.forward, *arguments)
+    if config.train.keep_residuals:
+        batches = config.mixed.batches if config.task == "mixed" else 1
+        alive["kept residuals"] = device_bytes(residuals) * (batches * layout.micro_batches - 1)
+    first_pass = 0 if config.train.keep_residuals else 1
+    yield stage("forward", fns.forward, arguments, passes * (updates + first_pass))
     arguments = (*weights, residuals, old, old, *common)
     held = (prefix + "forward",)
     yield stage("backward", fns.backward, arguments, passes * updates, holds=held)

@@ -10,6 +10,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context
+from alphagrpo_jax.ops import categorical
 from alphagrpo_jax.types import TextSample
 
 
@@ -111,33 +112,14 @@ def sample_tokens(
 
     Only tokens of the nucleus are sampled; temperature 0 takes the likeliest.
     """
-    nucleus_log_p = (
-        log_p if top_p >= 1.0 else jnp.where(nucleus(log_p, top_p=top_p), log_p, -jnp.inf)
-    )
+    if top_p < 1.0:
+        likely = categorical.nucleus(log_p, top_p=top_p)
+        nucleus_log_p = jnp.where(likely, log_p, -jnp.inf)
+    else:
+        nucleus_log_p = log_p
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-    token_ids = jax.vmap(jax.random.categorical)(step_keys, nucleus_log_p)
+    token_ids = categorical.sample(nucleus_log_p, jax.vmap(jax.random.uniform)(step_keys))
     return jnp.where(temperature > 0, token_ids, jnp.argmax(log_p, axis=-1)).astype(jnp.int32)
-
-
-def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
-    """Returns the smallest set of likeliest tokens whose mass reaches `top_p`, ties included.
-
-    A token is kept if the tokens strictly likelier than it, in sorted order, sum to less than
-    `top_p`; the likeliest is always kept (Holtzman et al. 2020).
-
-    Args:
-      log_p: float32[B, V], normalized.
-      top_p: in (0, 1].
-    Returns:
-      bool[B, V].
-    """
-    chex.assert_rank(log_p, 2)
-    descending = -jnp.sort(-log_p, axis=-1)
-    probability = jnp.exp(descending)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    threshold = jnp.take_along_axis(descending, jnp.maximum(count - 1, 0), axis=-1)
-    return log_p >= threshold
 
 
 def _set_column(array: jax.Array, column: jax.Array, at: jax.Array) -> jax.Array:

@@ -129,24 +129,6 @@ def test_the_loop_ends_with_the_rows_or_at_the_limit(tiny, setting, ends):
         np.testing.assert_allclose(sample.log_prob[:, 0], -np.log(vocabulary), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [
-        (0.4, [True, False, False, False]),
-        (0.5, [True, False, False, False]),
-        (0.51, [True, True, False, False]),
-        (0.8, [True, True, True, False]),
-        (1.0, [True, True, True, True]),
-    ],
-)
-def test_nucleus_by_hand(top_p, expected):
-    probability = np.array([[0.5, 0.25, 0.15, 0.1]], np.float32)
-    got = text.nucleus(jnp.log(probability), top_p=top_p)
-    assert got[0].tolist() == expected
-    shuffled = text.nucleus(jnp.log(probability[:, ::-1]), top_p=top_p)
-    assert shuffled[0].tolist() == expected[::-1]
-
-
 def test_frequencies_follow_the_distribution():
     probability = np.array([0.5, 0.3, 0.2], np.float32)
     count = 4000
