@@ -110,8 +110,7 @@ def text_log_probs(
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:
     """Allocates an empty text of at most `max_tokens` tokens behind a context."""
     cfg, batch = model.config.llm, ctx.rope.shape[0]
-    heads = (cfg.num_key_value_heads, cfg.head_dim)
-    shape = (cfg.num_hidden_layers, batch, max_tokens, *heads)
+    shape = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads, max_tokens, cfg.head_dim)
     zeros = jnp.zeros(shape, model.dtype)
     segment = Segment(zeros, zeros, jnp.zeros((batch, max_tokens), bool))
     return DecodeCache(segment, ctx.rope, jnp.zeros((), jnp.int32))
@@ -149,8 +148,8 @@ def decode_step(
         return jax.lax.dynamic_update_slice_in_dim(buffer, value, cache.step, axis)
 
     segment = Segment(
-        k=write(past.k, token_segment.k, 2),
-        v=write(past.v, token_segment.v, 2),
+        k=write(past.k, token_segment.k, 3),
+        v=write(past.v, token_segment.v, 3),
         valid=write(past.valid, active[:, None], 1),
     )
     rope = cache.rope + active.astype(jnp.int32)

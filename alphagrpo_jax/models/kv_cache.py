@@ -18,8 +18,8 @@ from flax import struct
 class Segment:
     """Keys (rotated) and values of one block of tokens."""
 
-    k: jax.Array  # float[L, B, S, K, H]
-    v: jax.Array  # float[L, B, S, K, H]
+    k: jax.Array  # float[L, B, K, S, H]
+    v: jax.Array  # float[L, B, K, S, H]
     valid: jax.Array  # bool[B, S]; False at padding
 
 
@@ -75,7 +75,7 @@ def merge(ctx: Context) -> Context:
     if len(ctx.segments) <= 1:
         return ctx
     k, v = (
-        jnp.concatenate([getattr(s, name) for s in ctx.segments], axis=2) for name in ("k", "v")
+        jnp.concatenate([getattr(s, name) for s in ctx.segments], axis=3) for name in ("k", "v")
     )
     valid = jnp.concatenate([s.valid for s in ctx.segments], axis=1)
     return dataclasses.replace(ctx, segments=(Segment(k, v, valid),))

@@ -60,7 +60,7 @@ class MoTAttention(nn.Module):
         heads = [self._heads(suffix, x) for suffix, x in tokens.by_expert()]
         q, k, v = (jnp.concatenate(arrays, axis=1) for arrays in zip(*heads, strict=True))
         q = rotate(q, geometry.cos, geometry.sin)
-        k = rotate(k, geometry.cos, geometry.sin)
+        k, v = (x.swapaxes(1, 2) for x in (rotate(k, geometry.cos, geometry.sin), v))
         keys = (*(pair[0] for pair in past), k)
         values = (*(pair[1] for pair in past), v)
         mixed = attend(q, keys, values, geometry.masks)
@@ -158,7 +158,7 @@ class MoTDecoder(nn.Module):
           keep_cache: return the new keys and values.
           final_norm: apply the final norms.
         Returns:
-          Hidden states, and keys and values float[L, B, T, K, H] in the order und, gen.
+          Hidden states, and keys and values float[L, B, K, T, H] in the order und, gen.
         """
         cfg = self.config
         # Angles once for all layers, and in float32: see `ops.rope`.

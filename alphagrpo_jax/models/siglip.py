@@ -24,6 +24,7 @@ class ViTAttention(nn.Module):
             Linear(x.shape[-1], dtype=self.dtype, name=name)(x).reshape(*x.shape[:2], heads, -1)
             for name in ("q_proj", "k_proj", "v_proj")
         )
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         mixed = attend(q, (k,), (v,), (jnp.ones((1, 1, x.shape[1]), bool),))
         return Linear(x.shape[-1], dtype=self.dtype, name="out_proj")(mixed)
 

@@ -28,8 +28,9 @@ def attend(
 
     Args:
       query: float[B, T, N, H].
-      keys: blocks of float[B, S_i, K, H].
-      values: blocks of float[B, S_i, K, H].
+      keys: blocks of float[B, K, S_i, H]: as the products read them, so that no call of a loop
+        copies a cache to turn its axes.
+      values: blocks of float[B, K, S_i, H].
       masks: blocks of bool[B or 1, T or 1, S_i]; True where the query may look.
     Returns:
       float[B, T, N * H] in the dtype of `query`.
@@ -37,19 +38,19 @@ def attend(
     chex.assert_rank([query, *keys, *values], 4)
     chex.assert_rank(list(masks), 3)
     batch, length, heads, width = query.shape
-    kv_heads = keys[0].shape[2]
+    kv_heads = keys[0].shape[1]
     # Query heads are grouped by the key head they read: keys are never repeated in memory.
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores: list[jax.Array] = []
     for key, mask in zip(keys, masks, strict=True):
         # float32 island: bfloat16 scores would lose the differences that softmax lives on.
-        score = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+        score = jnp.einsum("btkgh,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32)
         scores.append(jnp.where(mask[:, None, None], score * width**-0.5, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    block_ends = np.cumsum([key.shape[1] for key in keys])
+    block_ends = np.cumsum([key.shape[2] for key in keys])
     block_weights = jnp.split(weights, block_ends[:-1], axis=-1)
     attended = sum(
-        jnp.einsum("bkgts,bskh->btkgh", block_weight, value)
+        jnp.einsum("bkgts,bksh->btkgh", block_weight, value)
         for block_weight, value in zip(block_weights, values, strict=True)
     )
     # The cast is for the type checker only: `sum` of no blocks would be the integer 0.

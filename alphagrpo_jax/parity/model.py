@@ -206,7 +206,7 @@ def cache_arrays(ctx: Context, latent_blocks: tuple[int, ...] = ()) -> tuple[np.
     """
     segments: list[list[np.ndarray]] = []
     for index, segment in enumerate(ctx.segments):
-        pair = [np.asarray(x[:, 0]) for x in (segment.k, segment.v)]
+        pair = [np.asarray(x[:, 0]).swapaxes(1, 2) for x in (segment.k, segment.v)]
         segments.append([reading_order(x, 1) for x in pair] if index in latent_blocks else pair)
     return tuple(np.concatenate(side, axis=1) for side in zip(*segments, strict=True))
 

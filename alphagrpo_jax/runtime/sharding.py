@@ -205,16 +205,16 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def cache_sharding(mesh: Mesh, shape: Sequence[int], *, rows: bool = True) -> NamedSharding:
-    """Lays keys or values [L, B, S, K, H] over the mesh: rows, and heads where they divide.
+    """Lays keys or values [L, B, K, S, H] over the mesh: rows, and heads where they divide.
 
     Args:
       mesh: the devices.
       shape: of the array.
       rows: False leaves the rows whole on every device.
     """
-    heads = "heads" if shape[3] % mesh.shape["tensor"] == 0 else None
+    heads = "heads" if shape[2] % mesh.shape["tensor"] == 0 else None
     batch = "batch" if rows else None
-    return NamedSharding(mesh, partition_spec([None, batch, None, heads, None]))
+    return NamedSharding(mesh, partition_spec([None, batch, heads, None, None]))
 
 
 def batch_ways(mesh: Mesh) -> int:

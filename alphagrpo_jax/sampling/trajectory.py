@@ -290,7 +290,7 @@ def cut_text(rollout: Rollout, length: int, *, step: PlannedStep) -> Rollout:
     if step.node is not None and piece is not None:
         segment = piece.segments[0]
         short = kv_cache.Segment(
-            segment.k[:, :, :length], segment.v[:, :, :length], segment.valid[:, :length]
+            segment.k[..., :length, :], segment.v[..., :length, :], segment.valid[:, :length]
         )
         pieces[step.node] = dataclasses.replace(piece, segments=(short,))
     return dataclasses.replace(rollout, pieces=tuple(pieces), texts=(*rollout.texts[:-1], texts))

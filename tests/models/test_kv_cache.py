@@ -11,7 +11,7 @@ from alphagrpo_jax.models.kv_cache import Context, Segment
 
 def segment(batch: int, length: int, start: float) -> Segment:
     values = start + jnp.arange(2 * batch * length * 1 * 2, dtype=jnp.float32)
-    k = values.reshape(2, batch, length, 1, 2)
+    k = values.reshape(2, batch, 1, length, 2)
     return Segment(k, -k, jnp.arange(length)[None] <= jnp.arange(batch)[:, None])
 
 
@@ -33,8 +33,8 @@ def test_merge_keeps_order_and_validity():
     ctx = context()
     merged = kv_cache.merge(ctx)
     (only,) = merged.segments
-    np.testing.assert_array_equal(only.k[:, :, :2], ctx.segments[0].k)
-    np.testing.assert_array_equal(only.v[:, :, 2:], ctx.segments[1].v)
+    np.testing.assert_array_equal(only.k[..., :2, :], ctx.segments[0].k)
+    np.testing.assert_array_equal(only.v[..., 2:, :], ctx.segments[1].v)
     assert only.valid.tolist() == [[1, 0, 1, 0, 0], [1, 1, 1, 1, 0]]
     assert kv_cache.merge(merged) is merged
 

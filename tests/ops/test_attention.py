@@ -28,16 +28,18 @@ def test_blocks_equal_one_block_and_the_reference():
     mask = rng.random((2, 3, 7)) < 0.6
     mask[..., 4] = True
     f32 = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-    one_block = attend(f32[0], (f32[1],), (f32[2],), (jnp.asarray(mask),))
+    by_head = [x.swapaxes(1, 2) for x in f32[1:]]
+    one_block = attend(f32[0], by_head[:1], by_head[1:], (jnp.asarray(mask),))
     cuts = [slice(0, 3), slice(3, 4), slice(4, 7)]
-    keys, values = ([x[:, cut] for cut in cuts] for x in f32[1:])
+    keys, values = ([x[:, :, cut] for cut in cuts] for x in by_head)
     blocks = attend(f32[0], keys, values, [jnp.asarray(mask[..., cut]) for cut in cuts])
     np.testing.assert_allclose(one_block, reference(q, k, v, mask), atol=2e-6)
     np.testing.assert_allclose(blocks, one_block, atol=1e-6)
 
 
 def test_a_row_without_keys_is_finite_and_gradients_are_too():
-    q = k = v = jnp.ones((1, 2, 1, 4))
+    q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 1, 2, 4))
+    v = k
     mask = jnp.array([[[False, False], [True, False]]])
 
     def total(x):

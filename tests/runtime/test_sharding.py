@@ -122,13 +122,13 @@ def test_adapters_and_both_moments_are_split_over_fsdp():
 
 def test_keys_and_values_are_split_by_rows_and_heads():
     mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.MESH_AXES)
-    rows, shape = ("data", "fsdp"), (2, 8, 3, 4, 5)
-    by_heads = PartitionSpec(None, rows, None, "tensor", None)
+    rows, shape = ("data", "fsdp"), (2, 8, 4, 3, 5)
+    by_heads = PartitionSpec(None, rows, "tensor", None, None)
     assert sharding.cache_sharding(mesh, shape).spec == by_heads
     by_rows = PartitionSpec(None, rows, None, None, None)
-    assert sharding.cache_sharding(mesh, (2, 8, 3, 1, 5)).spec == by_rows
+    assert sharding.cache_sharding(mesh, (2, 8, 1, 3, 5)).spec == by_rows
     segment = Segment(*(jax.ShapeDtypeStruct(shape, np.float32),) * 2, np.ones((8, 3), bool))
     for level in ("shared", "prompt"):  # trajectories on all devices read these rows
         piece = row_shardings(Piece((segment,), np.ones(8), level), mesh)
-        assert piece.segments[0].k.spec == PartitionSpec(None, None, None, "tensor", None)
+        assert piece.segments[0].k.spec == PartitionSpec(None, None, "tensor", None, None)
         assert piece.advance.spec == piece.segments[0].valid.spec == PartitionSpec()

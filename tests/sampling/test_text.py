@@ -54,7 +54,7 @@ def test_log_probs_and_context_equal_teacher_forcing(tiny, setting, extend):
     np.testing.assert_array_equal(after.segments[-1].valid, mask)
     for name in ("k", "v"):
         got, forced_cache = (
-            np.asarray(getattr(context.segments[-1], name))[:, mask]
+            np.moveaxis(np.asarray(getattr(context.segments[-1], name)), 3, 2)[:, mask]
             for context in (after, one_pass)
         )
         np.testing.assert_allclose(got, forced_cache, atol=2e-5)

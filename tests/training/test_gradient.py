@@ -217,7 +217,8 @@ def test_rebuilt_contexts_are_the_stored_ones(setting):
         mask = np.asarray(stored_cache.valid)
         for name in ("k", "v"):
             pair = (
-                np.asarray(vars(cache)[name])[:, mask] for cache in (stored_cache, rebuilt_cache)
+                np.moveaxis(np.asarray(vars(cache)[name]), 2, 3)[:, mask]
+                for cache in (stored_cache, rebuilt_cache)
             )
             np.testing.assert_allclose(*pair, atol=2e-5)
 
