@@ -1,10 +1,12 @@
 """Measures where the time of a training step goes.
 
     python -m alphagrpo_jax.bench [--config=configs/grpo.py] [--steps=5] [--out=bench.json]
+      [--against=earlier.json]
 
 Everything is measured in one process, one after the other: a first step with all compilations, then
 steps with the rollout alone, the verifier pool alone, and whole steps as training does them, where
-the verifiers answer while the device works. Only ratios within one such run are worth comparing.
+the verifiers answer while the device works. Ratios within one such run are worth comparing. Those of
+two runs, which `--against` adds, say something where the machine was as idle in both.
 """
 
 import argparse
@@ -26,10 +28,12 @@ from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.compilations import CompileCounter
+from alphagrpo_jax.runtime.errors import InputError, MissingFileError
 from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.training import setup, verifiers
 from alphagrpo_jax.training.context import Run, make_run
 from alphagrpo_jax.training.optimizer import make_optimizer
+from alphagrpo_jax.training.speed import speed_metrics
 from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import DataPosition, PromptBatch, RolloutBatch, TrainState
 
@@ -70,7 +74,7 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
         pool.wait_ready()
         run = make_run(config, loaded, data, fns, pool, folder)
         start = time.monotonic()
-        state, _ = _train_step(run, state, 1)
+        state, *_ = _train_step(run, state, 1)
         first_step = time.monotonic() - start
         count, seconds = compiles.count, compiles.seconds
         rollouts = [
@@ -78,10 +82,11 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
             for number in range(2, steps + 2)
         ]
         questions, answering = _answering(run, steps)
-        stages = []
+        stages, speeds = [], []
         for number in range(2, steps + 2):
-            state, stage_seconds = _train_step(run, state, number)
+            state, stage_seconds, speed = _train_step(run, state, number)
             stages.append(stage_seconds)
+            speeds.append(speed)
     total = float(np.median(np.sum(stages, axis=1)))
     by_stage = dict(zip(STAGES, np.median(stages, axis=0).tolist(), strict=True))
     rollout_seconds, answer_seconds = float(np.median(rollouts)), float(np.median(answering))
@@ -93,12 +98,17 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
         "seconds/step": total,
         **{f"seconds/{name}": value for name, value in by_stage.items()},
         **{f"share/{name}": value / sum(by_stage.values()) for name, value in by_stage.items()},
+        **{name.removeprefix("time/"): _median(speeds, name) for name in speeds[0]},
         "share/verifier_hidden": max(0.0, 1.0 - by_stage["reward_wait"] / answer_seconds),
         "seconds/first_step": first_step,
         "compilations": count,
         "seconds/compilation": seconds,
         "compilations_after_first_step": compiles.count - count,
     }
+
+
+def _median(rows: Sequence[dict[str, float]], name: str) -> float:
+    return float(np.median([row[name] for row in rows]))
 
 
 def _batch(run: Run, step: int) -> PromptBatch:
@@ -125,8 +135,10 @@ def _rollout_alone(run: Run, state: TrainState, step: int) -> None:
     _sample(run, state, step, on_images=lambda *_: None)
 
 
-def _train_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, StageSeconds]:
-    """Takes one training step as `train.main` does."""
+def _train_step(
+    run: Run, state: TrainState, step: int
+) -> tuple[TrainState, StageSeconds, dict[str, float]]:
+    """Takes one training step as `train.main` does; returns its speed metrics, too."""
     marks = [time.monotonic()]
     sampled = _sample(run, state, step, functools.partial(reward.submit_images, run))
     marks.append(time.monotonic())
@@ -137,7 +149,9 @@ def _train_step(run: Run, state: TrainState, step: int) -> tuple[TrainState, Sta
     state, _ = update.step(run, state, [sampled], [old], [advantages], step)
     jax.block_until_ready(state.trainable)
     marks.append(time.monotonic())
-    return state, StageSeconds(*np.diff(marks).tolist())
+    stages = StageSeconds(*np.diff(marks).tolist())
+    times = {f"time/{name}": value for name, value in stages._asdict().items()}
+    return state, stages, speed_metrics(run.config, run.loaded.config, [sampled], times)
 
 
 def _answering(run: Run, steps: int) -> tuple[float, list[float]]:
@@ -175,8 +189,19 @@ def _timed(action: Callable[[], object]) -> float:
     return time.monotonic() - start
 
 
-def table(figures: dict[str, float], config: Config) -> str:
-    """Formats the figures as a table."""
+def table(
+    figures: dict[str, float], config: Config, against: dict[str, float] | None = None
+) -> str:
+    """Formats the figures as a table; with those of an earlier run, also as ratios to them."""
+    rows = [f"{name:<38}{value}" for name, value in _rows(figures, config)]
+    if against is not None:
+        names = [name for name in figures if against.get(name) and name != "compilations"]
+        ratios = [f"  {name:<36}{figures[name] / against[name]:.3f}" for name in names]
+        rows += ["", "now / then", *ratios]
+    return "\n".join(rows)
+
+
+def _rows(figures: dict[str, float], config: Config) -> list[tuple[str, str]]:
     get = figures.__getitem__
     rows = [
         ("rollout alone (think and draw)", f"{get('images_per_second'):.1f} images/s"),
@@ -190,11 +215,14 @@ def table(figures: dict[str, float], config: Config) -> str:
             for name in STAGES
         ),
         ("verifier time hidden", f"{get('share/verifier_hidden'):.1%}"),
+        ("images per second and device", f"{get('images_per_second_per_device'):.2f}, whole step"),
         ("first step", f"{get('seconds/first_step'):.1f} s"),
         ("compilations", f"{get('compilations'):.0f} in {get('seconds/compilation'):.1f} s"),
         ("  after the first step", f"{get('compilations_after_first_step'):.0f}"),
     ]
-    return "\n".join(f"{name:<38}{value}" for name, value in rows)
+    if "mfu" in figures:
+        rows.append(("share of the devices' peak (MFU)", f"{get('mfu'):.1%}"))
+    return rows
 
 
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -203,17 +231,45 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default=config_checks.DEFAULT_CONFIG, help="a Python file")
     parser.add_argument("--steps", type=cli.COUNT, default=5, help="repetitions; medians are shown")
     parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--against", help="such a file of an earlier run, to show ratios")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures a configuration and prints its table."""
     config = config_checks.read_config(options.config)
+    against = None if options.against is None else read_figures(options.against)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(config, pathlib.Path(folder), steps=options.steps)
     if options.out:
         replace_text(options.out, json.dumps(figures, indent=2) + "\n")
-    print(table(figures, config))
+    print(table(figures, config, against))
+
+
+def read_figures(path: str | pathlib.Path) -> dict[str, float]:
+    """Reads the figures that an earlier run wrote by `--out`.
+
+    Raises:
+      MissingFileError: there is no such file.
+      InputError: it holds something else.
+    """
+    try:
+        figures = json.loads(pathlib.Path(path).read_text())
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"--against {path}: no such file; bench writes it by --out"
+        ) from None
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise InputError(f"--against {path}: expected figures of bench, got {error}") from error
+    is_number = isinstance(figures, dict) and all(
+        isinstance(value, int | float) for value in figures.values()
+    )
+    if not is_number or "seconds/step" not in figures:
+        raise InputError(
+            f"--against {path}: expected an object of numbers with seconds/step, as bench writes it "
+            "by --out"
+        )
+    return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

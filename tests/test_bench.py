@@ -30,6 +30,12 @@ def test_figures(world: pathlib.Path):
     assert 0 <= figures["share/verifier_hidden"] <= 1
     table = bench.table(json.loads(json.dumps(figures)), config)
     assert "step of 8 trajectories" in table
+    stages = sum(figures[f"seconds/{name}"] for name in bench.STAGES)
+    assert figures["images_per_second_per_device"] == pytest.approx(8 / stages, rel=0.5)
+    slower = {name: 2 * value for name, value in figures.items()}
+    lines = bench.table(figures, config, slower).split("now / then\n")[1].splitlines()
+    assert {"seconds/step", "share/update"} <= {line.split()[0] for line in lines}
+    assert {line.split()[1] for line in lines} == {"0.500"}
 
 
 def test_an_error_of_the_training_is_explained(capsys, monkeypatch):
@@ -54,3 +60,23 @@ def test_a_file_that_is_no_configuration_is_explained(text, message, tmp_path, c
 def test_a_missing_configuration_is_explained(capsys):
     assert bench.main(["--config", "nowhere.py"]) == 1
     assert "no configuration file at nowhere.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("{", "expected figures of bench"),
+        ("[1]", "with seconds/step"),
+        ('{"seconds/step": "a"}', "with seconds/step"),
+        ('{"other": 1.0}', "with seconds/step"),
+    ],
+)
+def test_figures_of_an_earlier_run_that_are_none_are_refused_before_the_work(
+    text, message, tmp_path, capsys
+):
+    path = tmp_path / "earlier.json"
+    if text is not None:
+        path.write_text(text)
+    assert bench.main(["--against", str(path)]) == 1
+    assert message in capsys.readouterr().err

@@ -90,7 +90,8 @@ def update_flops(
     has_reference = loss.text_beta > 0 or loss.image_beta > 0 or loss.report_kl
     # A frozen weight needs no gradient of its own, so that its products count twice, else thrice.
     passes = (2 if config.train.trainable == "lora" else 3) * config.train.updates_per_batch
-    passes += (config.train.old_logprob == "recompute") + has_reference
+    repeats = config.train.old_logprob == "recompute" and not config.train.keep_residuals
+    passes += repeats + has_reference
     return sum(step.sampled + passes * step.trained for step in steps)
 
 
