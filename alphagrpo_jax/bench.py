@@ -5,8 +5,8 @@
 
 Everything is measured in one process, one after the other: a first step with all compilations, then
 steps with the rollout alone, the verifier pool alone, and whole steps as training does them, where
-the verifiers answer while the device works. Ratios within one such run are worth comparing. Those of
-two runs, which `--against` adds, say something where the machine was as idle in both.
+the verifiers answer while the device works. Ratios within one such run are worth comparing. Those
+of two runs, which `--against` adds, say something where the machine was as idle in both.
 """
 
 import argparse
@@ -266,8 +266,8 @@ def read_figures(path: str | pathlib.Path) -> dict[str, float]:
     )
     if not is_number or "seconds/step" not in figures:
         raise InputError(
-            f"--against {path}: expected an object of numbers with seconds/step, as bench writes it "
-            "by --out"
+            f"--against {path}: expected an object of numbers with seconds/step, as bench writes "
+            "it by --out"
         )
     return figures
 
