@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
     config.model.path = "package:umm"
     config.model.dtype = "float32"
     config.model.remat = "none"
+    config.model.unroll = 1
     config.model.height = 48
     config.model.width = 48
 

@@ -51,7 +51,7 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[LoadedModel, list[str]]:
         ]
         notes.append(f"the shipped tokenizer stands in for the model's: {', '.join(counts)}")
     dtype = jnp.dtype(config.model.dtype)
-    model = Bagel(model_config, dtype=dtype, remat=config.model.remat)
+    model = Bagel(model_config, dtype=dtype, remat=config.model.remat, unroll=config.model.unroll)
     base = placed(base_shapes(model), mesh, dtype=dtype)
     return LoadedModel(model, base, tokenizer, model_config, {}, {}), notes
 

@@ -36,6 +36,7 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
         model_folder(config.model.path),
         jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        unroll=config.model.unroll,
         sharding_of=functools.partial(sharding.param_sharding, mesh=mesh),
     )
     check_sizes(config, loaded.config, mesh)
