@@ -158,8 +158,10 @@ def test_stages_are_the_functions_of_a_run(world):
     assert [stage.name for stage in fewer] == [n for n in names if not n.startswith("eval_")]
 
 
-def test_refinement_has_initial_images_and_recomputed_log_probs_two_passes(world):
+@pytest.mark.parametrize("kept", [False, True])
+def test_refinement_has_initial_images_and_recomputed_log_probs_two_passes(world, kept):
     changes = {"task": "srr", "train.old_logprob": "recompute", "loss.report_kl": True}
+    changes["train.keep_residuals"] = kept
     run, stages = stages_of(tiny_config(world, **changes), evaluation=False)
     names = [stage.name for stage in stages]
     assert {"initial_draw", "forward", "backward", "reference"} <= set(names)
@@ -167,8 +169,15 @@ def test_refinement_has_initial_images_and_recomputed_log_probs_two_passes(world
     share = run.config.train.prompts_per_step / run.config.srr.queue_prompts
     assert by_name["initial_prefill"].part == INITIAL
     assert by_name["initial_prefill"].calls == share
-    assert by_name["forward"].calls == 2 * by_name["backward"].calls
+    passes = by_name["backward"].calls
+    assert by_name["forward"].calls == (1 if kept else 2) * passes
     assert by_name["backward"].holds == ("forward",)
+    # Those of the other micro-batches; the stage's are counted by `holds`.
+    assert ("kept residuals" in by_name["backward"].alive) == kept
+    if kept:
+        _, residuals = jax.eval_shape(by_name["forward"].function, *by_name["forward"].arguments)
+        one = model.device_bytes(residuals)
+        assert by_name["backward"].alive["kept residuals"] == pytest.approx(one * (passes - 1))
 
 
 def test_what_lives_beside_an_update_is_counted(world):
