@@ -1,5 +1,10 @@
 """Samples tokens from a vocabulary: the nucleus without sorting, a token by one random number."""
 
+# pyright: reportUnknownMemberType=false
+# (in JAX's stubs `jnp.pad` and `fori_loop` are partially untyped)
+
+from typing import cast
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -67,7 +72,8 @@ def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
         return highest
 
     low = jnp.zeros(log_p.shape[:1], jnp.uint32)
-    low = jax.lax.fori_loop(0, _WORD // _BITS, narrow, low)
+    # The stubs of `fori_loop` have no types.
+    low = cast(jax.Array, jax.lax.fori_loop(0, _WORD // _BITS, narrow, low))
     return (keys >= low[:, None]) | (log_p >= jnp.max(log_p, axis=-1, keepdims=True))
 
 
