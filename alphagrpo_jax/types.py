@@ -100,6 +100,7 @@ class Rollout:
 class LogProbs:
     """Log-probs of a rollout's own tokens and transitions under some policy."""
 
+    # A kind of steps that is not trained has no entries.
     text_log_prob: tuple[jax.Array, ...]  # float32[B, T - 1] per text step
     text_entropy: tuple[jax.Array, ...]  # float32[B, T - 1] per text step
     image_log_prob: tuple[jax.Array, ...]  # float32[B, J] per image step

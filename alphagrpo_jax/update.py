@@ -188,7 +188,8 @@ def _batch_update(
             pace.begin()
             reference.append(fns.reference(run.loaded.base, rollout.trajectories, index))
             pace.dispatched(reference[-1])
-    if loss_options.entropy_fraction < 1 and rollout.trajectories.texts:
+    has_texts = rollout.trajectories.texts and loss_options.text != "none"
+    if loss_options.entropy_fraction < 1 and has_texts:
         assert old is not None  # the checks of a configuration refuse "self" here
         entropy = fns.entropy(old.log_probs)
     return _BatchUpdate(rollout.batch.task.name, fns, batch, old, reference, entropy)

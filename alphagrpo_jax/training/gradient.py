@@ -102,9 +102,10 @@ def init_trainable(base: dict, key: jax.Array, adapters: LoraOptions, options: T
 def log_probs(
     model: Bagel, params: policy.PolicyParams, trajectories: Rollout, *, spec: UpdateSpec
 ) -> LogProbs:
-    """Computes log-probs of all text and image steps of B trajectories, in their stored contexts.
+    """Computes log-probs of the trained steps of B trajectories, in their stored contexts.
 
-    The stored contexts are constants; with `rebuild_contexts` they are computed again here, so
+    A kind of steps whose loss is "none" is left out: its tuples are empty. The stored contexts are
+    constants; with `rebuild_contexts` they are computed again here, so
     that the gradient flows through them.
     """
     plan, owner = spec.plan, trajectories.owner
@@ -127,7 +128,7 @@ def log_probs(
             trajectories.texts[step.index].mask,
             temperature=spec.rollout.options.temperature,
         )
-        for step in plan.text_steps
+        for step in (plan.text_steps if spec.loss.text != "none" else ())
     ]
     images = [
         image.image_log_probs(
@@ -138,7 +139,7 @@ def log_probs(
             options=image_options(spec.rollout.options, step),
             grid=spec.rollout.grid,
         )
-        for step in plan.image_steps
+        for step in (plan.image_steps if spec.loss.image != "none" else ())
     ]
     return LogProbs(
         text_log_prob=tuple(step.log_prob for step in texts),
@@ -436,11 +437,10 @@ def _image_kl(
 
 def _sampler_gap(old: LogProbs, trajectories: Rollout) -> jax.Array:
     """Computes the largest difference of the sampler's log-probs and the update's, float32[]."""
-    gaps = [
-        jnp.max(jnp.where(sample.scored, jnp.abs(sample.log_prob - logp), 0.0))
-        for sample, logp in zip(trajectories.texts, old.text_log_prob, strict=True)
-    ] + [
-        jnp.max(jnp.abs(sample.log_prob - logp))
-        for sample, logp in zip(trajectories.images, old.image_log_prob, strict=True)
-    ]
+    # Not strict: a kind of steps that is not trained has no log-probs.
+    gaps = [jnp.float32(0.0)]
+    for sample, logp in zip(trajectories.texts, old.text_log_prob, strict=False):
+        gaps.append(jnp.max(jnp.where(sample.scored, jnp.abs(sample.log_prob - logp), 0.0)))
+    for sample, logp in zip(trajectories.images, old.image_log_prob, strict=False):
+        gaps.append(jnp.max(jnp.abs(sample.log_prob - logp)))
     return jax.lax.stop_gradient(jnp.max(jnp.stack(gaps)))

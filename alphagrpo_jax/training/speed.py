@@ -82,17 +82,19 @@ def update_flops(
       rows: trajectories.
       text_tokens: mean length of a text.
     """
-    steps = [
-        _step_flops(config, model, step, rows=rows, text_tokens=text_tokens)
-        for step in tasks.plan(task.events).steps
-    ]
+    plan = tasks.plan(task.events).steps
+    steps = [_step_flops(config, model, step, rows=rows, text_tokens=text_tokens) for step in plan]
     loss = config.loss
     has_reference = loss.text_beta > 0 or loss.image_beta > 0 or loss.report_kl
     # A frozen weight needs no gradient of its own, so that its products count twice, else thrice.
     passes = (2 if config.train.trainable == "lora" else 3) * config.train.updates_per_batch
     repeats = config.train.old_logprob == "recompute" and not config.train.keep_residuals
     passes += repeats + has_reference
-    return sum(step.sampled + passes * step.trained for step in steps)
+    untrained = [kind == "none" for kind in (loss.text, loss.image)]
+    return sum(
+        step.sampled + (0 if untrained[planned.kind == tasks.IMAGE] else passes) * step.trained
+        for planned, step in zip(plan, steps, strict=True)
+    )
 
 
 def _step_flops(

@@ -150,6 +150,28 @@ def test_gradients_reach_every_adapter_of_both_experts(setting):
         assert float(jnp.abs(leaf).max()) > 0, path
 
 
+def test_steps_that_are_not_trained_are_not_computed(setting):
+    """The gradient is that of the same loss over the log-probs of all steps."""
+    base, model = setting.loaded.base, setting.loaded.model
+    totals = gradient_lib.count_normalizers(setting.batch, None, spec=setting.spec)
+    for untrained in ("text", "image"):
+        loss = dataclasses.replace(setting.spec.loss, **{untrained: "none"})
+        spec = dataclasses.replace(setting.spec, loss=loss)
+        gradient, metrics, (scores,) = gradient_of(setting, spec)
+        for name, arrays in vars(scores).items():
+            assert bool(arrays) != name.startswith(untrained), name
+        assert 0 < metrics["logp/rollout_update_max_abs_diff"] < 1e-4
+
+        def of_all_steps(trainable, spec=spec):
+            params = gradient_lib.policy_params(base, trainable, lora_scale=spec.lora_scale)
+            new = gradient_lib.log_probs(model, params, setting.stored, spec=setting.spec)
+            old = jax.lax.stop_gradient(new)
+            return gradient_lib.micro_loss(new, old, None, setting.batch, totals, spec=spec)[0]
+
+        expected = jax.jit(jax.grad(of_all_steps))(setting.trainable)
+        assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
+
+
 def test_text_alone_does_not_move_the_image_expert(setting):
     loss = dataclasses.replace(setting.spec.loss, image="none")
     gradient, _, _ = gradient_of(setting, dataclasses.replace(setting.spec, loss=loss))

@@ -27,14 +27,17 @@ def flops(config, model, task="rt2i", rows=2, text_tokens=10.0):
 
 
 def test_an_update_counts_its_sampling_and_its_passes(model):
-    config = change_options(DEFAULT, {"rollout.num_points": 12, "rollout.window": 2})
+    changes = {"rollout.num_points": 12, "rollout.window": 2, "train.keep_residuals": False}
+    config = change_options(DEFAULT, changes)
     height, width = model.latent_grid(config.model.height, config.model.width)
     text = decoder_flops(model, 2, 10, 0) + head_flops(model, 2, 10)
     image = decoder_flops(model, 2, height * width, 10)
     sampled, trained = text + 11 * image, text + 2 * image
     assert flops(config, model) == pytest.approx(sampled + (1 + 2) * trained)
-    at_scale = change_options(config, {"train.old_logprob": "self"})
-    assert flops(at_scale, model) == pytest.approx(sampled + 2 * trained)
+    for once in ({"train.old_logprob": "self"}, {"train.keep_residuals": True}):
+        assert flops(change_options(config, once), model) == pytest.approx(sampled + 2 * trained)
+    texts_alone = change_options(config, {"loss.image": "none"})
+    assert flops(texts_alone, model) == pytest.approx(sampled + (1 + 2) * text)
     with_kl = change_options(config, {"loss.report_kl": True, "train.trainable": "full"})
     assert flops(with_kl, model) == pytest.approx(sampled + (1 + 1 + 3) * trained)
     assert flops(config, model, rows=4) == pytest.approx(2 * flops(config, model))
@@ -47,7 +50,7 @@ def test_guidance_evaluates_further_contexts(model):
     )
     height, width = model.latent_grid(guided.model.height, guided.model.width)
     image = decoder_flops(model, 2, height * width, 10)
-    steps = guided.rollout.num_points - 1 + 3 * guided.rollout.window
+    steps = guided.rollout.num_points - 1 + 2 * guided.rollout.window
     assert flops(guided, model) - flops(DEFAULT, model) == pytest.approx(steps * image)
 
 
