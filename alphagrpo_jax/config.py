@@ -132,8 +132,8 @@ class ModelOptions:
     """Values that a layer's backward pass computes again instead of storing them: none, all but the
     matrix products, or everything."""
     unroll: int = Field(ge=1, le=1000)
-    """Layers per iteration of the loops over layers: with more of them, a call copies less of the
-    stacked weights and caches, and takes longer to compile."""
+    """Layers per iteration of the loops over layers; with more of them a function takes longer to
+    compile, and slices of stacked weights and caches need not be copied in every iteration."""
     height: int = Field(ge=16, le=4096)
     """Height of a generated image, in pixels."""
     width: int = Field(ge=16, le=4096)

@@ -76,7 +76,8 @@ def step(
       run: the run.
       state: its memory is given to the new state once the last optimizer step is taken; if all
         weights are trained, already with the first.
-      rollouts, old, advantages: one entry per batch, from the stages before.
+      rollouts, old, advantages: one entry per batch, from the stages before. Residuals of `old`
+        are taken out, so that their memory is free.
       step: number of the update, for messages.
     Raises:
       TrainingError: a loss or gradient that is not finite, before it has changed anything; or

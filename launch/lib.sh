@@ -9,9 +9,11 @@
 #   --judge-seconds=N       deadline for the judges to be healthy (default 1200: large models load for minutes)
 #   --endpoints=URL[,URL]   judges that run already, http://HOST:PORT/v1
 # XLA_PYTHON_CLIENT_MEM_FRACTION: the share of a card's memory that JAX takes (default here 0.92, which a plan counts on).
+# JUDGE_END_SECONDS (default 20): what judges of this machine have to end, before they are killed.
 # FIRST_PORT (default 8000) is the first judge's; the others on its machine follow.
 
 DRY_RUN="" JUDGE="" JUDGE_MODEL="" JUDGE_ARGS="" JUDGE_SECONDS=1200 ENDPOINTS="" FIRST_PORT="${FIRST_PORT:-8000}"
+JUDGE_END_SECONDS="${JUDGE_END_SECONDS:-20}"
 JUDGE_WORDS=() # JUDGE_ARGS, split
 TRAIN=() # arguments of alphagrpo_jax.train
 JUDGE_PIDS=() JUDGE_PORTS=() JUDGE_LOGS=() # of the judges that start_judges has started
@@ -78,6 +80,9 @@ check_common_flags() {
   esac
   case "$JUDGE_SECONDS" in
     "" | *[!0-9]*) fail "got --judge-seconds=$JUDGE_SECONDS, expected whole seconds" ;;
+  esac
+  case "$JUDGE_END_SECONDS" in
+    "" | *[!0-9]*) fail "got JUDGE_END_SECONDS=$JUDGE_END_SECONDS, expected whole seconds" ;;
   esac
   split_judge_args
   case " ${TRAIN[*]-} " in *" --config="*) ;; *) TRAIN=(--config=configs/grpo.py ${TRAIN[@]+"${TRAIN[@]}"}) ;; esac
@@ -171,14 +176,18 @@ end_by_signals() {
 }
 
 # Ends the judges of this machine that were started here, and waits until they have: their cards are free for what comes next.
-# One that does not end within JUDGE_END_SECONDS (default 20) is killed.
+# One that does not end within JUDGE_END_SECONDS is killed; it may then leave processes that it has started itself.
 end_judges() {
   [ "${#JUDGE_PIDS[@]}" -gt 0 ] || return 0
-  local pid deadline=$((SECONDS + ${JUDGE_END_SECONDS:-20}))
+  local pid deadline=$((SECONDS + JUDGE_END_SECONDS))
   trap '' INT TERM # a further signal must not leave judges behind
   kill "${JUDGE_PIDS[@]}" 2>/dev/null || true
   for pid in "${JUDGE_PIDS[@]}"; do
     while kill -0 "$pid" 2>/dev/null; do
+      if [ "$SECONDS" -ge "$((deadline + 5))" ]; then # it hangs in the kernel: nothing ends it
+        say "error: the judge of process $pid could not be killed"
+        break
+      fi
       [ "$SECONDS" -lt "$deadline" ] || kill -KILL "$pid" 2>/dev/null || true
       sleep 0.05
     done

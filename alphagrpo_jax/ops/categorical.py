@@ -32,15 +32,32 @@ def sample(log_p: jax.Array, uniform: jax.Array) -> jax.Array:
     blocks = -(-vocabulary // BLOCK)
     p = jnp.exp(log_p - jnp.max(log_p, axis=-1, keepdims=True))
     p = jnp.pad(p, ((0, 0), (0, blocks * BLOCK - vocabulary))).reshape(batch, blocks, BLOCK)
-    by_block = jnp.cumsum(jnp.sum(p, axis=-1), axis=-1)
-    target = uniform * by_block[:, -1]
-    block = jnp.sum(by_block <= target[:, None], axis=-1, keepdims=True)
-    before = jnp.take_along_axis(jnp.pad(by_block, ((0, 0), (1, 0))), block, axis=-1)
+    by_block = jnp.sum(p, axis=-1)
+    ends = jnp.cumsum(by_block, axis=-1)
+    target = (uniform * ends[:, -1])[:, None]
+    block = _first_above(target, ends, by_block)
+    start = jnp.take_along_axis(ends - by_block, block, axis=-1)
     inside = jnp.take_along_axis(p, block[:, :, None], axis=1)[:, 0]
-    place = jnp.sum(jnp.cumsum(inside, axis=-1) + before <= target[:, None], axis=-1)
-    # Rounding: a block's running sum may end below the sum that has chosen it.
-    last = BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
-    return (block[:, 0] * BLOCK + jnp.minimum(place, last)).astype(jnp.int32)
+    place = _first_above(target, start + jnp.cumsum(inside, axis=-1), inside)
+    return (block * BLOCK + place)[:, 0].astype(jnp.int32)
+
+
+def _first_above(target: jax.Array, ends: jax.Array, mass: jax.Array) -> jax.Array:
+    """Finds the first place with mass whose running sum exceeds a target, int32[B, 1].
+
+    Running sums are rounded, each in its own way: one may exceed the target at a place without
+    mass, and the last may stay below it. Then the last place with mass is taken.
+
+    Args:
+      target: float32[B, 1].
+      ends: float32[B, N], running sums of `mass`.
+      mass: float32[B, N], not negative.
+    """
+    has_mass = mass > 0
+    is_above = has_mass & (ends > target)
+    last = mass.shape[-1] - 1 - jnp.argmax(has_mass[:, ::-1], axis=-1)
+    place = jnp.where(jnp.any(is_above, axis=-1), jnp.argmax(is_above, axis=-1), last)
+    return place[:, None]
 
 
 def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:

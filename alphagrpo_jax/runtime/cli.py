@@ -125,14 +125,14 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
 
 
 def _remedy(error: BaseException) -> str:
-    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's: a verifier
+    if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):  # PyTorch's: a verifier
         return (
-            "give the verifier more devices (--device auto), fewer questions at a time "
-            "(--max-batch) or weights of less precision (--dtype bfloat16)"
+            "give the verifier more devices (--device auto), weights of less precision "
+            "(--dtype bfloat16) or fewer questions at a time (--max-batch of serve_verifier)"
         )
     return (
-        "work on fewer rows at a time (--n, or the configuration's rollout.micro_batch and "
-        "eval.micro_batch), on smaller images or on more devices (mesh.fsdp, mesh.tensor); "
+        "work on fewer rows at a time (--n of generate, or the configuration's rollout.micro_batch "
+        "and eval.micro_batch), on smaller images or on more devices (mesh.fsdp, mesh.tensor); "
         "python -m alphagrpo_jax.plan says what every function needs"
     )
 

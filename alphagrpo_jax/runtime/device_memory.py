@@ -6,7 +6,7 @@ import re
 _SMALL_MEMORIES = re.compile(r"\b(vmem|smem|cmem|sflag)\b", re.IGNORECASE)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # By name: commands that need neither library do not import it for this. Of JAX and of PyTorch.
-_CLASSES = ("JaxRuntimeError", "XlaRuntimeError", "OutOfMemoryError")
+_CLASSES = ("JaxRuntimeError", "XlaRuntimeError", "OutOfMemoryError", "AcceleratorError")
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -25,6 +25,8 @@ def needed_bytes(message: str) -> float | None:
     hbm = r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
     if _SMALL_MEMORIES.search(message) and not re.search(hbm, message):
         return None
+    if re.search(r"allocat\w+ [\d.]+", message):  # what was asked for last, not what is needed
+        return float("inf")
     patterns = (
         hbm,
         r"total memory required for [\w ]+ \(([\d.]+)([KMGT])\)",

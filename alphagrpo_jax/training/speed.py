@@ -71,9 +71,9 @@ def update_flops(
     """Counts the FLOPs that a batch of trajectories and the update on it need at least.
 
     Counted are the decoder's products and attention over texts and image steps: sampling, the
-    log-probs before the update and of the reference where they are computed, and the gradient. Not
-    counted: inputs (one row per prompt), contexts of inputs, autoencoder, adapters, and what is
-    computed twice to save memory.
+    log-probs of the reference where they are computed, and the gradient. Not counted: inputs (one
+    row per prompt), contexts of inputs, autoencoder, adapters, and what is computed twice to save
+    memory, such as the forward pass before the update.
 
     Args:
       config: the run's.
@@ -88,8 +88,7 @@ def update_flops(
     has_reference = loss.text_beta > 0 or loss.image_beta > 0 or loss.report_kl
     # A frozen weight needs no gradient of its own, so that its products count twice, else thrice.
     passes = (2 if config.train.trainable == "lora" else 3) * config.train.updates_per_batch
-    repeats = config.train.old_logprob == "recompute" and not config.train.keep_residuals
-    passes += repeats + has_reference
+    passes += has_reference
     untrained = [kind == "none" for kind in (loss.text, loss.image)]
     return sum(
         step.sampled + (0 if untrained[planned.kind == tasks.IMAGE] else passes) * step.trained

@@ -199,7 +199,8 @@ def test_a_run_continues_on_other_numbers_of_processes_and_devices(
     row, expected = by_processes[3], by_devices[3]
     assert row.keys() == expected.keys()
     for name in row.keys() - {"state/digest"}:
-        tolerance = 1e-3 if name.startswith("eval") else 0.0  # behind the sum
+        behind_the_sum = name.startswith("eval") or name == "update/grad_norm"
+        tolerance = 1e-3 if behind_the_sum else 0.0
         assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance / 100), name
     for step, count, mesh in ((4, 8, (2, 2, 2)), (5, 1, (1, 1, 1))):
         axes = zip(("data", "fsdp", "tensor"), mesh, strict=True)
@@ -208,7 +209,7 @@ def test_a_run_continues_on_other_numbers_of_processes_and_devices(
             twin, *RUN, f"--config.train.steps={step}", *flags, devices=count
         )
         assert code == 0, errors
-    for row in rows(twin)[1:]:
+    for row in (*by_processes[1:], *rows(twin)[1:]):
         assert row["text/ratio_max_dev"] <= 1e-6
         assert row["image/ratio_max_dev"] <= 1e-6
         assert row["update/grad_norm"] > 0

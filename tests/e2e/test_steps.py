@@ -61,7 +61,8 @@ def world(tmp_path_factory) -> pathlib.Path:
     return tiny_world.write_all(tmp_path_factory.mktemp("world"))
 
 
-# Compiling a task takes half a minute and more; the fast tests train these tasks by whole runs.
+# Compiling a task takes half a minute and more; the fast tests train the tasks of the package by
+# whole runs.
 PARAMS = tuple(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)
 
 

@@ -414,6 +414,14 @@ def test_the_end_waits_for_judges_and_kills_those_that_stay(launch, variables, l
     assert least <= time.monotonic() - began < most
 
 
+@pytest.mark.parametrize("seconds", ["1.5", "soon", "-1"])
+def test_seconds_that_are_no_number_are_refused_before_judges_start(launch, calls, seconds):
+    result = launch("gpus.sh", *JUDGE, "--judge-cards=2", JUDGE_END_SECONDS=seconds)
+    assert result.returncode == 2
+    assert f"JUDGE_END_SECONDS={seconds}, expected whole seconds" in result.stderr
+    assert calls("vllm") == []
+
+
 def running(words: str) -> list[str]:
     """Command lines of processes that contain some words."""
     lines = []

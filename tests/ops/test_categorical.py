@@ -66,6 +66,27 @@ def test_samples_invert_the_distribution_function(vocabulary):
     assert (after >= np.asarray(uniform) - 1e-6).all()
 
 
+@pytest.mark.parametrize("vocabulary", [151_936, 152_001, 152_064])
+def test_tokens_without_mass_are_never_sampled(vocabulary):
+    """Running sums over BAGEL's vocabulary are rounded; uniforms lie around every rise."""
+    rows, likely = 512, 40
+    rng = np.random.default_rng(vocabulary)
+    token_ids = np.sort(rng.choice(vocabulary, likely, replace=False))
+    p = rng.dirichlet(np.full(likely, 0.3)).astype(np.float32)
+    log_p = np.full(vocabulary, -np.inf, np.float32)
+    log_p[token_ids] = np.log(p)
+    rises = np.cumsum(p / p.sum(dtype=np.float64))
+    steps = np.arange(-6, 6) * 2.0**-25
+    near = (rises[:, None] + steps).ravel()
+    edges = np.array([0.0, 1 - 2.0**-23, 1 - 2.0**-24])
+    uniform = np.concatenate([edges, near[(near >= 0) & (near < 1)]]).astype(np.float32)
+    uniform = np.minimum(np.resize(uniform, rows), np.float32(1 - 2.0**-24))
+    got = jax.jit(categorical.sample)(
+        jnp.broadcast_to(jnp.asarray(log_p), (rows, vocabulary)), jnp.asarray(uniform)
+    )
+    assert set(np.asarray(got).tolist()) <= set(token_ids.tolist())
+
+
 def test_frequencies_of_a_long_vocabulary():
     count, vocabulary = 20_000, 500
     log_p = jnp.log(jnp.arange(1.0, vocabulary + 1))[None]

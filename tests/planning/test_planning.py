@@ -321,6 +321,25 @@ def test_suggestions_come_from_sizes(limit: float, fits: bool, expected: dict | 
     assert "--config.mesh.tensor=" in text
 
 
+def test_kept_residuals_are_given_up_first():
+    config = config_checks.read_config(CONFIGS[0])
+    mesh = sharding.make_mesh(-1, 1, 1, devices=jax.devices()[:1])
+    loaded, _ = model.abstract_model(config, mesh)
+    sizes = {"data": 8, "fsdp": 1, "tensor": 1}
+    resident = fit.resident_bytes(config, loaded, sizes)
+    alive = {"weights": resident, "kept residuals": 50e9}
+    stage = PlanStage("backward", UPDATE, None, (), alive, 1.0)
+    worst = fit.StageNeeds(stage, compiled(temporary_bytes=2e9), 0.0)
+    suggestion = fit.suggest(config, loaded, worst, sizes, 60e9)
+    assert suggestion is not None
+    assert suggestion.changes == {"train.keep_residuals": False}
+    assert suggestion.peak == pytest.approx(resident + 2e9)
+    assert (
+        "--config.train.keep_residuals=False"
+        in report.suggestion_lines(suggestion, CHIPS["h200"])[0]
+    )
+
+
 # ---------------------------------------------------------------- compiling, cache
 def small_stage(factor: float = 2.0) -> PlanStage:
     mesh = sharding.make_mesh(-1, 1, 1, devices=jax.devices()[:1])

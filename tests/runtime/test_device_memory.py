@@ -18,6 +18,9 @@ ON_GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456789 b
         ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
          "temporaries (800.00G) exceeds available HBM (95.74G).", 800 * 2**30),
         ("RESOURCE_EXHAUSTED: Ran out of memory while allocating.", float("inf")),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2.00GiB.", float("inf")),
+        ("RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 1.37G. That "
+         "was not possible. There are 1.20G free.", float("inf")),
         ("RESOURCE_EXHAUSTED: Used 40.50G of 31.25G hbm. 2.0M of vmem are reserved.", 40.5 * 2**30),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.",
          None),
@@ -53,6 +56,7 @@ def test_other_errors_are_no_shortage_and_keep_their_traceback(error):
         (jax.errors.JaxRuntimeError(f"{ON_TPU}\n\nTotal hbm: 41.25G"), "alphagrpo_jax.plan"),
         (jax.errors.JaxRuntimeError(ON_GPU), "alphagrpo_jax.plan"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--max-batch"),
+        (torch.AcceleratorError("CUDA error: out of memory", 2), "--max-batch"),
     ],
 )
 def test_a_command_says_in_one_line_what_to_do(error, remedy, capsys):
