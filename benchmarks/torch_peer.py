@@ -261,14 +261,14 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=cli.COUNT, help="trajectories; default: the configuration's")
     parser.add_argument("--parts", help=f"of {', '.join(PARTS)}, with commas; default: all")
     parser.add_argument(
-        "--compile",
-        default=shutil.which(COMPILERS[0]) is not None,
-        action=argparse.BooleanOptionalAction,
-        help="time torch.compile, too; default: if there is a C++ compiler",
+        "--no-compile",
+        action="store_true",
+        help="leave torch.compile out; it is timed where there is a C++ compiler",
     )
     parser.add_argument("--out", help="a JSON file for the figures")
     torch_sizes.add_flags(parser)
     options = parser.parse_args(arguments)
+    options.compile = not options.no_compile and any(map(shutil.which, COMPILERS))
     names = torch_sizes.PARTS if options.sizes else PARTS
     options.parts = options.parts.split(",") if options.parts else list(names)
     unknown = sorted(set(options.parts) - set(names))

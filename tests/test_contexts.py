@@ -231,13 +231,8 @@ def inputs_of(loaded, config, events):
     return tuple(blocks)
 
 
-SLOW_LISTS = ("refinement", "two turns", "an answer in between")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_LISTS)) for name in LISTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LISTS)
 def test_contexts_are_those_computed_from_nothing(setting, name):
     loaded, config = setting
     events = LISTS[name]

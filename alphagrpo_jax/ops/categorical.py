@@ -39,7 +39,8 @@ def sample(log_p: jax.Array, uniform: jax.Array) -> jax.Array:
     start = jnp.take_along_axis(ends - by_block, block, axis=-1)
     inside = jnp.take_along_axis(p, block[:, :, None], axis=1)[:, 0]
     place = _first_above(target, start + jnp.cumsum(inside, axis=-1), inside)
-    return (block * BLOCK + place)[:, 0].astype(jnp.int32)
+    # Without any mass (log-probs that are NaN) the token is one of the vocabulary, too.
+    return jnp.minimum(block * BLOCK + place, vocabulary - 1)[:, 0].astype(jnp.int32)
 
 
 def _first_above(target: jax.Array, ends: jax.Array, mass: jax.Array) -> jax.Array:

@@ -121,6 +121,7 @@ def test_an_endpoint_that_dies_stops_the_run_with_a_message(train, world, server
     check_no_key(world, workdir, printed)
 
 
+@pytest.mark.slow
 def test_a_judge_that_talks_nonsense_beside_one_that_thinks_costs_no_sample(
     train, world, server, tmp_path
 ):

@@ -47,6 +47,7 @@ def test_another_micro_batch_and_device_count_continue_with_one_notice(
     assert after[1]["state/digest"] == before[1]["state/digest"]
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused_under_the_same_and_under_another_path(begun, world, run):
     retrained = world / "retrained"
     save_model(retrained, tiny_world.model(seed=1))  # the same architecture: the same headers

@@ -87,6 +87,12 @@ def test_tokens_without_mass_are_never_sampled(vocabulary):
     assert set(np.asarray(got).tolist()) <= set(token_ids.tolist())
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_without_mass_the_token_is_one_of_the_vocabulary(value):
+    tokens = categorical.sample(jnp.full((4, 130), value), jnp.linspace(0.0, 0.9, 4))
+    assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < 130)).all()
+
+
 def test_frequencies_of_a_long_vocabulary():
     count, vocabulary = 20_000, 500
     log_p = jnp.log(jnp.arange(1.0, vocabulary + 1))[None]

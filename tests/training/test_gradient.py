@@ -122,10 +122,8 @@ def test_old_scores_are_the_new_ones_bit_for_bit(setting):
     assert metrics["logp/rollout_update_max_abs_diff"] < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("level", "sizes"),
-    [("sequence", (1, 3)), pytest.param("token", (1, 2, 3), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "sizes"), [("sequence", (1, 3)), ("token", (1, 2, 3))])
 def test_the_gradient_does_not_depend_on_the_micro_batch(setting, level, sizes):
     loss = dataclasses.replace(setting.spec.loss, level=level)
     spec = dataclasses.replace(setting.spec, loss=loss)
@@ -150,6 +148,7 @@ def test_gradients_reach_every_adapter_of_both_experts(setting):
         assert float(jnp.abs(leaf).max()) > 0, path
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_trained_are_not_computed(setting):
     """The gradient is that of the same loss over the log-probs of all steps."""
     base, model = setting.loaded.base, setting.loaded.model
