@@ -124,11 +124,12 @@ def cotangents(config, loaded, task_update):
     task = tasks.TASKS[config.task]
     spec = options_lib.update_spec(config, loaded, task)
     micro_batch = types.take_micro_batch(spec.layout, batch.batch, jnp.int32(0))
+    old = batch.old.log_probs[0]
     derivatives = jax.grad(
         lambda new: gradient_lib.micro_loss(
-            new, batch.old[0], None, micro_batch, task_update.normalizers, spec=spec
+            new, old, None, micro_batch, task_update.normalizers, spec=spec
         )[0]
-    )(batch.old[0])
+    )(old)
     return jax.tree.map(np.asarray, (derivatives, micro_batch.rollout.texts))
 
 
