@@ -46,7 +46,7 @@ def sample(log_p: jax.Array, uniform: jax.Array) -> jax.Array:
 def _first_above(target: jax.Array, ends: jax.Array, mass: jax.Array) -> jax.Array:
     """Finds the first place with mass whose running sum exceeds a target, int32[B, 1].
 
-    Running sums are rounded, each in its own way: one may exceed the target at a place without
+    Running sums are rounded, at every place in another way: one may exceed the target at a place without
     mass, and the last may stay below it. Then the last place with mass is taken.
 
     Args:
@@ -66,7 +66,7 @@ def nucleus(log_p: jax.Array, *, top_p: float) -> jax.Array:
 
     A token belongs to it if those strictly likelier sum to less than `top_p`; the likeliest always
     does (Holtzman et al. 2020). The least such probability is searched among all floats, some bits
-    per pass over the vocabulary, which costs less than sorting it.
+    per pass over the vocabulary, which is read 16 times and never sorted.
 
     Args:
       log_p: float32[B, V], normalized.

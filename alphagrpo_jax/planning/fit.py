@@ -126,13 +126,13 @@ def suggest(
       The first change that fits, else the one with the lowest peak; None if nothing would help.
     """
     now = resident_bytes(config, loaded, sizes)
-    kept = worst.stage.alive.get("kept residuals", 0.0)
+    residual_bytes = worst.stage.alive.get("kept residuals", 0.0)
     candidates = []
     for rows in _smaller_rows(config, worst):
         for mesh in _meshes(loaded, sizes):
             for tokens in (config.rollout.text_tokens, config.rollout.text_tokens // 2):
                 changes: dict[str, int | str] = dict(rows)
-                if kept:  # costs a forward pass and no bit
+                if residual_bytes:  # costs a forward pass and no bit
                     changes["train.keep_residuals"] = False
                 changes |= {
                     f"mesh.{axis}": mesh[axis]
@@ -142,7 +142,7 @@ def suggest(
                 if tokens != config.rollout.text_tokens:
                     changes["rollout.text_tokens"] = tokens
                 resident = resident_bytes(config, loaded, mesh) + _gathered(loaded, mesh)
-                beside = worst.peak - now - kept
+                beside = worst.peak - now - residual_bytes
                 if rows:
                     beside -= worst.compiled.temporary_bytes * (1 - 1 / max(1, worst.stage.rows))
                 if tokens != config.rollout.text_tokens:
