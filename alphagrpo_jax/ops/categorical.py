@@ -46,8 +46,8 @@ def sample(log_p: jax.Array, uniform: jax.Array) -> jax.Array:
 def _first_above(target: jax.Array, ends: jax.Array, mass: jax.Array) -> jax.Array:
     """Finds the first place with mass whose running sum exceeds a target, int32[B, 1].
 
-    Running sums are rounded, at every place in another way: one may exceed the target at a place without
-    mass, and the last may stay below it. Then the last place with mass is taken.
+    Running sums are rounded, at every place in another way: one may exceed the target at a place
+    without mass, and the last may stay below it. Then the last place with mass is taken.
 
     Args:
       target: float32[B, 1].
