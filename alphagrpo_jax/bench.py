@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -64,15 +64,9 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
     if config.task not in TASKS:
         raise ConfigError(f"task: got {config.task!r}, bench measures one of {TASKS}")
     compiles = CompileCounter()
-    config, mesh = setup.enter_mesh(config)
-    loaded = setup.load_policy(config, mesh)
-    data = setup.load_data(config, loaded, folder / "data")
-    optimizer = make_optimizer(config.optimizer)
-    state = setup.initial_state(config, loaded.base, optimizer, mesh)
-    fns = compile_fns(config, loaded, state, optimizer, mesh)
     with verifiers.make_pool(config) as pool:
+        run, state = start_run(config, folder, pool)
         pool.wait_ready()
-        run = make_run(config, loaded, data, fns, pool, folder)
         start = time.monotonic()
         state, *_ = _train_step(run, state, 1)
         first_step = time.monotonic() - start
@@ -105,6 +99,23 @@ def measure(config: Config, folder: pathlib.Path, *, steps: int) -> dict[str, fl
         "seconds/compilation": seconds,
         "compilations_after_first_step": compiles.count - count,
     }
+
+
+def start_run(config: Config, folder: pathlib.Path, pool: Any) -> tuple[Run, TrainState]:
+    """Loads model and prompts of a run without a run folder; nothing is compiled yet.
+
+    Args:
+      config: of the run.
+      folder: for the prompt cache.
+      pool: of verifiers; None where nothing asks them.
+    """
+    config, mesh = setup.enter_mesh(config)
+    loaded = setup.load_policy(config, mesh)
+    data = setup.load_data(config, loaded, folder / "data")
+    optimizer = make_optimizer(config.optimizer)
+    state = setup.initial_state(config, loaded.base, optimizer, mesh)
+    fns = compile_fns(config, loaded, state, optimizer, mesh)
+    return make_run(config, loaded, data, fns, pool, folder), state
 
 
 def _median(rows: Sequence[dict[str, float]], name: str) -> float:

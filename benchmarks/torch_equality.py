@@ -6,7 +6,7 @@ What `train` calls is called here: `rollout.sample`, `update.old_log_probs`, `up
 import dataclasses
 import functools
 import pathlib
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import torch
 from flax import traverse_util
 
 from alphagrpo_jax import policy, prompts, rollout, update
+from alphagrpo_jax.bench import start_run
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime.compilations import CompileCounter
 from alphagrpo_jax.sampling.contexts import guidance_contexts
@@ -22,10 +23,6 @@ from alphagrpo_jax.sampling.image import noise_levels
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.training import setup
-from alphagrpo_jax.training.context import make_run
-from alphagrpo_jax.training.optimizer import make_optimizer
-from alphagrpo_jax.training.steps import compile_fns
 from alphagrpo_jax.types import (
     Advantages,
     BatchAdvantages,
@@ -58,14 +55,7 @@ class JaxTrainer:
           folder: for the prompt cache.
         """
         self.compiles = CompileCounter()
-        config, mesh = setup.enter_mesh(config)
-        loaded = setup.load_policy(config, mesh)
-        data = setup.load_data(config, loaded, folder / "data")
-        optimizer = make_optimizer(config.optimizer)
-        state = setup.initial_state(config, loaded.base, optimizer, mesh)
-        fns = compile_fns(config, loaded, state, optimizer, mesh)
-        no_verifier = cast(Any, None)  # nothing asks it here
-        self.run = make_run(config, loaded, data, fns, no_verifier, folder)
+        self.run, state = start_run(config, folder, None)
         trainable = _random_adapters(state.trainable)
         self.state = dataclasses.replace(state, trainable=trainable)
 
