@@ -13,7 +13,7 @@ import pytest
 # Far more than the 30 s in which every process should end: a busy machine decides no test.
 END_SECONDS = 60.0
 PATIENCE_SECONDS = 900.0
-STEPS = 3
+STEPS = 5
 FULL = "File too large"
 RUN = (
     f"--config.train.steps={STEPS}",
@@ -67,12 +67,6 @@ def check_others_end(processes, victim, cause):
         assert FULL in last or "free some space" not in last
 
 
-def check_continues(processes):
-    """The same command, given again, ends the run."""
-    codes, outputs = ends(processes)
-    assert set(codes) == {0}, "\n".join(outputs)
-
-
 def single(workdir, count, run_process, *arguments):
     """A run of one process with so many devices; returns its folder."""
     code, errors = run_process(
@@ -122,29 +116,14 @@ def test_processes_compute_what_as_many_devices_do(start_processes, world, rows,
     assert sorted(sample for share in shares for sample in share) == sorted(scored(world / "audit"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_all_end_where_one_is_killed_and_the_run_continues(
-    victim, start_processes, world, rows, whole, wait_for_step
-):
-    workdir = world / f"killed_{victim}"
-    processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2")
-    wait_for_step(workdir, 2, processes[victim])
+def kill(processes, victim):
+    """The victim ends without a word."""
     processes[victim].send_signal(signal.SIGKILL)
     check_others_end(processes, victim, "it ended without a word")
-    check_continues(start_processes(workdir, 2, *RUN, "--config.mesh.data=2"))
-    assert rows(workdir) == whole
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="no limits of another process")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_all_end_where_one_cannot_write_and_the_run_continues(
-    victim, start_processes, world, rows, whole, wait_for_step
-):
-    workdir = world / f"full_{victim}"
-    processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2")
-    wait_for_step(workdir, 1, processes[victim])
+def fill(processes, victim):
+    """The victim can write nothing more, as on a full disk; it says so as well."""
     resource.prlimit(processes[victim].pid, resource.RLIMIT_FSIZE, (0, 0))
     # Process 0 writes other files too, and one of them may be the first that fails.
     cause = f"the checkpoint could not be written .*{FULL}" if victim else FULL
@@ -154,7 +133,23 @@ def test_all_end_where_one_cannot_write_and_the_run_continues(
     last = output[output.rindex("error: ") :]
     assert re.search(cause, last)
     assert "of the run has failed" not in last
-    check_continues(start_processes(workdir, 2, *RUN, "--config.mesh.data=2"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="no limits of another process")
+def test_all_end_where_one_fails_and_the_run_continues(
+    start_processes, world, rows, whole, wait_for_step
+):
+    """Either process, killed or without space, one failure after the other in the same run."""
+    workdir = world / "failing"
+    failures = ((kill, 0), (fill, 1), (kill, 1), (fill, 0))
+    assert len(failures) < STEPS
+    for step, (fail, victim) in enumerate(failures, start=1):
+        processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2")
+        wait_for_step(workdir, step, processes[victim])
+        fail(processes, victim)
+    codes, outputs = ends(start_processes(workdir, 2, *RUN, "--config.mesh.data=2"))
+    assert set(codes) == {0}, "\n".join(outputs)
     assert rows(workdir) == whole
 
 
