@@ -13,7 +13,7 @@ import pytest
 # Far more than the 30 s in which every process should end: a busy machine decides no test.
 END_SECONDS = 60.0
 PATIENCE_SECONDS = 900.0
-STEPS = 5
+STEPS = 9
 FULL = "File too large"
 RUN = (
     f"--config.train.steps={STEPS}",
@@ -143,10 +143,12 @@ def test_all_end_where_one_fails_and_the_run_continues(
     """Either process, killed or without space, one failure after the other in the same run."""
     workdir = world / "failing"
     failures = ((kill, 0), (fill, 1), (kill, 1), (fill, 0))
-    assert len(failures) < STEPS
-    for step, (fail, victim) in enumerate(failures, start=1):
+    for fail, victim in failures:
+        # A failing run may write a row or two more than are waited for.
+        done = rows(workdir)[-1]["step"] if (workdir / "metrics.jsonl").exists() else 0
+        assert done + 1 < STEPS
         processes = start_processes(workdir, 2, *RUN, "--config.mesh.data=2")
-        wait_for_step(workdir, step, processes[victim])
+        wait_for_step(workdir, done + 1, processes[victim])
         fail(processes, victim)
     codes, outputs = ends(start_processes(workdir, 2, *RUN, "--config.mesh.data=2"))
     assert set(codes) == {0}, "\n".join(outputs)
