@@ -2,12 +2,13 @@
 
 A context is a tuple of segments (one per text or image block). Segments are never written after
 they were made, so that contexts which share a prefix share its arrays: the guidance contexts are
-views, not copies. A loop that reads one context many times (decoding, denoising) merges it first:
-attention then runs one product per layer and step, instead of one per segment.
+views, not copies. What neighboring rows share, as a group its prompt, is a segment of fewer rows.
+A loop that reads one context many times (decoding, denoising) merges it first: attention then runs
+at most two products per layer and step, instead of one per segment.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,17 @@ from flax import struct
 
 @struct.dataclass
 class Segment:
-    """Keys (rotated) and values of one block of tokens."""
+    """Keys (rotated) and values of one block of tokens.
 
-    k: jax.Array  # float[L, B, K, S, H]
-    v: jax.Array  # float[L, B, K, S, H]
-    valid: jax.Array  # bool[B, S]; False at padding
+    R divides the context's B rows: each row of a segment is that of B / R neighboring ones.
+    """
+
+    k: jax.Array  # float[L, R, K, S, H]
+    v: jax.Array  # float[L, R, K, S, H]
+    valid: jax.Array  # bool[R, S]; False at padding
 
 
-SEGMENT_ROW_AXES = {"k": 1, "v": 1, "valid": 0}  # axis B of a segment's arrays
+SEGMENT_ROW_AXES = {"k": 1, "v": 1, "valid": 0}  # axis R of a segment's arrays
 
 
 @struct.dataclass
@@ -71,29 +75,39 @@ def append(ctx: Context, segment: Segment, advance: jax.Array | int) -> Context:
 
 
 def merge(ctx: Context) -> Context:
-    """Returns the same context as one segment."""
-    if len(ctx.segments) <= 1:
-        return ctx
-    k, v = (
-        jnp.concatenate([getattr(s, name) for s in ctx.segments], axis=3) for name in ("k", "v")
-    )
-    valid = jnp.concatenate([s.valid for s in ctx.segments], axis=1)
-    return dataclasses.replace(ctx, segments=(Segment(k, v, valid),))
+    """Returns the same context as one segment, or two: what rows share, and what is their own."""
+    rows = ctx.rope.shape[0]
+    shared = [segment for segment in ctx.segments if segment.valid.shape[0] < rows]
+    own = [segment for segment in ctx.segments if segment.valid.shape[0] == rows]
+    most = max((segment.valid.shape[0] for segment in shared), default=0)
+    merged = [_join([_repeat(segment, most) for segment in shared]), _join(own)]
+    return dataclasses.replace(ctx, segments=tuple(segment for segment in merged if segment))
 
 
-def _map_rows(ctx: Context, function: Callable[[jax.Array, int], jax.Array]) -> Context:
-    """Applies `function(array, axis of the rows)` to every array."""
+def _join(segments: Sequence[Segment]) -> Segment | None:
+    """Joins segments of the same rows; None if there are none."""
+    if len(segments) <= 1:
+        return segments[0] if segments else None
+    k, v = (jnp.concatenate([getattr(s, name) for s in segments], axis=3) for name in ("k", "v"))
+    return Segment(k, v, jnp.concatenate([s.valid for s in segments], axis=1))
 
-    def map_segment(segment: Segment) -> Segment:
-        axes = SEGMENT_ROW_AXES.items()
-        return Segment(**{name: function(getattr(segment, name), axis) for name, axis in axes})
 
-    segments = tuple(map_segment(segment) for segment in ctx.segments)
-    return Context(segments, function(ctx.rope, 0))
+def _map_rows(segment: Segment, function: Callable[[jax.Array, int], jax.Array]) -> Segment:
+    """Applies `function(array, axis of the rows)` to a segment's arrays."""
+    axes = SEGMENT_ROW_AXES.items()
+    return Segment(**{name: function(getattr(segment, name), axis) for name, axis in axes})
+
+
+def _repeat(segment: Segment, rows: int) -> Segment:
+    """Repeats each row of a segment for its neighbors, so that there are `rows`."""
+    count = rows // segment.valid.shape[0]
+    if count == 1:
+        return segment
+    return _map_rows(segment, lambda x, axis: jnp.repeat(x, count, axis=axis))
 
 
 def broadcast(ctx: Context, batch: int) -> Context:
-    """Repeats a context of one row for `batch` rows.
+    """Returns a context of one row for `batch` rows, which share its segments.
 
     Raises:
       ValueError: the context has neither one nor `batch` rows.
@@ -103,16 +117,19 @@ def broadcast(ctx: Context, batch: int) -> Context:
         return ctx
     if rows != 1:
         raise ValueError(f"context has {rows} rows, expected 1 to broadcast to {batch} rows")
-
-    def spread(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.broadcast_to(x, (*x.shape[:axis], batch, *x.shape[axis + 1 :]))
-
-    return _map_rows(ctx, spread)
+    return dataclasses.replace(ctx, rope=jnp.broadcast_to(ctx.rope, (batch,)))
 
 
 def take(ctx: Context, rows: jax.Array) -> Context:
-    """Returns the rows `rows` (int32[B']) of a context, in that order."""
-    return _map_rows(ctx, lambda x, axis: jnp.take(x, rows, axis=axis))
+    """Returns the rows `rows` (int32[B']) of a context, in that order, each with its own copy."""
+    batch = ctx.rope.shape[0]
+
+    def take_segment(segment: Segment) -> Segment:
+        of_segment = rows // (batch // segment.valid.shape[0])
+        return _map_rows(segment, lambda x, axis: jnp.take(x, of_segment, axis=axis))
+
+    segments = tuple(take_segment(segment) for segment in ctx.segments)
+    return Context(segments, jnp.take(ctx.rope, rows))
 
 
 def stop_gradient(ctx: Context) -> Context:
@@ -124,5 +141,6 @@ def length(ctx: Context) -> jax.Array:
     """Counts the valid cached tokens, int32[B]."""
     total = jnp.zeros_like(ctx.rope)
     for segment in ctx.segments:
-        total = total + jnp.sum(segment.valid, axis=1, dtype=jnp.int32)
+        count = jnp.sum(segment.valid, axis=1, dtype=jnp.int32)
+        total = total + jnp.repeat(count, len(total) // len(count))
     return total

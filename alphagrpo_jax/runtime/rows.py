@@ -1,6 +1,7 @@
 """Rows of a batch over the devices, and the micro-batches that they are cut into."""
 
 import dataclasses
+import math
 from typing import Self
 
 import jax
@@ -49,6 +50,14 @@ class RowLayout:
     def micro_batches(self) -> int:
         """Number of micro-batches."""
         return -(-self.shard_rows // self.micro_rows)
+
+    def sharing(self, group: int) -> int:
+        """Returns the greatest size of equal runs of neighboring rows that no group's end cuts.
+
+        Of all rows and of those of a micro-batch, on every shard, if row `i` is of group
+        `i // group`. Runs of padding lie behind the last group.
+        """
+        return math.gcd(group, self.shard_rows, self.micro_rows)
 
     def rows_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns which rows a micro-batch holds.

@@ -82,13 +82,17 @@ def image_block(model: Bagel, images: jax.Array) -> ImageBlock:
     return ImageBlock(images, vit_images)
 
 
-def context(pieces: Sequence[Piece | None], nodes: tuple[int, ...], owner: jax.Array) -> Context:
+def context(
+    pieces: Sequence[Piece | None], nodes: tuple[int, ...], owner: jax.Array, *, sharing: int = 1
+) -> Context:
     """Joins the pieces of some nodes into a context of B rows.
 
     Args:
       pieces: by node.
       nodes: numbers of the context's nodes, in order.
       owner: int32[B], number of each row's prompt, by which pieces of prompts are taken.
+      sharing: static; so many neighboring rows, B a multiple, have one owner, and share what is
+        their prompt's.
     Raises:
       ValueError: a piece is still to be computed.
     """
@@ -98,19 +102,19 @@ def context(pieces: Sequence[Piece | None], nodes: tuple[int, ...], owner: jax.A
         if piece is None:
             raise ValueError(f"got no piece of node {index} of a context; compute it first")
         if piece.level == "prompt":
-            piece = take_rows(piece, owner)
-        added = kv_cache.broadcast(Context(piece.segments, piece.advance), owner.shape[0])
-        ctx = Context((*ctx.segments, *added.segments), ctx.rope + added.rope)
+            piece = take_rows(piece, owner[::sharing])
+        advance = jnp.repeat(piece.advance, owner.shape[0] // piece.advance.shape[0])
+        ctx = Context((*ctx.segments, *piece.segments), ctx.rope + advance)
     return ctx
 
 
 def guidance_contexts(
-    pieces: Sequence[Piece | None], step: PlannedStep, owner: jax.Array
+    pieces: Sequence[Piece | None], step: PlannedStep, owner: jax.Array, *, sharing: int = 1
 ) -> GuidanceContexts:
-    """Joins the three contexts of an image step, each merged into one segment."""
+    """Joins the three contexts of an image step, each merged; see `context`."""
     return GuidanceContexts(
         *(
-            kv_cache.merge(context(pieces, nodes, owner))
+            kv_cache.merge(context(pieces, nodes, owner, sharing=sharing))
             for nodes in (step.gen, step.cfg_text, step.cfg_img)
         )
     )
@@ -149,6 +153,7 @@ def fill_pieces(
     *,
     plan: Plan,
     system_tokens: tuple[int, ...],
+    sharing: int,
 ) -> tuple[tuple[Piece | None, ...], dict[int, Piece]]:
     """Computes the pieces of inputs and texts that these nodes lack; returns all, and the new."""
     pieces = list(rows.pieces)
@@ -157,7 +162,9 @@ def fill_pieces(
         if pieces[index] is None:
             node = plan.nodes[index]
             block = event_block(plan, node, rows.inputs, rows.texts, system_tokens)
-            pieces[index] = new[index] = extend(model, params, pieces, node, block, rows.owner)
+            pieces[index] = new[index] = extend(
+                model, params, pieces, node, block, rows.owner, sharing=sharing
+            )
     return tuple(pieces), new
 
 
@@ -186,14 +193,16 @@ def extend(
     node: Node,
     block: TextBlock | ImageBlock,
     owner: jax.Array | None = None,
+    *,
+    sharing: int = 1,
 ) -> Piece:
     """Computes the piece that a block adds to a node's context.
 
     `owner` int32[B] is needed where the context has pieces of prompts and the block has one row
-    for each trajectory.
+    for each trajectory; for `sharing` see `context`.
     """
-    count = row_count((block,))
-    before = context(pieces, node.before, jnp.arange(count) if owner is None else owner)
+    owner = jnp.arange(row_count((block,))) if owner is None else owner
+    before = context(pieces, node.before, owner, sharing=sharing)
     if isinstance(block, TextBlock):
         after, _ = policy.extend_text(model, params, before, block.tokens, block.mask)
     elif node.kind == SEEN_IMAGE:

@@ -67,6 +67,10 @@ class RolloutSpec:
         """Returns how so many rows lie on the mesh."""
         return RowLayout.make(rows, shards=self.shards, micro_batch=self.micro_batch)
 
+    def sharing(self, rows: int) -> int:
+        """Returns how many neighboring rows surely have the same prompt; see `RowLayout`."""
+        return self.layout(rows).sharing(self.rows_per_prompt)
+
 
 class Images(NamedTuple):
     """Images of one step, of a micro-batch or of all rows."""
@@ -214,10 +218,17 @@ def text_context(
     Returns:
       The context of all rows, and new pieces by node.
     """
+    sharing = spec.sharing(rollout.owner.shape[0])
     pieces, new = fill_pieces(
-        model, params, rollout, step.gen, plan=spec.plan, system_tokens=spec.system_tokens
+        model,
+        params,
+        rollout,
+        step.gen,
+        plan=spec.plan,
+        system_tokens=spec.system_tokens,
+        sharing=sharing,
     )
-    return kv_cache.merge(context(pieces, step.gen, rollout.owner)), new
+    return kv_cache.merge(context(pieces, step.gen, rollout.owner, sharing=sharing)), new
 
 
 def write_text(
@@ -315,11 +326,17 @@ def image_contexts(
       The contexts, merged, and new pieces by node, both of the micro-batch.
     """
     rows = take_micro_batch(spec.layout(rollout.owner.shape[0]), rollout, number)
-    nodes = (*step.gen, *step.cfg_text, *step.cfg_img)
+    nodes, sharing = (*step.gen, *step.cfg_text, *step.cfg_img), spec.sharing(len(rollout.owner))
     pieces, new = fill_pieces(
-        model, params, rows, nodes, plan=spec.plan, system_tokens=spec.system_tokens
+        model,
+        params,
+        rows,
+        nodes,
+        plan=spec.plan,
+        system_tokens=spec.system_tokens,
+        sharing=sharing,
     )
-    return guidance_contexts(pieces, step, rows.owner), new
+    return guidance_contexts(pieces, step, rows.owner, sharing=sharing), new
 
 
 def draw_image(
@@ -398,7 +415,8 @@ def absorb_image(
     rows = take_micro_batch(spec.layout(rollout.owner.shape[0]), rollout, number)
     assert step.node is not None  # a later step reads the images
     node, complete = spec.plan.nodes[step.node], with_pieces(rows.pieces, pieces)
-    return extend(model, params, complete, node, image_block(model, images), rows.owner)
+    block, sharing = image_block(model, images), spec.sharing(len(rollout.owner))
+    return extend(model, params, complete, node, block, rows.owner, sharing=sharing)
 
 
 def add_images(rollout: Rollout, micro_batches: Sequence[Images], *, spec: RolloutSpec) -> Rollout:

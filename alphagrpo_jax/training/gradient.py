@@ -17,7 +17,7 @@ from flax import struct, traverse_util
 
 from alphagrpo_jax import loss, policy
 from alphagrpo_jax.config import LoraOptions, LossOptions, TrainOptions
-from alphagrpo_jax.models import lora
+from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.rows import RowLayout
@@ -109,6 +109,7 @@ def log_probs(
     that the gradient flows through them.
     """
     plan, owner = spec.plan, trajectories.owner
+    sharing = spec.layout.sharing(spec.rollout.rows_per_prompt)
     pieces = jax.lax.stop_gradient(trajectories.pieces)
     if spec.rebuild_contexts:
         pieces = rebuild(
@@ -123,7 +124,7 @@ def log_probs(
         policy.text_log_probs(
             model,
             params,
-            context(pieces, step.gen, owner),
+            kv_cache.merge(context(pieces, step.gen, owner, sharing=sharing)),
             trajectories.texts[step.index].tokens,
             trajectories.texts[step.index].mask,
             temperature=spec.rollout.options.temperature,
@@ -134,7 +135,7 @@ def log_probs(
         image.image_log_probs(
             model,
             params,
-            guidance_contexts(pieces, step, owner),
+            guidance_contexts(pieces, step, owner, sharing=sharing),
             trajectories.images[step.index],
             options=image_options(spec.rollout.options, step),
             grid=spec.rollout.grid,

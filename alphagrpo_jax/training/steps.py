@@ -331,7 +331,7 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
     Rows lie over the mesh, key and value heads over its tensor axis; arrays without rows, and
     those of prompts, which trajectories on all devices read, lie whole on the other axes.
     """
-    replicated = sharding.replicated(mesh)
+    replicated, ways = sharding.replicated(mesh), sharding.batch_ways(mesh)
 
     def of_piece(piece: Piece) -> Piece:
         rows = piece.level == "trajectory"
@@ -340,6 +340,7 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
         return dataclasses.replace(piece, segments=segments, advance=advance)
 
     def of_segment(segment: Segment, *, rows: bool = True) -> Segment:
+        rows = rows and segment.valid.shape[0] % ways == 0  # else it is of all rows
         heads: Any = sharding.cache_sharding(mesh, segment.k.shape, rows=rows)
         valid: Any = sharding.batch_sharding(mesh) if rows else replicated
         return Segment(heads, heads, valid)
