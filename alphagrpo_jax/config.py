@@ -436,6 +436,10 @@ class TrainOptions:
     keep_residuals: bool
     """Keep what the backward pass needs from the pass before the update: one forward pass less, and
     the memory of all micro-batches at once. Without effect with `old_logprob` "self"."""
+    merge_lora: bool
+    """Add the adapters to the weights before the passes of an update, and take their gradient from
+    that of the weights: fewer and larger products. Not where weights are bfloat16, which would
+    round the adapters, or where gradients of whole matrices have no room."""
     context_gradient: bool
     """Let the gradient flow through the contexts of the trained steps."""
 
@@ -577,6 +581,10 @@ class MeshOptions:
     """Devices over which rows and weights are spread."""
     tensor: int
     """Devices over which the matrices of a layer are spread."""
+    cpu_devices: int = Field(ge=0, le=1024)
+    """Devices that JAX makes of a host's CPU: each computes its rows on a core of its own, where a
+    single device keeps one core waiting for the other. 0, or a device count in `XLA_FLAGS`: what
+    JAX makes by itself."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ RESUMABLE_WITH_NOTICE = (
     "model.remat",
     "model.unroll",
     "rollout.micro_batch",
+    "train.merge_lora",
     "train.micro_batch",
     "verifier.",
 )
@@ -50,8 +51,10 @@ LATER = {
     "checkpoint.stop_seconds": 6.0,
     "log.wandb": "",
     "lora.init_from": "",
+    "mesh.cpu_devices": 0,
     "model.unroll": 1,
     "train.keep_residuals": False,
+    "train.merge_lora": False,
     "verifier.cache_size": 0,
     "verifier.extra_body": "",
     "verifier.instruction": (

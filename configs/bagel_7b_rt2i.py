@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.train.keep_residuals = False  # 7 GB per trajectory
+    config.train.merge_lora = False  # bfloat16 would round the adapters
     config.model.height = 512
     config.model.width = 512
     config.verifier.kind = "openai"  # on machines or cards of its own, by launch/verifiers.sh
@@ -67,4 +68,5 @@ def get_config() -> ConfigDict:
     config.eval.checker = ""
     config.checkpoint.every = 10
     config.mesh.data = -1
+    config.mesh.cpu_devices = 0
     return config

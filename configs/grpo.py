@@ -151,6 +151,7 @@ def get_config() -> ConfigDict:
     )
     config.train.old_logprob = "recompute"
     config.train.keep_residuals = True
+    config.train.merge_lora = True
     config.train.context_gradient = False
 
     config.loss = ConfigDict()
@@ -211,4 +212,5 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
+    config.mesh.cpu_devices = 2  # whatever the machine's cores: the same numbers everywhere
     return config

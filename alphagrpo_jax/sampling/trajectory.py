@@ -108,13 +108,13 @@ def sample_trajectories(
     Returns:
       The trajectories, and uint8[B, Hpx, Wpx, 3], the images of the last image step, if any.
     """
-    params = sampling_params(params, merge_lora=spec.options.merge_lora)
+    params = merged_params(params, merge_lora=spec.options.merge_lora)
     prefix = prefill(model, params, inputs, spec=spec)
     return generate(model, params, prefix, key, first, start, temperature, spec=spec)
 
 
-def sampling_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.PolicyParams:
-    """Returns the weights of rollouts: adapters folded into a copy of the base, or unchanged."""
+def merged_params(params: policy.PolicyParams, *, merge_lora: bool) -> policy.PolicyParams:
+    """Returns weights with the adapters folded into a copy of the base, or unchanged."""
     if not merge_lora or params.lora is None:
         return params
     return policy.PolicyParams(base=lora.merge(params.base, params.lora, params.lora_scale))

@@ -23,7 +23,7 @@ from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import image
 from alphagrpo_jax.sampling.contexts import context, guidance_contexts, rebuild
-from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_options
+from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_options, merged_params
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
     LogProbs,
@@ -43,6 +43,7 @@ class UpdateSpec:
     layout: RowLayout  # rows over the mesh, and their micro-batches
     rebuild_contexts: bool  # compute contexts again, so that the gradient flows through them
     lora_scale: float | None  # alpha / rank; None: part of the base is trained
+    merge_lora: bool  # compute with the adapters added to the weights
 
     @property
     def plan(self) -> Plan:
@@ -205,6 +206,7 @@ def _vjp(
 
     def compute(trainable: Any) -> LogProbs:
         params = policy_params(base, trainable, lora_scale=spec.lora_scale)
+        params = merged_params(params, merge_lora=spec.merge_lora)
         return log_probs(model, params, rows, spec=spec)
 
     return jax.vjp(compute, trainable)

@@ -1,5 +1,6 @@
 """Builds what a configuration names: mesh, model, data, optimizer, train state."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,6 +24,8 @@ from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.types import TrainState
+
+CPU_DEVICES_FLAG = "xla_force_host_platform_device_count"  # in XLA_FLAGS
 
 
 def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
@@ -92,9 +95,21 @@ def enter_mesh(config: Config) -> tuple[Config, Mesh]:
     Raises:
       ConfigError: see `make_mesh`.
     """
+    divide_cpu(config.mesh.cpu_devices)
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
-    return dataclasses.replace(config, mesh=MeshOptions(**mesh.shape)), mesh
+    sizes = MeshOptions(**mesh.shape, cpu_devices=config.mesh.cpu_devices)
+    return dataclasses.replace(config, mesh=sizes), mesh
+
+
+def divide_cpu(devices: int) -> None:
+    """Lets JAX make so many devices of the CPU; see `mesh.cpu_devices`.
+
+    Without effect where JAX has started already, as in a notebook or behind another run.
+    """
+    if devices and CPU_DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", devices)
 
 
 def load_data(config: Config, loaded: LoadedModel, cache: str | os.PathLike) -> dict[str, TaskData]:

@@ -19,7 +19,7 @@ from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.sampling.contexts import image_block
-from alphagrpo_jax.sampling.trajectory import RolloutSpec, sampling_params
+from alphagrpo_jax.sampling.trajectory import RolloutSpec, merged_params
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
 from alphagrpo_jax.training.options import (
@@ -322,7 +322,7 @@ def sampling_weights(
 ) -> PolicyParams:
     """Returns the weights of rollouts under a train state."""
     params = gradient_lib.policy_params(base, trainable, lora_scale=scale)
-    return sampling_params(params, merge_lora=merge_lora)
+    return merged_params(params, merge_lora=merge_lora)
 
 
 def row_shardings(tree: Any, mesh: Mesh) -> Any:

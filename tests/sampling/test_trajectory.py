@@ -109,9 +109,9 @@ def test_merged_adapters_draw_as_adapters_do(setting, run, sampled):
     adapters = lora.init(jax.random.key(0), loaded.base, lora.TARGETS, rank=2)
     adapters = jax.tree.map(lambda x: x + 0.02, adapters)
     params = PolicyParams(loaded.base, adapters, 2.0)
-    merged = trajectory.sampling_params(params, merge_lora=True)
+    merged = trajectory.merged_params(params, merge_lora=True)
     assert merged.lora is None
-    assert trajectory.sampling_params(params, merge_lora=False) is params
+    assert trajectory.merged_params(params, merge_lora=False) is params
     fill = jax.jit(functools.partial(trajectory.prefill, loaded.model, spec=spec))
     first, second = (fill(weights, (block,)) for weights in (params, merged))
     for leaf, merged_leaf in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
