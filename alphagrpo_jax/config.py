@@ -436,6 +436,9 @@ class TrainOptions:
     keep_residuals: bool
     """Keep what the backward pass needs from the pass before the update: one forward pass less, and
     the memory of all micro-batches at once. Without effect with `old_logprob` "self"."""
+    text_chunk: int = Field(ge=0, le=1 << 20)
+    """Slots of a text that an update computes at once; chunks behind the longest text of a
+    micro-batch are left out. 0: all slots at once."""
     merge_lora: bool
     """Add the adapters to the weights before the passes of an update, and take their gradient from
     that of the weights: fewer and larger products. Not where weights are bfloat16, which would

@@ -42,6 +42,7 @@ RESUMABLE_WITH_NOTICE = (
     "rollout.micro_batch",
     "train.merge_lora",
     "train.micro_batch",
+    "train.text_chunk",
     "verifier.",
 )
 NEVER_RESUMABLE = ("verifier.model", "verifier.instruction")  # another verifier, other questions
@@ -55,6 +56,7 @@ LATER = {
     "model.unroll": 1,
     "train.keep_residuals": False,
     "train.merge_lora": False,
+    "train.text_chunk": 0,
     "verifier.cache_size": 0,
     "verifier.extra_body": "",
     "verifier.instruction": (

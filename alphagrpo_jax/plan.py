@@ -154,8 +154,9 @@ def run(options: argparse.Namespace) -> int:
         )
     except UsageError as error:
         raise ConfigError(f"{error} ({target.name} has {len(target.devices)})") from error
-    sizes = MeshOptions(**mesh.shape, cpu_devices=config.mesh.cpu_devices)
-    config = dataclasses.replace(config, mesh=sizes)
+    sizes = dict(mesh.shape)
+    axes = MeshOptions(**sizes, cpu_devices=config.mesh.cpu_devices)
+    config = dataclasses.replace(config, mesh=axes)
     cache = pathlib.Path(options.cache) if options.cache else compiling.default_cache()
     with jax.set_mesh(mesh):
         evaluation = not options.skip_evaluation

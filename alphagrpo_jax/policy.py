@@ -9,6 +9,7 @@ Every token attends to the full context. Padding is masked; a row never depends 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -85,6 +86,7 @@ def text_log_probs(
     mask: jax.Array,
     *,
     temperature: float,
+    chunk: int = 0,
 ) -> TextLogProbs:
     """Computes log-probability and entropy of every token after the first.
 
@@ -96,15 +98,43 @@ def text_log_probs(
       tokens: int32[B, T], as for `extend_text`.
       mask: bool[B, T].
       temperature: divides the logits.
+      chunk: static; so many slots at once. A chunk behind the end of all rows is not computed,
+        which the device decides: one compiled function for texts of any length. 0: all at once.
     """
-    _, hidden = extend_text(model, params, ctx, tokens, mask)
+    chex.assert_rank([tokens, mask], 2)
+    length = tokens.shape[1]
 
     def of_block(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = text_logits(model, params, hidden)
         return target_log_probs(logits, targets, temperature=temperature)
 
-    (log_prob, entropy), valid = by_blocks(of_block, hidden[:, :-1], tokens[:, 1:]), mask[:, 1:]
+    def of_chunk(ctx: Context, begin: int, end: int) -> tuple[Context, tuple]:
+        after, hidden = extend_text(model, params, ctx, tokens[:, begin:end], mask[:, begin:end])
+        targets = tokens[:, begin + 1 : end + 1]  # one less in the last chunk
+        scores = by_blocks(of_block, hidden[:, : targets.shape[1]], targets)
+        # Without the context so far, which `cond` would copy.
+        return Context(after.segments[-1:], after.rope), scores
+
+    chunks = []
+    for begin in range(0, length - 1, chunk or length):
+        end = min(begin + (chunk or length), length)
+        compute = functools.partial(of_chunk, begin=begin, end=end)
+        if begin:
+            needed = jnp.any(mask[:, begin:])
+            new, scores = jax.lax.cond(needed, compute, functools.partial(_zeros, compute), ctx)
+        else:
+            new, scores = compute(ctx)
+        ctx = Context((*ctx.segments, *new.segments), new.rope)
+        chunks.append(scores)
+    log_prob, entropy = (jnp.concatenate(arrays, axis=1) for arrays in zip(*chunks, strict=True))
+    valid = mask[:, 1:]
     return TextLogProbs(jnp.where(valid, log_prob, 0.0), jnp.where(valid, entropy, 0.0), valid)
+
+
+def _zeros(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns zeros in place of what a function would return."""
+    shapes = jax.eval_shape(function, *arguments)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:

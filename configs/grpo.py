@@ -151,6 +151,7 @@ def get_config() -> ConfigDict:
     )
     config.train.old_logprob = "recompute"
     config.train.keep_residuals = True
+    config.train.text_chunk = 14
     config.train.merge_lora = True
     config.train.context_gradient = False
 

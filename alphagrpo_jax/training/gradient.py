@@ -43,6 +43,7 @@ class UpdateSpec:
     layout: RowLayout  # rows over the mesh, and their micro-batches
     rebuild_contexts: bool  # compute contexts again, so that the gradient flows through them
     lora_scale: float | None  # alpha / rank; None: part of the base is trained
+    text_chunk: int  # slots of a text that are computed at once; 0: all
     merge_lora: bool  # compute with the adapters added to the weights
 
     @property
@@ -129,6 +130,7 @@ def log_probs(
             trajectories.texts[step.index].tokens,
             trajectories.texts[step.index].mask,
             temperature=spec.rollout.options.temperature,
+            chunk=spec.text_chunk,
         )
         for step in (plan.text_steps if spec.loss.text != "none" else ())
     ]
