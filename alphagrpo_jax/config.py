@@ -439,6 +439,9 @@ class TrainOptions:
     text_chunk: int = Field(ge=0, le=1 << 20)
     """Slots of a text that an update computes at once; chunks behind the longest text of a
     micro-batch are left out. 0: all slots at once."""
+    image_steps_at_once: bool
+    """Compute all stochastic steps of an image in one pass of an update, which needs the memory of
+    all; else one after the other."""
     merge_lora: bool
     """Add the adapters to the weights before the passes of an update, and take their gradient from
     that of the weights: fewer and larger products. Not where weights are bfloat16, which would

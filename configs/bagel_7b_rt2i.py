@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.model.remat = "full"
     config.train.keep_residuals = False  # 7 GB per trajectory
     config.train.text_chunk = 0
+    config.train.image_steps_at_once = False
     config.train.merge_lora = False  # bfloat16 would round the adapters
     config.model.height = 512
     config.model.width = 512

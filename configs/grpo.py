@@ -143,7 +143,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 200
     config.train.prompts_per_step = 8
     config.train.group_size = 12
-    config.train.micro_batch = 48
+    config.train.micro_batch = 96
     config.train.updates_per_batch = 1
     config.train.trainable = "lora"
     config.train.full_targets = (
@@ -152,6 +152,7 @@ def get_config() -> ConfigDict:
     config.train.old_logprob = "recompute"
     config.train.keep_residuals = True
     config.train.text_chunk = 14
+    config.train.image_steps_at_once = True
     config.train.merge_lora = True
     config.train.context_gradient = False
 

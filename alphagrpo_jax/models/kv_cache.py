@@ -120,6 +120,11 @@ def broadcast(ctx: Context, batch: int) -> Context:
     return dataclasses.replace(ctx, rope=jnp.broadcast_to(ctx.rope, (batch,)))
 
 
+def repeat(ctx: Context, count: int) -> Context:
+    """Returns a context of `count` neighboring rows for each row, which share its segments."""
+    return dataclasses.replace(ctx, rope=jnp.repeat(ctx.rope, count))
+
+
 def take(ctx: Context, rows: jax.Array) -> Context:
     """Returns the rows `rows` (int32[B']) of a context, in that order, each with its own copy."""
     batch = ctx.rope.shape[0]

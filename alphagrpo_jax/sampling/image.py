@@ -12,6 +12,7 @@ from alphagrpo_jax import policy
 from alphagrpo_jax.config import ImageOptions
 from alphagrpo_jax.flow import schedule, sde
 from alphagrpo_jax.flow.guidance import is_active
+from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import GuidanceContexts
 from alphagrpo_jax.types import ImageSample
@@ -97,6 +98,7 @@ def image_log_probs(
     *,
     options: ImageOptions,
     grid: tuple[int, int],
+    at_once: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes log-probs and means of a sample's stochastic steps, guided as they were sampled.
 
@@ -106,6 +108,7 @@ def image_log_probs(
       sample: the images.
       options: static.
       grid: latent token rows and columns, static.
+      at_once: static; all steps as rows of one pass, in place of one pass after the other.
     Returns:
       float32[B, J] log-probs; float32[B, J, M, C] means.
     """
@@ -114,17 +117,38 @@ def image_log_probs(
     # None, decided per row on the device, only where the window may lie on both sides.
     decisions = {is_active(options.guidance, sigma) for sigma in noise_levels(options)[lo:hi]}
     guided = decisions.pop() if len(decisions) == 1 else None
+    batch, steps = sample.before.shape[:2]
+    at = sample.start + jnp.arange(steps, dtype=jnp.int32)
+
+    def velocity(contexts: GuidanceContexts, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        guidance = options.guidance
+        return policy.guided_velocity(
+            model, params, contexts, x, sigma, grid, guidance, active=guided
+        )
+
+    def scores(x: jax.Array, v: jax.Array, after: jax.Array, at: jax.Array) -> tuple:
+        sigma, sigma_next = levels[at], levels[at + 1]
+        mean, std = transition(x, v, sigma, sigma_next, options=options)
+        return log_prob(after, mean, std, sigma, sigma_next, options=options), mean
 
     def step(_: None, inputs: tuple) -> tuple[None, tuple]:
         x, after, at = inputs
-        sigma, sigma_next = levels[at], levels[at + 1]
-        v = _velocity(model, params, contexts, x, sigma, options, grid, guided=guided)
-        mean, std = transition(x, v, sigma, sigma_next, options=options)
-        return None, (log_prob(after, mean, std, sigma, sigma_next, options=options), mean)
+        v = velocity(contexts, x, jnp.broadcast_to(levels[at], (batch,)))
+        return None, scores(x, v, after, at)
 
-    at = sample.start + jnp.arange(options.window, dtype=jnp.int32)
-    inputs = (jnp.moveaxis(sample.before, 1, 0), jnp.moveaxis(sample.after, 1, 0), at)
-    _, (logp, mean) = jax.lax.scan(step, None, inputs)
+    before, after = (jnp.moveaxis(x, 1, 0) for x in (sample.before, sample.after))
+    if at_once:
+        shared = GuidanceContexts(
+            *(
+                kv_cache.repeat(ctx, steps)
+                for ctx in (contexts.gen, contexts.cfg_text, contexts.cfg_img)
+            )
+        )
+        rows = sample.before.reshape(batch * steps, *before.shape[2:])
+        v = velocity(shared, rows, jnp.tile(levels[at], batch)).reshape(sample.before.shape)
+        logp, mean = jax.vmap(scores)(before, jnp.moveaxis(v, 1, 0), after, at)
+    else:
+        _, (logp, mean) = jax.lax.scan(step, None, (before, after, at))
     return jnp.moveaxis(logp, 0, 1), jnp.moveaxis(mean, 0, 1)
 
 

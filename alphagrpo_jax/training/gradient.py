@@ -44,6 +44,7 @@ class UpdateSpec:
     rebuild_contexts: bool  # compute contexts again, so that the gradient flows through them
     lora_scale: float | None  # alpha / rank; None: part of the base is trained
     text_chunk: int  # slots of a text that are computed at once; 0: all
+    image_steps_at_once: bool  # all stochastic steps of an image in one pass
     merge_lora: bool  # compute with the adapters added to the weights
 
     @property
@@ -142,6 +143,7 @@ def log_probs(
             trajectories.images[step.index],
             options=image_options(spec.rollout.options, step),
             grid=spec.rollout.grid,
+            at_once=spec.image_steps_at_once,
         )
         for step in (plan.image_steps if spec.loss.image != "none" else ())
     ]

@@ -78,6 +78,7 @@ def update_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> Update
         rebuild_contexts=config.train.context_gradient,
         lora_scale=lora_scale(config),
         text_chunk=config.train.text_chunk,
+        image_steps_at_once=config.train.image_steps_at_once,
         merge_lora=config.train.merge_lora,
     )
 
