@@ -168,7 +168,13 @@ class CompiledPolicy:
     ) -> jax.Array:
         params, contexts = params.replace(lora=adapters), self._contexts(ctx)
         log_probs, *_ = image.image_log_probs(
-            self.model, params, contexts, sample, options=self.options, grid=self.grid
+            self.model,
+            params,
+            contexts,
+            sample,
+            options=self.options,
+            grid=self.grid,
+            at_once=False,
         )
         return log_probs.sum()
 

@@ -107,7 +107,7 @@ class TreeWeights:
         return RootMeanSquare(self.read(f"{path}/scale", layer), epsilon)
 
     def _tensor(self, leaf: Any, layer: int | None, dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.from_dlpack(leaf)
+        tensor = torch.from_dlpack(leaf.addressable_data(0))  # whole on every device
         return (tensor if layer is None else tensor[layer]).to(self.device, dtype)
 
 
