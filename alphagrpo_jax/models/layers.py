@@ -1,5 +1,6 @@
 """Parameter declarations shared by the decoder, the ViT and the connectors."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +83,61 @@ def scan_layers(
         )
         return initialize(block, carry, per_layer)
     layer = block.clone(parent=None, name=None)
+    if unroll >= length:
+        outputs, variables = [], block.variables
+        for index in range(length):
+            of_layer = jax.tree.map(lambda x, index=index: x[index], (variables, per_layer))
+            function = layer.apply if remat == "none" else _checkpointed(layer.apply, remat)
+            carry, output = function(of_layer[0], carry, of_layer[1], *shared)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
     def step(carry: Any, scanned: tuple[Any, Any]) -> tuple[Any, Any]:
         variables, inputs = scanned
         return layer.apply(variables, carry, inputs, *shared)
 
     if remat != "none":
-        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT_POLICIES[remat])
+        step = _checkpointed(step, remat)
     return jax.lax.scan(step, carry, (block.variables, per_layer), length=length, unroll=unroll)
+
+
+def _checkpointed(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    return jax.checkpoint(function, prevent_cse=False, policy=REMAT_POLICIES[remat])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
+    """Computes `x @ kernel`, float[..., F], of float[..., D] and float[D, F].
+
+    Its derivative by the kernel turns the narrower of the two arrays that it multiplies: XLA for
+    CPUs turns the other one, and computes it again while it does so.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+
+
+def _matmul_forward(
+    x: jax.Array, kernel: jax.Array, out_dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x, kernel, out_dtype), (x, kernel)
+
+
+def _matmul_backward(
+    out_dtype: Any, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - 1))
+
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
+        dims = ((rows, rows), ((), ()))
+        return jax.lax.dot_general(left, right, dims, preferred_element_type=out_dtype)
+
+    narrow = kernel.shape[0] <= kernel.shape[1]
+    by_kernel = product(x, cotangent) if narrow else product(cotangent, x).T
+    by_x = jnp.matmul(cotangent, kernel.T, preferred_element_type=out_dtype)
+    return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(ReadsParams, nn.Module):
@@ -106,7 +154,7 @@ class Linear(ReadsParams, nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         out = self.out_dtype or self.dtype
         x = x.astype(self.dtype)
-        y = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=out)
+        y = matmul(x, kernel.astype(self.dtype), out)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(out).reshape((1,) * (y.ndim - 1) + bias.shape)
