@@ -117,6 +117,32 @@ def test_a_row_does_not_depend_on_padding_or_neighbours(params: PolicyParams):
     assert not np.any(np.asarray(text.log_prob)[~MASK[:, 1:]])
 
 
+@pytest.mark.parametrize(("chunk", "longest"), [(1, 5), (2, 5), (3, 5), (4, 5), (2, 2), (3, 3)])
+def test_a_text_in_chunks_has_the_scores_and_the_gradient_of_the_whole(params, chunk, longest):
+    """Also where chunks at the end hold no token of any row."""
+    mask = jnp.asarray(MASK & (np.arange(5) < longest))
+
+    def total(base, chunk):
+        ctx = kv_cache.empty(2)
+        found = policy.text_log_probs(
+            MODEL,
+            PolicyParams(base),
+            ctx,
+            jnp.asarray(TEXT),
+            mask,
+            temperature=0.7,
+            chunk=chunk,
+        )
+        return (found.log_prob * jnp.arange(1.0, 5.0)[None]).sum() + found.entropy.sum(), found
+
+    compute = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    (_, whole), expected = compute(params.base, 0)
+    (_, by_chunk), gradient = compute(params.base, chunk)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), by_chunk, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradient, expected)
+    assert float(jnp.abs(expected["embed_tokens"]["embedding"]).max()) > 1e-2
+
+
 def test_what_stands_in_the_padding_is_irrelevant(params: PolicyParams):
     ctx = kv_cache.empty(2)
     changed = np.where(MASK, TEXT, 17)

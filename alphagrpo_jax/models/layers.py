@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,20 +105,24 @@ def _checkpointed(function: Callable[..., Any], remat: str) -> Callable[..., Any
     return jax.checkpoint(function, prevent_cse=False, policy=REMAT_POLICIES[remat])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
     """Computes `x @ kernel`, float[..., F], of float[..., D] and float[D, F].
 
     Its derivative by the kernel turns the narrower of the two arrays that it multiplies: XLA for
     CPUs turns the other one, and computes it again while it does so.
     """
+    return cast(jax.Array, _matmul(x, kernel, out_dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
     return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
 
 
 def _matmul_forward(
     x: jax.Array, kernel: jax.Array, out_dtype: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return matmul(x, kernel, out_dtype), (x, kernel)
+    return _matmul(x, kernel, out_dtype), (x, kernel)
 
 
 def _matmul_backward(
@@ -137,7 +141,7 @@ def _matmul_backward(
     return by_x.astype(x.dtype), by_kernel.astype(kernel.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(ReadsParams, nn.Module):

@@ -36,7 +36,7 @@ def test_merge_keeps_order_and_validity():
     np.testing.assert_array_equal(only.k[..., :2, :], ctx.segments[0].k)
     np.testing.assert_array_equal(only.v[..., 2:, :], ctx.segments[1].v)
     assert only.valid.tolist() == [[1, 0, 1, 0, 0], [1, 1, 1, 1, 0]]
-    assert kv_cache.merge(merged) is merged
+    assert kv_cache.merge(merged).segments[0] is only
 
 
 def test_rows():
@@ -59,3 +59,21 @@ def test_stop_gradient():
         return ctx.segments[0].k.sum()
 
     assert float(jax.grad(total)(jnp.ones((1, 1, 1, 1, 1))).sum()) == 0.0
+
+
+def test_what_rows_share_is_merged_apart_from_what_is_their_own():
+    ctx = Context((segment(1, 2, 0.0), segment(2, 3, 50.0)), jnp.array([5, 5, 6, 6]))
+    ctx = kv_cache.append(ctx, segment(4, 1, 100.0), 1)
+    shared, own = kv_cache.merge(ctx).segments
+    assert (shared.k.shape[1], own.k.shape[1]) == (2, 4)
+    for row in range(2):
+        np.testing.assert_array_equal(shared.k[:, row, :, :2], ctx.segments[0].k[:, 0])
+        np.testing.assert_array_equal(shared.v[:, row, :, 2:], ctx.segments[1].v[:, row])
+    assert kv_cache.length(ctx).tolist() == [3, 3, 4, 4]
+    taken = kv_cache.take(ctx, jnp.array([3, 0]))
+    assert taken.rope.tolist() == [7, 6]
+    np.testing.assert_array_equal(taken.segments[1].k, ctx.segments[1].k[:, jnp.array([1, 0])])
+    np.testing.assert_array_equal(taken.segments[0].valid[1], ctx.segments[0].valid[0])
+    repeated = kv_cache.repeat(ctx, 2)
+    assert repeated.rope.tolist() == [6, 6, 6, 6, 7, 7, 7, 7]
+    assert repeated.segments[2] is ctx.segments[2]

@@ -10,7 +10,7 @@ from flax import errors
 
 from alphagrpo_jax import policy
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
-from alphagrpo_jax.models.layers import Linear
+from alphagrpo_jax.models.layers import Linear, matmul
 from alphagrpo_jax.models.vae import Conv
 from benchmarks import layer_scan
 
@@ -25,6 +25,32 @@ def test_a_parameter_of_another_shape_is_named(layer, kernel, x):
         layer.apply({"params": params}, jnp.zeros(x))
     right = layer.apply({"params": params | {"bias": jnp.ones(3)}}, jnp.zeros(x))
     assert (right == 1.0).all()
+
+
+@pytest.mark.parametrize(("width", "features"), [(3, 5), (5, 3)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_derivatives_of_a_product_are_those_of_jax(width, features, dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 4, width), dtype)
+    kernel = jax.random.normal(jax.random.key(1), (width, features), dtype)
+
+    def total(product, x, kernel):
+        return jnp.sin(product(x, kernel).astype(jnp.float32)).sum()
+
+    def plain(x, kernel):
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+    def ours(x, kernel):
+        return matmul(x, kernel, jnp.float32)
+
+    expected, gradient = (
+        jax.grad(functools.partial(total, product), argnums=(0, 1))(x, kernel)
+        for product in (plain, ours)
+    )
+    assert [leaf.dtype for leaf in gradient] == [dtype, dtype]
+    for first, second in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(first, np.float32), np.asarray(second, np.float32), rtol=2e-2, atol=1e-5
+        )
 
 
 def test_a_missing_parameter_is_an_error():

@@ -47,3 +47,30 @@ def test_a_row_without_keys_is_finite_and_gradients_are_too():
 
     assert np.isfinite(jax.grad(total)(q)).all()
     np.testing.assert_allclose(attend(q, (k,), (v,), (mask,))[0, 1], np.ones(4))
+
+
+def test_rows_that_share_a_block_read_it_as_if_each_had_its_own():
+    rng = np.random.default_rng(1)
+    query = jnp.asarray(rng.normal(size=(6, 3, 4, 8)), jnp.float32)
+    keys, values, masks = ([], [], [])
+    for rows, slots in ((1, 5), (2, 4), (6, 3)):
+        key, value = rng.normal(size=(2, rows, 2, slots, 8))
+        keys.append(jnp.asarray(key, jnp.float32))
+        values.append(jnp.asarray(value, jnp.float32))
+        masks.append(jnp.asarray(rng.random((rows, 1, slots)) < 0.7))
+
+    def spread(blocks):
+        return [jnp.repeat(block, 6 // len(block), axis=0) for block in blocks]
+
+    def total(query, keys, values):
+        return jnp.sin(attend(query, keys, values, masks)).sum()
+
+    def total_of_copies(query, keys, values):
+        return jnp.sin(attend(query, spread(keys), spread(values), spread(masks))).sum()
+
+    arguments = (query, keys, values)
+    shared, copied = (
+        jax.value_and_grad(function, argnums=(0, 1, 2))(*arguments)
+        for function in (total, total_of_copies)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), shared, copied)

@@ -122,9 +122,14 @@ def test_scores_are_the_samplers_own_log_probs(tiny, setting, draw, sampler, gui
     )
     sample = draw(params, contexts, initial, keys, jnp.int32(1), options=options)
     score = jax.jit(
-        functools.partial(image.image_log_probs, tiny.model, options=options, grid=GRID)
+        functools.partial(image.image_log_probs, tiny.model, options=options, grid=GRID),
+        static_argnames="at_once",
     )
-    logp, mean = score(params, contexts, sample)
+    logp, mean = score(params, contexts, sample, at_once=False)
+    for first, second in zip(
+        score(params, contexts, sample, at_once=True), (logp, mean), strict=True
+    ):
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logp, sample.log_prob, rtol=1e-4, atol=1e-5)
     levels = image.noise_levels(options)
     for j in range(2):

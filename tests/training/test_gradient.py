@@ -341,9 +341,23 @@ def test_one_function_for_both_passes_gives_the_gradient_of_two(setting):
     assert fused_metrics["text/ratio_max_dev"] == fused_metrics["image/ratio_max_dev"] == 0.0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"merge_lora": False}, {"image_steps_at_once": False}, {"text_chunk": 0}, {"text_chunk": 3}],
+    ids=str,
+)
+def test_ways_to_compute_an_update_give_one_gradient(setting, changes):
+    expected, metrics, _ = gradient_of(setting, setting.spec)
+    other = dataclasses.replace(setting.spec, **changes)
+    assert other != setting.spec
+    gradient, other_metrics, _ = gradient_of(setting, other)
+    assert_close(gradient, expected, atol=2e-6, rtol=1e-3)
+    assert_close(other_metrics, metrics, atol=2e-6, rtol=2e-4)
+
+
 def test_residuals_hold_no_weights(setting):
     model = setting.loaded.model.clone(remat="full")
-    forward = _jitted("forward", model, setting.spec)
+    forward = _jitted("forward", model, dataclasses.replace(setting.spec, merge_lora=False))
     _, residuals = forward(setting.trainable, setting.loaded.base, setting.stored, jnp.int32(0))
     matrices = {
         x.shape for x in jax.tree.leaves(setting.loaded.base["language_model"]) if x.ndim == 3
