@@ -6,15 +6,15 @@ that it can be a static argument of `jax.jit`. The default values stand in confi
 everything may import it.
 """
 
-import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from alphagrpo_jax import score_specs
 from alphagrpo_jax.runtime.errors import UsageError
+from alphagrpo_jax.runtime.request_fields import extra_fields
 
 # No conversions but int to float; a text below a field is its description in the manual.
 SECTION = ConfigDict(
@@ -55,44 +55,12 @@ def check_key_name(name: str) -> str:
     return name
 
 
-# Fields of a chat request that the client sets itself: another value would change what is read.
-CLIENT_FIELDS = frozenset({
-    "logprobs", "max_completion_tokens", "max_tokens", "messages", "model", "n", "response_format",
-    "seed", "stream", "stream_options", "temperature", "top_logprobs",
-})  # fmt: skip
-
-
-def extra_fields(text: str) -> dict[str, Any]:
-    """Parses further fields of a chat request.
-
-    Args:
-      text: a JSON object, or "" for none.
-    Raises:
-      ConfigError: it is no JSON object, or it has a field that the client sets itself.
-    """
-    expected = 'expected a JSON object such as {"chat_template_kwargs": {"enable_thinking": false}}'
-    try:
-        fields = json.loads(text, parse_constant=_refuse_constant) if text else {}
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"got {text[:80]!r}, which is not JSON ({error}); {expected}") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"got {text[:80]!r}, {expected}")
-    if taken := sorted(CLIENT_FIELDS & fields.keys()):
-        raise ConfigError(
-            f"got the fields {taken}, which the client sets itself; leave them out "
-            "(verifier.model, max_tokens and top_logprobs are options of their own)"
-        )
-    return fields
-
-
-def _refuse_constant(name: str) -> None:
-    """Refuses NaN and the infinities, which are not JSON."""
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _check_extra_body(text: str) -> str:
     """Refuses what `extra_fields` does."""
-    extra_fields(text)
+    try:
+        extra_fields(text)
+    except UsageError as error:
+        raise ConfigError(str(error)) from error
     return text
 
 
@@ -413,7 +381,23 @@ class MixedOptions:
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
-class TrainOptions:
+class PassOptions:
+    """Ways to compute the passes of an update: the same numbers but for their last bits."""
+
+    text_chunk: int = Field(ge=0, le=1 << 20)
+    """Slots of a text that an update computes at once; chunks behind the longest text of a
+    micro-batch are left out. 0: all slots at once."""
+    image_steps_at_once: bool
+    """Compute all stochastic steps of an image in one pass of an update, which needs the memory of
+    all; else one after the other."""
+    merge_lora: bool
+    """Add the adapters to the weights before the passes of an update, and take their gradient from
+    that of the weights: fewer and larger products. Not where weights are bfloat16, which would
+    round the adapters, or where gradients of whole matrices have no room."""
+
+
+@dataclass(config=SECTION, frozen=True, kw_only=True)
+class TrainOptions(PassOptions):
     """Size and number of the updates, and what they train."""
 
     steps: int = Field(ge=0, le=1 << 40)
@@ -436,16 +420,6 @@ class TrainOptions:
     keep_residuals: bool
     """Keep what the backward pass needs from the pass before the update: one forward pass less, and
     the memory of all micro-batches at once. Without effect with `old_logprob` "self"."""
-    text_chunk: int = Field(ge=0, le=1 << 20)
-    """Slots of a text that an update computes at once; chunks behind the longest text of a
-    micro-batch are left out. 0: all slots at once."""
-    image_steps_at_once: bool
-    """Compute all stochastic steps of an image in one pass of an update, which needs the memory of
-    all; else one after the other."""
-    merge_lora: bool
-    """Add the adapters to the weights before the passes of an update, and take their gradient from
-    that of the weights: fewer and larger products. Not where weights are bfloat16, which would
-    round the adapters, or where gradients of whole matrices have no room."""
     context_gradient: bool
     """Let the gradient flow through the contexts of the trained steps."""
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import ml_collections
 import pydantic
 
-from alphagrpo_jax.config import Config, ConfigError
+from alphagrpo_jax.config import Config, ConfigError, PassOptions
 from alphagrpo_jax.runtime.errors import MissingFileError
 from alphagrpo_jax.score_specs import short_name
 from alphagrpo_jax.tasks import IMAGE, TASKS
@@ -40,10 +40,8 @@ RESUMABLE_WITH_NOTICE = (
     "model.remat",
     "model.unroll",
     "rollout.micro_batch",
-    "train.image_steps_at_once",
-    "train.merge_lora",
     "train.micro_batch",
-    "train.text_chunk",
+    *(f"train.{field.name}" for field in dataclasses.fields(PassOptions)),
     "verifier.",
 )
 NEVER_RESUMABLE = ("verifier.model", "verifier.instruction")  # another verifier, other questions

@@ -9,13 +9,11 @@ Every token attends to the full context. Padding is masked; a row never depends 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from alphagrpo_jax.flow.guidance import Guidance, active_mask, combine
@@ -29,7 +27,6 @@ from alphagrpo_jax.models.bagel_weights import (  # noqa: F401
 )
 from alphagrpo_jax.models.kv_cache import Context, DecodeCache, GuidanceContexts, Segment
 from alphagrpo_jax.models.mot import Tokens
-from alphagrpo_jax.ops.log_probs import TextLogProbs, by_blocks, target_log_probs
 from alphagrpo_jax.ops.masked import causal_mask
 from alphagrpo_jax.ops.patchify import patchify, unpatchify
 
@@ -76,65 +73,6 @@ def extend_text(
 def text_logits(model: Bagel, params: PolicyParams, hidden: jax.Array) -> jax.Array:
     """Computes logits float32[B, T, V] of hidden states float[B, T, D] (normed)."""
     return call(model, params, "logits", hidden)
-
-
-def text_log_probs(
-    model: Bagel,
-    params: PolicyParams,
-    ctx: Context,
-    tokens: jax.Array,
-    mask: jax.Array,
-    *,
-    temperature: float,
-    chunk: int = 0,
-) -> TextLogProbs:
-    """Computes log-probability and entropy of every token after the first.
-
-    `log softmax(logits_t / temperature)[token_{t+1}]` of the full softmax, in float32
-    (AlphaGRPO, sampling: top-p is not part of the scored distribution).
-
-    Args:
-      ctx: context before the text.
-      tokens: int32[B, T], as for `extend_text`.
-      mask: bool[B, T].
-      temperature: divides the logits.
-      chunk: static; so many slots at once. A chunk behind the end of all rows is not computed,
-        which the device decides: one compiled function for texts of any length. 0: all at once.
-    """
-    chex.assert_rank([tokens, mask], 2)
-    length = tokens.shape[1]
-
-    def of_block(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = text_logits(model, params, hidden)
-        return target_log_probs(logits, targets, temperature=temperature)
-
-    def of_chunk(ctx: Context, begin: int, end: int) -> tuple[Context, tuple]:
-        after, hidden = extend_text(model, params, ctx, tokens[:, begin:end], mask[:, begin:end])
-        targets = tokens[:, begin + 1 : end + 1]  # one less in the last chunk
-        scores = by_blocks(of_block, hidden[:, : targets.shape[1]], targets)
-        # Without the context so far, which `cond` would copy.
-        return Context(after.segments[-1:], after.rope), scores
-
-    chunks = []
-    for begin in range(0, length - 1, chunk or length):
-        end = min(begin + (chunk or length), length)
-        compute = functools.partial(of_chunk, begin=begin, end=end)
-        if begin:
-            needed = jnp.any(mask[:, begin:])
-            new, scores = jax.lax.cond(needed, compute, functools.partial(_zeros, compute), ctx)
-        else:
-            new, scores = compute(ctx)
-        ctx = Context((*ctx.segments, *new.segments), new.rope)
-        chunks.append(scores)
-    log_prob, entropy = (jnp.concatenate(arrays, axis=1) for arrays in zip(*chunks, strict=True))
-    valid = mask[:, 1:]
-    return TextLogProbs(jnp.where(valid, log_prob, 0.0), jnp.where(valid, entropy, 0.0), valid)
-
-
-def _zeros(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns zeros in place of what a function would return."""
-    shapes = jax.eval_shape(function, *arguments)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def init_decode(model: Bagel, ctx: Context, max_tokens: int) -> DecodeCache:
@@ -279,8 +217,7 @@ def packed_velocity(
 ) -> jax.Array:
     """Computes the velocities of R noisy versions of each row's image in the row's one context.
 
-    As `velocity` on every version alone, but the context is read once per row: the versions are
-    one sequence whose mask hides them from each other.
+    As `velocity` on every version alone, but the row's context is stored and read once.
 
     Args:
       ctx: context of B rows.
@@ -291,18 +228,9 @@ def packed_velocity(
       float32[B, R, M, C].
     """
     chex.assert_rank([x, sigma], [4, 2])
-    batch, versions, latents, _ = x.shape
-    flat_x, flat_sigma = x.reshape(batch * versions, *x.shape[2:]), sigma.reshape(batch * versions)
-    gen = embed_latents(model, params, flat_x, flat_sigma, grid)
-    marks = jnp.tile(_delimiters(model, params, batch), (1, versions, 1))
-    tokens = Tokens(marks, gen.reshape(batch, versions * latents, -1))
-    numbers = np.arange(versions)
-    # The version of every token in the decoder's order: all delimiters, then all latents.
-    version = np.concatenate([np.repeat(numbers, 2), np.repeat(numbers, latents)])
-    self_mask = jnp.asarray(version[None, :, None] == version[None, None, :])
-    positions, _ = _image_geometry(ctx, len(version))
-    hidden = _decode_uncached(model, params, _Block(ctx, tokens, positions, self_mask))
-    return call(model, params, "read_velocity", hidden.gen).reshape(x.shape)
+    rows = kv_cache.repeat(kv_cache.broadcast(ctx, x.shape[0]), x.shape[1])
+    flat = x.reshape(-1, *x.shape[2:])
+    return velocity(model, params, rows, flat, sigma.reshape(-1), grid).reshape(x.shape)
 
 
 def guided_velocity(

@@ -29,6 +29,7 @@ from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import SpecialTokens, Tokenizer
+from alphagrpo_jax.sampling.text import text_log_probs
 
 ROWS, LENGTH = 2, 16  # of the texts
 RANK = 4  # of the adapters
@@ -86,9 +87,7 @@ def text_gradient(model: Bagel, params: policy.PolicyParams, tokens: jax.Array) 
         mask = jnp.ones(tokens.shape, bool)
         adapted = dataclasses.replace(params, lora=adapters)
         ctx = kv_cache.empty(ROWS)
-        return policy.text_log_probs(
-            model, adapted, ctx, tokens, mask, temperature=1.0
-        ).log_prob.mean()
+        return text_log_probs(model, adapted, ctx, tokens, mask, temperature=1.0).log_prob.mean()
 
     return jax.grad(loss)(params.lora)
 

@@ -37,6 +37,7 @@ from alphagrpo_jax.runtime.files import replace_text
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling import image, text
+from alphagrpo_jax.sampling.text import text_log_probs
 from alphagrpo_jax.types import ImageSample
 
 GUIDANCE = Guidance(  # two branches at every step
@@ -160,7 +161,7 @@ class CompiledPolicy:
         self, adapters: dict, params: policy.PolicyParams, ctx: Context, tokens: jax.Array
     ) -> jax.Array:
         params, mask = params.replace(lora=adapters), jnp.ones(tokens.shape, bool)
-        scores = policy.text_log_probs(self.model, params, ctx, tokens, mask, temperature=1.0)
+        scores = text_log_probs(self.model, params, ctx, tokens, mask, temperature=1.0)
         return scores.log_prob.sum()
 
     def _image_log_prob(

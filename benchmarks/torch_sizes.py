@@ -40,6 +40,7 @@ from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
 from alphagrpo_jax.sampling.image import noise_levels
+from alphagrpo_jax.sampling.text import text_log_probs
 from alphagrpo_jax.types import ImageSample
 from benchmarks import torch_policy
 from benchmarks.policy_speed import CompiledPolicy, Sizes, random_params
@@ -216,7 +217,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None] = say_now) -
 def differences(ours: JaxFunctions, peer: TorchFunctions) -> dict[str, float]:
     """Computes mean absolute differences as shares of the mean absolute value of ours, by name."""
     compiled, rows = ours.compiled, ours.sizes.rows
-    score = jax.jit(functools.partial(policy.text_log_probs, ours.model, temperature=1.0))
+    score = jax.jit(functools.partial(text_log_probs, ours.model, temperature=1.0))
     scores = score(ours.params, ours.ctx, ours.scored, jnp.ones(ours.scored.shape, bool))
     flow = jax.jit(functools.partial(policy.velocity, ours.model, grid=compiled.grid))
     sigma = jnp.full((rows,), noise_levels(compiled.options)[0])

@@ -23,6 +23,7 @@ from alphagrpo_jax.parity.text_cases import greedy
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.sampling import contexts as contexts_lib
 from alphagrpo_jax.sampling import trajectory
+from alphagrpo_jax.sampling.text import text_log_probs
 from alphagrpo_jax.tasks import ANSWER, GIVEN_IMAGE, IMAGE, SEEN_IMAGE, SYSTEM, TEXT, THINK
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock, TextSample
@@ -89,7 +90,7 @@ def test_thinking_before_drawing_is_c6(port):
 
 def log_probs(port, pieces, step, ids):
     """Of a text in the context of a text step, float32[T - 1]."""
-    return policy.text_log_probs(
+    return text_log_probs(
         port.model,
         port.params,
         contexts_lib.context(pieces, step.gen, jnp.zeros(1, jnp.int32)),

@@ -17,6 +17,7 @@ from alphagrpo_jax.models.kv_cache import GuidanceContexts
 from alphagrpo_jax.models.mot import Tokens
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.runtime.tokenizer import SpecialTokens
+from alphagrpo_jax.sampling.text import text_log_probs
 
 TOKENS = SpecialTokens(im_start=40, im_end=41, vision_start=42, vision_end=43)
 CONFIG = BagelConfig.from_dicts(
@@ -87,7 +88,7 @@ def context(params: PolicyParams, rows: slice = slice(None), width: int = 5) -> 
 
 def scores(params: PolicyParams, ctx: kv_cache.Context, rows: slice, width: int):
     tokens, mask = jnp.asarray(TEXT[rows, :width]), jnp.asarray(MASK[rows, :width])
-    function = jax.jit(functools.partial(policy.text_log_probs, MODEL, temperature=0.7))
+    function = jax.jit(functools.partial(text_log_probs, MODEL, temperature=0.7))
     return function(params, ctx, tokens, mask)
 
 
@@ -124,7 +125,7 @@ def test_a_text_in_chunks_has_the_scores_and_the_gradient_of_the_whole(params, c
 
     def total(base, chunk):
         ctx = kv_cache.empty(2)
-        found = policy.text_log_probs(
+        found = text_log_probs(
             MODEL,
             PolicyParams(base),
             ctx,

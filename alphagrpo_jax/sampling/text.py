@@ -1,6 +1,8 @@
-"""Samples texts with a key/value cache, all rows at once, until every row has ended."""
+"""Samples texts with a key/value cache, all rows at once; computes the log-probs of texts."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -11,6 +13,7 @@ from alphagrpo_jax.models import kv_cache
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context
 from alphagrpo_jax.ops import categorical
+from alphagrpo_jax.ops.log_probs import TextLogProbs, by_blocks, target_log_probs
 from alphagrpo_jax.types import TextSample
 
 
@@ -125,3 +128,64 @@ def sample_tokens(
 def _set_column(array: jax.Array, column: jax.Array, at: jax.Array) -> jax.Array:
     """Sets `array[:, at] = column`; does nothing where `at` lies beyond the end."""
     return array.at[:, at].set(column, mode="drop")
+
+
+def text_log_probs(
+    model: Bagel,
+    params: policy.PolicyParams,
+    ctx: Context,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    temperature: float,
+    chunk: int = 0,
+) -> TextLogProbs:
+    """Computes log-probability and entropy of every token after the first.
+
+    `log softmax(logits_t / temperature)[token_{t+1}]` of the full softmax, in float32
+    (AlphaGRPO, sampling: top-p is not part of the scored distribution).
+
+    Args:
+      ctx: context before the text.
+      tokens: int32[B, T], as for `extend_text`.
+      mask: bool[B, T].
+      temperature: divides the logits.
+      chunk: static; so many slots at once. A chunk behind the end of all rows is not computed,
+        which the device decides: one compiled function for texts of any length. 0: all at once.
+    """
+    chex.assert_rank([tokens, mask], 2)
+    length = tokens.shape[1]
+
+    def of_block(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = policy.text_logits(model, params, hidden)
+        return target_log_probs(logits, targets, temperature=temperature)
+
+    def of_chunk(ctx: Context, begin: int, end: int) -> tuple[Context, tuple]:
+        after, hidden = policy.extend_text(
+            model, params, ctx, tokens[:, begin:end], mask[:, begin:end]
+        )
+        targets = tokens[:, begin + 1 : end + 1]  # one less in the last chunk
+        scores = by_blocks(of_block, hidden[:, : targets.shape[1]], targets)
+        # Without the context so far, which `cond` would copy.
+        return Context(after.segments[-1:], after.rope), scores
+
+    chunks = []
+    for begin in range(0, length - 1, chunk or length):
+        end = min(begin + (chunk or length), length)
+        compute = functools.partial(of_chunk, begin=begin, end=end)
+        if begin:
+            needed = jnp.any(mask[:, begin:])
+            new, scores = jax.lax.cond(needed, compute, functools.partial(_zeros, compute), ctx)
+        else:
+            new, scores = compute(ctx)
+        ctx = Context((*ctx.segments, *new.segments), new.rope)
+        chunks.append(scores)
+    log_prob, entropy = (jnp.concatenate(arrays, axis=1) for arrays in zip(*chunks, strict=True))
+    valid = mask[:, 1:]
+    return TextLogProbs(jnp.where(valid, log_prob, 0.0), jnp.where(valid, entropy, 0.0), valid)
+
+
+def _zeros(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns zeros in place of what a function would return."""
+    shapes = jax.eval_shape(function, *arguments)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -16,13 +16,14 @@ import optax
 from flax import struct, traverse_util
 
 from alphagrpo_jax import loss, policy
-from alphagrpo_jax.config import LoraOptions, LossOptions, TrainOptions
+from alphagrpo_jax.config import LoraOptions, LossOptions, PassOptions, TrainOptions
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import image
 from alphagrpo_jax.sampling.contexts import context, guidance_contexts, rebuild
+from alphagrpo_jax.sampling.text import text_log_probs
 from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_options, merged_params
 from alphagrpo_jax.tasks import Plan
 from alphagrpo_jax.types import (
@@ -43,9 +44,7 @@ class UpdateSpec:
     layout: RowLayout  # rows over the mesh, and their micro-batches
     rebuild_contexts: bool  # compute contexts again, so that the gradient flows through them
     lora_scale: float | None  # alpha / rank; None: part of the base is trained
-    text_chunk: int  # slots of a text that are computed at once; 0: all
-    image_steps_at_once: bool  # all stochastic steps of an image in one pass
-    merge_lora: bool  # compute with the adapters added to the weights
+    passes: PassOptions
 
     @property
     def plan(self) -> Plan:
@@ -108,30 +107,24 @@ def log_probs(
     """Computes log-probs of the trained steps of B trajectories, in their stored contexts.
 
     A kind of steps whose loss is "none" is left out: its tuples are empty. The stored contexts are
-    constants; with `rebuild_contexts` they are computed again here, so
-    that the gradient flows through them.
+    constants; with `rebuild_contexts` they are computed again here, so that the gradient flows
+    through them.
     """
     plan, owner = spec.plan, trajectories.owner
     sharing = spec.layout.sharing(spec.rollout.rows_per_prompt)
     pieces = jax.lax.stop_gradient(trajectories.pieces)
     if spec.rebuild_contexts:
-        pieces = rebuild(
-            model,
-            params,
-            trajectories,
-            plan=plan,
-            system_tokens=spec.rollout.system_tokens,
-            grid=spec.rollout.grid,
-        )
+        fixed = {"system_tokens": spec.rollout.system_tokens, "grid": spec.rollout.grid}
+        pieces = rebuild(model, params, trajectories, plan=plan, **fixed)
     texts = [
-        policy.text_log_probs(
+        text_log_probs(
             model,
             params,
             kv_cache.merge(context(pieces, step.gen, owner, sharing=sharing)),
             trajectories.texts[step.index].tokens,
             trajectories.texts[step.index].mask,
             temperature=spec.rollout.options.temperature,
-            chunk=spec.text_chunk,
+            chunk=spec.passes.text_chunk,
         )
         for step in (plan.text_steps if spec.loss.text != "none" else ())
     ]
@@ -143,7 +136,7 @@ def log_probs(
             trajectories.images[step.index],
             options=image_options(spec.rollout.options, step),
             grid=spec.rollout.grid,
-            at_once=spec.image_steps_at_once,
+            at_once=spec.passes.image_steps_at_once,
         )
         for step in (plan.image_steps if spec.loss.image != "none" else ())
     ]
@@ -210,7 +203,7 @@ def _vjp(
 
     def compute(trainable: Any) -> LogProbs:
         params = policy_params(base, trainable, lora_scale=spec.lora_scale)
-        params = merged_params(params, merge_lora=spec.merge_lora)
+        params = merged_params(params, merge_lora=spec.passes.merge_lora)
         return log_probs(model, params, rows, spec=spec)
 
     return jax.vjp(compute, trainable)

@@ -7,7 +7,7 @@ them what is derived and no option: the plan, token ids, the latent grid.
 import dataclasses
 
 from alphagrpo_jax import tasks
-from alphagrpo_jax.config import Config, MeshOptions, RewardOptions
+from alphagrpo_jax.config import Config, MeshOptions, PassOptions, RewardOptions, TrainOptions
 from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling.trajectory import RolloutSpec
@@ -77,10 +77,14 @@ def update_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> Update
         ),
         rebuild_contexts=config.train.context_gradient,
         lora_scale=lora_scale(config),
-        text_chunk=config.train.text_chunk,
-        image_steps_at_once=config.train.image_steps_at_once,
-        merge_lora=config.train.merge_lora,
+        passes=pass_options(config.train),
     )
+
+
+def pass_options(options: TrainOptions) -> PassOptions:
+    """Returns what the passes of an update depend on, without what they do not."""
+    names = [field.name for field in dataclasses.fields(PassOptions)]
+    return PassOptions(**{name: getattr(options, name) for name in names})
 
 
 def lora_scale(config: Config) -> float | None:

@@ -16,6 +16,7 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import policy
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.policy import PolicyParams
+from alphagrpo_jax.sampling.text import text_log_probs
 from benchmarks import torch_peer, torch_policy, torch_training
 from benchmarks.torch_bagel import TorchBagel
 from benchmarks.torch_equality import gradient_difference, largest, tensor
@@ -88,7 +89,7 @@ def our_outputs(model, adapters, params: PolicyParams, inputs: Inputs) -> Output
     params = PolicyParams(params.base, adapters, params.lora_scale)
     prompt, _ = policy.extend_text(model, params, kv_cache.empty(2), *inputs[:2])
     prompt = kv_cache.stop_gradient(prompt)
-    scores = policy.text_log_probs(model, params, prompt, *inputs[2:4], temperature=0.9)
+    scores = text_log_probs(model, params, prompt, *inputs[2:4], temperature=0.9)
     ctx, _ = policy.extend_text(model, params, prompt, *inputs[2:4])
     sigma = jnp.broadcast_to(jnp.asarray(SIGMAS), (2, 2))
     v = policy.packed_velocity(model, params, jax.lax.stop_gradient(ctx), inputs.x, sigma, GRID)

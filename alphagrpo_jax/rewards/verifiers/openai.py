@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tenacity
 
-from alphagrpo_jax.config import extra_fields
 from alphagrpo_jax.rewards.verifiers import png
 from alphagrpo_jax.rewards.verifiers.base import (
     Answer,
@@ -42,6 +41,7 @@ from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION, RATE
 from alphagrpo_jax.rewards.verifiers.reading import read_answer, read_rating
 from alphagrpo_jax.rewards.verifiers.spelling import FALLBACK_TOKENS, MIN_MASS
 from alphagrpo_jax.runtime.errors import InputError, UsageError
+from alphagrpo_jax.runtime.request_fields import extra_fields
 
 RATING_CANDIDATES = 20  # the most that servers commonly allow
 RATING_TOKENS = 3  # "10" may be two
