@@ -563,8 +563,8 @@ class MeshOptions:
     """Devices over which the matrices of a layer are spread."""
     cpu_devices: int = Field(ge=0, le=1024)
     """Devices that JAX makes of a host's CPU: each computes its rows on a core of its own, where a
-    single device keeps one core waiting for the other. 0, or a device count in `XLA_FLAGS`: what
-    JAX makes by itself."""
+    single device keeps one core waiting for the other. 0, several processes, or a device count in
+    `XLA_FLAGS`: what JAX makes by itself."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from alphagrpo_jax.models import peft
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
-from alphagrpo_jax.runtime import sharding
+from alphagrpo_jax.runtime import distributed, sharding
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
@@ -105,9 +105,11 @@ def enter_mesh(config: Config) -> tuple[Config, Mesh]:
 def divide_cpu(devices: int) -> None:
     """Lets JAX make so many devices of the CPU; see `mesh.cpu_devices`.
 
-    Without effect where JAX has started already, as in a notebook or behind another run.
+    Without effect where JAX has started already, as in a notebook or behind another run, and for
+    one of several processes, which keep the cores busy together.
     """
-    if devices and CPU_DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    is_told = CPU_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or distributed.is_joined()
+    if devices and not is_told:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", devices)
 
