@@ -386,14 +386,15 @@ class PassOptions:
 
     text_chunk: int = Field(ge=0, le=1 << 20)
     """Slots of a text that an update computes at once; chunks behind the longest text of a
-    micro-batch are left out. 0: all slots at once."""
+    micro-batch are left out. Each chunk but the first keeps its own copy of the weights and of the
+    context for the backward pass. 0: all slots at once."""
     image_steps_at_once: bool
     """Compute all stochastic steps of an image in one pass of an update, which needs the memory of
     all; else one after the other."""
     merge_lora: bool
     """Add the adapters to the weights before the passes of an update, and take their gradient from
     that of the weights: fewer and larger products. Not where weights are bfloat16, which would
-    round the adapters, or where gradients of whole matrices have no room."""
+    round the adapters, or where the sums, and gradients of whole matrices, have no room."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
@@ -564,7 +565,7 @@ class MeshOptions:
     cpu_devices: int = Field(ge=0, le=1024)
     """Devices that JAX makes of a host's CPU: each computes its rows on a core of its own, where a
     single device keeps one core waiting for the other. 0, several processes, or a device count in
-    `XLA_FLAGS`: what JAX makes by itself."""
+    `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES`: what JAX makes by itself."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

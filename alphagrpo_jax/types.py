@@ -153,7 +153,7 @@ def map_rows(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
             name: function(axis, *(getattr(segment, name) for segment in segments))
             for name, axis in SEGMENT_ROW_AXES.items()
         }
-        return Segment(**arrays)
+        return dataclasses.replace(segments[0], **arrays)
 
     def map_rollouts(*rollouts: Rollout) -> Rollout:
         pieces = tuple(

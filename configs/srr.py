@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config = grpo.get_config()
     config.task = "srr"
     config.train.steps = 120
+    config.train.text_chunk = 37  # of 74 slots
     config.optimizer.decay_steps = 120
     config.eval.every = 40
     config.eval.prompts = 200

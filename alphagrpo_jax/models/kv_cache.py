@@ -25,6 +25,9 @@ class Segment:
     k: jax.Array  # float[L, R, K, S, H]
     v: jax.Array  # float[L, R, K, S, H]
     valid: jax.Array  # bool[R, S]; False at padding
+    # What a prompt's or all rows share: merged apart also where there happens to be one row, so
+    # that a context's structure does not depend on the number of rows.
+    shared: bool = struct.field(pytree_node=False, default=False)
 
 
 SEGMENT_ROW_AXES = {"k": 1, "v": 1, "valid": 0}  # axis R of a segment's arrays
@@ -68,7 +71,7 @@ def append(ctx: Context, segment: Segment, advance: jax.Array | int) -> Context:
 
     Args:
       ctx: the context so far.
-      segment: the new block.
+      segment: the new block, of B rows or fewer.
       advance: int32[B] or int, how far the RoPE id moves on.
     """
     return Context((*ctx.segments, segment), ctx.rope + advance)
@@ -77,8 +80,12 @@ def append(ctx: Context, segment: Segment, advance: jax.Array | int) -> Context:
 def merge(ctx: Context) -> Context:
     """Returns the same context as one segment, or two: what rows share, and what is their own."""
     rows = ctx.rope.shape[0]
-    shared = [segment for segment in ctx.segments if segment.valid.shape[0] < rows]
-    own = [segment for segment in ctx.segments if segment.valid.shape[0] == rows]
+
+    def is_shared(segment: Segment) -> bool:
+        return segment.shared or segment.valid.shape[0] < rows
+
+    shared = [segment for segment in ctx.segments if is_shared(segment)]
+    own = [segment for segment in ctx.segments if not is_shared(segment)]
     most = max((segment.valid.shape[0] for segment in shared), default=0)
     merged = [_join([_repeat(segment, most) for segment in shared]), _join(own)]
     return dataclasses.replace(ctx, segments=tuple(segment for segment in merged if segment))
@@ -89,13 +96,15 @@ def _join(segments: Sequence[Segment]) -> Segment | None:
     if len(segments) <= 1:
         return segments[0] if segments else None
     k, v = (jnp.concatenate([getattr(s, name) for s in segments], axis=3) for name in ("k", "v"))
-    return Segment(k, v, jnp.concatenate([s.valid for s in segments], axis=1))
+    valid = jnp.concatenate([s.valid for s in segments], axis=1)
+    return Segment(k, v, valid, segments[0].shared)
 
 
 def _map_rows(segment: Segment, function: Callable[[jax.Array, int], jax.Array]) -> Segment:
     """Applies `function(array, axis of the rows)` to a segment's arrays."""
     axes = SEGMENT_ROW_AXES.items()
-    return Segment(**{name: function(getattr(segment, name), axis) for name, axis in axes})
+    arrays = {name: function(getattr(segment, name), axis) for name, axis in axes}
+    return dataclasses.replace(segment, **arrays)
 
 
 def _repeat(segment: Segment, rows: int) -> Segment:

@@ -70,7 +70,7 @@ def scan_layers(
       shared: arguments that are the same for all layers.
       length: number of layers.
       remat: key of `REMAT_POLICIES`.
-      unroll: layers per iteration.
+      unroll: layers per iteration; all of them: no loop.
     Returns:
       The last carry, and the layers' second results, stacked.
     """
@@ -87,7 +87,9 @@ def scan_layers(
         outputs, variables = [], block.variables
         for index in range(length):
             of_layer = jax.tree.map(lambda x, index=index: x[index], (variables, per_layer))
-            function = layer.apply if remat == "none" else _checkpointed(layer.apply, remat)
+            # In no loop the compiler could merge what is computed again with the first time.
+            again = _checkpointed(layer.apply, remat, prevent_cse=True)
+            function = layer.apply if remat == "none" else again
             carry, output = function(of_layer[0], carry, of_layer[1], *shared)
             outputs.append(output)
         return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
@@ -97,12 +99,14 @@ def scan_layers(
         return layer.apply(variables, carry, inputs, *shared)
 
     if remat != "none":
-        step = _checkpointed(step, remat)
+        step = _checkpointed(step, remat, prevent_cse=False)
     return jax.lax.scan(step, carry, (block.variables, per_layer), length=length, unroll=unroll)
 
 
-def _checkpointed(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    return jax.checkpoint(function, prevent_cse=False, policy=REMAT_POLICIES[remat])
+def _checkpointed(
+    function: Callable[..., Any], remat: str, *, prevent_cse: bool
+) -> Callable[..., Any]:
+    return jax.checkpoint(function, prevent_cse=prevent_cse, policy=REMAT_POLICIES[remat])
 
 
 def matmul(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:

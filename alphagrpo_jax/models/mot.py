@@ -43,7 +43,7 @@ class Geometry(NamedTuple):
 
     cos: jax.Array  # float32[B, T, H / 2]
     sin: jax.Array  # float32[B, T, H / 2]
-    # bool[B or 1, T or 1, S_i] per cached segment, then that of the new tokens among themselves
+    # bool[B or R_i or 1, T or 1, S_i] per cached segment, then that of the new tokens
     masks: tuple[jax.Array, ...]
 
 
@@ -154,7 +154,7 @@ class MoTDecoder(nn.Module):
           tokens: hidden states of the und and gen tokens.
           positions: int32[B, T] RoPE ids, T = Tu + Tg.
           past: cached segments.
-          masks: bool[B or 1, T or 1, S_i] per cached segment, then bool[B or 1, T, T].
+          masks: bool[B or R_i or 1, T or 1, S_i] per cached segment, then bool[B or 1, T, T].
           keep_cache: return the new keys and values.
           final_norm: apply the final norms.
         Returns:

@@ -1,5 +1,6 @@
 """Contexts of trajectories, put together from the pieces that their events add."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,7 +105,9 @@ def context(
         if piece.level == "prompt":
             piece = take_rows(piece, owner[::sharing])
         advance = jnp.repeat(piece.advance, owner.shape[0] // piece.advance.shape[0])
-        ctx = Context((*ctx.segments, *piece.segments), ctx.rope + advance)
+        shared = piece.level == "shared" or (piece.level == "prompt" and sharing > 1)
+        segments = [dataclasses.replace(segment, shared=shared) for segment in piece.segments]
+        ctx = Context((*ctx.segments, *segments), ctx.rope + advance)
     return ctx
 
 

@@ -218,7 +218,8 @@ def text_context(
     Returns:
       The context of all rows, and new pieces by node.
     """
-    sharing = spec.sharing(rollout.owner.shape[0])
+    rows = rollout.owner.shape[0]
+    sharing = dataclasses.replace(spec, micro_batch=rows).sharing(rows)  # texts are of all rows
     pieces, new = fill_pieces(
         model,
         params,

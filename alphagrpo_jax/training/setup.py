@@ -25,6 +25,7 @@ from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.types import TrainState
 
+CPU_DEVICES = "JAX_NUM_CPU_DEVICES"  # in the environment
 CPU_DEVICES_FLAG = "xla_force_host_platform_device_count"  # in XLA_FLAGS
 
 
@@ -85,7 +86,9 @@ def make_mesh(config: Config) -> Mesh:
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except UsageError as error:
-        raise ConfigError(str(error)) from error
+        hint = "; mesh.cpu_devices is the number of devices that JAX makes of a CPU"
+        on_cpu = jax.default_backend() == "cpu"
+        raise ConfigError(f"{error}{hint if on_cpu else ''}") from error
     return mesh
 
 
@@ -108,8 +111,8 @@ def divide_cpu(devices: int) -> None:
     Without effect where JAX has started already, as in a notebook or behind another run, and for
     one of several processes, which keep the cores busy together.
     """
-    is_told = CPU_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or distributed.is_joined()
-    if devices and not is_told:
+    is_told = CPU_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or CPU_DEVICES in os.environ
+    if devices and not is_told and not distributed.is_joined():
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", devices)
 

@@ -340,10 +340,11 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
         return dataclasses.replace(piece, segments=segments, advance=advance)
 
     def of_segment(segment: Segment, *, rows: bool = True) -> Segment:
-        rows = rows and segment.valid.shape[0] % ways == 0  # else it is of all rows
+        # A segment of one row is read by the rows of all devices.
+        rows = rows and segment.valid.shape[0] % ways == 0
         heads: Any = sharding.cache_sharding(mesh, segment.k.shape, rows=rows)
         valid: Any = sharding.batch_sharding(mesh) if rows else replicated
-        return Segment(heads, heads, valid)
+        return dataclasses.replace(segment, k=heads, v=heads, valid=valid)
 
     def of_node(node: Any) -> Any:
         if isinstance(node, Piece):

@@ -1,5 +1,7 @@
 """Contexts as views: appending, merging, repeating."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +79,14 @@ def test_what_rows_share_is_merged_apart_from_what_is_their_own():
     repeated = kv_cache.repeat(ctx, 2)
     assert repeated.rope.tolist() == [6, 6, 6, 6, 7, 7, 7, 7]
     assert repeated.segments[2] is ctx.segments[2]
+
+
+def test_the_structure_of_a_merged_context_does_not_depend_on_the_rows():
+    def merged(rows):
+        system = dataclasses.replace(segment(1, 2, 0.0), shared=True)
+        ctx = kv_cache.append(kv_cache.empty(rows), system, 1)
+        return kv_cache.merge(kv_cache.append(ctx, segment(rows, 3, 9.0), 1))
+
+    structures = {jax.tree.structure(merged(rows)) for rows in (1, 2, 3)}
+    assert len(structures) == 1
+    assert len(merged(1).segments) == 2
