@@ -34,7 +34,7 @@ MESHES = ((3, 1, 1), (6, 1, 1), (2, 2, 2))
 def numbers(config, mesh, stored=None):
     """The stored rollout (sampled here if None), and everything that is compared, as numpy."""
     with jax.set_mesh(mesh):
-        config = dataclasses.replace(config, mesh=MeshOptions(**mesh.shape))
+        config = dataclasses.replace(config, mesh=MeshOptions(**mesh.shape, cpu_devices=0))
         loaded = setup.load_policy(config, mesh)
         optimizer = make_optimizer(config.optimizer)
         state = setup.initial_state(config, loaded.base, optimizer, mesh)
