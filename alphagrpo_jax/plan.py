@@ -24,7 +24,7 @@ import jax
 from jax.sharding import Mesh
 
 from alphagrpo_jax import config_checks
-from alphagrpo_jax.config import Config, ConfigError, MeshOptions
+from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.planning import compiling, fit, model, report, targets
 from alphagrpo_jax.planning import stages as stages_lib
@@ -155,8 +155,7 @@ def run(options: argparse.Namespace) -> int:
     except UsageError as error:
         raise ConfigError(f"{error} ({target.name} has {len(target.devices)})") from error
     sizes = dict(mesh.shape)
-    axes = MeshOptions(**sizes, cpu_devices=config.mesh.cpu_devices)
-    config = dataclasses.replace(config, mesh=axes)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
     cache = pathlib.Path(options.cache) if options.cache else compiling.default_cache()
     with jax.set_mesh(mesh):
         evaluation = not options.skip_evaluation

@@ -85,9 +85,9 @@ def merge(ctx: Context) -> Context:
         return segment.shared or segment.valid.shape[0] < rows
 
     shared = [segment for segment in ctx.segments if is_shared(segment)]
-    own = [segment for segment in ctx.segments if not is_shared(segment)]
+    of_one_row = [segment for segment in ctx.segments if not is_shared(segment)]
     most = max((segment.valid.shape[0] for segment in shared), default=0)
-    merged = [_join([_repeat(segment, most) for segment in shared]), _join(own)]
+    merged = [_join([_repeat(segment, most) for segment in shared]), _join(of_one_row)]
     return dataclasses.replace(ctx, segments=tuple(segment for segment in merged if segment))
 
 

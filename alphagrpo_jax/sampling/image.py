@@ -120,21 +120,15 @@ def image_log_probs(
     batch, steps = sample.before.shape[:2]
     at = sample.start + jnp.arange(steps, dtype=jnp.int32)
 
-    def velocity(contexts: GuidanceContexts, x: jax.Array, sigma: jax.Array) -> jax.Array:
-        guidance = options.guidance
-        return policy.guided_velocity(
-            model, params, contexts, x, sigma, grid, guidance, active=guided
-        )
-
-    def scores(x: jax.Array, v: jax.Array, after: jax.Array, at: jax.Array) -> tuple:
+    def scores(x: jax.Array, v: jax.Array, x_next: jax.Array, at: jax.Array) -> tuple:
         sigma, sigma_next = levels[at], levels[at + 1]
         mean, std = transition(x, v, sigma, sigma_next, options=options)
-        return log_prob(after, mean, std, sigma, sigma_next, options=options), mean
+        return log_prob(x_next, mean, std, sigma, sigma_next, options=options), mean
 
     def step(_: None, inputs: tuple) -> tuple[None, tuple]:
-        x, after, at = inputs
-        v = velocity(contexts, x, jnp.broadcast_to(levels[at], (batch,)))
-        return None, scores(x, v, after, at)
+        x, x_next, at = inputs
+        v = _velocity(model, params, contexts, x, levels[at], options, grid, guided=guided)
+        return None, scores(x, v, x_next, at)
 
     before, after = (jnp.moveaxis(x, 1, 0) for x in (sample.before, sample.after))
     if at_once:
@@ -145,7 +139,9 @@ def image_log_probs(
             )
         )
         rows = sample.before.reshape(batch * steps, *before.shape[2:])
-        v = velocity(shared, rows, jnp.tile(levels[at], batch)).reshape(sample.before.shape)
+        sigmas = jnp.tile(levels[at], batch)
+        v = _velocity(model, params, shared, rows, sigmas, options, grid, guided=guided)
+        v = v.reshape(sample.before.shape)
         logp, mean = jax.vmap(scores)(before, jnp.moveaxis(v, 1, 0), after, at)
     else:
         _, (logp, mean) = jax.lax.scan(step, None, (before, after, at))
@@ -188,7 +184,7 @@ def _velocity(
     *,
     guided: bool | None,
 ) -> jax.Array:
-    """Computes the guided velocity of all rows at one noise level, float32[B, M, C]."""
+    """Computes the guided velocity of all rows at a noise level float32[] or float32[B]."""
     rows = jnp.broadcast_to(sigma, x.shape[:1])
     return policy.guided_velocity(
         model, params, contexts, x, rows, grid, options.guidance, active=guided

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from alphagrpo_jax import prompts, tasks
-from alphagrpo_jax.config import Config, ConfigError, MeshOptions
+from alphagrpo_jax.config import Config, ConfigError
 from alphagrpo_jax.models import peft
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
@@ -101,7 +101,7 @@ def enter_mesh(config: Config) -> tuple[Config, Mesh]:
     divide_cpu(config.mesh.cpu_devices)
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
-    sizes = MeshOptions(**mesh.shape, cpu_devices=config.mesh.cpu_devices)
+    sizes = dataclasses.replace(config.mesh, **mesh.shape)
     return dataclasses.replace(config, mesh=sizes), mesh
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax.config import MeshOptions
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import options as options_lib
@@ -34,7 +33,7 @@ MESHES = ((3, 1, 1), (6, 1, 1), (2, 2, 2))
 def numbers(config, mesh, stored=None):
     """The stored rollout (sampled here if None), and everything that is compared, as numpy."""
     with jax.set_mesh(mesh):
-        config = dataclasses.replace(config, mesh=MeshOptions(**mesh.shape, cpu_devices=0))
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh.shape))
         loaded = setup.load_policy(config, mesh)
         optimizer = make_optimizer(config.optimizer)
         state = setup.initial_state(config, loaded.base, optimizer, mesh)

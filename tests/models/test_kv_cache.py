@@ -66,8 +66,8 @@ def test_stop_gradient():
 def test_what_rows_share_is_merged_apart_from_what_is_their_own():
     ctx = Context((segment(1, 2, 0.0), segment(2, 3, 50.0)), jnp.array([5, 5, 6, 6]))
     ctx = kv_cache.append(ctx, segment(4, 1, 100.0), 1)
-    shared, own = kv_cache.merge(ctx).segments
-    assert (shared.k.shape[1], own.k.shape[1]) == (2, 4)
+    shared, of_one_row = kv_cache.merge(ctx).segments
+    assert (shared.k.shape[1], of_one_row.k.shape[1]) == (2, 4)
     for row in range(2):
         np.testing.assert_array_equal(shared.k[:, row, :, :2], ctx.segments[0].k[:, 0])
         np.testing.assert_array_equal(shared.v[:, row, :, 2:], ctx.segments[1].v[:, row])
