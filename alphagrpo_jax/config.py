@@ -6,8 +6,9 @@ that it can be a static argument of `jax.jit`. The default values stand in confi
 everything may import it.
 """
 
+import dataclasses
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -25,6 +26,7 @@ SECTION = ConfigDict(
     hide_input_in_errors=True,  # an input may be a key that was given in the wrong place
 )
 
+Section = TypeVar("Section")
 AnswerScore = Literal["confidence", "binary"]
 ScoreName = Annotated[str, AfterValidator(score_specs.check)]
 Aggregate = Literal["geometric", "mean", "pooled"]
@@ -603,3 +605,9 @@ class Config:
     def trajectories(self) -> int:
         """B, trajectories per batch."""
         return self.train.prompts_per_step * self.train.group_size
+
+
+def part_of(options: Any, section: type[Section]) -> Section:
+    """Returns the fields that a section inherits from another one, as that one."""
+    names = [field.name for field in dataclasses.fields(cast(Any, section))]
+    return section(**{name: getattr(options, name) for name in names})

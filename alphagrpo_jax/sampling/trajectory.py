@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from alphagrpo_jax import policy
-from alphagrpo_jax.config import ImageOptions, RolloutOptions
+from alphagrpo_jax.config import ImageOptions, RolloutOptions, part_of
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
@@ -433,8 +433,7 @@ def add_images(rollout: Rollout, micro_batches: Sequence[Images], *, spec: Rollo
 
 def image_options(options: RolloutOptions, step: PlannedStep) -> ImageOptions:
     """Returns the options of one image step: behind another image, guidance is that of edits."""
-    names = [field.name for field in dataclasses.fields(ImageOptions)]
-    chosen = ImageOptions(**{name: getattr(options, name) for name in names})
+    chosen = part_of(options, ImageOptions)
     return dataclasses.replace(chosen, guidance=options.edit_guidance) if step.edits else chosen
 
 

@@ -7,7 +7,7 @@ them what is derived and no option: the plan, token ids, the latent grid.
 import dataclasses
 
 from alphagrpo_jax import tasks
-from alphagrpo_jax.config import Config, MeshOptions, PassOptions, RewardOptions, TrainOptions
+from alphagrpo_jax.config import Config, MeshOptions, PassOptions, RewardOptions, part_of
 from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling.trajectory import RolloutSpec
@@ -77,14 +77,8 @@ def update_spec(config: Config, loaded: LoadedModel, task: tasks.Task) -> Update
         ),
         rebuild_contexts=config.train.context_gradient,
         lora_scale=lora_scale(config),
-        passes=pass_options(config.train),
+        passes=part_of(config.train, PassOptions),
     )
-
-
-def pass_options(options: TrainOptions) -> PassOptions:
-    """Returns what the passes of an update depend on, without what they do not."""
-    names = [field.name for field in dataclasses.fields(PassOptions)]
-    return PassOptions(**{name: getattr(options, name) for name in names})
 
 
 def lora_scale(config: Config) -> float | None:
