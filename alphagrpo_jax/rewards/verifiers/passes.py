@@ -44,6 +44,7 @@ from alphagrpo_jax.rewards.verifiers.prompting import (
     context_tokens,
     is_too_long,
 )
+from alphagrpo_jax.rewards.verifiers.traced import TracedPass
 from alphagrpo_jax.rewards.verifiers.trials import (
     PROBE_QUESTIONS,
     TRIAL_ERRORS,
@@ -53,6 +54,7 @@ from alphagrpo_jax.rewards.verifiers.trials import (
 
 WAYS = ("packed", "shared", "forked", "separate", "single")
 CACHED_QUESTION_LISTS = 1024
+CACHED_PACKED = 8
 CACHED_PREFIXES = 16  # one per instruction and image size
 _LOG = logging.getLogger(__name__)
 
@@ -109,6 +111,7 @@ class Passes:
         processor: Any,
         *,
         shared_prefix: bool,
+        traced: bool = True,
         words: Sequence[Sequence[int]] = (),
     ) -> None:
         """Chooses the cheapest way that the model allows; warns if it is not "packed".
@@ -117,6 +120,7 @@ class Passes:
           model: an image-text-to-text model of transformers.
           processor: its processor.
           shared_prefix: False takes "separate" or "single".
+          traced: records packed passes on CPUs as programs, see `traced`; the bits are the same.
           words: ids of tokens for yes and for no, by whose shares ways are compared too.
         Raises:
           VerifierLoadError: the model cannot answer a test question.
@@ -130,9 +134,15 @@ class Passes:
         # A group's images get the same questions, and all prompts have the same prefix.
         self._suffixes = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode_suffixes)
         self._prefix = functools.lru_cache(maxsize=CACHED_PREFIXES)(self._encode_prefix)
+        # The masks of a large judge are large, and a group's images come one behind another.
+        self._packed_text = functools.lru_cache(maxsize=CACHED_PACKED)(self._pack_text)
         self._image_only = False
+        self._traced: TracedPass | None = None
         self._pixel_names: frozenset[str] = frozenset()
         self.way = self._choose(WAYS if shared_prefix else ("separate", "single"))
+        on_cpu = embedding_device(model).type == "cpu"
+        if traced and on_cpu and self._can_select and self.way == "packed":
+            self._traced = TracedPass(model)
 
     @torch.inference_mode()
     def logits(
@@ -253,12 +263,42 @@ class Passes:
         """Computes `logits` in one pass without padding."""
         suffixes = self._suffixes(*request.suffix_key)
         prefix = self._prefix(suffixes.prefix, request.image.shape)
-        first, size = prefix.first, len(prefix.ids)
-        self.check_lengths(size + suffixes.mask.sum(1))
+        self.check_lengths(len(prefix.ids) + suffixes.mask.sum(1))
         if self._image_only:
             pixels = self._pixels(request.image)
         else:
             pixels = without_text(self.prompter.inputs(request.image, [suffixes.prefix]))
+        text = self._packed_text(*request.suffix_key, request.image.shape)
+        if self._traced is not None:
+            trials = functools.partial(self._trials, request, pixels)
+            return self._traced.logits({**text, **pixels}, trials)[0]
+        inputs = {**text, **pixels, "past_key_values": shallow_copy(prefix.cache)}
+        return self._logits_at(inputs.pop("logits_to_keep"), **inputs)[0]
+
+    def _trials(self, request: _Request, pixels: dict) -> list[dict]:
+        """Returns inputs of passes with fewer and with more questions about the same image."""
+        questions, shape = request.questions, request.image.shape
+        others = questions[:1], (*questions, *PROBE_QUESTIONS)
+        return [
+            {**self._packed_text(other, request.instruction, None, shape), **pixels}
+            for other in others
+        ]
+
+    def _pack_text(
+        self,
+        questions: tuple[str, ...],
+        instruction: str,
+        replies: tuple[tuple[int, ...], ...] | None,
+        shape: tuple[int, ...],
+    ) -> dict:
+        """Returns a packed pass's inputs beside the image's; cached by `_packed_text`.
+
+        `logits_to_keep` holds the positions int64[Q] of the logits, `past_key_values` the cache of
+        the text before the image, which a pass must not change; None if there is no such text.
+        """
+        suffixes = self._suffixes(questions, instruction, replies)
+        prefix = self._prefix(suffixes.prefix, shape)
+        first, size = prefix.first, len(prefix.ids)
         # Owner 0 is the prefix with the image, which every question sees.
         owner = torch.cat([suffixes.owner.new_zeros(size), suffixes.owner])
         index = torch.arange(len(owner), device=owner.device)
@@ -267,14 +307,15 @@ class Passes:
         mask = torch.zeros(visible.shape, dtype=self._model.dtype, device=owner.device)
         mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
         offsets = (prefix.end + suffixes.offsets).expand(len(prefix.positions), -1)
-        return self._logits_at(
-            suffixes.ends + (size - first),
-            input_ids=torch.cat([prefix.ids[first:], suffixes.packed])[None],
-            attention_mask=mask[None, None],
-            position_ids=self._axes(torch.cat([prefix.positions[:, first:], offsets], 1)[:, None]),
-            past_key_values=shallow_copy(prefix.cache),
-            **pixels,
-        )[0]
+        return {
+            "logits_to_keep": suffixes.ends + (size - first),
+            "input_ids": torch.cat([prefix.ids[first:], suffixes.packed])[None],
+            "attention_mask": mask[None, None],
+            "position_ids": self._axes(
+                torch.cat([prefix.positions[:, first:], offsets], 1)[:, None]
+            ),
+            "past_key_values": prefix.cache,
+        }
 
     def _shared(self, request: _Request) -> Tensor:
         """Computes `logits` in a pass over the prefix and one over the padded questions."""

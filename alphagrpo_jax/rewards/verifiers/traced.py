@@ -1,0 +1,130 @@
+"""A model's packed pass as a recorded program, which runs without the Python code of its modules.
+
+A small judge spends half of its time in that code. The program is recorded by `torch.jit.trace`,
+which writes down the operations of one call: a branch that depends on values, or a size that is
+read as a number, would be wrong for other inputs. So there is a program for each kind of image
+inputs, and it is used only if it gives the same bits as the model for several lists of questions.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from alphagrpo_jax.rewards.verifiers.model_inputs import shallow_copy
+from alphagrpo_jax.rewards.verifiers.trials import TRIAL_ERRORS
+
+# Of any size: a program serves all lists of questions.
+TEXT_INPUTS = ("attention_mask", "input_ids", "logits_to_keep", "position_ids")
+MAX_PROGRAMS = 16  # one for each size of image; a judge of many sizes keeps to its modules
+_LOG = logging.getLogger(__name__)
+
+Program = Callable[..., Tensor]
+PassInputs = dict[str, Any]  # of a packed pass: tensors by name, and its cache or None
+
+
+class TracedPass:
+    """Runs packed passes of a model by recorded programs, where those give the same bits."""
+
+    def __init__(self, model: Any) -> None:
+        """Records nothing yet.
+
+        Args:
+          model: of transformers, on the CPU, in evaluation mode, which takes `logits_to_keep`.
+        """
+        self._model = model
+        self._programs: dict[tuple, Program | None] = {}
+
+    def logits(self, inputs: PassInputs, trials: Callable[[], Sequence[PassInputs]]) -> Tensor:
+        """Computes the logits float[1, Q, V] of one pass.
+
+        Args:
+          inputs: the model's arguments, with its cache as `past_key_values` (None if empty) and
+            the positions int64[Q] of the logits as `logits_to_keep`.
+          trials: makes inputs of other passes over the same image, by which a new program is
+            compared with the model.
+        """
+        kind = _kind(inputs)
+        if kind not in self._programs:
+            full = len(self._programs) >= MAX_PROGRAMS
+            self._programs[kind] = None if full else self._record(inputs, trials)
+        program = self._programs[kind]
+        return _by_model(self._model, inputs) if program is None else _run(program, inputs)
+
+    def _record(
+        self, inputs: PassInputs, trials: Callable[[], Sequence[PassInputs]]
+    ) -> Program | None:
+        """Returns a program for inputs of this kind; None if it does not give the same bits."""
+        try:
+            # Of tensors that were made in inference mode, nothing can be recorded: hence copies.
+            with torch.inference_mode(mode=False), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of values read as numbers: the trials tell
+                copies = tuple(tensor.clone() for tensor in _tensors(inputs))
+                program = torch.jit.trace(
+                    _PackedPass(self._model, _names(inputs)), copies, check_trace=False
+                )
+            for trial in (inputs, *trials()):
+                if not torch.equal(_run(program, trial), _by_model(self._model, trial)):
+                    raise ValueError("the recorded program gives other bits")
+        except TRIAL_ERRORS as error:
+            _LOG.info("no recorded program: %s: %s", type(error).__name__, error)
+            return None
+        return program
+
+
+class _PackedPass(torch.nn.Module):
+    """A model's forward pass as a function of tensors, as a recording needs it."""
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Computes logits from the named arguments, and keys and values in turns by layer."""
+        states = tensors[len(self.names) :]
+        cache = None
+        if states:
+            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            for layer, (keys, values) in enumerate(zip(states[::2], states[1::2], strict=True)):
+                cache.update(keys, values, layer)
+        arguments = dict(zip(self.names, tensors, strict=False))
+        return self.model(**arguments, past_key_values=cache).logits
+
+
+def _by_model(model: Any, inputs: PassInputs) -> Tensor:
+    cache = shallow_copy(inputs["past_key_values"])
+    return model(**{**inputs, "past_key_values": cache}).logits
+
+
+def _run(program: Program, inputs: PassInputs) -> Tensor:
+    # Not optimized: the first calls would take long, and fused operations may round otherwise.
+    with torch.jit.optimized_execution(should_optimize=False):
+        return program(*_tensors(inputs))
+
+
+def _kind(inputs: PassInputs) -> tuple:
+    """Returns what a program depends on: all but the questions and the image's pixels."""
+    cache = inputs["past_key_values"]
+    before = () if cache is None else tuple(layer.keys.shape for layer in cache.layers)
+    rest = [(name, inputs[name]) for name in _names(inputs) if name not in TEXT_INPUTS]
+    # Whole numbers, such as rows and columns of patches, become numbers of the program.
+    return before, tuple(
+        (name, value.shape, None if value.is_floating_point() else value.numpy().tobytes())
+        for name, value in rest
+    )
+
+
+def _names(inputs: PassInputs) -> list[str]:
+    return sorted(inputs.keys() - {"past_key_values"})
+
+
+def _tensors(inputs: PassInputs) -> list[Tensor]:
+    """Returns the tensors in the order of `_names`, then keys and values in turns by layer."""
+    cache = inputs["past_key_values"]
+    layers = [] if cache is None else cache.layers
+    states = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return [inputs[name] for name in _names(inputs)] + states
