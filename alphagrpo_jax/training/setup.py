@@ -1,6 +1,5 @@
 """Builds what a configuration names: mesh, model, data, optimizer, train state."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,6 +20,7 @@ from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
 from alphagrpo_jax.runtime import distributed, sharding
 from alphagrpo_jax.runtime.errors import UsageError
+from alphagrpo_jax.runtime.metrics import notify
 from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.types import TrainState
@@ -108,13 +108,20 @@ def enter_mesh(config: Config) -> tuple[Config, Mesh]:
 def divide_cpu(devices: int) -> None:
     """Lets JAX make so many devices of the CPU; see `mesh.cpu_devices`.
 
-    Without effect where JAX has started already, as in a notebook or behind another run, and for
-    one of several processes, which keep the cores busy together.
+    Without effect for one of several processes, which keep the cores busy together. Where JAX has
+    started already, as in a notebook or behind another run, a notice says so.
     """
     is_told = CPU_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or CPU_DEVICES in os.environ
-    if devices and not is_told and not distributed.is_joined():
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", devices)
+    if not devices or is_told or distributed.is_joined():
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:
+        if jax.default_backend() == "cpu" and jax.local_device_count() != devices:
+            notify(
+                f"mesh.cpu_devices={devices} has no effect: JAX has started already, with "
+                f"{jax.local_device_count()} devices"
+            )
 
 
 def load_data(config: Config, loaded: LoadedModel, cache: str | os.PathLike) -> dict[str, TaskData]:
