@@ -564,10 +564,6 @@ class MeshOptions:
     """Devices over which rows and weights are spread."""
     tensor: int
     """Devices over which the matrices of a layer are spread."""
-    cpu_devices: int = Field(ge=0, le=1024)
-    """Devices that JAX makes of a host's CPU: each computes its rows on a core of its own, where a
-    single device keeps one core waiting for the other. 0, several processes, or a device count in
-    `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES`: what JAX makes by itself."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

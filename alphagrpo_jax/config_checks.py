@@ -51,7 +51,6 @@ LATER = {
     "checkpoint.stop_seconds": 6.0,
     "log.wandb": "",
     "lora.init_from": "",
-    "mesh.cpu_devices": 0,
     "model.unroll": 1,
     "train.image_steps_at_once": False,
     "train.keep_residuals": False,

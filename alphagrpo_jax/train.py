@@ -310,7 +310,6 @@ def start(
     config = config_lib.from_config_dict(fields)
     profiled = ProfiledSteps.parse(profile) if profile else None
     distributed.initialize()
-    setup.divide_cpu(config.mesh.cpu_devices)  # before JAX starts to tell the rank
     progress = config.log.progress and distributed.is_primary()
     stop = StopSignals(
         grace_seconds=config.checkpoint.stop_seconds,

@@ -50,7 +50,8 @@ def old_log_probs(run: Run, state: TrainState, rollout: RolloutBatch) -> OldLogP
     old, pace = OldLogProbs([], []), MicroBatches(run.stop)
     for index in _micro_batch_indices(run, rollout.batch.task.name):
         pace.begin()
-        new, residuals = forward(state.trainable, run.loaded.base, rollout.trajectories, index)
+        policy = (state.trainable, run.loaded.base)
+        new, residuals = pace.call(forward, *policy, rollout.trajectories, index)
         old.log_probs.append(new)
         old.residuals.append(residuals if run.config.train.keep_residuals else None)
         del residuals  # else it would lie beside the next micro-batch's
@@ -187,7 +188,8 @@ def _batch_update(
         reference, pace = [], MicroBatches(run.stop)
         for index in _micro_batch_indices(run, rollout.batch.task.name):
             pace.begin()
-            reference.append(fns.reference(run.loaded.base, rollout.trajectories, index))
+            arguments = (run.loaded.base, rollout.trajectories, index)
+            reference.append(pace.call(fns.reference, *arguments))
             pace.dispatched(reference[-1])
     has_texts = rollout.trajectories.texts and loss_options.text != "none"
     if loss_options.entropy_fraction < 1 and has_texts:
@@ -276,14 +278,17 @@ def _task_gradient(
             reference = batch.reference[number] if batch.reference else None
             common = (reference, batch.batch, index, task.normalizers, weight)
             if batch.old is None:
-                micro_batch = batch.fns.gradient(*policy, *common)
+                micro_batch = pace.call(batch.fns.gradient, *policy, *common)
             else:
                 old, residuals = batch.old.log_probs[number], batch.old.residuals[number]
                 batch.old.residuals[number] = None  # they are those of the policy before this step
                 new = old
                 if residuals is None:
-                    new, residuals = batch.fns.forward(*policy, batch.batch.rollout, index)
-                micro_batch = batch.fns.backward(*policy, residuals, new, old, *common)
+                    arguments = (*policy, batch.batch.rollout, index)
+                    new, residuals = pace.call(batch.fns.forward, *arguments)
+                arguments = (*policy, residuals, new, old, *common)
+                micro_batch = pace.call(batch.fns.backward, *arguments)
+                del arguments
                 del residuals  # else the next forward pass would run beside it
             accumulated = (
                 micro_batch

@@ -70,5 +70,4 @@ def get_config() -> ConfigDict:
     config.eval.checker = ""
     config.checkpoint.every = 10
     config.mesh.data = -1
-    config.mesh.cpu_devices = 0
     return config

@@ -118,7 +118,7 @@ def get_config() -> ConfigDict:
     config.rollout.shared_noise = True
     config.rollout.temperature = 1.0
     config.rollout.top_p = 1.0
-    config.rollout.micro_batch = 48
+    config.rollout.micro_batch = 24
     config.rollout.length_buckets = 1
     config.rollout.merge_lora = True
     config.rollout.guidance = guidance((0.4, 1.0), "global")
@@ -143,7 +143,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 200
     config.train.prompts_per_step = 8
     config.train.group_size = 12
-    config.train.micro_batch = 96
+    config.train.micro_batch = 48
     config.train.updates_per_batch = 1
     config.train.trainable = "lora"
     config.train.full_targets = (
@@ -214,5 +214,4 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
-    config.mesh.cpu_devices = 2  # whatever the machine's cores: the same numbers everywhere
     return config

@@ -25,8 +25,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_use_fusion_emitters=false"
-    " --xla_force_host_platform_device_count=1",  # whatever `mesh.cpu_devices`
+    " --xla_cpu_use_fusion_emitters=false",
 )
 
 import pytest

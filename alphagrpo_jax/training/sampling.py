@@ -74,11 +74,8 @@ def run_steps(
             if number > AHEAD:
                 hand_on(number - AHEAD - 1, micro_batches)
             pace.begin()
-            micro_batches.append(
-                _micro_batch(
-                    fns, step_fns, step, params, rollout, key, first, start, number, layout
-                )
-            )
+            arguments = (params, rollout, key, first, start, number, layout)
+            micro_batches.append(pace.call(_micro_batch, fns, step_fns, step, *arguments))
             pace.dispatched(micro_batches[-1].pixels)
         for number in range(max(0, layout.micro_batches - AHEAD - 1), layout.micro_batches):
             hand_on(number, micro_batches)

@@ -18,15 +18,11 @@ from alphagrpo_jax.models import peft
 from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.bagel_weights import LoadedModel, load_model
 from alphagrpo_jax.prompts import TaskData
-from alphagrpo_jax.runtime import distributed, sharding
+from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.errors import UsageError
-from alphagrpo_jax.runtime.metrics import notify
 from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.types import TrainState
-
-CPU_DEVICES = "JAX_NUM_CPU_DEVICES"  # in the environment
-CPU_DEVICES_FLAG = "xla_force_host_platform_device_count"  # in XLA_FLAGS
 
 
 def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
@@ -86,9 +82,7 @@ def make_mesh(config: Config) -> Mesh:
     try:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except UsageError as error:
-        hint = "; mesh.cpu_devices is the number of devices that JAX makes of a CPU"
-        on_cpu = jax.default_backend() == "cpu"
-        raise ConfigError(f"{error}{hint if on_cpu else ''}") from error
+        raise ConfigError(str(error)) from error
     return mesh
 
 
@@ -98,30 +92,10 @@ def enter_mesh(config: Config) -> tuple[Config, Mesh]:
     Raises:
       ConfigError: see `make_mesh`.
     """
-    divide_cpu(config.mesh.cpu_devices)
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
     sizes = dataclasses.replace(config.mesh, **mesh.shape)
     return dataclasses.replace(config, mesh=sizes), mesh
-
-
-def divide_cpu(devices: int) -> None:
-    """Lets JAX make so many devices of the CPU; see `mesh.cpu_devices`.
-
-    Without effect for one of several processes, which keep the cores busy together. Where JAX has
-    started already, as in a notebook or behind another run, a notice says so.
-    """
-    is_told = CPU_DEVICES_FLAG in os.environ.get("XLA_FLAGS", "") or CPU_DEVICES in os.environ
-    if not devices or is_told or distributed.is_joined():
-        return
-    try:
-        jax.config.update("jax_num_cpu_devices", devices)
-    except RuntimeError:
-        if jax.default_backend() == "cpu" and jax.local_device_count() != devices:
-            notify(
-                f"mesh.cpu_devices={devices} has no effect: JAX has started already, with "
-                f"{jax.local_device_count()} devices"
-            )
 
 
 def load_data(config: Config, loaded: LoadedModel, cache: str | os.PathLike) -> dict[str, TaskData]:

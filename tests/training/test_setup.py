@@ -86,31 +86,3 @@ def test_image_sizes_that_the_model_cannot_draw_are_refused(height, message):
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     with pytest.raises(ConfigError, match=message):
         setup.load_policy(config_lib.from_config_dict(config), mesh)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"), [("", 3), ("--xla_force_host_platform_device_count=2", 2)]
-)
-def test_a_cpu_is_divided_unless_the_environment_says_how(run_python, flags, expected):
-    script = (
-        "import jax; from alphagrpo_jax.training.setup import divide_cpu; divide_cpu(3); "
-        "print(jax.device_count()); divide_cpu(4); print(jax.device_count())"
-    )
-    result = run_python("-c", script, XLA_FLAGS=flags)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(expected)] * 2
-    notice = "mesh.cpu_devices=4 has no effect: JAX has started already, with 3 devices"
-    assert (notice in result.stderr) == (not flags)
-
-
-def test_the_command_divides_the_cpu_before_jax_starts(run_python, tmp_path):
-    script = (
-        "import json, pathlib, jax; from alphagrpo_jax import config_checks, train; "
-        "train.run_explained = lambda *_: print(jax.device_count()); "
-        "fields = json.loads(config_checks.to_json(config_checks.read_config())); "
-        f"train.start(fields, pathlib.Path({str(tmp_path)!r}))"
-    )
-    result = run_python("-c", script, XLA_FLAGS="")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["2"]
-    assert "no effect" not in result.stderr
