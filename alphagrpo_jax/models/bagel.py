@@ -35,6 +35,7 @@ class Bagel(nn.Module):
     dtype: Any = jnp.float32  # compute dtype
     remat: str = "none"  # key of layers.REMAT_POLICIES
     unroll: int = 1  # layers per iteration of the scan
+    attention_kernel: str = "plain"  # kernel of `ops.attention`
 
     if TYPE_CHECKING:  # Flax makes modules hashable, its type information does not say so
 
@@ -44,7 +45,8 @@ class Bagel(nn.Module):
         cfg, dtype = self.config, self.dtype
         width = cfg.llm.hidden_size
         self.embed_tokens = Embedding(cfg.llm.vocab_size, width, EMBED_STDDEV, dtype)
-        self.language_model = MoTDecoder(cfg.llm, dtype, self.remat, self.unroll)
+        stack = (self.remat, self.unroll, self.attention_kernel)
+        self.language_model = MoTDecoder(cfg.llm, dtype, *stack)
         # Both heads give float32: a log-prob or a velocity rounded to bfloat16 would dwarf the
         # small differences between old and new policy that the ratio is made of.
         self.lm_head = Linear(
@@ -58,7 +60,7 @@ class Bagel(nn.Module):
             kernel_init=nn.initializers.zeros,  # an untrained model predicts no motion
             out_dtype=jnp.float32,
         )
-        self.vit_model = VisionTransformer(cfg.vit, dtype, self.remat, self.unroll)
+        self.vit_model = VisionTransformer(cfg.vit, dtype, *stack)
         self.connector = MLP(width, width, cfg.connector_act, dtype)
         self.vae = VAE(cfg.vae, dtype)
 

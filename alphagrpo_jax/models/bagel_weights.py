@@ -65,6 +65,7 @@ def load_model(
     *,
     remat: str = "none",
     unroll: int = 1,
+    attention_kernel: str = "plain",
     sharding_of: ShardingOf | None = None,
 ) -> LoadedModel:
     """Reads a folder in the official layout.
@@ -74,6 +75,7 @@ def load_model(
       dtype: of the weights in memory and of the computation; the files may hold another one.
       remat: see `models.layers.REMAT_POLICIES`.
       unroll: layers per iteration of the scan over layers.
+      attention_kernel: see `ops.attention.attend`.
       sharding_of: says where each leaf lies, by its path "a/b/c" and shape. A process reads only
         the parts that its devices hold, one at a time. None: the default device.
     Raises:
@@ -84,7 +86,7 @@ def load_model(
     tokenizer = Tokenizer.from_folder(folder)
     config = BagelConfig.from_folder(folder, tokenizer.special)
     _check_vocabulary(folder, config, tokenizer)
-    model = Bagel(config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll)
+    model = Bagel(config, jnp.dtype(dtype), remat, unroll, attention_kernel)
     base, dtypes = read_weights(folder, model, sharding_of)
     files = {name: folder / name for name in CONFIG_FILES}
     json_files = {name: path.read_bytes() for name, path in files.items() if path.exists()}
@@ -100,8 +102,6 @@ def new_model(
     vit: Mapping[str, Any],
     vae: Mapping[str, Any],
     bagel: Mapping[str, Any],
-    remat: str = "none",
-    unroll: int = 1,
 ) -> LoadedModel:
     """Creates a model with random float32 weights, ready for pretraining and `save_model`.
 
@@ -109,11 +109,9 @@ def new_model(
       key: typed PRNG key.
       tokenizer: its special tokens become the model's.
       llm, vit, vae, bagel: contents of the four JSON files.
-      remat: see `models.layers.REMAT_POLICIES`.
-      unroll: layers per iteration of the scan over layers.
     """
     config = BagelConfig.from_dicts(llm, vit, vae, bagel, tokens=tokenizer.special)
-    model = Bagel(config, remat=remat, unroll=unroll)
+    model = Bagel(config)
     contents = zip(CONFIG_FILES, (llm, vit, vae, bagel), strict=True)
     files = {name: json.dumps(dict(fields), indent=2).encode() for name, fields in contents}
     return LoadedModel(model, init_base(model, key), tokenizer, config, files, {})

@@ -17,6 +17,7 @@ from alphagrpo_jax.models.kv_cache import Segment
 from alphagrpo_jax.models.layers import GatedMLP, Linear, RMSNorm, scan_layers
 from alphagrpo_jax.ops.attention import attend
 from alphagrpo_jax.ops.rope import rotary, rotate
+from alphagrpo_jax.runtime.sharding import HEADS_SPEC
 
 GEN = "_moe_gen"
 
@@ -52,6 +53,7 @@ class MoTAttention(nn.Module):
 
     config: LLMConfig
     dtype: Any
+    attention_kernel: str
 
     @nn.compact
     def __call__(
@@ -63,7 +65,9 @@ class MoTAttention(nn.Module):
         k, v = (x.swapaxes(1, 2) for x in (rotate(k, geometry.cos, geometry.sin), v))
         keys = (*(pair[0] for pair in past), k)
         values = (*(pair[1] for pair in past), v)
-        mixed = attend(q, keys, values, geometry.masks)
+        mixed = attend(
+            q, keys, values, geometry.masks, kernel=self.attention_kernel, spec=HEADS_SPEC
+        )
         split = tokens.und.shape[1]
         by_expert = [mixed] if tokens.gen is None else [mixed[:, :split], mixed[:, split:]]
         residual = nn.initializers.variance_scaling(
@@ -101,6 +105,7 @@ class MoTBlock(nn.Module):
 
     config: LLMConfig
     dtype: Any
+    attention_kernel: str
     keep_cache: bool  # False while denoising: keys of noisy latents are read by nobody later
 
     @nn.compact
@@ -109,7 +114,8 @@ class MoTBlock(nn.Module):
     ) -> tuple[Tokens, tuple[jax.Array, jax.Array] | None]:
         cfg = self.config
         normed = self._norm("input_layernorm", tokens)
-        mixed, pair = MoTAttention(cfg, self.dtype, name="self_attn")(normed, past, geometry)
+        attention = MoTAttention(cfg, self.dtype, self.attention_kernel, name="self_attn")
+        mixed, pair = attention(normed, past, geometry)
         tokens = jax.tree.map(jnp.add, tokens, mixed)
         # Two residual branches per layer: scaled so, their sum keeps its size whatever the depth.
         residual = nn.initializers.variance_scaling(
@@ -136,6 +142,7 @@ class MoTDecoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"  # key of layers.REMAT_POLICIES
     unroll: int = 1  # layers per iteration of the scan
+    attention_kernel: str = "plain"  # kernel of `ops.attention`
 
     @nn.compact
     def __call__(
@@ -166,7 +173,7 @@ class MoTDecoder(nn.Module):
         tokens = jax.tree.map(lambda x: x.astype(self.dtype), tokens)
         pairs = tuple((segment.k, segment.v) for segment in past)
         tokens, cache = scan_layers(
-            MoTBlock(cfg, self.dtype, keep_cache, name="layers"),
+            MoTBlock(cfg, self.dtype, self.attention_kernel, keep_cache, name="layers"),
             tokens,
             pairs,
             Geometry(cos, sin, masks),

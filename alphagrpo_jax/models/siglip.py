@@ -9,6 +9,7 @@ from flax import linen as nn
 from alphagrpo_jax.models.bagel_config import ViTConfig
 from alphagrpo_jax.models.layers import MLP, Embedding, LayerNorm, Linear, scan_layers
 from alphagrpo_jax.ops.attention import attend
+from alphagrpo_jax.runtime.sharding import HEADS_SPEC
 
 
 class ViTAttention(nn.Module):
@@ -16,6 +17,7 @@ class ViTAttention(nn.Module):
 
     config: ViTConfig
     dtype: Any
+    attention_kernel: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -25,7 +27,8 @@ class ViTAttention(nn.Module):
             for name in ("q_proj", "k_proj", "v_proj")
         )
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        mixed = attend(q, (k,), (v,), (jnp.ones((1, 1, x.shape[1]), bool),))
+        mask = jnp.ones((1, 1, x.shape[1]), bool)
+        mixed = attend(q, (k,), (v,), (mask,), kernel=self.attention_kernel, spec=HEADS_SPEC)
         return Linear(x.shape[-1], dtype=self.dtype, name="out_proj")(mixed)
 
 
@@ -34,12 +37,13 @@ class ViTBlock(nn.Module):
 
     config: ViTConfig
     dtype: Any
+    attention_kernel: str
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         cfg = self.config
         normed = LayerNorm(cfg.layer_norm_eps, name="layer_norm1")(x)
-        x = x + ViTAttention(cfg, self.dtype, name="self_attn")(normed)
+        x = x + ViTAttention(cfg, self.dtype, self.attention_kernel, name="self_attn")(normed)
         normed = LayerNorm(cfg.layer_norm_eps, name="layer_norm2")(x)
         mlp = MLP(cfg.intermediate_size, cfg.hidden_size, cfg.hidden_act, self.dtype, name="mlp")
         return x + mlp(normed), None
@@ -52,6 +56,7 @@ class VisionTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     unroll: int = 1
+    attention_kernel: str = "plain"
 
     @nn.compact
     def __call__(self, patches: jax.Array, ids: jax.Array) -> jax.Array:
@@ -70,7 +75,7 @@ class VisionTransformer(nn.Module):
             ids[None]
         )
         x, _ = scan_layers(
-            ViTBlock(cfg, self.dtype, name="layers"),
+            ViTBlock(cfg, self.dtype, self.attention_kernel, name="layers"),
             x,
             None,
             length=cfg.used_layers,

@@ -10,6 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from alphagrpo_jax.ops.fused_attention import KERNELS, TILE, UNSPLIT, attend_fused
 
 MASKED = -1e30  # finite, so that a row without any key stays finite too (and is never read)
 
@@ -19,6 +22,9 @@ def attend(
     keys: Sequence[jax.Array],
     values: Sequence[jax.Array],
     masks: Sequence[jax.Array],
+    *,
+    kernel: str = "plain",
+    spec: PartitionSpec = UNSPLIT,
 ) -> jax.Array:
     """Computes softmax attention of every query over the union of several key blocks.
 
@@ -33,12 +39,18 @@ def attend(
         that no call of a loop copies a cache to turn its axes.
       values: blocks of float[R_i, K, S_i, H].
       masks: blocks of bool[B or R_i or 1, T or 1, S_i]; True where the query may look.
+      kernel: "plain" computes all scores, float32[B, N, T, S]; a key of `fused_attention.KERNELS`
+        computes queries of `TILE` tokens or more without them.
+      spec: mesh axes of rows and of heads, for a kernel; see `fused_attention.attend_fused`.
     Returns:
       float[B, T, N * H] in the dtype of `query`.
     """
     chex.assert_rank([query, *keys, *values], 4)
     chex.assert_rank(list(masks), 3)
     batch, length, heads, width = query.shape
+    if kernel != "plain" and length >= TILE:
+        fused = attend_fused(query, keys, values, masks, KERNELS[kernel], spec)
+        return fused.reshape(batch, length, heads * width)
     kv_heads = keys[0].shape[1]
     # Query heads are grouped by the key head they read: keys are never repeated in memory.
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)

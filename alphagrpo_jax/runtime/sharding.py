@@ -199,6 +199,10 @@ def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     return NamedSharding(mesh, param_spec(path, shape, mesh)) if shape else replicated(mesh)
 
 
+# Mesh axes of rows and heads, as `ops.attention.attend` takes them.
+HEADS_SPEC = partition_spec(["batch", "heads"])
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Shards rows over ("data", "fsdp"), the batch being dimension `axis`."""
     return NamedSharding(mesh, partition_spec([None] * axis + ["batch"]))
