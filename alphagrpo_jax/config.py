@@ -104,6 +104,10 @@ class ModelOptions:
     unroll: int = Field(ge=1, le=1000)
     """Layers per iteration of the loops over layers; with more of them a function takes longer to
     compile, and slices of stacked weights and caches need not be copied in every iteration."""
+    attention: Literal["plain", "fused"]
+    """Attention of passes over 128 tokens or more: with all scores in memory, or by a kernel that
+    keeps none (cuDNN's on GPUs, in bfloat16 only; JAX's splash kernel on TPUs). CPUs have no such
+    kernel: there both are the plain form."""
     height: int = Field(ge=16, le=4096)
     """Height of a generated image, in pixels."""
     width: int = Field(ge=16, le=4096)

@@ -32,17 +32,17 @@ RESUMABLE = (
     "cache.",
     "verifier.audit",
 )
-# What may differ too, with a notice: the same numbers but for their last bits. Of `model.path` the
-# weights must be the same; of `verifier.*` the model.
+# What may differ too, with a notice: the same numbers but for their last bits.
 RESUMABLE_WITH_NOTICE = (
     "mesh.",
-    "model.path",
+    "model.attention",
+    "model.path",  # of the same weights
     "model.remat",
     "model.unroll",
     "rollout.micro_batch",
     "train.micro_batch",
     *(f"train.{field.name}" for field in dataclasses.fields(PassOptions)),
-    "verifier.",
+    "verifier.",  # but for those below
 )
 NEVER_RESUMABLE = ("verifier.model", "verifier.instruction")  # another verifier, other questions
 # Fields that came after the first runs, and the values by which those runs went.
@@ -51,6 +51,7 @@ LATER = {
     "checkpoint.stop_seconds": 6.0,
     "log.wandb": "",
     "lora.init_from": "",
+    "model.attention": "plain",
     "model.unroll": 1,
     "train.image_steps_at_once": False,
     "train.keep_residuals": False,

@@ -31,6 +31,7 @@ from alphagrpo_jax.models.bagel_config import BagelConfig
 from alphagrpo_jax.models.flops import decoder_flops, head_flops, layer_weights
 from alphagrpo_jax.models.kv_cache import Context, GuidanceContexts
 from alphagrpo_jax.models.layers import REMAT_POLICIES
+from alphagrpo_jax.ops.fused_attention import KERNELS
 from alphagrpo_jax.runtime import cli
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.files import replace_text
@@ -320,6 +321,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--unroll", type=cli.COUNT, default=1, help="layers per iteration of their loop"
     )
+    parser.add_argument("--attention", default="plain", choices=("plain", *KERNELS))
     parser.add_argument("--only", default="", help="functions whose names contain this")
     parser.add_argument("--repeat", type=cli.COUNT, default=5, help="medians of so many runs")
     parser.add_argument("--out", help="a JSON file for the figures")
@@ -358,7 +360,7 @@ def run(options: argparse.Namespace) -> None:
                 "side of a latent token"
             )
         dtype, unroll = jnp.dtype(options.dtype), options.unroll
-        model = Bagel(config, dtype=dtype, remat=options.remat, unroll=unroll)
+        model = Bagel(config, dtype, options.remat, unroll, options.attention)
         figures = measure(model, sizes_of(options), repeat=options.repeat, only=options.only)
         if options.out:
             replace_text(options.out, json.dumps(figures, indent=2) + "\n")

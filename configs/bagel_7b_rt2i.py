@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.model.path = "BAGEL-7B-MoT"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
+    config.model.attention = "fused"
     config.train.keep_residuals = False  # 7 GB per trajectory
     config.train.text_chunk = 0
     config.train.image_steps_at_once = False

@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"
     config.model.remat = "none"
     config.model.unroll = 1
+    config.model.attention = "plain"
     config.model.height = 48
     config.model.width = 48
 

@@ -211,7 +211,7 @@ def test_a_run_may_go_on_on_other_devices_and_by_other_micro_batches():
     saved = json.loads(config_lib.to_json(config_lib.from_config_dict(changed())))
     differing = changed(
         mesh__data=2, mesh__fsdp=4, mesh__tensor=1, model__remat="full",
-        rollout__micro_batch=3, train__micro_batch=5,
+        model__attention="fused", rollout__micro_batch=3, train__micro_batch=5,
     )  # fmt: skip
     config = config_lib.from_config_dict(differing)
     notice, *lines = config_lib.check_resumable(config, saved).splitlines()
@@ -220,7 +220,8 @@ def test_a_run_may_go_on_on_other_devices_and_by_other_micro_batches():
     assert "verifier" not in notice
     keys = [line.strip().partition(": the run has ")[0] for line in lines]
     assert keys == [
-        "mesh.data", "mesh.fsdp", "model.remat", "rollout.micro_batch", "train.micro_batch",
+        "mesh.data", "mesh.fsdp", "model.attention", "model.remat", "rollout.micro_batch",
+        "train.micro_batch",
     ]  # fmt: skip
     assert lines[0] == "  mesh.data: the run has -1, this start 2"
 

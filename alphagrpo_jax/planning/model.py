@@ -18,7 +18,7 @@ from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.errors import MissingFileError
 from alphagrpo_jax.runtime.paths import resolve
 from alphagrpo_jax.runtime.tokenizer import Tokenizer
-from alphagrpo_jax.training import gradient
+from alphagrpo_jax.training import gradient, setup
 from alphagrpo_jax.types import TrainState
 
 
@@ -28,7 +28,8 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[LoadedModel, list[str]]:
     Where `model.path` is no folder here, the model has BAGEL-7B-MoT's sizes.
 
     Raises:
-      ConfigError: sizes that do not fit the configuration; see `setup.check_sizes`.
+      ConfigError: sizes that do not fit the configuration; see `setup.check_sizes` and
+        `setup.attention_kernel`.
     """
     folder, notes = _folder(config.model.path), []
     try:
@@ -51,7 +52,8 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[LoadedModel, list[str]]:
         ]
         notes.append(f"the shipped tokenizer stands in for the model's: {', '.join(counts)}")
     dtype = jnp.dtype(config.model.dtype)
-    model = Bagel(model_config, dtype=dtype, remat=config.model.remat, unroll=config.model.unroll)
+    attention = setup.attention_kernel(config, mesh)
+    model = Bagel(model_config, dtype, config.model.remat, config.model.unroll, attention)
     base = placed(base_shapes(model), mesh, dtype=dtype)
     return LoadedModel(model, base, tokenizer, model_config, {}, {}), notes
 

@@ -24,12 +24,15 @@ from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.types import TrainState
 
+# By platform, those of `ops.fused_attention`. A GPU that is only described may be called "cuda".
+FUSED_KERNELS = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
+
 
 def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
     """Loads the pretrained model onto the mesh.
 
     Raises:
-      ConfigError: see `check_sizes`.
+      ConfigError: see `check_sizes` and `attention_kernel`.
       MissingFileError: no such folder, and no such model of the hub.
     """
     loaded = load_model(
@@ -37,10 +40,28 @@ def load_policy(config: Config, mesh: Mesh) -> LoadedModel:
         jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         unroll=config.model.unroll,
+        attention_kernel=attention_kernel(config, mesh),
         sharding_of=functools.partial(sharding.param_sharding, mesh=mesh),
     )
     check_sizes(config, loaded.config, mesh)
     return loaded
+
+
+def attention_kernel(config: Config, mesh: Mesh) -> str:
+    """Returns the kernel of `ops.attention` that `model.attention` means on these devices.
+
+    Raises:
+      ConfigError: a number format that the kernel does not compute in.
+    """
+    if config.model.attention == "plain":
+        return "plain"
+    kernel = FUSED_KERNELS.get(mesh.devices.flat[0].platform, "plain")
+    if kernel == "cudnn" and config.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"model.attention=fused computes in bfloat16 on GPUs, but model.dtype="
+            f"{config.model.dtype}; set model.dtype=bfloat16 or model.attention=plain"
+        )
+    return kernel
 
 
 def check_sizes(config: Config, model_config: BagelConfig, mesh: Mesh) -> None:

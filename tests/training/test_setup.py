@@ -1,6 +1,9 @@
 """What `build` makes of a configuration without loading a model: the verifier workers."""
 
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 
 from alphagrpo_jax import config_checks as config_lib
@@ -86,3 +89,27 @@ def test_image_sizes_that_the_model_cannot_draw_are_refused(height, message):
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     with pytest.raises(ConfigError, match=message):
         setup.load_policy(config_lib.from_config_dict(config), mesh)
+
+
+@pytest.mark.parametrize(
+    ("attention", "platform", "kernel"),
+    [
+        ("plain", "gpu", "plain"),
+        ("fused", "gpu", "cudnn"),
+        ("fused", "cuda", "cudnn"),
+        ("fused", "tpu", "splash"),
+        ("fused", "cpu", "plain"),
+    ],
+)
+def test_the_attention_kernel_is_that_of_the_devices(attention, platform, kernel):
+    config = grpo.get_config()
+    config.model.attention, config.model.dtype = attention, "bfloat16"
+    device = SimpleNamespace(platform=platform)
+    mesh = SimpleNamespace(devices=np.array([[[device]]]))
+    assert setup.attention_kernel(config_lib.from_config_dict(config), mesh) == kernel
+    config.model.dtype = "float32"
+    if kernel == "cudnn":
+        with pytest.raises(
+            ConfigError, match=r"model\.attention=fused .* model\.dtype=float32; set"
+        ):
+            setup.attention_kernel(config_lib.from_config_dict(config), mesh)
