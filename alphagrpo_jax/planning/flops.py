@@ -34,6 +34,10 @@ def _equation_flops(equation: core.JaxprEqn, while_steps: int) -> float:
     inner = [count_flops(jaxpr, while_steps=while_steps) for jaxpr in _inner(options)]
     if name == "cond":
         return max(inner, default=0.0)
+    if name == "shard_map":  # inside are the shapes of one device
+        return options["mesh"].size * sum(inner)
+    if name == "pallas_call":  # inside are the shapes of one tile
+        return math.prod(options["grid_mapping"].grid) * sum(inner)
     times = {"scan": options.get("length", 1), "while": while_steps}.get(name, 1)
     return times * sum(inner)
 

@@ -1,6 +1,7 @@
 """Chips, targets, FLOPs, the stages of a run, and what is made of a compiler's answers."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 from alphagrpo_jax import config_checks, plan
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_7b import bagel_7b_config
+from alphagrpo_jax.ops import attention
 from alphagrpo_jax.planning import compiling, fit, model, report, targets
 from alphagrpo_jax.planning import stages as stages_lib
 from alphagrpo_jax.planning.chips import CHIPS
@@ -111,6 +113,16 @@ def test_flops_of_branches_and_convolutions():
     )
     expected = 2 * 64 * 5 * 27
     assert count_flops(convolve.trace(image).jaxpr, while_steps=1) == expected
+
+
+def test_flops_of_a_kernel_are_those_of_all_tiles_and_devices():
+    query, mask = jnp.ones((2, 256, 4, 8)), jnp.ones((2, 256, 256), bool)
+    key = jnp.ones((2, 2, 256, 8))
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])):
+        for kernel in ("plain", "splash"):
+            attend = functools.partial(attention.attend, kernel=kernel)
+            traced = jax.jit(attend).trace(query, (key,), (key,), (mask,))
+            assert count_flops(traced.jaxpr, while_steps=9) == 4 * 2 * 256 * 256 * 4 * 8, kernel
 
 
 # ------------------------------------------------------------------------- stages
