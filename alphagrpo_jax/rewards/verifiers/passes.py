@@ -38,6 +38,7 @@ from alphagrpo_jax.rewards.verifiers.model_inputs import (
     with_replies,
     without_text,
 )
+from alphagrpo_jax.rewards.verifiers.prompt_parts import PromptParts, Suffixes
 from alphagrpo_jax.rewards.verifiers.prompting import (
     Prompter,
     PromptTooLongError,
@@ -53,9 +54,6 @@ from alphagrpo_jax.rewards.verifiers.trials import (
 )
 
 WAYS = ("packed", "shared", "forked", "separate", "single")
-CACHED_QUESTION_LISTS = 1024
-CACHED_PACKED = 8
-CACHED_PREFIXES = 16  # one per instruction and image size
 _LOG = logging.getLogger(__name__)
 
 
@@ -69,30 +67,8 @@ class _Request(NamedTuple):
 
     @property
     def suffix_key(self) -> tuple[tuple[str, ...], str, tuple[tuple[int, ...], ...] | None]:
-        """The arguments of `Passes._suffixes`: everything but the image."""
+        """The arguments of `PromptParts.suffixes`: everything but the image."""
         return self.questions, self.instruction, self.replies
-
-
-class _Suffixes(NamedTuple):
-    """Prompts of Q questions after their common prefix; N tokens in all, at most T each."""
-
-    prefix: str  # the text up to and including the image's token
-    tokens: Tensor  # int64[Q, T], padded on the right
-    mask: Tensor  # int64[Q, T], 1 at tokens
-    packed: Tensor  # int64[N], the tokens without padding
-    owner: Tensor  # int64[N], from 1: the question that a token belongs to
-    offsets: Tensor  # int64[N], position of a token in its question
-    ends: Tensor  # int64[Q], positions of the last tokens in `packed`
-
-
-class _Prefix(NamedTuple):
-    """The prompt up to and including an image of one size."""
-
-    ids: Tensor  # int64[P]
-    first: int  # index of the image's first token
-    cache: DynamicCache | None  # key-values of the tokens before it; None if there are none
-    positions: Tensor  # int64[R, P], one row for each axis of the model's positions
-    end: int  # the position behind the image
 
 
 class Passes:
@@ -128,14 +104,8 @@ class Passes:
         self._model, self.words = model, words
         self.prompter = Prompter(processor, embedding_device(model), model.dtype)
         self._can_select = "logits_to_keep" in inspect.signature(model.forward).parameters
-        # Qwen-VL, GLM-V: positions have three axes, which follow the image's rows and columns.
-        self._rope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+        self._parts = PromptParts(model, self.prompter)
         self.context_tokens = context_tokens(model.config, processor.tokenizer)
-        # A group's images get the same questions, and all prompts have the same prefix.
-        self._suffixes = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode_suffixes)
-        self._prefix = functools.lru_cache(maxsize=CACHED_PREFIXES)(self._encode_prefix)
-        # The masks of a large judge are large, and a group's images come one behind another.
-        self._packed_text = functools.lru_cache(maxsize=CACHED_PACKED)(self._pack_text)
         self._image_only = False
         self._traced: TracedPass | None = None
         self._pixel_names: frozenset[str] = frozenset()
@@ -222,7 +192,7 @@ class Passes:
           ValueError: a tokenizer that joins tokens across the image's end, or a processor that
             adds text behind the question.
         """
-        suffixes = self._suffixes(questions, instruction, None)
+        suffixes = self._parts.suffixes(questions, instruction, None)
         prefix = self.prompter.inputs(image, [suffixes.prefix])["input_ids"][0].tolist()
         for question, tokens, mask in zip(questions, suffixes.tokens, suffixes.mask, strict=True):
             prompt = self.prompter.prompt(question, instruction)
@@ -239,16 +209,16 @@ class Passes:
           ValueError: attention that is not causal or has a window, a recurrent state, or image
             tokens that depend on the image's content.
         """
-        suffixes = self._suffixes(questions, instruction, None)
+        suffixes = self._parts.suffixes(questions, instruction, None)
         full = self.prompter.inputs(image, [suffixes.prefix])
         # E.g. token types, by which some models let image tokens see each other both ways. Where
         # positions follow rows and columns, they only tell where the image is.
         marks = {*per_token(full)} - {"input_ids", "attention_mask"}
-        if self._rope is not None:
+        if self._parts.rope is not None:
             marks -= {"mm_token_type_ids"}
         if marks:
             raise ValueError(f"the processor marks tokens by {sorted(marks)}")
-        prefix = self._prefix(suffixes.prefix, image.shape)
+        prefix = self._parts.prefix(suffixes.prefix, image.shape)
         caches = [DynamicCache(config=self._model.config.get_text_config(decoder=True))]
         caches += [prefix.cache] if prefix.cache else []
         kinds = {type(layer).__name__ for cache in caches for layer in cache.layers}
@@ -261,14 +231,14 @@ class Passes:
 
     def _packed(self, request: _Request) -> Tensor:
         """Computes `logits` in one pass without padding."""
-        suffixes = self._suffixes(*request.suffix_key)
-        prefix = self._prefix(suffixes.prefix, request.image.shape)
+        suffixes = self._parts.suffixes(*request.suffix_key)
+        prefix = self._parts.prefix(suffixes.prefix, request.image.shape)
         self.check_lengths(len(prefix.ids) + suffixes.mask.sum(1))
         if self._image_only:
             pixels = self._pixels(request.image)
         else:
             pixels = without_text(self.prompter.inputs(request.image, [suffixes.prefix]))
-        text = self._packed_text(*request.suffix_key, request.image.shape)
+        text = self._parts.packed(*request.suffix_key, request.image.shape)
         if self._traced is not None:
             trials = functools.partial(self._trials, request, pixels)
             return self._traced.logits({**text, **pixels}, trials)[0]
@@ -280,46 +250,13 @@ class Passes:
         questions, shape = request.questions, request.image.shape
         others = questions[:1], (*questions, *PROBE_QUESTIONS)
         return [
-            {**self._packed_text(other, request.instruction, None, shape), **pixels}
+            {**self._parts.packed(other, request.instruction, None, shape), **pixels}
             for other in others
         ]
 
-    def _pack_text(
-        self,
-        questions: tuple[str, ...],
-        instruction: str,
-        replies: tuple[tuple[int, ...], ...] | None,
-        shape: tuple[int, ...],
-    ) -> dict:
-        """Returns a packed pass's inputs beside the image's; cached by `_packed_text`.
-
-        `logits_to_keep` holds the positions int64[Q] of the logits, `past_key_values` the cache of
-        the text before the image, which a pass must not change; None if there is no such text.
-        """
-        suffixes = self._suffixes(questions, instruction, replies)
-        prefix = self._prefix(suffixes.prefix, shape)
-        first, size = prefix.first, len(prefix.ids)
-        # Owner 0 is the prefix with the image, which every question sees.
-        owner = torch.cat([suffixes.owner.new_zeros(size), suffixes.owner])
-        index = torch.arange(len(owner), device=owner.device)
-        causal = index <= index[first:, None]
-        visible = causal & ((owner == 0) | (owner == owner[first:, None]))
-        mask = torch.zeros(visible.shape, dtype=self._model.dtype, device=owner.device)
-        mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
-        offsets = (prefix.end + suffixes.offsets).expand(len(prefix.positions), -1)
-        return {
-            "logits_to_keep": suffixes.ends + (size - first),
-            "input_ids": torch.cat([prefix.ids[first:], suffixes.packed])[None],
-            "attention_mask": mask[None, None],
-            "position_ids": self._axes(
-                torch.cat([prefix.positions[:, first:], offsets], 1)[:, None]
-            ),
-            "past_key_values": prefix.cache,
-        }
-
     def _shared(self, request: _Request) -> Tensor:
         """Computes `logits` in a pass over the prefix and one over the padded questions."""
-        suffixes = self._suffixes(*request.suffix_key)
+        suffixes = self._parts.suffixes(*request.suffix_key)
         prefix, cache, behind = self._begin(request.image, suffixes)
         cache.batch_repeat_interleave(len(suffixes.tokens))
         prefix_mask = prefix["attention_mask"].expand(len(suffixes.tokens), -1)
@@ -333,7 +270,7 @@ class Passes:
 
     def _forked(self, request: _Request) -> Tensor:
         """Computes `logits` in a pass over the prefix and one for each question."""
-        suffixes = self._suffixes(*request.suffix_key)
+        suffixes = self._parts.suffixes(*request.suffix_key)
         prefix, cache, behind = self._begin(request.image, suffixes)
         rows = []
         for row, length in enumerate(suffixes.mask.sum(1).tolist()):
@@ -354,7 +291,7 @@ class Passes:
             rows.append(logits[:, 0])
         return torch.cat(rows)
 
-    def _begin(self, image: np.ndarray, suffixes: _Suffixes) -> tuple[dict, Any, dict]:
+    def _begin(self, image: np.ndarray, suffixes: Suffixes) -> tuple[dict, Any, dict]:
         """Runs the model on the prefix.
 
         Returns:
@@ -365,8 +302,10 @@ class Passes:
         self.check_lengths(prefix["input_ids"].shape[1] + suffixes.mask.sum(1))
         output = self._model(**prefix, use_cache=True, logits_to_keep=1)
         behind = inputs_behind(prefix, *suffixes.tokens.shape)
-        if self._rope is not None:  # the model would make positions for the prefix's tokens too
-            axes, end = self._positions(prefix)
+        if (
+            self._parts.rope is not None
+        ):  # the model would make positions for the prefix's tokens too
+            axes, end = self._parts.positions(prefix)
             offsets = end + torch.arange(suffixes.tokens.shape[1], device=axes.device)
             behind["position_ids"] = offsets.expand(len(axes), len(suffixes.tokens), -1)
         return prefix, output.past_key_values, behind
@@ -433,57 +372,3 @@ class Passes:
         self._pixel_names = self._pixel_names if names is None else frozenset(names)
         pixels = self.prompter.pixels(image)
         return {name: value for name, value in pixels.items() if name in self._pixel_names}
-
-    def _positions(self, inputs: dict) -> tuple[Tensor, int]:
-        """Returns positions int64[R, T] of a prompt's tokens, and the position behind the last."""
-        ids = inputs["input_ids"]
-        if self._rope is None:
-            return torch.arange(ids.shape[1], device=ids.device)[None], ids.shape[1]
-        names = inspect.signature(self._rope.get_rope_index).parameters
-        positions, delta = self._rope.get_rope_index(
-            **{name: value for name, value in inputs.items() if name in names}
-        )
-        return positions[:, 0], ids.shape[1] + int(delta.flatten()[0])
-
-    def _axes(self, positions: Tensor) -> Tensor:
-        """Returns positions int64[R, B, T] as the model takes them: without R where it is 1."""
-        return positions[0] if self._rope is None else positions
-
-    def _encode_suffixes(
-        self,
-        questions: tuple[str, ...],
-        instruction: str,
-        replies: tuple[tuple[int, ...], ...] | None,
-    ) -> _Suffixes:
-        """Tokenizes the prompts behind the image; cached by `_suffixes`."""
-        prompts = [self.prompter.prompt(question, instruction) for question in questions]
-        rows = self.prompter.tokens_behind(prompts)
-        # The texts differ only behind the image, whose token no question may hold (`prompt`).
-        cut = prompts[0].index(self.prompter.placeholder) + len(self.prompter.placeholder)
-        if replies is not None:
-            rows = [[*row, *reply] for row, reply in zip(rows, replies, strict=True)]
-        tokens, mask = self.prompter.padded(rows)
-        owner, offsets = mask.nonzero(as_tuple=True)
-        ends = mask.sum(1).cumsum(0) - 1
-        return _Suffixes(
-            prompts[0][:cut], tokens, mask, tokens[owner, offsets], owner + 1, offsets, ends
-        )
-
-    def _encode_prefix(self, text: str, shape: tuple[int, ...]) -> _Prefix:
-        """Tokenizes the prompt up to an image of this size; cached by `_prefix`."""
-        # Any image will do: `_check_packable` made sure that the tokens follow its size alone.
-        inputs = self.prompter.inputs(np.zeros(shape, np.uint8), [text])
-        ids = inputs["input_ids"]
-        before = self.prompter.text_tokens(text.removesuffix(self.prompter.placeholder))
-        # A last token of the text may be another one where the image follows.
-        pairs = enumerate(zip(before, ids[0].tolist(), strict=False))
-        first = next((index for index, (a, b) in pairs if a != b), min(len(before), ids.shape[1]))
-        positions, end = self._positions(inputs)
-        cache = None
-        if first:
-            cache = self._model(
-                input_ids=ids[:, :first],
-                position_ids=self._axes(positions[:, None, :first]),
-                use_cache=True,
-            ).past_key_values
-        return _Prefix(ids[0], first, cache, positions, end)

@@ -9,10 +9,11 @@ inputs, and it is used only if it gives the same bits as the model for several l
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.jit._fuser import optimized_execution
 from transformers.cache_utils import DynamicCache
 
 from alphagrpo_jax.rewards.verifiers.model_inputs import shallow_copy
@@ -64,9 +65,9 @@ class TracedPass:
             with torch.inference_mode(mode=False), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of values read as numbers: the trials tell
                 copies = tuple(tensor.clone() for tensor in _tensors(inputs))
-                program = torch.jit.trace(
-                    _PackedPass(self._model, _names(inputs)), copies, check_trace=False
-                )
+                module = _PackedPass(self._model, _names(inputs))
+                # The cast is for the type checker: a module gives no pair of graph and results.
+                program = cast(Program, torch.jit.trace(module, copies, check_trace=False))
             for trial in (inputs, *trials()):
                 if not torch.equal(_run(program, trial), _by_model(self._model, trial)):
                     raise ValueError("the recorded program gives other bits")
@@ -102,7 +103,7 @@ def _by_model(model: Any, inputs: PassInputs) -> Tensor:
 
 def _run(program: Program, inputs: PassInputs) -> Tensor:
     # Not optimized: the first calls would take long, and fused operations may round otherwise.
-    with torch.jit.optimized_execution(should_optimize=False):
+    with optimized_execution(should_optimize=False):
         return program(*_tensors(inputs))
 
 
