@@ -69,6 +69,6 @@ def _make_lanes() -> list[ThreadPoolExecutor | None]:
     """
     lanes: list[ThreadPoolExecutor | None] = [None]
     if jax.default_backend() == "cpu" and jax.device_count() == 1:
-        threads = min(len(os.sched_getaffinity(0)), AHEAD + 1)
+        threads = min(os.cpu_count() or 1, AHEAD + 1)
         lanes += [ThreadPoolExecutor(max_workers=1) for _ in range(threads - 1)]
     return lanes
