@@ -339,7 +339,8 @@ class RolloutOptions(ImageOptions):
     top_p: float = Field(ge=1e-6, le=1.0)
     """Probability mass of the likeliest tokens that texts are sampled from."""
     micro_batch: int = Field(ge=1, le=1 << 20)
-    """Most images that are sampled at a time, over all devices; each device has at least one."""
+    """Most images of a micro-batch, over all devices; each device has at least one. Where a CPU is
+    the only device, up to three micro-batches are computed at the same time."""
     length_buckets: int = Field(ge=1, le=64)
     """Number of lengths to one of which prompts and texts of a batch are cut; functions compile
     once per length."""
@@ -414,7 +415,8 @@ class TrainOptions(PassOptions):
     group_size: int = Field(ge=2, le=1 << 20)
     """Trajectories per prompt, whose rewards are compared with each other."""
     micro_batch: int = Field(ge=1, le=1 << 20)
-    """Trajectories per forward and backward pass."""
+    """Trajectories per forward and backward pass; where a CPU is the only device, up to three
+    passes run at the same time."""
     updates_per_batch: int = Field(ge=1, le=1000)
     """Optimizer steps per batch of trajectories."""
     trainable: Literal["lora", "full"]

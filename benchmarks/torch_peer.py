@@ -40,6 +40,7 @@ import torch
 from alphagrpo_jax import config_checks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.runtime import cli
+from alphagrpo_jax.runtime.cores import usable_cores
 from alphagrpo_jax.runtime.errors import InputError, UsageError
 from alphagrpo_jax.runtime.files import replace_text
 from benchmarks import torch_sizes
@@ -302,7 +303,7 @@ def run(options: argparse.Namespace) -> None:
       InputError: the implementations differ, or the device is not there.
       UsageError, ConfigError: flags or options that do not fit.
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     if not options.compile:
         print("torch.compile is left out" + " (no C++ compiler)" * (not shutil.which("c++")))
     if options.sizes:

@@ -2,7 +2,7 @@
 
 Both compute softmax over tiles of the keys and compute the scores again in the backward pass
 (FlashAttention, Dao et al. 2022, arXiv 2205.14135). Memory grows with T + S instead of T * S,
-but for the mask: one byte per query and key on TPUs, two on GPUs, the same for all heads.
+but for the mask, the same for all heads: per query and key four bytes on TPUs, two on GPUs.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false

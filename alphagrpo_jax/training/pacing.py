@@ -1,7 +1,7 @@
 """Lets the host run a little ahead of the device, and look for a stop between micro-batches."""
 
 import collections
-import os
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import jax
 
 from alphagrpo_jax.runtime import distributed
+from alphagrpo_jax.runtime.cores import usable_cores
 from alphagrpo_jax.runtime.stopping import StopRequest
 
 Results = TypeVar("Results")
 
-# Micro-batches that wait for the device while it computes another: it never waits for the host, and
-# a stop finds few programs that can no longer be called back.
+# Micro-batches that wait for the device while it computes another, or on a CPU are computed beside
+# it: it never waits for the host, and a stop finds few programs that can no longer be called back.
 AHEAD = 2
 
 
@@ -43,7 +44,11 @@ class MicroBatches:
         self._number += 1
 
     def call(self, function: Callable[..., Results], *arguments: Any) -> Results:
-        """Calls a jitted function of the micro-batch that has begun; returns without waiting."""
+        """Calls a function that dispatches programs of the micro-batch that has begun.
+
+        Where a thread of its own calls it, it knows the mesh of `jax.set_mesh`, but no other
+        setting of JAX that the caller made by a `with` block.
+        """
         lane = self._lanes[self._number % len(self._lanes)]
         if lane is None:
             return function(*arguments)
@@ -67,8 +72,14 @@ def _make_lanes() -> list[ThreadPoolExecutor | None]:
     a program of small operations keeps about one core busy. Several devices of a CPU would do the
     same, but wait for each other in sums over rows, for ever where all threads of XLA wait.
     """
-    lanes: list[ThreadPoolExecutor | None] = [None]
-    if jax.default_backend() == "cpu" and jax.device_count() == 1:
-        threads = min(os.cpu_count() or 1, AHEAD + 1)
-        lanes += [ThreadPoolExecutor(max_workers=1) for _ in range(threads - 1)]
-    return lanes
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return [None]
+    return [None, *_threads()[: usable_cores() - 1]]
+
+
+@functools.cache
+def _threads() -> list[ThreadPoolExecutor]:
+    """Returns the process' threads that dispatch micro-batches, which start when they are used."""
+    return [
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="micro-batch") for _ in range(AHEAD)
+    ]

@@ -16,7 +16,7 @@ from alphagrpo_jax.training import pacing
 def mesh(monkeypatch):
     """A mesh of this process' first device, on a machine of three cores."""
     monkeypatch.setattr(pacing.jax, "device_count", lambda: 1)
-    monkeypatch.setattr(pacing.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(pacing, "usable_cores", lambda: 3)
     with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.devices()[:1])) as entered:
         yield entered
 
@@ -47,7 +47,7 @@ def test_other_machines_dispatch_from_one_thread(mesh, monkeypatch, reason):
     elif reason == "backend":
         monkeypatch.setattr(pacing.jax, "default_backend", lambda: "tpu")
     else:
-        monkeypatch.setattr(pacing.os, "cpu_count", lambda: 1)
+        monkeypatch.setattr(pacing, "usable_cores", lambda: 1)
     assert set(run(lambda number: threading.get_ident(), 4)) == {threading.get_ident()}
 
 
@@ -63,7 +63,7 @@ def test_numbers_and_compilations_are_those_of_one_thread(mesh, monkeypatch):
         return work(jax.random.normal(jax.random.key(number), (16, 8)))
 
     by_threads = run(of, 5)
-    monkeypatch.setattr(pacing.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(pacing, "usable_cores", lambda: 1)
     for result, expected in zip(by_threads, run(of, 5), strict=True):
         np.testing.assert_array_equal(result, expected)
     assert traced == [(16, 8)]

@@ -45,7 +45,7 @@ from alphagrpo_jax.rewards.verifiers.prompting import (
     context_tokens,
     is_too_long,
 )
-from alphagrpo_jax.rewards.verifiers.traced import TracedPass
+from alphagrpo_jax.rewards.verifiers.traced import TracedPass, is_recordable
 from alphagrpo_jax.rewards.verifiers.trials import (
     PROBE_QUESTIONS,
     TRIAL_ERRORS,
@@ -96,7 +96,7 @@ class Passes:
           model: an image-text-to-text model of transformers.
           processor: its processor.
           shared_prefix: False takes "separate" or "single".
-          traced: records packed passes on CPUs as programs, see `traced`; the bits are the same.
+          traced: records packed passes of small models on CPUs as programs of the same bits.
           words: ids of tokens for yes and for no, by whose shares ways are compared too.
         Raises:
           VerifierLoadError: the model cannot answer a test question.
@@ -110,8 +110,7 @@ class Passes:
         self._traced: TracedPass | None = None
         self._pixel_names: frozenset[str] = frozenset()
         self.way = self._choose(WAYS if shared_prefix else ("separate", "single"))
-        on_cpu = embedding_device(model).type == "cpu"
-        if traced and on_cpu and self._can_select and self.way == "packed":
+        if traced and self.way == "packed" and self._can_select and is_recordable(model):
             self._traced = TracedPass(model)
 
     @torch.inference_mode()
@@ -234,24 +233,31 @@ class Passes:
         suffixes = self._parts.suffixes(*request.suffix_key)
         prefix = self._parts.prefix(suffixes.prefix, request.image.shape)
         self.check_lengths(len(prefix.ids) + suffixes.mask.sum(1))
-        if self._image_only:
-            pixels = self._pixels(request.image)
-        else:
-            pixels = without_text(self.prompter.inputs(request.image, [suffixes.prefix]))
         text = self._parts.packed(*request.suffix_key, request.image.shape)
+        inputs = {**text, **self._image_inputs(request.image, suffixes.prefix)}
         if self._traced is not None:
-            trials = functools.partial(self._trials, request, pixels)
-            return self._traced.logits({**text, **pixels}, trials)[0]
-        inputs = {**text, **pixels, "past_key_values": shallow_copy(prefix.cache)}
+            return self._traced.logits(inputs, functools.partial(self._trials, request, inputs))[0]
+        inputs["past_key_values"] = shallow_copy(prefix.cache)
         return self._logits_at(inputs.pop("logits_to_keep"), **inputs)[0]
 
-    def _trials(self, request: _Request, pixels: dict) -> list[dict]:
-        """Returns inputs of passes with fewer and with more questions about the same image."""
+    def _image_inputs(self, image: np.ndarray, prefix: str) -> dict:
+        """Returns a packed pass's inputs of the image."""
+        if self._image_only:
+            return self._pixels(image)
+        return without_text(self.prompter.inputs(image, [prefix]))
+
+    def _trials(self, request: _Request, inputs: dict) -> list[dict]:
+        """Returns inputs of passes with fewer and with more questions, and with other images."""
         questions, shape = request.questions, request.image.shape
-        others = questions[:1], (*questions, *PROBE_QUESTIONS)
+        prefix = self._parts.suffixes(*request.suffix_key).prefix
+        black, noise = np.zeros(shape, np.uint8), np.resize(probe_image(), shape)
+        texts = [
+            self._parts.pack(asked, request.instruction, None, shape)
+            for asked in (questions[:1], (*questions, *PROBE_QUESTIONS))
+        ]
         return [
-            {**self._parts.packed(other, request.instruction, None, shape), **pixels}
-            for other in others
+            *({**inputs, **text} for text in texts),
+            *({**inputs, **self._image_inputs(image, prefix)} for image in (black, noise)),
         ]
 
     def _shared(self, request: _Request) -> Tensor:
@@ -302,9 +308,8 @@ class Passes:
         self.check_lengths(prefix["input_ids"].shape[1] + suffixes.mask.sum(1))
         output = self._model(**prefix, use_cache=True, logits_to_keep=1)
         behind = inputs_behind(prefix, *suffixes.tokens.shape)
-        if (
-            self._parts.rope is not None
-        ):  # the model would make positions for the prefix's tokens too
+        if self._parts.rope is not None:
+            # The model would make positions for the prefix's tokens, too.
             axes, end = self._parts.positions(prefix)
             offsets = end + torch.arange(suffixes.tokens.shape[1], device=axes.device)
             behind["position_ids"] = offsets.expand(len(axes), len(suffixes.tokens), -1)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from alphagrpo_jax.rewards.verifiers.prompting import Prompter
 
 CACHED_QUESTION_LISTS = 1024
-CACHED_PACKED = 8  # the masks of a large judge are large, and a group's images come in a row
+CACHED_PACKED = 2  # the masks of a large judge are large, and a group's images come in a row
 CACHED_PREFIXES = 16  # one per instruction and image size
 
 
@@ -63,7 +63,7 @@ class PromptParts:
         self.rope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         self.suffixes = functools.lru_cache(maxsize=CACHED_QUESTION_LISTS)(self._encode_suffixes)
         self.prefix = functools.lru_cache(maxsize=CACHED_PREFIXES)(self._encode_prefix)
-        self.packed = functools.lru_cache(maxsize=CACHED_PACKED)(self._pack)
+        self.packed = functools.lru_cache(maxsize=CACHED_PACKED)(self.pack)
 
     def positions(self, inputs: dict) -> tuple[Tensor, int]:
         """Returns positions int64[R, T] of a prompt's tokens, and the position behind the last."""
@@ -102,7 +102,7 @@ class PromptParts:
 
     def _encode_prefix(self, text: str, shape: tuple[int, ...]) -> Prefix:
         """Tokenizes the prompt up to an image of this size; cached by `prefix`."""
-        # Any image will do: `_check_packable` made sure that the tokens follow its size alone.
+        # Any image will do: `Passes._check_packable` lets the tokens follow its size alone.
         inputs = self._prompter.inputs(np.zeros(shape, np.uint8), [text])
         ids = inputs["input_ids"]
         before = self._prompter.text_tokens(text.removesuffix(self._prompter.placeholder))
@@ -119,7 +119,7 @@ class PromptParts:
             ).past_key_values
         return Prefix(ids[0], first, cache, positions, end)
 
-    def _pack(
+    def pack(
         self,
         questions: tuple[str, ...],
         instruction: str,

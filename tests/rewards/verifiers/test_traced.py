@@ -79,35 +79,42 @@ class Branching(torch.nn.Module):
         super().__init__()
         self.branch = branch
 
-    def forward(self, input_ids, logits_to_keep, past_key_values):
+    def forward(self, input_ids, logits_to_keep, past_key_values, pixels):
         assert past_key_values is None
         tokens = input_ids[:, logits_to_keep].float()
         if self.branch == "count" and input_ids.shape[1] > 4:
             tokens = tokens * 2
         if self.branch == "value" and bool(input_ids.sum() > 10):
             tokens = tokens * 2
+        if self.branch == "image" and bool(pixels.max() > 0.5):
+            tokens = tokens * 2
+        if self.branch == "split":
+            tokens = tokens + sum(part.sum() for part in pixels.nonzero(as_tuple=True)[0].split(1))
         if self.branch == "error" and isinstance(input_ids.shape[1], torch.Tensor):
             raise RuntimeError("not recordable")
         return SimpleNamespace(logits=tokens[..., None])
 
 
-@pytest.mark.parametrize("branch", ["none", "count", "value", "error"])
+def pass_inputs(count: int, bright: int = 0) -> dict:
+    """Inputs of a pass over `count` tokens and an image with so many bright pixels."""
+    return {
+        "input_ids": torch.arange(count)[None],
+        "logits_to_keep": torch.tensor([0, count - 1]),
+        "past_key_values": None,
+        "pixels": (torch.arange(4) < bright).float(),
+    }
+
+
+@pytest.mark.parametrize("branch", ["none", "count", "value", "image", "error"])
 def test_a_model_with_branches_keeps_to_its_modules(branch):
     model = Branching(branch)
     assert "logits_to_keep" in inspect.signature(model.forward).parameters
     passes = traced.TracedPass(model)
 
-    def inputs(count: int) -> dict:
-        ids = torch.arange(count)[None]
-        return {
-            "input_ids": ids,
-            "logits_to_keep": torch.tensor([0, count - 1]),
-            "past_key_values": None,
-        }
-
+    trials = [pass_inputs(2), pass_inputs(9), pass_inputs(3, bright=2)]
     for count in (3, 8, 5, 3):
-        got = passes.logits(inputs(count), lambda: [inputs(2), inputs(9)])
-        assert torch.equal(got, model(**inputs(count)).logits)
+        got = passes.logits(pass_inputs(count), lambda: trials)
+        assert torch.equal(got, model(**pass_inputs(count)).logits)
     assert [program is not None for program in passes._programs.values()] == [branch == "none"]
 
 
@@ -118,5 +125,30 @@ def test_more_sizes_than_programs_are_answered_by_the_model(monkeypatch):
     for height in (48, 96, 48, 128):
         request = noise(0, height, 48), QUESTIONS, ""
         assert torch.equal(recorded.logits(*request), plain.logits(*request))
-    assert len([program for program in recorded._traced._programs.values() if program]) <= 1
-    assert len(recorded._traced._programs) == 3
+    assert programs(recorded) == [True]
+
+
+def test_a_program_that_fails_gives_way_to_the_model(caplog):
+    model = Branching("split")
+    passes = traced.TracedPass(model)
+    # No trial has more bright pixels than the image that was recorded.
+    for bright, works in ((2, True), (2, True), (3, False), (2, False)):
+        inputs = pass_inputs(3, bright)
+        got = passes.logits(inputs, lambda: [pass_inputs(5, bright=2)])
+        assert torch.equal(got, model(**inputs).logits)
+        assert [program is not None for program in passes._programs.values()] == [works]
+    assert "is not used again" in caplog.text
+
+
+def test_inputs_that_are_no_tensors_are_left_to_the_model():
+    assert traced._kind({**pass_inputs(3), "sizes": [(48, 48)]}) is None
+
+
+def test_large_and_spread_models_are_not_recorded(monkeypatch):
+    model = torch.nn.Linear(4, 4)
+    assert traced.is_recordable(model)
+    assert not traced.is_recordable(torch.nn.Linear(4, 4, device="meta"))
+    model._hf_hook = object()
+    assert not traced.is_recordable(model)
+    monkeypatch.setattr(traced, "MAX_PARAMETERS", 19)
+    assert not traced.is_recordable(torch.nn.Linear(4, 4))
