@@ -11,6 +11,7 @@ ARGUMENTS = (
     "--config.train.steps=2",
     "--config.verifier.audit=scored.jsonl",
     "--config.reward.max_invalid_fraction=0.9",
+    "--config.verifier.max_attempts=2",  # a scorer pauses after failures, and many images fail
     "--config.reward.extra_weights=(0.5, 1.5)",
     "--config.reward.extra_scores="
     "('callable:tiny_verifiers:redness?range=0..255', 'callable:tiny_verifiers:sometimes_nothing')",
