@@ -284,12 +284,11 @@ def _task_gradient(
                 batch.old.residuals[number] = None  # they are those of the policy before this step
                 new = old
                 if residuals is None:
-                    arguments = (*policy, batch.batch.rollout, index)
-                    new, residuals = pace.call(batch.fns.forward, *arguments)
-                arguments = (*policy, residuals, new, old, *common)
-                micro_batch = pace.call(batch.fns.backward, *arguments)
-                del arguments
-                del residuals  # else the next forward pass would run beside it
+                    new, residuals = pace.call(
+                        batch.fns.forward, *policy, batch.batch.rollout, index
+                    )
+                micro_batch = pace.call(batch.fns.backward, *policy, residuals, new, old, *common)
+                del residuals  # else they would lie beside the next micro-batch's
             accumulated = (
                 micro_batch
                 if accumulated is None
