@@ -362,11 +362,13 @@ def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn ends in order, then raises the signal again: that must not be a second end.
         signal.signal(number, lambda *_: None)
-    host, port = bound.getsockname()[:2]
-    print(f"serving {name} on http://{host}:{port}/v1", flush=True)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
     )
+    # Who reads the line may connect at once, before uvicorn has begun.
+    bound.listen(config.backlog)
+    host, port = bound.getsockname()[:2]
+    print(f"serving {name} on http://{host}:{port}/v1", flush=True)
     uvicorn.Server(config).run(sockets=[bound])
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import httpx2
 import numpy as np
@@ -326,6 +327,23 @@ def test_ctrl_c_while_it_loads_ends_it_in_one_line():
     finally:
         process.kill()
         process.communicate()
+
+
+def test_clients_are_accepted_as_soon_as_its_address_is_printed(capsys, monkeypatch):
+    """Before uvicorn has begun, which a busy machine may delay by seconds."""
+    addresses = []
+
+    def run_server(_, sockets):
+        address = sockets[0].getsockname()
+        assert f"serving verifier on http://127.0.0.1:{address[1]}/v1" in capsys.readouterr().out
+        socket.create_connection(address, timeout=60).close()
+        addresses.append(address)
+
+    monkeypatch.setattr(serve_verifier.uvicorn.Server, "run", run_server)
+    monkeypatch.setattr(serve_verifier, "ModelProcess", mock.MagicMock())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' handlers stay
+    assert serve_verifier.main(["--model", "package:verifier", "--port", "0"]) == 0
+    assert len(addresses) == 1
 
 
 def test_a_port_in_use_and_a_missing_model_are_explained(capsys):
