@@ -333,13 +333,16 @@ def test_clients_are_accepted_as_soon_as_its_address_is_printed(capsys, monkeypa
     """Before uvicorn has begun, which a busy machine may delay by seconds."""
     addresses = []
 
-    def run_server(_, sockets):
+    def run_server(sockets):
         address = sockets[0].getsockname()
         assert f"serving verifier on http://127.0.0.1:{address[1]}/v1" in capsys.readouterr().out
         socket.create_connection(address, timeout=60).close()
         addresses.append(address)
 
-    monkeypatch.setattr(serve_verifier.uvicorn.Server, "run", run_server)
+    # Its real Config closes all handlers of the process's logging, pytest's streams with them.
+    uvicorn = mock.MagicMock(Config=lambda *_, **options: mock.Mock(backlog=5))
+    uvicorn.Server.return_value.run = run_server
+    monkeypatch.setattr(serve_verifier, "uvicorn", uvicorn)
     monkeypatch.setattr(serve_verifier, "ModelProcess", mock.MagicMock())
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' handlers stay
     assert serve_verifier.main(["--model", "package:verifier", "--port", "0"]) == 0
