@@ -118,7 +118,7 @@ def test_a_row_does_not_depend_on_padding_or_neighbours(params: PolicyParams):
     assert not np.any(np.asarray(text.log_prob)[~MASK[:, 1:]])
 
 
-@pytest.mark.parametrize(("chunk", "longest"), [(1, 5), (2, 5), (3, 5), (4, 5), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("chunk", "longest"), [(1, 5), (3, 5), (2, 2)])
 def test_a_text_in_chunks_has_the_scores_and_the_gradient_of_the_whole(params, chunk, longest):
     """Also where chunks at the end hold no token of any row."""
     mask = jnp.asarray(MASK & (np.arange(5) < longest))
