@@ -18,6 +18,7 @@ from alphagrpo_jax import tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.rewards.verifiers.chat.control_tokens import control_tokens
+from alphagrpo_jax.runtime import host_random
 from alphagrpo_jax.runtime import images as images_lib
 from alphagrpo_jax.runtime.errors import InputError, MissingFileError, UserError
 from alphagrpo_jax.runtime.records import Record, numbered_lines, parse_record, read_jsonl
@@ -32,7 +33,6 @@ from alphagrpo_jax.types import (
 )
 
 SPLIT = "records"
-TASK_STREAM = 1  # host-side random numbers, beside the data order's
 MAX_REPORTED = 5  # prompts listed in one error
 # What verifiers and scorers read, and the policy does not: a run goes on when they are mended.
 MENDABLE = ("semantic_questions", "quality_questions", "caption", "facts")
@@ -310,8 +310,8 @@ def tokenize(
     return tokenizer.batch(rows, bucket)
 
 
-def order(position: int, count: int, *, size: int, seed: int) -> np.ndarray:
-    """Returns which prompts come next: every epoch is a permutation of its own.
+def order(position: int, count: int, *, size: int, seed: int, task_number: int = 0) -> np.ndarray:
+    """Returns which prompts come next: every epoch of every task is a permutation of its own.
 
     A pure function of its arguments, so that the position is all a checkpoint has to hold.
 
@@ -320,15 +320,29 @@ def order(position: int, count: int, *, size: int, seed: int) -> np.ndarray:
       count: how many to take.
       size: number of prompts in the set.
       seed: of the run.
+      task_number: of the task among those of the run; tasks that read one file differ by it.
     Returns:
       int64[count] indices.
     """
     numbers = np.arange(position, position + count)
     epochs = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(size)
+        epoch: host_random.generator(
+            host_random.Stream.ORDER, seed=seed, number=epoch, task_number=task_number
+        ).permutation(size)
         for epoch in np.unique(numbers // size).tolist()
     }
     return np.array([epochs[int(n) // size][int(n) % size] for n in numbers], np.int64)
+
+
+def next_rows(config: Config, prompt_set: PromptSet, position: int, count: int) -> np.ndarray:
+    """Returns which prompts of a task of a run come next, int64[count]; see `order`."""
+    return order(
+        position,
+        count,
+        size=len(prompt_set.records),
+        seed=config.seed,
+        task_number=config.tasks.index(prompt_set.task.name),
+    )
 
 
 def balanced(records: Sequence[Record], count: int) -> list[int]:
@@ -382,7 +396,7 @@ def tasks_at(config: Config, step: int) -> list[tasks.Task]:
     if config.task != "mixed":
         return [tasks.TASKS[config.task]]
     weights = np.array(config.mixed.weights)
-    rng = np.random.default_rng([config.seed, TASK_STREAM, step])
+    rng = host_random.generator(host_random.Stream.TASKS, seed=config.seed, number=step)
     indices = rng.choice(len(weights), config.mixed.batches, p=weights / weights.sum())
     return [tasks.TASKS[config.mixed.tasks[index]] for index in indices]
 
@@ -412,7 +426,7 @@ def next_batches(
             batches.append(PromptBatch(number, task, initial.row, initial.image, initial))
             continue
         prompt_set, start = data[task.name].train, position.positions[task.name]
-        rows = order(start, count, size=len(prompt_set.records), seed=config.seed)
+        rows = next_rows(config, prompt_set, start, count)
         images = prompt_set.images(rows, size) if task.image == "record" else None
         batches.append(PromptBatch(number, task, rows, images, None))
         position.positions[task.name] += count

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_world
 
+from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax import prompts
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import TASKS
@@ -99,6 +100,29 @@ def test_order_is_a_permutation_per_epoch_and_a_pure_function_of_the_position():
     pieces = [prompts.order(at, 6, size=10, seed=3) for at in range(0, 30, 6)]
     np.testing.assert_array_equal(np.concatenate(pieces), full_order)
     assert not np.array_equal(prompts.order(0, 10, size=10, seed=4), full_order[:10])
+
+
+def test_tasks_that_read_one_file_walk_different_permutations(tmp_path):
+    fields = tiny_world.config(tmp_path)
+    fields.task, fields.mixed.tasks = "mixed", ("rt2i", "t2i", "srr")
+    fields.mixed.weights = (1.0, 1.0, 1.0)
+    config = config_lib.from_config_dict(fields)
+    records = tuple(parse_record(tiny_world.record(f"p{i}")) for i in range(40))
+
+    def walk(config, name):
+        prompt_set = prompts.PromptSet(TASKS[name], records, (), tmp_path, "")
+        return prompts.next_rows(config, prompt_set, 0, 80).tolist()
+
+    walks = [walk(config, name) for name in config.tasks]
+    for rows in walks:
+        assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(40))
+    epochs = [tuple(half) for rows in walks for half in (rows[:40], rows[40:])]
+    assert len(set(epochs)) == 6
+    # A run of one task walks as the first task of a mixed run, and as before there were tags.
+    fields.task = "srr"
+    assert walk(config_lib.from_config_dict(fields), "srr") == walks[0]
+    assert walks[0][:40] == np.random.default_rng([config.seed, 0]).permutation(40).tolist()
+    assert walks[0][40:] == np.random.default_rng([config.seed, 1]).permutation(40).tolist()
 
 
 def test_more_prompts_than_the_set_has():
