@@ -225,9 +225,11 @@ class RewardOptions:
     dependencies: bool
     """Count a question only if the questions that it depends on hold."""
     format_weight: float = Field(ge=0.0, le=100.0)
-    """Weight of the format reward (0 or 1) that is added for the form of the think text."""
+    """Weight of the format reward (0 or 1) that is added for the form of the think text, in tasks
+    that say so: all that think but srr."""
     isolate: bool
-    """Count the format reward for the text steps alone."""
+    """Count the texts' form for the text steps alone, whatever the task: their reward is the
+    image's plus half the mean of the format terms, the think text's and a judged reflection's."""
     max_invalid_fraction: float = Field(ge=0.0, le=1.0)
     """Largest share of an update's samples without a reward; above it the run stops."""
 
@@ -368,11 +370,11 @@ class SrrOptions:
     """Choice of the initial image to repair: that of the lowest reward, or one sampled by
     softmax(1 - reward)."""
     rectification: Rectification
-    """Reward of a refinement that is no better than its initial image: the lowest initial reward
+    """Reward of a refinement that is no better than its initial image: that of the initial image
     ("released"), the group's lowest ("paper"), or its own ("none")."""
     reflection_format: Literal["none", "rule", "verifier"]
-    """Judge of the form of a reflection: nobody, the rule of the shapes world, or the
-    verifier."""
+    """Judge of the form of a reflection: nobody, the rule of the shapes world, or the verifier. The
+    form is part of the texts' reward with `reward.isolate`, else a metric."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
@@ -442,7 +444,7 @@ class LossOptions:
     image: Literal["grpo", "none"]
     """Loss of the stochastic image steps."""
     text_loss_weight: float = Field(ge=0.0, le=1e6)
-    """Weight of a text step, relative to all stochastic steps of the image behind it together."""
+    """Weight of a text step, relative to all stochastic steps of the images behind it together."""
     level: Literal["sequence", "token"]
     """One ratio per text (of its mean log-ratio), or one per token."""
     clip_low: float = Field(ge=0.0, le=1.0)
@@ -451,6 +453,9 @@ class LossOptions:
     """Distance above 1 at which a text's ratio is clipped."""
     entropy_fraction: float = Field(ge=1e-6, le=1.0)
     """Share of the text tokens that are trained, those of the highest entropy."""
+    entropy_mean: Literal["all", "kept"]
+    """Tokens over which the text loss is averaged where `entropy_fraction` is below 1: all of them,
+    the others with a loss of 0, as released, or those alone that are trained."""
     text_beta: float = Field(ge=0.0, le=1e6)
     """Weight of the texts' KL to the pretrained model."""
     image_clip: float = Field(ge=0.0, le=1.0)
@@ -465,14 +470,15 @@ class LossOptions:
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class AdvantageOptions:
-    """Advantages from rewards: A = (reward - baseline) / (scale + 1e-4)."""
+    """Advantages from rewards: A = (reward - baseline) / scale."""
 
     std: Literal["global_raw", "global_centered", "group", "none"]
     """Scale: standard deviation of the raw rewards of all samples, of group-centered rewards, or
-    per group; "none" does not divide."""
+    per group; "none" does not divide. Without meaning for baseline "anchor"."""
     baseline: Literal["group", "initial", "anchor"]
     """Baseline: mean of the group's rewards, reward of the initial image that the group refines, or
-    the larger of the two."""
+    the larger of the two ("anchor", whose scale is the root mean square of each group's rewards
+    around it). With `reward.isolate` texts keep the group's mean."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ LATER = {
     "checkpoint.stop_seconds": 6.0,
     "log.wandb": "",
     "lora.init_from": "",
+    "loss.entropy_mean": "kept",
     "model.attention": "plain",
     "model.unroll": 1,
     "train.image_steps_at_once": False,
@@ -84,7 +85,6 @@ def from_config_dict(config: ml_collections.ConfigDict | Mapping[str, Any]) -> C
         parsed = CONFIG.validate_json(json.dumps(mapping, default=repr))
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_problems(error))) from None
-    _check_task(parsed)
     _check_sizes(parsed)
     _check_verifier(parsed)
     _check_reward(parsed)
@@ -144,6 +144,8 @@ def check_resumable(
         are others.
     """
     now, then = flatten(json.loads(to_json(config))), LATER | flatten(saved)
+    if config.loss.entropy_fraction == 1.0:  # all tokens are trained: both means are one
+        then["loss.entropy_mean"] = config.loss.entropy_mean
     changed = [
         key
         for key in sorted(now.keys() | then.keys())
@@ -262,13 +264,6 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_task(config: Config) -> None:
-    """Checks the name of the task, which a new entry of `tasks.TASKS` extends."""
-    names = (*TASKS, "mixed")
-    if config.task not in names:
-        raise ConfigError(f"task: got {config.task!r}, expected one of {names}")
-
-
 def _check_sizes(config: Config) -> None:
     """Checks sizes and modes that must agree with each other."""
     rollout, train = config.rollout, config.train
@@ -297,8 +292,10 @@ def _check_sizes(config: Config) -> None:
 
 
 def _check_tasks(config: Config) -> None:
-    """Checks the fields that tasks, alone or mixed, need."""
-    mixed, srr = config.mixed, config.srr
+    """Checks the names of tasks, alone or mixed, and the fields that they need."""
+    names, mixed, srr = (*TASKS, "mixed"), config.mixed, config.srr
+    if config.task not in names:
+        raise ConfigError(f"task: got {config.task!r}, expected one of {names}")
     if config.task == "mixed":
         unknown = sorted(set(mixed.tasks) - set(TASKS))
         if unknown or not mixed.tasks or len(set(mixed.tasks)) < len(mixed.tasks):

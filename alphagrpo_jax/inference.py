@@ -37,6 +37,7 @@ from alphagrpo_jax.types import ImageBlock, Rollout, TextBlock
 
 KEEP_MODES = ("last", "best", "gated")
 BATCH_ROWS = 100  # of `run_task`
+REFINEMENT = dataclasses.replace(tasks.TASKS["srr"], texts=(tasks.GENERATE_REFLECTION_REQUEST,))
 
 _sample_trajectories = jax.jit(sample_trajectories, static_argnames=("model", "spec"))
 
@@ -118,7 +119,8 @@ def generate_images(
       count: N.
       seed: the same seed gives the same images, and the first of many is the only one of one.
     """
-    return _sample_prompt(policy, "rt2i" if think else "t2i", prompt, None, count=count, seed=seed)
+    task = tasks.TASKS["rt2i" if think else "t2i"]
+    return _sample_prompt(policy, task, prompt, None, count=count, seed=seed)
 
 
 def edit_image(
@@ -128,14 +130,14 @@ def edit_image(
 
     The result has the size that the VAE's transform gives the image.
     """
-    return _sample_prompt(policy, "ti2i", wish, image, count=count, seed=seed)
+    return _sample_prompt(policy, tasks.TASKS["ti2i"], wish, image, count=count, seed=seed)
 
 
 def answer_question(
     policy: Policy, image: Image.Image, question: str, *, seed: int
 ) -> tuple[str, str]:
     """Returns the think text and the answer to a question about an image."""
-    texts = _sample_texts(policy, "ti2t", question, image, seed=seed)
+    texts = _sample_texts(policy, tasks.TASKS["ti2t"], question, image, seed=seed)
     return texts[0][0], texts[1][0]
 
 
@@ -185,7 +187,7 @@ def refine(
             else:
                 previous = Image.fromarray(current.image)
                 refined = _sample_prompt(
-                    policy, "srr", prompt, previous, count=1, seed=seed + number
+                    policy, REFINEMENT, prompt, previous, count=1, seed=seed + number
                 )
                 new = Round(refined.images[0], refined.texts[0])
             if rater:
@@ -295,9 +297,15 @@ class _ImageRater:
 
 
 def _sample_prompt(
-    policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int, seed: int
+    policy: Policy,
+    task: tasks.Task,
+    text: str,
+    image: Image.Image | None,
+    *,
+    count: int,
+    seed: int,
 ) -> GeneratedImages:
-    spec, inputs = _prompt_inputs(policy, name, text, image, count=count)
+    spec, inputs = _prompt_inputs(policy, task, text, image, count=count)
     trajectories, images = _sample(
         policy, spec, inputs, seed=seed, temperature=policy.config.eval.temperature
     )
@@ -306,9 +314,9 @@ def _sample_prompt(
 
 
 def _sample_texts(
-    policy: Policy, name: str, text: str, image: Image.Image, *, seed: int
+    policy: Policy, task: tasks.Task, text: str, image: Image.Image, *, seed: int
 ) -> list[list[str]]:
-    spec, inputs = _prompt_inputs(policy, name, text, image, count=1)
+    spec, inputs = _prompt_inputs(policy, task, text, image, count=1)
     trajectories, _ = _sample(
         policy, spec, inputs, seed=seed, temperature=policy.config.eval.temperature
     )
@@ -336,10 +344,10 @@ def check_text(text: str, tokenizer: Tokenizer) -> None:
 
 
 def _prompt_inputs(
-    policy: Policy, name: str, text: str, image: Image.Image | None, *, count: int
+    policy: Policy, task: tasks.Task, text: str, image: Image.Image | None, *, count: int
 ) -> tuple[RolloutSpec, tuple[TextBlock | ImageBlock, ...]]:
     """Returns the spec of a rollout of `count` rows, and the inputs of one prompt."""
-    loaded, task = policy.loaded, tasks.TASKS[name]
+    loaded = policy.loaded
     check_text(text, loaded.tokenizer)
     spec = options_lib.eval_spec(policy.config, loaded, task)
     spec = dataclasses.replace(one_shard(spec), rows_per_prompt=count)

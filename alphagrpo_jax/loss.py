@@ -26,10 +26,11 @@ class TextTerms(NamedTuple):
 
     new_logp: jax.Array  # float32[B, T], differentiated
     old_logp: jax.Array  # float32[B, T]
-    mask: jax.Array  # bool[B, T], tokens that count
+    mask: jax.Array  # bool[B, T], the texts' tokens
     advantage: jax.Array  # float32[B]
     entropy: jax.Array  # float32[B, T], for the metrics only
     ref_logp: jax.Array | None = None  # float32[B, T], needed if text_beta > 0
+    selected: jax.Array | None = None  # bool[B, T], tokens whose policy loss is trained; None: all
 
 
 class ImageTerms(NamedTuple):
@@ -50,12 +51,13 @@ def grpo_loss(
     text_tokens_total: jax.Array,
     trajectories_total: jax.Array,
     options: LossOptions,
+    selected_tokens_total: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Computes a micro-batch's share of the update's loss over text and image steps.
 
     `L_i = (sum_k n_k w L_text_k + sum_j L_image_j) / (K + J)` over K texts and the J stochastic
-    steps of all images, where `n_k` counts the stochastic steps of the image that follows the text
-    (1 if none does). So a think text before an image has as much weight as the image, and a
+    steps of all images, where `n_k` counts the stochastic steps of all images that follow the text
+    (1 if none does). So a think text before one image has as much weight as the image, and a
     trajectory of texts alone the mean of theirs. The update's loss is the mean over its valid
     trajectories (AlphaGRPO, arXiv 2605.12495, section 3).
 
@@ -64,10 +66,12 @@ def grpo_loss(
       images: terms of each image step.
       valid: bool[B], trajectories that count.
       text_counts: `n_k`.
-      text_tokens_total: float32[K], tokens of each text step that count in the whole update.
+      text_tokens_total: float32[K], tokens of each text step in the whole update.
       trajectories_total: float32[], valid trajectories in the whole update.
       options: `text_loss_weight` is `w`; see also `text_grpo` and `image_grpo`. What is not to be
         trained is left out of the terms: `options.text` and `options.image` are not read here.
+      selected_tokens_total: float32[K], those of them that are selected, needed where
+        `options.entropy_mean` is "kept" and texts have `selected`.
     Returns:
       (float32[] share, metrics): `loss/total`, and the metrics of `text_grpo` and `image_grpo`,
       means over the steps of a kind.
@@ -87,6 +91,9 @@ def grpo_loss(
             text_tokens_total=text_tokens_total[index],
             trajectories_total=trajectories_total,
             options=options,
+            selected_tokens_total=None
+            if selected_tokens_total is None
+            else selected_tokens_total[index],
         )
         total += count * options.text_loss_weight * share
         step_metrics["text"].append(metrics)
@@ -123,60 +130,121 @@ def text_grpo(
     text_tokens_total: jax.Array,
     trajectories_total: jax.Array,
     options: LossOptions,
+    selected_tokens_total: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Computes the clipped loss on sampled tokens, per token (GRPO) or per sequence (GSPO).
 
     `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with `rho = exp(new - old)` per token, mean over
     the update's tokens (arXiv 2402.03300, eq. 3), or `rho = exp(mean_t(new - old))` per sequence,
-    mean over the update's trajectories (arXiv 2507.18071, eq. 7); plus `text_beta` times the k3 KL,
-    mean over the update's tokens.
+    mean over the update's trajectories (arXiv 2507.18071, eq. 7); plus `text_beta` times the KL,
+    see `_text_kl`.
+
+    Where some tokens are selected, the others have no policy loss but stay in the mean: their terms
+    count as 0, per token or in the sequence's mean log-ratio (as AlphaGRPO released it). With
+    `entropy_mean` "kept" all means but the KL's are over the selected tokens alone.
 
     Args:
-      text: log-probs, mask and advantages.
+      text: log-probs, masks and advantages.
       valid: bool[B].
       text_tokens_total: float32[], number of true entries of mask and valid in the whole update.
       trajectories_total: float32[].
       options: `level`, `clip_low` and `clip_high`, the two distances from 1 at which the ratio is
-        clipped, and `text_beta`.
+        clipped, `entropy_mean`, and `text_beta`.
+      selected_tokens_total: float32[], number of true entries of mask, selected and valid in the
+        whole update; needed with `selected` and `entropy_mean` "kept".
     Returns:
       (float32[] share, metrics): `loss/text`, `text/ratio_max_dev` (largest |token ratio - 1|),
       `text/clip_fraction`, `text/entropy`, and `text/kl` where a reference is given.
     Raises:
-      ValueError: `text_beta` without reference log-probs.
+      ValueError: `text_beta` without reference log-probs, or `selected` without its number.
     """
-    if options.text_beta and text.ref_logp is None:
-        raise ValueError(
-            f"got text_beta={options.text_beta} without ref_logp; pass the reference log-probs"
-        )
-    chex.assert_rank([text.new_logp, text.advantage, valid], [2, 1, 1])
-    chex.assert_equal_shape([text.new_logp, text.old_logp, text.mask, text.entropy])
-    chex.assert_equal_shape([text.advantage, valid])
-    chex.assert_type([text.new_logp, text.mask, valid], [jnp.float32, bool, bool])
+    _check_text(text, valid, options, selected_tokens_total)
     tokens = text.mask & valid[:, None]
+    selected = tokens if text.selected is None else tokens & text.selected
+    counted, tokens_total = tokens, text_tokens_total
+    if options.entropy_mean == "kept" and selected_tokens_total is not None:
+        counted, tokens_total = selected, selected_tokens_total
     advantage = jnp.where(valid, text.advantage, 0.0)
     log_ratio = _masked_difference(text.new_logp, text.old_logp, tokens)
     clip = (options.clip_low, options.clip_high)
     if options.level == "token":
         terms, clipped = _clipped(log_ratio, advantage[:, None], *clip)
-        counted, denominator = tokens, text_tokens_total
+        loss = _share(terms, selected, tokens_total)
+        clip_fraction = _share(clipped, counted, tokens_total)
     else:
-        length = jnp.maximum(jnp.sum(tokens, axis=1, dtype=jnp.float32), 1.0)
-        mean_ratio = jnp.sum(log_ratio, axis=1) / length
-        terms, clipped = _clipped(mean_ratio, advantage, *clip)
-        counted, denominator = valid, trajectories_total
-    loss = _share(terms, counted, denominator)
+        selected_ratio = jnp.where(selected, log_ratio, 0.0)
+        terms, clipped = _clipped(_token_mean(selected_ratio, counted), advantage, *clip)
+        loss = _share(terms, valid, trajectories_total)
+        clip_fraction = _share(clipped, valid, trajectories_total)
     metrics = {
-        "text/ratio_max_dev": jnp.max(jnp.where(tokens, jnp.abs(jnp.expm1(log_ratio)), 0.0)),
-        "text/clip_fraction": _share(clipped, counted, denominator),
-        "text/entropy": _share(text.entropy, tokens, text_tokens_total),
+        "text/ratio_max_dev": jnp.max(jnp.where(counted, jnp.abs(jnp.expm1(log_ratio)), 0.0)),
+        "text/clip_fraction": clip_fraction,
+        "text/entropy": _share(text.entropy, counted, tokens_total),
     }
     if text.ref_logp is not None:
         kl = k3_kl(text.new_logp, text.ref_logp, tokens)
-        kl_share = _share(kl, tokens, text_tokens_total)
+        totals = (text_tokens_total, trajectories_total)
+        kl_share = _text_kl(kl, log_ratio, tokens, valid, *totals, options=options)
         if options.text_beta:  # a KL that is only reported never touches the gradient
             loss += options.text_beta * kl_share
         metrics["text/kl"] = kl_share
     return loss, jax.lax.stop_gradient(metrics | {"loss/text": loss})
+
+
+def _check_text(
+    text: TextTerms,
+    valid: jax.Array,
+    options: LossOptions,
+    selected_tokens_total: jax.Array | None,
+) -> None:
+    """Refuses terms that do not fit each other or the options."""
+    if options.text_beta and text.ref_logp is None:
+        raise ValueError(
+            f"got text_beta={options.text_beta} without ref_logp; pass the reference log-probs"
+        )
+    if options.entropy_mean == "kept" and (text.selected is None) != (
+        selected_tokens_total is None
+    ):
+        raise ValueError(
+            "got only one of TextTerms.selected and selected_tokens_total with entropy_mean='kept',"
+            " expected both or neither; pass the number of selected tokens of the whole update"
+        )
+    chex.assert_rank([text.new_logp, text.advantage, valid], [2, 1, 1])
+    chex.assert_equal_shape([text.new_logp, text.old_logp, text.mask, text.entropy])
+    chex.assert_equal_shape([text.advantage, valid])
+    chex.assert_type([text.new_logp, text.mask, valid], [jnp.float32, bool, bool])
+    if text.selected is not None:
+        chex.assert_equal_shape([text.mask, text.selected])
+        chex.assert_type(text.selected, bool)
+
+
+def _token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sums float32[B, T] over T and divides by each row's masked entries (at least 1)."""
+    length = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
+    return jnp.sum(values, axis=1) / length
+
+
+def _text_kl(
+    kl: jax.Array,
+    log_ratio: jax.Array,
+    tokens: jax.Array,
+    valid: jax.Array,
+    text_tokens_total: jax.Array,
+    trajectories_total: jax.Array,
+    *,
+    options: LossOptions,
+) -> jax.Array:
+    """Computes a micro-batch's share of the texts' KL, as AlphaGRPO released it.
+
+    It is the mean over all tokens of `rho kl`, or over the sequences of `rho mean_t(kl)`, whatever
+    tokens are selected. `rho`, the importance ratio, is a constant here, and exactly 1 in the first
+    optimizer step of a batch.
+    """
+    if options.level == "token":
+        ratio = jax.lax.stop_gradient(jnp.exp(log_ratio))
+        return _share(ratio * kl, tokens, text_tokens_total)
+    ratio = jax.lax.stop_gradient(jnp.exp(_token_mean(log_ratio, tokens)))
+    return _share(ratio * _token_mean(kl, tokens), valid, trajectories_total)
 
 
 def image_grpo(

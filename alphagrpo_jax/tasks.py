@@ -32,12 +32,15 @@ ANSWER_SYSTEM_PROMPT = (
     "the answer. \nThe reasoning process is enclosed within <think> </think> tags, i.e. <think> "
     "reasoning process here </think> answer here"
 )
-REFLECTION_REQUEST = (
+# Of `generate`, as BAGEL's weights and AlphaGRPO's evaluation have it.
+GENERATE_REFLECTION_REQUEST = (
     "The user requires to generate image of `{prompt}`. You tried to generate an image based on "
     "the user's request, but you failed to create the correct image. \nReflect on what went wrong "
     "and write down the editing instruction that will help you do better and refine the image to "
     "meet user's request based on your own reflection."
 )
+# Of training, as AlphaGRPO's has it: without the blank before the line break.
+REFLECTION_REQUEST = GENERATE_REFLECTION_REQUEST.replace(" \n", "\n")
 
 SYSTEM, TEXT = "system", "text"  # inputs
 GIVEN_IMAGE, SEEN_IMAGE = "given_image", "seen_image"  # to be changed; to be understood only
@@ -124,7 +127,6 @@ TASKS = {
             THINK_SYSTEM_PROMPT,
             texts=(REFLECTION_REQUEST,),
             image="drawn",
-            format_reward=True,
             refines=True,
         ),
         Task(
@@ -195,14 +197,20 @@ class Plan:
         """Returns the steps that generate images."""
         return tuple(step for step in self.steps if step.kind == IMAGE)
 
-    @property
-    def followed_by_image(self) -> tuple[bool, ...]:
-        """Tells for each text step whether the policy's next step is an image."""
-        next_steps = (*self.steps[1:], None)
+    def text_counts(self, window: int) -> tuple[int, ...]:
+        """Counts for each text step the trained steps of all images that follow it.
+
+        So many steps a text's loss weighs as much as (AlphaGRPO, arXiv 2605.12495, as released).
+
+        Args:
+          window: trained steps per image; 0 where images are not trained.
+        Returns:
+          One count per text step, 1 where no trained step follows.
+        """
         return tuple(
-            next_step is not None and next_step.kind == IMAGE
-            for step, next_step in zip(self.steps, next_steps, strict=True)
-            if step.kind != IMAGE
+            max(1, window * sum(step.kind == IMAGE for step in self.steps[number:]))
+            for number, text_step in enumerate(self.steps)
+            if text_step.kind != IMAGE
         )
 
 

@@ -212,10 +212,11 @@ def _task_update(
     if len(batches) == 1:
         return _TaskUpdate(batches, indices, weight, by_batch[0])
     # On the host: jitted, it would compile for every number of batches.
-    tokens, trajectories, thresholds = (
+    tokens, selected_tokens, trajectories, thresholds = (
         np.stack(values) for values in zip(*distributed.to_host(by_batch), strict=True)
     )
-    joint = LossNormalizers(tokens.sum(axis=0), trajectories.sum(axis=0), thresholds.max(axis=0))
+    totals = (values.sum(axis=0) for values in (tokens, selected_tokens, trajectories))
+    joint = LossNormalizers(*totals, entropy_threshold=thresholds.max(axis=0))
     if batches[0].entropy is not None:
         joint = _most_uncertain(batches, joint, run.config.loss.entropy_fraction)
     on_device = (
@@ -227,12 +228,13 @@ def _task_update(
 def _most_uncertain(
     batches: Sequence[_BatchUpdate], joint: LossNormalizers, fraction: float
 ) -> LossNormalizers:
-    """Replaces tokens and thresholds by those over several batches of one task.
+    """Replaces selected tokens and thresholds by those over several batches of one task.
 
     The same as `gradient.count_normalizers` computes on the device for a single batch.
     """
-    tokens, thresholds = joint.tokens.copy(), joint.entropy_threshold.copy()
-    for k in range(len(tokens)):
+    selected_tokens = joint.selected_tokens.copy()
+    thresholds = joint.entropy_threshold.copy()
+    for k in range(len(selected_tokens)):
         by_batch = []
         for batch in batches:
             assert batch.entropy is not None  # kept where a fraction of tokens is selected
@@ -244,8 +246,8 @@ def _most_uncertain(
         if not entropies.size:
             continue
         trained = entropies[entropies >= np.quantile(entropies, 1.0 - fraction)]
-        tokens[k], thresholds[k] = trained.size, trained.min()
-    return LossNormalizers(tokens, joint.trajectories, thresholds)
+        selected_tokens[k], thresholds[k] = trained.size, trained.min()
+    return joint._replace(selected_tokens=selected_tokens, entropy_threshold=thresholds)
 
 
 def _gradient(

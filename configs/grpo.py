@@ -165,6 +165,7 @@ def get_config() -> ConfigDict:
     config.loss.clip_low = 0.20
     config.loss.clip_high = 0.28
     config.loss.entropy_fraction = 1.0
+    config.loss.entropy_mean = "all"
     config.loss.text_beta = 0.0
     config.loss.image_clip = 1e-5
     config.loss.advantage_clip = 5.0

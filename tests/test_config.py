@@ -1,5 +1,6 @@
 """Configurations: what is read, and what is refused with which message."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -7,7 +8,7 @@ import runpy
 import pytest
 
 from alphagrpo_jax import config_checks as config_lib
-from alphagrpo_jax.config import ConfigError
+from alphagrpo_jax.config import ConfigError, VerifierOptions
 from alphagrpo_jax.rewards.verifiers.instructions import AUDIT_INSTRUCTION
 from configs import grpo
 
@@ -205,6 +206,45 @@ def test_a_run_may_go_on_with_another_way_to_its_verifier_but_no_other_verifier(
             config_lib.check_resumable(
                 config_lib.from_config_dict(changed(**(served | field))), saved
             )
+
+
+OTHER_VERIFIER = {
+    "kind": "self", "path": "elsewhere", "endpoints": ("http://a/v1",), "api_key_env": "KEY",
+    "extra_body": '{"priority": 1}', "concurrency": 3, "question_seconds": 7.0, "top_logprobs": 3,
+    "workers": 7, "threads": 3, "device": "cuda", "dtype": "auto", "top_k": 3, "min_mass": 0.1,
+    "read": "after_thinking", "max_tokens": 7, "text_fallback": True, "attempt_seconds": 90.0,
+    "total_seconds": 90.0, "start_seconds": 90.0, "max_attempts": 7, "cache_size": 7,
+    "second": "another",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_VERIFIER)
+def test_a_run_may_go_on_with_other_options_of_its_verifier(name):
+    served = {"verifier__model": "m"}
+    saved = json.loads(config_lib.to_json(config_lib.from_config_dict(changed(**served))))
+    options = served | {f"verifier__{name}": OTHER_VERIFIER[name]}
+    notice = config_lib.check_resumable(config_lib.from_config_dict(changed(**options)), saved)
+    assert f"verifier.{name}: the run has " in notice
+
+
+def test_every_option_of_the_verifier_but_two_may_differ():
+    names = {field.name for field in dataclasses.fields(VerifierOptions)}
+    assert names == {*OTHER_VERIFIER, "model", "instruction", "audit"}
+
+
+def test_a_run_of_before_averages_over_the_tokens_that_it_trained():
+    """Which only matters where not all are trained."""
+    fields = changed(loss__entropy_fraction=0.2)
+    saved = json.loads(config_lib.to_json(config_lib.from_config_dict(fields)))
+    del saved["loss"]["entropy_mean"]
+    assert config_lib.from_saved(saved).loss.entropy_mean == "kept"
+    with pytest.raises(ConfigError, match=r"loss\.entropy_mean: the run has 'kept', this start 'a"):
+        config_lib.check_resumable(config_lib.from_config_dict(fields), saved)
+    fields["loss"]["entropy_mean"] = "kept"
+    assert not config_lib.check_resumable(config_lib.from_config_dict(fields), saved)
+    everything = json.loads(config_lib.to_json(config_lib.from_config_dict(changed())))
+    del everything["loss"]["entropy_mean"]
+    assert not config_lib.check_resumable(config_lib.from_config_dict(changed()), everything)
 
 
 def test_a_run_may_go_on_on_other_devices_and_by_other_micro_batches():

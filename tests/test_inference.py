@@ -56,7 +56,7 @@ class Verdicts:
 def rounds(monkeypatch):
     """Every round adds ten to the image it is shown, starting from 100."""
 
-    def step(policy, name, text, image, *, count, seed):
+    def step(policy, task, text, image, *, count, seed):
         value = int(np.asarray(image)[0, 0, 0]) + 10
         return inference.GeneratedImages(np.full((1, 2, 2, 3), value, np.uint8), [f"seed {seed}"])
 
@@ -77,6 +77,25 @@ def rounds(monkeypatch):
 
 def values(results):
     return [int(result.image[0, 0, 0]) for result in results]
+
+
+def test_a_refinement_asks_with_the_blank_of_the_released_evaluation(policy, monkeypatch):
+    """Training asks without it, see `tests/test_tasks.py`."""
+    prefixes = []
+
+    def sample(policy, spec, inputs, *, seed, temperature):
+        (text,) = [block for block in inputs if hasattr(block, "tokens")]
+        prefixes.append(policy.loaded.tokenizer.decode(np.asarray(text.tokens)[0][1:-1]))
+        return None, np.zeros((1, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(inference, "_sample", sample)
+    monkeypatch.setattr(inference, "decode_steps", lambda *_: [["a reflection"]])
+    image = Image.fromarray(IMAGES[0])
+    options = {"keep": "last", "think": False, "record": None, "image": image, "seed": 0}
+    assert len(list(refine(policy, "a red cross", rounds=1, **options))) == 2
+    (prefix,) = prefixes
+    assert prefix == tasks.GENERATE_REFLECTION_REQUEST.format(prompt="a red cross")
+    assert "the correct image. \nReflect on" in prefix
 
 
 def test_last_goes_on_and_asks_no_one(rounds):

@@ -21,8 +21,11 @@ def grpo_loss(text, image, valid, *, text_tokens_total, trajectories_total, **op
     return loss_lib.grpo_loss(texts, images, valid, text_counts=counts, options=section, **totals)
 
 
-def text_grpo(text, valid, *, text_tokens_total, trajectories_total, **options):
+def text_grpo(
+    text, valid, *, text_tokens_total, trajectories_total, selected_tokens_total=None, **options
+):
     totals = {"text_tokens_total": text_tokens_total, "trajectories_total": trajectories_total}
+    totals["selected_tokens_total"] = selected_tokens_total
     return loss_lib.text_grpo(text, valid, options=loss_options(**options), **totals)
 
 
@@ -63,9 +66,12 @@ def totals(text, valid):
     return {"text_tokens_total": tokens, "trajectories_total": jnp.sum(valid, dtype=jnp.float32)}
 
 
-def reference(text, image, valid, *, level, w, text_beta=0.0, image_beta=0.0):
-    """The loss in float64, trajectory by trajectory and token by token."""
-    text = [np.asarray(x, np.float64) for x in text]
+def reference(text, image, valid, *, level, w, text_beta=0.0, image_beta=0.0, constant=None):
+    """The loss in float64, trajectory by trajectory and token by token.
+
+    `constant` are the new log-probs of the KL's ratio, through which no gradient flows.
+    """
+    text = [np.asarray(x, np.float64) for x in text[:6]]
     image = [np.asarray(x, np.float64) for x in image]
     valid = np.asarray(valid)
     new, old, mask, advantage, _, ref = text
@@ -85,8 +91,17 @@ def reference(text, image, valid, *, level, w, text_beta=0.0, image_beta=0.0):
             mean = (new[i] - old[i])[scored].mean() if scored.any() else 0.0
             terms.append(surrogate(mean, advantage[i], 0.2, 0.28))
     text_loss = np.mean(terms)
-    r = np.array([ref[i, t] - new[i, t] for i, t in tokens])
-    text_loss += text_beta * np.mean(np.exp(r) - r - 1)
+    log_ratio = (new if constant is None else np.asarray(constant, np.float64)) - old
+    kl = np.exp(ref - new) - (ref - new) - 1
+    if level == "token":
+        kl_terms = [np.exp(log_ratio[i, t]) * kl[i, t] for i, t in tokens]
+    else:
+        scored = {i: mask[i].astype(bool) for i in rows if mask[i].any()}
+        kl_terms = [
+            np.exp(log_ratio[i][scored[i]].mean()) * kl[i][scored[i]].mean() if i in scored else 0.0
+            for i in rows
+        ]
+    text_loss += text_beta * np.mean(kl_terms)
     image_loss = 0.0
     for i in rows:
         for j in range(J):
@@ -155,6 +170,110 @@ def test_text_sequence_level_by_hand():
     assert metrics["text/ratio_max_dev"] == pytest.approx(np.exp(0.6) - 1, rel=1e-6)
 
 
+def selecting(mean, level):
+    """One text of four tokens, ratios 1.5, 0.5, 1.4 and 1.0, A = 2; the first two are trained."""
+    text = TextTerms(
+        new_logp=jnp.log(jnp.array([[1.5, 0.5, 1.4, 1.0]])),
+        old_logp=jnp.zeros((1, 4)),
+        mask=jnp.ones((1, 4), bool),
+        advantage=jnp.array([2.0]),
+        entropy=jnp.array([[4.0, 3.0, 2.0, 1.0]]),
+        selected=jnp.array([[True, True, False, False]]),
+    )
+    return text_grpo(
+        text,
+        jnp.ones(1, bool),
+        text_tokens_total=jnp.float32(4),
+        selected_tokens_total=jnp.float32(2),
+        trajectories_total=jnp.float32(1),
+        entropy_mean=mean,
+        level=level,
+    )
+
+
+def test_the_most_uncertain_tokens_are_averaged_over_all():
+    """Terms -min(3, 2.56) and -min(1, 1.6), over four tokens; of four ratios two are clipped."""
+    got, metrics = selecting("all", "token")
+    assert got == pytest.approx(-(2.56 + 1.0) / 4)
+    assert metrics["text/clip_fraction"] == 0.5
+    assert metrics["text/entropy"] == pytest.approx(2.5)
+    got, metrics = selecting("all", "sequence")  # log-ratios of the two, over four: (3/4)^(1/4)
+    assert got == pytest.approx(-2.0 * 0.75**0.25)
+    assert metrics["text/clip_fraction"] == 0.0
+    assert metrics["text/entropy"] == pytest.approx(2.5)
+
+
+def test_the_most_uncertain_tokens_may_be_averaged_alone():
+    got, metrics = selecting("kept", "token")
+    assert got == pytest.approx(-(2.56 + 1.0) / 2)
+    assert metrics["text/clip_fraction"] == 0.5
+    assert metrics["text/entropy"] == pytest.approx(3.5)
+    got, metrics = selecting("kept", "sequence")  # over the two alone: (3/4)^(1/2)
+    assert got == pytest.approx(-2.0 * 0.75**0.5)
+    assert metrics["text/entropy"] == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_tokens_that_are_not_selected_have_no_policy_gradient(level):
+    text, _, valid = arrays()
+    selected = jnp.arange(T) < 2
+
+    def run(new):
+        terms = text._replace(new_logp=new, selected=jnp.broadcast_to(selected, (B, T)))
+        return text_grpo(terms, valid, level=level, **totals(text, valid))[0]
+
+    gradient = np.asarray(jax.grad(run)(text.old_logp))
+    assert not gradient[:, 2:].any()
+    assert gradient[1, :2].all()
+
+
+def diverging():
+    """Texts of two tokens and of one, A = 0; k3 of r = ln 2, 0 and ln 4 with ratios 2, 8 and 3."""
+    new = jnp.log(jnp.array([[2.0, 8.0], [3.0, 1.0]]))
+    return TextTerms(
+        new_logp=new,
+        old_logp=jnp.zeros((2, 2)),
+        mask=jnp.array([[True, True], [True, False]]),
+        advantage=jnp.zeros(2),
+        entropy=jnp.zeros((2, 2)),
+        ref_logp=new + jnp.log(jnp.array([[2.0, 1.0], [4.0, 1.0]])),
+    )
+
+
+@pytest.mark.parametrize("selected", [None, [[False, True], [False, False]]])
+@pytest.mark.parametrize("mean", ["all", "kept"])
+def test_kl_of_texts_by_hand(selected, mean):
+    """Over all tokens, whichever are trained; the ratio is 4 = sqrt(2 * 8), and 3."""
+    first, second = 2 - np.log(2) - 1, 4 - np.log(4) - 1
+    text, valid = diverging(), jnp.ones(2, bool)
+    options = {**totals(text, valid), "text_beta": 0.5, "entropy_mean": mean}
+    if selected is not None:
+        text = text._replace(selected=jnp.array(selected))
+        options["selected_tokens_total"] = jnp.float32(1)
+    got, metrics = text_grpo(text, valid, level="sequence", **options)
+    expected = (4 * first / 2 + 3 * second) / 2
+    assert metrics["text/kl"] == pytest.approx(expected, rel=1e-6)
+    assert got == pytest.approx(0.5 * expected, rel=1e-6)
+    got, metrics = text_grpo(text, valid, level="token", **options)
+    expected = (2 * first + 3 * second) / 3
+    assert metrics["text/kl"] == pytest.approx(expected, rel=1e-6)
+    assert got == pytest.approx(0.5 * expected, rel=1e-6)
+
+
+def test_the_ratio_of_the_kl_is_a_constant_and_one_in_a_first_update():
+    text, valid = diverging(), jnp.ones(2, bool)
+    options = {**totals(text, valid), "text_beta": 1.0}
+
+    def run(new, old):
+        return text_grpo(text._replace(new_logp=new, old_logp=old), valid, **options)[0]
+
+    # d k3 / d new = 1 - exp(r) with r = ln 2, 0 and ln 4, times 4 and 3, over two texts.
+    gradient = jax.grad(run)(text.new_logp, text.old_logp)
+    np.testing.assert_allclose(gradient, [[-4 / 4, 0], [-9 / 2, 0]], atol=1e-6)
+    gradient = jax.grad(run)(text.new_logp, text.new_logp)
+    np.testing.assert_allclose(gradient, [[-1 / 4, 0], [-3 / 2, 0]], atol=1e-6)
+
+
 def test_image_by_hand():
     # A = 9 is clipped to 5; ratio e^1e-4 to 1 + 1e-5; with A = -2 the unclipped term is the larger
     image = ImageTerms(
@@ -221,7 +340,10 @@ def test_gradients_against_finite_differences_of_float64(level):
                 news = [np.asarray(t.new_logp, np.float64).copy() for t in (text, image)]
                 news[which][index] += sign * size
                 terms = text._replace(new_logp=news[0]), image._replace(new_logp=news[1])
-                values.append(reference(*terms, valid, level=level, w=1.0, **options))
+                constant = text.new_logp
+                values.append(
+                    reference(*terms, valid, level=level, w=1.0, constant=constant, **options)
+                )
             numeric = (values[0] - values[1]) / (2 * size)
             assert gradient[index] == pytest.approx(numeric, rel=1e-4, abs=1e-6)
 
@@ -233,7 +355,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_micro_batch(level, micro
     normalizers = totals(text, valid)
 
     def run(rows, delta):
-        part_text = TextTerms(*(x[rows] for x in text))
+        part_text = TextTerms(*(None if x is None else x[rows] for x in text))
         part_image = ImageTerms(*(x[rows] for x in image))
         return grpo_loss(
             part_text._replace(new_logp=part_text.new_logp + delta),
@@ -410,6 +532,9 @@ def test_refuses_what_does_not_fit():
         grpo_loss(None, image._replace(kl=None), valid, image_beta=0.1, **normalizers)
     with pytest.raises(AssertionError):
         text_grpo(text._replace(old_logp=text.old_logp[:, :-1]), valid, **normalizers)
+    selected = text._replace(selected=text.mask)
+    with pytest.raises(ValueError, match=r"only one of TextTerms\.selected and selected_tokens_to"):
+        text_grpo(selected, valid, entropy_mean="kept", **normalizers)
     with pytest.raises(AssertionError):
         image_grpo(image, valid[:-1], trajectories_total=1.0)
     with pytest.raises(ValueError, match="expected the same as"):
@@ -417,7 +542,7 @@ def test_refuses_what_does_not_fit():
 
 
 def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
-    """[think, image (2 steps), think, image (2 steps), answer], by hand."""
+    """[think, image (2 steps), think, image (2 steps), answer], by hand: counts 2W, W and 1."""
     rng = np.random.default_rng(3)
     valid = jnp.array([True, True, False])
     advantage = jnp.array([1.0, -2.0, 9.0])
@@ -436,7 +561,7 @@ def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
         texts,
         images,
         valid,
-        text_counts=(2, 2, 1),
+        text_counts=(4, 2, 1),
         text_tokens_total=jnp.full(3, 8.0),
         options=loss_options(text_loss_weight=0.5),
         **normalizers,
@@ -446,7 +571,7 @@ def test_steps_of_several_turns_are_averaged_over_all_backward_calls():
         for t in texts
     ]
     each_image = [float(image_grpo(i, valid, **normalizers)[0]) for i in images]
-    weighed = 0.5 * (2 * each_text[0] + 2 * each_text[1] + each_text[2])
+    weighed = 0.5 * (4 * each_text[0] + 2 * each_text[1] + each_text[2])
     expected = (weighed + 2 * each_image[0] + 2 * each_image[1]) / (3 + 4)
     np.testing.assert_allclose(share, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss/text"], np.mean(each_text), rtol=1e-5)

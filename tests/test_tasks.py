@@ -79,6 +79,28 @@ def test_a_task_that_contradicts_its_events_is_refused(events, fields, message):
         tasks.Task("own", events, **fields)
 
 
+def test_a_text_counts_as_all_image_steps_that_follow_it():
+    """Think, image, think, image with a window of 5: 10 and 5; an answer at the end: 1."""
+    look_again = tasks.plan((SYSTEM, TEXT, THINK, IMAGE, TEXT, THINK, IMAGE))
+    assert look_again.text_counts(5) == (10, 5)
+    assert look_again.text_counts(0) == (1, 1)  # images are not trained
+    assert tasks.plan((TEXT, THINK, IMAGE, ANSWER)).text_counts(5) == (5, 1)
+    counts = {name: tasks.plan(task.events).text_counts(5) for name, task in tasks.TASKS.items()}
+    assert counts == {"rt2i": (5,), "t2i": (), "srr": (5,), "ti2i": (5,), "ti2t": (1, 1)}
+
+
+def test_the_reflection_request_has_a_blank_before_its_line_break_in_generate_alone():
+    (trained,) = tasks.TASKS["srr"].texts
+    assert "the correct image.\nReflect on" in trained
+    assert "the correct image. \nReflect on" in tasks.GENERATE_REFLECTION_REQUEST
+    assert trained.replace("\n", " \n") == tasks.GENERATE_REFLECTION_REQUEST
+
+
+def test_only_tasks_that_say_so_have_a_format_reward():
+    rewarded = {name for name, task in tasks.TASKS.items() if task.format_reward}
+    assert rewarded == {"rt2i", "ti2i", "ti2t"}
+
+
 def test_fixed_prompts_are_those_of_the_pretrained_weights():
     assert tasks.THINK_SYSTEM_PROMPT.startswith(
         "You should first think about the planning process in the mind and then generate the "

@@ -26,13 +26,7 @@ from alphagrpo_jax.sampling.contexts import context, guidance_contexts, rebuild
 from alphagrpo_jax.sampling.text import text_log_probs
 from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_options, merged_params
 from alphagrpo_jax.tasks import Plan
-from alphagrpo_jax.types import (
-    LogProbs,
-    Rollout,
-    TrainState,
-    UpdateBatch,
-    take_micro_batch,
-)  # fmt: skip
+from alphagrpo_jax.types import LogProbs, Rollout, TrainState, UpdateBatch, take_micro_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +49,8 @@ class UpdateSpec:
 class LossNormalizers(NamedTuple):
     """Batch-wide normalizers shared by all micro-batches."""
 
-    tokens: jax.Array  # float32[K], trained tokens of each text step of valid trajectories
+    tokens: jax.Array  # float32[K], tokens of each text step of valid trajectories
+    selected_tokens: jax.Array  # float32[K], those of them that are trained
     trajectories: jax.Array  # float32[], valid ones
     entropy_threshold: jax.Array  # float32[K], tokens below it are not trained
 
@@ -346,17 +341,19 @@ def count_normalizers(
         tokens are trained.
       spec: static.
     """
-    tokens, thresholds = [], []
+    tokens, selected_tokens, thresholds = [], [], []
     for index, sample in enumerate(batch.rollout.texts):
         mask = sample.scored & batch.valid[:, None]
+        tokens.append(jnp.sum(mask, dtype=jnp.float32))
         thresholds.append(jnp.float32(-jnp.inf))
         if entropy is not None:
             fraction = spec.loss.entropy_fraction
             mask = loss.top_entropy_mask(entropy[index], mask, fraction=fraction)
             thresholds[-1] = jnp.min(jnp.where(mask, entropy[index], jnp.inf))
-        tokens.append(jnp.sum(mask, dtype=jnp.float32))
+        selected_tokens.append(jnp.sum(mask, dtype=jnp.float32))
     return LossNormalizers(
         jnp.array(tokens, jnp.float32),
+        jnp.array(selected_tokens, jnp.float32),
         jnp.sum(batch.valid, dtype=jnp.float32),
         jnp.array(thresholds, jnp.float32),
     )
@@ -379,15 +376,17 @@ def micro_loss(
     if (text_kl or image_kl) and reference is None:
         raise ValueError("got no reference log-probs, which a KL term needs; pass them")
     text_trained, image_trained = options.text != "none", options.image != "none"
+    selects = options.entropy_fraction < 1.0
     texts = [
         loss.TextTerms(
             new_logp=new.text_log_prob[k],
             old_logp=old.text_log_prob[k],
-            # Not `>=`: tokens whose entropy is NaN count too.
-            mask=sample.scored & ~(old.text_entropy[k] < totals.entropy_threshold[k]),
+            mask=sample.scored,
             advantage=micro_batch.advantage,
             entropy=jax.lax.stop_gradient(new.text_entropy[k]),
             ref_logp=reference.text_log_prob[k] if reference is not None and text_kl else None,
+            # Not `>=`: tokens whose entropy is NaN are trained too.
+            selected=~(old.text_entropy[k] < totals.entropy_threshold[k]) if selects else None,
         )
         for k, sample in enumerate(trajectories.texts if text_trained else ())
     ]
@@ -403,15 +402,15 @@ def micro_loss(
         for k in range(len(plan.image_steps) if image_trained else 0)
     ]
     image_steps = spec.rollout.options.window if image_trained else 0
-    counts = [max(1, image_steps * followed) for followed in plan.followed_by_image]
     share, metrics = loss.grpo_loss(
         texts,
         images,
         micro_batch.valid,
-        text_counts=counts if text_trained else (),
+        text_counts=plan.text_counts(image_steps) if text_trained else (),
         text_tokens_total=totals.tokens,
         trajectories_total=totals.trajectories,
         options=options,
+        selected_tokens_total=totals.selected_tokens if selects else None,
     )
     return share, metrics | {"logp/rollout_update_max_abs_diff": _sampler_gap(old, trajectories)}
 

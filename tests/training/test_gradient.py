@@ -15,7 +15,7 @@ from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import contexts as contexts_lib
 from alphagrpo_jax.sampling import trajectory
-from alphagrpo_jax.tasks import TASKS
+from alphagrpo_jax.tasks import IMAGE, TASKS, TEXT, THINK, Task
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.types import (
@@ -309,8 +309,59 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
     uncertain = values[values >= np.quantile(values, 0.5)]
-    assert totals.tokens.tolist() == [len(uncertain)]
+    assert totals.tokens.tolist() == [len(values)]
+    assert totals.selected_tokens.tolist() == [len(uncertain)]
     assert totals.entropy_threshold.tolist() == [uncertain[0]]
+
+
+@pytest.mark.parametrize("mean", ["all", "kept"])
+def test_the_loss_of_uncertain_tokens_is_averaged_as_configured(setting, mean):
+    """At ratio 1 the derivative by a trained token is -A over the number of all, or of such."""
+    loss = dataclasses.replace(
+        setting.spec.loss, entropy_fraction=0.5, entropy_mean=mean, level="token", image="none"
+    )
+    spec = dataclasses.replace(setting.spec, loss=loss)
+    _, _, (old,) = gradient_of(setting, setting.spec)
+    totals = gradient_lib.count_normalizers(setting.batch, old.text_entropy, spec=spec)
+
+    def run(new):
+        return gradient_lib.micro_loss(new, old, None, setting.batch, totals, spec=spec)
+
+    derivatives, metrics = jax.grad(run, has_aux=True)(old)
+    valid = np.asarray(setting.batch.valid)[:, None]
+    scored = np.asarray(setting.stored.texts[0].scored) & valid
+    entropy = np.asarray(old.text_entropy[0])
+    trained = scored & (entropy >= np.quantile(entropy[scored], 0.5))
+    assert 0 < trained.sum() < scored.sum()
+    counted = scored if mean == "all" else trained
+    advantage = np.asarray(setting.batch.advantage)[:, None]
+    expected = np.where(trained, -advantage, 0.0) / counted.sum()
+    np.testing.assert_allclose(derivatives.text_log_prob[0], expected, rtol=1e-5)
+    assert metrics["text/entropy"] == pytest.approx(entropy[counted].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("image_loss", "factors"), [("grpo", (2, 1)), ("none", None)])
+def test_a_text_counts_as_all_images_that_follow_it(setting, monkeypatch, image_loss, factors):
+    """The counts that the loss gets, for two turns whose losses are empty here."""
+    turns = Task("turns", (TEXT, THINK, IMAGE, TEXT, THINK, IMAGE), texts=("{prompt}", "Again."))
+    spec = options_lib.update_spec(configuration(), setting.loaded, turns)
+    spec = dataclasses.replace(spec, loss=dataclasses.replace(spec.loss, image=image_loss))
+    window = spec.rollout.options.window
+    got = {}
+    monkeypatch.setattr(
+        gradient_lib.loss, "grpo_loss", lambda *_, **options: got.update(options) or (0.0, {})
+    )
+    (old,) = gradient_of(setting, setting.spec)[2]
+    twice = jax.tree.map(lambda steps: steps * 2, old, is_leaf=lambda x: isinstance(x, tuple))
+    stored = setting.stored.replace(
+        texts=setting.stored.texts * 2, images=setting.stored.images * 2
+    )
+    batch = setting.batch.replace(rollout=stored)
+    totals = gradient_lib.count_normalizers(batch, None, spec=spec)
+    gradient_lib.micro_loss(twice, twice, None, batch, totals, spec=spec)
+    assert window > 1
+    expected = tuple(factor * window for factor in factors) if factors else (1, 1)
+    assert got["text_counts"] == expected
 
 
 def test_micro_batches_hold_every_row_and_repeat_where_they_run_out(setting):

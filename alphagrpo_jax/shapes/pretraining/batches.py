@@ -72,7 +72,7 @@ def make_batch(tokenizer: Tokenizer, sizes: BatchSizes, seed: int, step: int) ->
     draw_rows += [TextRow((example.prompt,), (False,), NO_SYSTEM) for example in plain]
     plan_rows = [_think_row(example.prompt, example.think) for example in plans]
     reflect_rows = [
-        _think_row(tasks.REFLECTION_REQUEST.format(prompt=example.prompt), example.think)
+        _think_row(tasks.GENERATE_REFLECTION_REQUEST.format(prompt=example.prompt), example.think)
         for example in repairs
     ]
     short_rows = [_think_row(example.instruction, example.think) for example in edits]

@@ -26,7 +26,9 @@ SPECIAL_TOKENS = (PAD, *SPECIAL.values())
 
 def training_texts(seed: int = SEED, samples: int = SAMPLES) -> Iterator[str]:
     """Yields the texts to train the tokenizer on: protocol, riddles, samples of each kind."""
-    yield from (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT, tasks.REFLECTION_REQUEST)
+    yield tasks.THINK_SYSTEM_PROMPT
+    yield tasks.ANSWER_SYSTEM_PROMPT
+    yield tasks.GENERATE_REFLECTION_REQUEST
     for riddle in riddles.RIDDLES:
         yield from (f" {riddle.phrase} {riddle.clue}", riddle.resolution(riddle.meaning))
         yield from (riddle.resolution(reading) for reading in riddles.OPTIONS[riddle.kind])

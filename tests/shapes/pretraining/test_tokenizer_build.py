@@ -58,7 +58,11 @@ def test_words_are_whole_and_texts_short(folder):
         assert len(tokenizer.encode(drawing.prompt)) == len(words)
         assert len(tokenizer.encode(drawing.think)) <= 48
         assert len(tokenizer.encode(repair.think)) <= 72
-    for text in (tasks.THINK_SYSTEM_PROMPT, tasks.ANSWER_SYSTEM_PROMPT, tasks.REFLECTION_REQUEST):
+    for text in (
+        tasks.THINK_SYSTEM_PROMPT,
+        tasks.ANSWER_SYSTEM_PROMPT,
+        tasks.GENERATE_REFLECTION_REQUEST,
+    ):
         assert len(tokenizer.encode(text)) < len(text) / 3
 
 
