@@ -8,6 +8,7 @@ from alphagrpo_jax.config import AdvantageOptions
 from alphagrpo_jax.types import Advantages, BatchAdvantages, BatchRewards
 
 MIN_VALID = 2  # a group with fewer valid samples has nothing to be compared with
+ANCHOR_EPS = 1e-8  # added to the mean square of baseline "anchor"
 
 
 def of_batch(rewards: BatchRewards, options: AdvantageOptions) -> BatchAdvantages:
@@ -15,14 +16,14 @@ def of_batch(rewards: BatchRewards, options: AdvantageOptions) -> BatchAdvantage
 
     Args:
       rewards: shaped rewards of P groups of G trajectories.
-      options: scale and baseline. Without initial images (no refining task), or where nothing
-        improved, the baseline is the group's mean.
+      options: scale and baseline. Without initial images (no refining task), for texts that are
+        rewarded apart from the images, or where nothing improved, the baseline is the group's mean.
     """
-    refines = rewards.text_initial is not None and rewards.improved
-    batch_options = options if refines else dataclasses.replace(options, baseline="group")
 
     def compute(total: np.ndarray, initial: np.ndarray | None) -> Advantages:
-        return group_advantage(total, rewards.valid, batch_options, initial=initial)
+        refines = initial is not None and rewards.improved
+        total_options = options if refines else dataclasses.replace(options, baseline="group")
+        return group_advantage(total, rewards.valid, total_options, initial=initial)
 
     text = compute(rewards.text, rewards.text_initial)
     image = compute(rewards.image, rewards.image_initial)
@@ -37,21 +38,21 @@ def group_advantage(
     initial: np.ndarray | None = None,
     eps: float = 1e-4,
 ) -> Advantages:
-    """Computes each trajectory's advantage over a baseline: `A = (r - b) / (scale + eps)`.
+    """Computes each trajectory's advantage over a baseline: `A = (r - b) / scale`.
 
     AlphaGRPO (arXiv 2605.12495), section 3; GRPO (arXiv 2402.03300). Baselines `b`: "group", the
     mean of the group's valid rewards; "initial", the reward of the image that the group refines;
     "anchor", the larger of the two. Scales: population standard deviation of the raw rewards of all
     valid samples ("global_raw"), of group-centered rewards ("global_centered"), or per group
-    ("group"); with baseline "anchor" the root mean square of `r - b` over all used samples or the
-    group; "none" divides by 1 (ReMax, no eps).
+    ("group"), each plus eps; "none" divides by 1 (ReMax). Baseline "anchor" has the scale
+    `sqrt(mean (r - b)^2 + 1e-8)` of each group, whatever `std`, without eps (as released).
 
     Args:
       reward: float[P, G]; values of invalid samples are never looked at.
       valid: bool[P, G].
       options: scale (`std`) and baseline, see above.
       initial: float[P], rewards of the initial images, for "initial" and "anchor".
-      eps: added to the scale.
+      eps: see above.
     Returns:
       `Advantages`, with metrics `group/zero_std_fraction` (of the used groups, those whose valid
       rewards are all equal), `group/left_out_fraction` and `advantage/scale` (mean over groups).
@@ -68,10 +69,11 @@ def group_advantage(
     equal = _all_equal(reward, valid)  # [P]
     offset = _baseline(mean, baseline, initial)
     centered = np.where(used, rewards - offset, 0.0)
-    if baseline == "group":
-        centered[equal] = 0.0  # rounding of the mean must not pass for a difference
+    # Rounding of the mean must not pass for a difference.
+    centered[equal & (offset == mean)[:, 0]] = 0.0
     scale = _scale(rewards, centered, mean, valid, used, std, baseline)
-    advantage = centered / (scale + eps) if std != "none" else centered
+    has_eps = baseline != "anchor" and std != "none"
+    advantage = centered / (scale + eps if has_eps else scale)
     groups = used.any(axis=1)
     metrics = {
         "group/zero_std_fraction": float(equal[groups].mean()) if groups.any() else 0.0,
@@ -99,11 +101,11 @@ def _scale(
     baseline: str,
 ) -> np.ndarray:
     """Computes the divisor without eps, float64 broadcastable to [P, G]."""
+    if baseline == "anchor":
+        return np.sqrt(_masked_mean(np.square(centered), used, axis=1) + ANCHOR_EPS)
     if std == "none":
         return np.ones((1, 1))
     axis = 1 if std == "group" else None
-    if baseline == "anchor":
-        return np.sqrt(_masked_mean(np.square(centered), used, axis=axis))
     if std == "global_raw":
         center = _masked_mean(rewards, valid, axis=None)
         return np.sqrt(_masked_mean(np.square(rewards - center), valid, axis=None))

@@ -14,13 +14,12 @@ from alphagrpo_jax import prompts
 from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.refinement import choose_initial
 from alphagrpo_jax.rewards import scoring
+from alphagrpo_jax.runtime import host_random
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.training.checks import TrainingError, check_validity
 from alphagrpo_jax.training.context import Run
 from alphagrpo_jax.training.sampling import collect_images, run_steps
 from alphagrpo_jax.types import DataPosition, InitialImageQueue, TextBlock
-
-CHOICE_STREAM = 2  # of the host's random numbers, apart from the order of prompts
 
 
 def take(
@@ -60,7 +59,7 @@ def _fill(
     """
     config, srr, data = run.config, run.config.srr, run.tasks[name].data.train
     start = position.positions[name]
-    rows = prompts.order(start, srr.queue_prompts, size=len(data.records), seed=config.seed)
+    rows = prompts.next_rows(config, data, start, srr.queue_prompts)
     records = [data.records[row] for row in rows]
     if srr.source == "record":
         images = data.images(rows, run.image_size)[:, None]
@@ -69,9 +68,9 @@ def _fill(
         fill_key = jax.random.fold_in(jax.random.fold_in(key, 0), start)
         images = sample_initial_images(run, params, records, fill_key)
     reward, valid = _score(run, records, images, start, step)
-    rng = np.random.default_rng([config.seed, CHOICE_STREAM, start])
+    stream = host_random.Stream.INITIAL_IMAGE
+    rng = host_random.generator(stream, seed=config.seed, number=start)
     chosen, usable = choose_initial(reward, valid, choice=srr.choice, rng=rng)
-    lowest = np.where(valid, reward, np.inf).min(axis=1)
     at = np.flatnonzero(usable)
     if not at.size:
         raise TrainingError(
@@ -79,7 +78,7 @@ def _fill(
             "mend the verifier, then run the same command again"
         )
     assert position.queue is not None
-    position.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]], lowest[at])
+    position.queue.add(rows[at], images[at, chosen[at]], reward[at, chosen[at]])
     position.positions[name] += srr.queue_prompts
 
 

@@ -62,21 +62,18 @@ def rectify(
     reward: np.ndarray,
     valid: np.ndarray,
     initial: np.ndarray,
-    lowest: np.ndarray,
     *,
     mode: Rectification,
 ) -> Rectified:
     """Rectifies false positives: a refinement that did not improve is not reinforced.
 
-    Where `r <= r_initial`, the reward becomes the lowest initial reward of its prompt ("released",
-    as AlphaGRPO's code does), or the group's own minimum over valid samples ("paper", arXiv
-    2605.12495); "none" leaves all as it is.
+    Where `r <= r_initial`, the reward becomes `r_initial` ("released", AlphaGRPO's code), or the
+    group's own minimum over valid samples ("paper", arXiv 2605.12495); "none" leaves all as it is.
 
     Args:
       reward: float[P, G]; values of invalid samples are never looked at.
       valid: bool[P, G].
       initial: float[P], rewards of the images that were repaired.
-      lowest: float[P], the lowest reward of all initial images of each prompt.
       mode: see above.
     Returns:
       `Rectified`; `improved` is the same whatever the mode.
@@ -86,13 +83,13 @@ def rectify(
     if mode not in get_args(Rectification):
         raise ValueError(f"got mode={mode!r}, expected one of {get_args(Rectification)}")
     reward, valid = np.asarray(reward, np.float64), np.asarray(valid, bool)
-    initial, lowest = (np.asarray(x, np.float64)[:, None] for x in (initial, lowest))
-    if not (np.isfinite(initial).all() and np.isfinite(lowest).all()):
+    initial = np.asarray(initial, np.float64)[:, None]
+    if not np.isfinite(initial).all():
         raise ValueError("got initial rewards that are not finite; leave such prompts out")
     improved = valid & (np.where(valid, reward, -np.inf) > initial)
     if mode == "none":
         return Rectified(reward, improved)
-    floor = lowest
+    floor = initial
     if mode == "paper":
         floor = np.where(valid, reward, np.inf).min(axis=1, keepdims=True)
     return Rectified(np.where(improved | ~valid, reward, floor), improved)

@@ -141,7 +141,7 @@ def shape(
     if initial is not None:
         mode = config.srr.rectification
         groups = (reward.reshape(group_shape), valid.reshape(group_shape))
-        rectified = rectify(*groups, initial.reward, initial.lowest, mode=mode)
+        rectified = rectify(*groups, initial.reward, mode=mode)
         reward = rectified.reward.ravel()
         improved = mode == "none" or bool(rectified.improved.any())
         metrics |= _refinement_metrics(rewards, rectified.improved, initial, group_shape)
@@ -150,9 +150,9 @@ def shape(
     metrics["reward/total"] = float(np.mean(text[valid])) if valid.any() else float("nan")
     text_initial = image_initial = None
     if initial is not None:
-        text_initial, image_initial = (
-            _initial_total(total - reward, valid, initial, group_shape) for total in (text, image)
-        )
+        image_initial = _initial_total(image - reward, valid, initial, group_shape)
+        # An initial image has no text: with a reward of their own, texts have only each other.
+        text_initial = None if scoring_options.isolate else image_initial
     if not improved:
         text = image = np.zeros_like(text)
     return BatchRewards(

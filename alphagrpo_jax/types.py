@@ -208,7 +208,6 @@ class InitialImageQueue:
     row: np.ndarray  # int64[N], of the prompt in its file
     image: np.ndarray  # uint8[N, Hpx, Wpx, 3]
     reward: np.ndarray  # float64[N]
-    lowest: np.ndarray  # float64[N], the lowest reward of the prompt's initial images
 
     @classmethod
     def empty(cls, capacity: int, height: int, width: int) -> "InitialImageQueue":
@@ -218,12 +217,9 @@ class InitialImageQueue:
             row=np.zeros(capacity, np.int64),
             image=np.zeros((capacity, height, width, 3), np.uint8),
             reward=np.zeros(capacity),
-            lowest=np.zeros(capacity),
         )
 
-    def add(
-        self, row: np.ndarray, image: np.ndarray, reward: np.ndarray, lowest: np.ndarray
-    ) -> None:
+    def add(self, row: np.ndarray, image: np.ndarray, reward: np.ndarray) -> None:
         """Appends N entries.
 
         Raises:
@@ -235,7 +231,7 @@ class InitialImageQueue:
             raise ValueError(
                 f"got {len(row)} entries for a queue with {len(self.row) - begin} free"
             )
-        entries = {"row": row, "image": image, "reward": reward, "lowest": lowest}
+        entries = {"row": row, "image": image, "reward": reward}
         for name, values in entries.items():
             vars(self)[name][begin:end] = values
         self.count = np.array(end, np.int64)
@@ -244,9 +240,9 @@ class InitialImageQueue:
         """Removes and returns the oldest `count` entries."""
         oldest = InitialImageQueue(
             np.array(count, np.int64),
-            *(vars(self)[name][:count].copy() for name in ("row", "image", "reward", "lowest")),
+            *(vars(self)[name][:count].copy() for name in ("row", "image", "reward")),
         )
-        for name in ("row", "image", "reward", "lowest"):
+        for name in ("row", "image", "reward"):
             array = vars(self)[name]
             array[:-count] = array[count:].copy()
             array[-count:] = 0
@@ -255,7 +251,7 @@ class InitialImageQueue:
 
     def progress(self) -> dict[str, list]:
         """Returns the numbers for a checkpoint's JSON part, which keeps every bit of them."""
-        names = ("row", "reward", "lowest")
+        names = ("row", "reward")
         return {name: vars(self)[name][: int(self.count)].tolist() for name in names}
 
     @classmethod
@@ -263,9 +259,8 @@ class InitialImageQueue:
         """Rebuilds a queue from its images uint8[N, Hpx, Wpx, 3] and its `progress`."""
         queue = cls.empty(*image.shape[:3])
         count = len(progress["row"])
-        numbers = (np.asarray(progress[name]) for name in ("row", "reward", "lowest"))
-        row, reward, lowest = numbers
-        queue.add(row, np.asarray(image)[:count], reward, lowest)
+        row, reward = (np.asarray(progress[name]) for name in ("row", "reward"))
+        queue.add(row, np.asarray(image)[:count], reward)
         return queue
 
 
@@ -307,7 +302,8 @@ class BatchRewards(NamedTuple):
     """Shaped rewards of one batch: what advantages are computed from.
 
     Text and image steps have totals of their own, since a format term may count for texts alone.
-    Initial rewards exist for refining tasks only and carry the same shaping as the totals.
+    Initial rewards exist for refining tasks only and carry the same shaping as the totals; texts
+    with a reward of their own have none.
     """
 
     text: np.ndarray  # float64[P, G], NaN where invalid

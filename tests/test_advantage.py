@@ -3,6 +3,7 @@ import pytest
 from default_options import advantage_options
 
 from alphagrpo_jax import advantage
+from alphagrpo_jax.types import BatchRewards
 
 REWARD = np.array([[0.0, 1.0, 0.5], [0.2, 0.2, 0.8]])
 ALL = np.ones((2, 3), bool)
@@ -82,15 +83,48 @@ def test_baselines_by_hand():
     std = REWARD.std()
     got = group_advantage(REWARD, ALL, baseline="initial", initial=initial).advantage
     np.testing.assert_allclose(got, (REWARD - initial[:, None]) / (std + 1e-4), rtol=1e-6)
-    centred = REWARD - [[0.75], [0.4]]  # the larger of group mean and initial reward
-    got = group_advantage(REWARD, ALL, baseline="anchor", initial=initial).advantage
-    np.testing.assert_allclose(got, centred / (np.sqrt(np.mean(centred**2)) + 1e-4), rtol=1e-6)
-    got = group_advantage(REWARD, ALL, baseline="anchor", initial=initial, std="group").advantage
-    rms = np.sqrt(np.mean(centred**2, axis=1, keepdims=True))
-    np.testing.assert_allclose(got, centred / (rms + 1e-4), rtol=1e-6)
     # all equal, yet better than the initial image: that is an advantage
     got = group_advantage(np.full((1, 2), 0.6), ALL[:1, :2], baseline="initial", initial=[0.5])
     np.testing.assert_allclose(got.advantage, 0.1 / 1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("std", ["global_raw", "global_centered", "group", "none"])
+def test_the_anchor_scales_each_group_by_its_root_mean_square(std):
+    """Rewards less 0.75, the initial one, and 0.4, the group's mean: the larger of the two."""
+    initial = np.array([0.75, 0.1])
+    got = group_advantage(REWARD, ALL, baseline="anchor", initial=initial, std=std)
+    differences = np.array([[-0.75, 0.25, -0.25], [-0.2, -0.2, 0.4]])
+    squares = np.array([[(9 + 1 + 1) / 16 / 3], [(0.04 + 0.04 + 0.16) / 3]])
+    expected = differences / np.sqrt(squares + 1e-8)
+    np.testing.assert_allclose(got.advantage, expected, rtol=1e-6)
+    # the square root of 1e-8 is all that divides a group that is exactly as good as its anchor
+    small = np.array([[0.5, 0.5 + 2e-4]])
+    got = group_advantage(small, ALL[:, :2][:1], baseline="anchor", initial=[0.5], std=std)
+    np.testing.assert_allclose(got.advantage, [[-(0.5**0.5), 0.5**0.5]], rtol=1e-6)
+    # an invalid member takes no part in the mean square
+    valid = np.array([[True, True, False], [True, True, True]])
+    got = group_advantage(REWARD, valid, baseline="anchor", initial=initial, std=std)
+    expected = np.array([-0.75, 0.25]) / np.sqrt((9 + 1) / 16 / 2 + 1e-8)
+    np.testing.assert_allclose(got.advantage[0, :2], expected, rtol=1e-6)
+
+
+def test_equal_rewards_above_their_anchor_give_exactly_zero():
+    got = group_advantage(np.full((2, 3), 0.1), ALL, baseline="anchor", initial=[0.05, 0.0])
+    assert got.all_zero
+
+
+def test_texts_with_a_reward_of_their_own_keep_the_mean_of_their_group():
+    """Images are compared with the initial image, 0.75 and 0.1; texts with one another."""
+    options = advantage_options(std="none", baseline="initial")
+    text = REWARD + np.array([[0.5, 0.0, 0.25], [0.0, 0.5, 0.5]])
+    initial = np.array([0.75, 0.1])
+    rewards = BatchRewards(text, REWARD, ALL, None, initial, improved=True, metrics={})
+    got = advantage.of_batch(rewards, options)
+    expected = [[-0.25, 0.25, 0.0], [-8 / 15, -1 / 30, 17 / 30]]
+    np.testing.assert_allclose(got.text.advantage, expected, atol=1e-6)
+    np.testing.assert_allclose(got.image, REWARD - initial[:, None], atol=1e-6)
+    shared = advantage.of_batch(rewards._replace(text=REWARD, text_initial=initial), options)
+    np.testing.assert_array_equal(shared.text.advantage, got.image)
 
 
 def test_order_within_a_group_does_not_matter():

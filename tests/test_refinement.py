@@ -52,7 +52,7 @@ def test_values_of_invalid_images_are_never_looked_at():
     ("mode", "expected"),
     [
         ("none", [[0.6, 0.5, 0.4, np.nan], [0.9, 0.8, 0.95, 0.7]]),
-        ("released", [[0.6, 0.1, 0.1, np.nan], [0.7, 0.7, 0.95, 0.7]]),
+        ("released", [[0.6, 0.5, 0.5, np.nan], [0.9, 0.9, 0.95, 0.9]]),
         ("paper", [[0.6, 0.4, 0.4, np.nan], [0.7, 0.7, 0.95, 0.7]]),
     ],
 )
@@ -60,7 +60,7 @@ def test_rectification_by_hand(mode, expected):
     """The second member only equals its initial image; the fourth of the first group is invalid."""
     reward = np.array([[0.6, 0.5, 0.4, np.nan], [0.9, 0.8, 0.95, 0.7]])
     valid = ~np.isnan(reward)
-    rectified = rectify(reward, valid, np.array([0.5, 0.9]), np.array([0.1, 0.7]), mode=mode)
+    rectified = rectify(reward, valid, np.array([0.5, 0.9]), mode=mode)
     np.testing.assert_array_equal(rectified.reward, expected)
     assert rectified.improved.tolist() == [
         [True, False, False, False],
@@ -71,7 +71,7 @@ def test_rectification_by_hand(mode, expected):
 def test_an_invalid_sample_does_not_lower_the_groups_minimum():
     reward = np.array([[0.6, 0.4, -5.0]])
     valid = np.array([[True, True, False]])
-    rectified = rectify(reward, valid, np.array([0.5]), np.array([0.5]), mode="paper")
+    rectified = rectify(reward, valid, np.array([0.5]), mode="paper")
     assert rectified.reward[0].tolist() == [0.6, 0.4, -5.0]
 
 
@@ -86,7 +86,7 @@ def test_bad_rectification_is_refused(arguments, message):
     options = {"initial": np.zeros(1), "mode": "paper"} | arguments
     initial = options.pop("initial")
     with pytest.raises(ValueError, match=message):
-        rectify(np.zeros((1, 2)), np.ones((1, 2), bool), initial, np.zeros(1), **options)
+        rectify(np.zeros((1, 2)), np.ones((1, 2), bool), initial, **options)
 
 
 def test_outcomes_are_shares():
@@ -97,7 +97,7 @@ def test_outcomes_are_shares():
 def entries(first: int, count: int) -> tuple:
     numbers = np.arange(first, first + count)
     images = np.broadcast_to(numbers[:, None, None, None], (count, 2, 2, 3)).astype(np.uint8)
-    return numbers, images, numbers / 7, numbers / 9
+    return numbers, images, numbers / 7
 
 
 def test_a_queue_hands_out_the_oldest_first_and_survives_a_checkpoint():
@@ -112,11 +112,18 @@ def test_a_queue_hands_out_the_oldest_first_and_survives_a_checkpoint():
         batch = current.take(4)
         assert batch.row.tolist() == [3, 4, 5, 6]
         assert batch.reward.tolist() == [n / 7 for n in (3, 4, 5, 6)]  # to the last bit
-        assert batch.lowest.tolist() == [n / 9 for n in (3, 4, 5, 6)]
         assert batch.image[:, 0, 0, 0].tolist() == [3, 4, 5, 6]
         assert int(current.count) == 0
-    for name in ("image", "row", "reward", "lowest"):
+    for name in ("image", "row", "reward"):
         np.testing.assert_array_equal(vars(queue)[name], vars(again)[name])
+
+
+def test_a_queue_of_an_older_checkpoint_is_read():
+    """It told each prompt's lowest initial reward too."""
+    image = np.zeros((3, 2, 2, 3), np.uint8)
+    saved = {"row": [4, 2], "reward": [0.5, 0.25], "lowest": [0.5, 0.125]}
+    queue = InitialImageQueue.restored(image, saved)
+    assert queue.progress() == {"row": [4, 2], "reward": [0.5, 0.25]}
 
 
 def test_a_full_queue_refuses_more():

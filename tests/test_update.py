@@ -100,6 +100,22 @@ def worlds(tmp_path_factory):
     return single, double, (first, second), joined
 
 
+def test_a_batch_has_one_window_of_stochastic_steps(worlds):
+    """Each batch of each update its own, within `window_range`; never one per row."""
+    single, _, rollouts, _ = worlds
+    windows = [sampled.trajectories.images[0].start for sampled in rollouts]
+    params = single.run.sampling_params(single.state)
+    for step in range(2, 7):
+        sampled = rollout.sample(single.run, params, single.state.key, step, batch(0, [0]))
+        windows.append(sampled.trajectories.images[0].start)
+    assert all(window.shape == () for window in windows)
+    options = single.config.rollout
+    low, high = options.window_range
+    starts = {int(window) for window in windows}
+    assert starts <= set(range(low, high - options.window + 1))
+    assert len(starts) > 1
+
+
 @pytest.mark.parametrize("zero", [False, True])
 def test_two_batches_of_a_task_are_one_of_twice_the_size(worlds, zero):
     """Also if the second one's rewards are all alike: its trajectories are valid."""

@@ -19,7 +19,7 @@ from alphagrpo_jax.runtime import distributed
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.runtime.stopping import StoppedError
 
-REFLECTION_WEIGHT = 0.5
+ISOLATED_WEIGHT = 0.5  # of the format terms' mean where it counts for the texts alone
 HOLISTIC = "holistic"  # the score that ratings make; the others come from answers
 SATURATED = 0.02  # P(yes) this near 0 or 1 no longer tells the samples of a group apart
 ELSEWHERE = "judged on another host"
@@ -266,21 +266,22 @@ def totals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes the totals that the advantages of text and of image steps compare, float64[N] each.
 
-    It is the reward plus the weighted format reward, for both, or with `isolate` for the text
-    alone. With a judged reflection the text's is `reward + 0.5 mean(format, reflection)` and the
-    image's the reward (AlphaGRPO's SRR recipe).
+    It is the reward plus the weighted format reward for both. With `isolate` the image's is the
+    reward, and the text's `reward + 0.5 mean(format terms)`: the think text's form and, where it
+    was judged, the reflection's (AlphaGRPO, arXiv 2605.12495, SRR as released).
 
     Args:
       rewards: of a batch.
-      options: weights.
+      options: `format_weight`, 0 where the task has no format reward, and `isolate`.
       reward: float64[N], rectified rewards instead of `rewards.reward`.
-      reflection: float64[N], 0 or 1.
+      reflection: float64[N], 0 or 1; counts with `isolate` alone.
     """
     reward = rewards.reward if reward is None else reward
-    if reflection is not None:
-        return reward + REFLECTION_WEIGHT * (rewards.format + reflection) / 2, reward
-    text = reward + options.format_weight * rewards.format
-    return text, reward if options.isolate else text
+    if options.isolate:
+        terms = [rewards.format] if reflection is None else [rewards.format, reflection]
+        return reward + ISOLATED_WEIGHT * np.mean(terms, axis=0), reward
+    total = reward + options.format_weight * rewards.format
+    return total, total
 
 
 def without(rewards: Rewards, failed: np.ndarray, reason: str) -> Rewards:

@@ -251,21 +251,20 @@ def test_own_initial_images_are_those_of_the_files(world):
             answers = run.verifier.honest.answer(batch.images[index], record.question_texts)
             expected = dvreward(*record.split([answer.p_yes for answer in answers])).reward
             assert batch.initial.reward[index] == pytest.approx(expected)
-            assert batch.initial.lowest[index] == batch.initial.reward[index]
     assert prompts_seen == set(range(6))
     assert run.verifier.samples.keys() == {("initial", 0, number) for number in range(6)}
 
 
-def refining(mode, texts, pool=None):
+def refining(mode, texts, pool=None, isolate=True):
     """A run without a model whose group of four wrote `texts` about an image of reward 0.5."""
     config = tiny_world.config(pathlib.Path("unused"))
-    config.task, config.srr.reflection_format = "srr", mode
+    config.task, config.srr.reflection_format, config.reward.isolate = "srr", mode, isolate
     config.advantage.std, config.srr.rectification = "none", "none"
     config.train.prompts_per_step, config.reward.max_invalid_fraction = 1, 0.5
     config.train.micro_batch = config.rollout.micro_batch = 4
     parsed = config_lib.from_config_dict(config)
     numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
-    initial = InitialImageQueue(np.array(1), *numbers, np.array([0.5]), np.array([0.5]))
+    initial = InitialImageQueue(np.array(1), *numbers, np.array([0.5]))
     batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(1, int), numbers[1], initial)
     records = [parse_record(tiny_world.record("a red circle"))] * 4
     ids = [(1, 0, number) for number in range(4)]
@@ -324,29 +323,43 @@ def test_reflections_by_rule():
     advantages = advantage.of_batch(shaped, run.config.advantage)
     np.testing.assert_allclose(advantages.text.advantage[0], [0.1875, -0.0625, -0.0625, -0.0625])
     assert not advantages.image.any()
+    # Without `isolate` it is a metric alone.
+    run, _ = refining("rule", [], isolate=False)
+    shaped = reward.shape(run, sampled, rewards, reflection)
+    np.testing.assert_array_equal(shaped.text, [[0.6] * 4])
+    assert shaped.metrics["reward/reflection"] == 0.25
     run, sampled = refining("none", [good] * 4)
     assert reward.reflection_scores(run, sampled) is None
 
 
 @pytest.mark.parametrize(
-    ("baseline", "expected"),
-    [("initial", [0.05, -0.05, -0.05, -0.05]), ("anchor", [0.05, -0.05, -0.05, -0.05])],
+    ("baseline", "image", "text"),
+    [
+        ("initial", [0.05, -0.05, -0.05, -0.05], [0.325, -0.025, -0.275, -0.025]),
+        # 0.55 is the larger; all differences are 0.05, and so is their root mean square
+        ("anchor", [1.0, -1.0, -1.0, -1.0], [0.325, -0.025, -0.275, -0.025]),
+    ],
 )
-def test_initial_and_repairs_are_compared_on_one_scale(baseline, expected):
-    """What the texts' form adds to every repair does not count as an improvement."""
+def test_repairs_are_compared_with_the_initial_image(baseline, image, text):
+    """Texts too, unless they have a reward of their own: then with the mean of their group."""
     config = tiny_world.config(pathlib.Path("unused"))
     config.task, config.advantage.baseline, config.advantage.std = "srr", baseline, "none"
     config.srr.rectification, config.train.prompts_per_step = "none", 1
     config.rollout.micro_batch = config.train.micro_batch = 4
-    parsed = config_lib.from_config_dict(config)
     numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
-    initial = InitialImageQueue(np.array(1), *numbers, np.array([0.55]), np.array([0.1]))
+    initial = InitialImageQueue(np.array(1), *numbers, np.array([0.55]))
     batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
     sampled = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 4], {})
-    shaped = reward.shape(run_without_model(parsed), sampled, rewards_of([0.6, 0.5, 0.5, 0.5]))
-    advantages = advantage.of_batch(shaped, parsed.advantage)
-    np.testing.assert_allclose(advantages.text.advantage[0], expected, atol=1e-6)
-    np.testing.assert_allclose(advantages.image[0], expected, atol=1e-6)
+    formats = np.array([1.0, 0.5, 0.0, 0.5])
+    rewards = dataclasses.replace(rewards_of([0.6, 0.5, 0.5, 0.5]), format=formats)
+    for isolate in (False, True):
+        config.reward.isolate = isolate
+        parsed = config_lib.from_config_dict(config)
+        shaped = reward.shape(run_without_model(parsed), sampled, rewards)
+        advantages = advantage.of_batch(shaped, parsed.advantage)
+        np.testing.assert_allclose(advantages.image[0], image, atol=1e-5)
+        expected = text if isolate else image
+        np.testing.assert_allclose(advantages.text.advantage[0], expected, atol=1e-5)
 
 
 def rewards_of(values):
@@ -359,7 +372,7 @@ def test_nothing_improved_means_no_advantages():
     config = config_lib.from_config_dict(tiny_world.config(pathlib.Path("unused")))
     config = dataclasses.replace(config, task="srr")
     numbers = (np.zeros(2, int), np.zeros((2, 2, 2, 3), np.uint8))
-    initial = InitialImageQueue(np.array(2), *numbers, np.array([0.6, 0.9]), np.array([0.1, 0.2]))
+    initial = InitialImageQueue(np.array(2), *numbers, np.array([0.6, 0.9]))
     batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(2, int), None, initial)
     sampled = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 8], {})
     run = run_without_model(config)
@@ -376,10 +389,29 @@ def test_nothing_improved_means_no_advantages():
     assert not advantages.left_out
     text = advantages.text.advantage
     assert text[0, 0] > 0 > text[0, 1]
-    assert text[0, 1] == text[0, 2] == text[0, 3]  # all rectified to 0.1
-    assert not text[1].any()  # rectified to 0.2, all of them
+    assert text[0, 1] == text[0, 2] == text[0, 3]  # all rectified to 0.6, the initial reward
+    assert not text[1].any()  # rectified to 0.9, all of them
     assert shaped.metrics["srr/improved_fraction"] == pytest.approx(1 / 7)
-    assert shaped.metrics["reward/total"] == pytest.approx((0.7 + 0.1 * 3 + 0.2 * 3) / 7 + 1)
+    # The rectified reward alone: no format term, though all think texts are well formed.
+    assert shaped.metrics["reward/total"] == pytest.approx((0.7 + 0.6 * 3 + 0.9 * 3) / 7)
+
+
+def test_without_rectification_nothing_is_left_out():
+    config = tiny_world.config(pathlib.Path("unused"))
+    config.task, config.srr.rectification, config.advantage.std = "srr", "none", "none"
+    config.train.prompts_per_step = 1
+    config.rollout.micro_batch = config.train.micro_batch = 4
+    parsed = config_lib.from_config_dict(config)
+    numbers = (np.zeros(1, int), np.zeros((1, 2, 2, 3), np.uint8))
+    initial = InitialImageQueue(np.array(1), *numbers, np.array([0.9]))
+    batch = types.PromptBatch(0, tasks.TASKS["srr"], np.zeros(1, int), None, initial)
+    sampled = types.RolloutBatch(batch, None, [], [], [["<think> a </think>"] * 4], {})
+    shaped = reward.shape(run_without_model(parsed), sampled, rewards_of([0.8, 0.2, 0.4, 0.6]))
+    advantages = advantage.of_batch(shaped, parsed.advantage)
+    assert shaped.metrics["srr/improved_fraction"] == 0.0
+    assert not advantages.left_out
+    for values in (advantages.text.advantage, advantages.image):
+        np.testing.assert_allclose(values, [[0.3, -0.3, -0.1, 0.1]], atol=1e-6)
 
 
 def test_tasks_are_drawn_by_weight_and_by_the_step_alone():

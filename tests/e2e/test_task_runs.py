@@ -153,6 +153,7 @@ def test_own_initial_images(run, world, rows):
 def test_judged_reflections_and_the_papers_rectification(run, world, rows):
     options = (
         "--config.srr.reflection_format=verifier",
+        "--config.reward.isolate=True",
         "--config.srr.rectification=paper",
         "--config.srr.choice=softmax",
         "--config.srr.queue_prompts=5",  # no multiple of a micro-batch or of a step's prompts

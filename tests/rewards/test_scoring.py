@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from alphagrpo_jax.rewards.workers.ledger import VerifierResult
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.training import options as options_lib
 from configs import grpo
+
+CONFIGS = pathlib.Path(grpo.__file__).parent
 
 
 class Answers:
@@ -140,15 +143,38 @@ def rewards_of(reward, form):
     return scoring.Rewards(np.array(reward), nothing, nothing, np.array(form), valid, {})
 
 
-def test_the_form_may_count_for_the_text_alone():
-    options = reward_options(aggregate="mean", score="confidence", format_weight=0.5, isolate=True)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_form_may_count_for_the_text_alone(weight):
+    """By half of the format terms' mean, whatever `format_weight`."""
+    options = reward_options(format_weight=weight, isolate=True)
     text, image = scoring.totals(rewards_of([0.2, 0.4], [1.0, 0.0]), options)
     np.testing.assert_allclose(text, [0.7, 0.4])
     np.testing.assert_allclose(image, [0.2, 0.4])
 
 
+def test_the_form_counts_for_both_by_its_weight():
+    totals = scoring.totals(rewards_of([0.2, 0.4], [1.0, 0.0]), reward_options(format_weight=0.25))
+    for total in totals:
+        np.testing.assert_allclose(total, [0.45, 0.4])
+
+
+@pytest.mark.parametrize("path", ["srr", "bagel_7b_srr", "mixed"])
+def test_refinements_are_rewarded_by_the_rectified_reward_alone(path):
+    config = config_lib.read_config(CONFIGS / f"{path}.py")
+    options = options_lib.scoring_options(config, tasks.TASKS["srr"])
+    rectified, judged = np.array([0.3, 0.5]), np.array([1.0, 1.0])
+    scores = rewards_of([0.2, 0.5], [1.0, 0.0])
+    for reflection in (None, judged):  # a judged reflection is a metric without `isolate`
+        totals = scoring.totals(scores, options, reward=rectified, reflection=reflection)
+        for total in totals:
+            np.testing.assert_array_equal(total, rectified)
+    if "rt2i" in config.tasks:
+        options = options_lib.scoring_options(config, tasks.TASKS["rt2i"])
+        np.testing.assert_allclose(scoring.totals(scores, options)[0], [1.2, 0.5])
+
+
 def test_a_judged_reflection_is_half_of_what_the_form_adds():
-    options = reward_options(aggregate="mean", score="confidence", format_weight=1.0)
+    options = reward_options(isolate=True)
     scores = rewards_of([0.2, 0.4, 0.6], [1.0, 1.0, 0.0])
     text, image = scoring.totals(
         scores, options, reward=np.array([0.1, 0.4, 0.6]), reflection=np.array([1.0, 0.0, 0.0])

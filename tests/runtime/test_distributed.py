@@ -45,7 +45,8 @@ def test_shares_of_the_parts_are_shares_of_the_batch(processes, count, micro_bat
 
 @pytest.mark.parametrize(("count", "rows"), [(2, 8), (2, 7), (3, 7), (3, 2)])
 def test_merged_rows_are_in_order(processes, monkeypatch, count, rows):
-    values = np.arange(rows * 2.0).reshape(rows, 2)
+    values = 1 / 3 + np.arange(rows * 2.0).reshape(rows, 2)  # no float32 holds them
+    assert (values != values.astype(np.float32)).all()
     filled = []
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: filled.append(x) or x[None])
 
@@ -55,6 +56,7 @@ def test_merged_rows_are_in_order(processes, monkeypatch, count, rows):
     processes(count, merge)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda _: np.stack(filled))
     for merged in processes(count, merge):
+        assert merged.dtype == np.float64
         np.testing.assert_array_equal(merged, values)
 
 
