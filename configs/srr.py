@@ -5,7 +5,7 @@
 Hardware: two CPU cores; time, memory and results stand in docs/results.md with their commands.
 Four initial images are sampled per prompt without thinking; the one with the lowest reward is
 repaired. A refinement that is no better than its initial image is not reinforced
-(`srr.rectification`).
+(`srr.rectification`). The reward is the verifier's alone: the form of the think text adds nothing.
 
 `loss.text_loss_weight` stays at the default's 1, so that a reflection weighs as much as all trained
 steps of its image; the paper's recipe for refinement has 1 / W (`configs/bagel_7b_srr.py`). In this
