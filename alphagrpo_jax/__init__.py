@@ -17,6 +17,7 @@ __all__ = [
     "Config",
     "HFVerifier",
     "ImageTerms",
+    "MatchingTerms",
     "Policy",
     "Rating",
     "Record",
@@ -32,11 +33,15 @@ __all__ = [
     "dvreward",
     "group_advantage",
     "grpo_loss",
+    "image_awm",
     "image_grpo",
+    "image_nft",
+    "image_remax",
     "inference",
     "read_config",
     "read_jsonl",
     "text_grpo",
+    "text_remax",
     "train",
     "viescore",
 ]
@@ -47,7 +52,13 @@ _NAMES = {
     "config": ("Config",),
     "config_checks": ("change_options", "read_config"),
     "inference": ("Policy",),
-    "loss": ("ImageTerms", "TextTerms", "grpo_loss", "image_grpo", "text_grpo"),
+    "loss": ("grpo_loss",),
+    "losses.awm": ("image_awm",),
+    "losses.image_grpo": ("image_grpo",),
+    "losses.nft": ("image_nft",),
+    "losses.remax": ("image_remax", "text_remax"),
+    "losses.terms": ("ImageTerms", "MatchingTerms", "TextTerms"),
+    "losses.text_grpo": ("text_grpo",),
     "rewards.dvreward": ("Reward", "dvreward"),
     "rewards.verifiers.base": ("Answer", "Rating", "Score", "Scorer", "Verifier"),
     "rewards.verifiers.hf": ("HFVerifier",),
@@ -65,7 +76,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; a test compar
     from alphagrpo_jax.config import Config
     from alphagrpo_jax.config_checks import change_options, read_config
     from alphagrpo_jax.inference import Policy
-    from alphagrpo_jax.loss import ImageTerms, TextTerms, grpo_loss, image_grpo, text_grpo
+    from alphagrpo_jax.loss import grpo_loss
+    from alphagrpo_jax.losses.awm import image_awm
+    from alphagrpo_jax.losses.image_grpo import image_grpo
+    from alphagrpo_jax.losses.nft import image_nft
+    from alphagrpo_jax.losses.remax import image_remax, text_remax
+    from alphagrpo_jax.losses.terms import ImageTerms, MatchingTerms, TextTerms
+    from alphagrpo_jax.losses.text_grpo import text_grpo
     from alphagrpo_jax.rewards.dvreward import Reward, dvreward
     from alphagrpo_jax.rewards.verifiers.base import Answer, Rating, Score, Scorer, Verifier
     from alphagrpo_jax.rewards.verifiers.hf import HFVerifier

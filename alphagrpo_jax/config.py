@@ -320,8 +320,10 @@ class ImageOptions:
     """Steps (lo, hi): the stochastic steps lie within lo .. hi - 1."""
     noise_level: float = Field(ge=1e-6, le=100.0)
     """Noise of a stochastic step, the factor a of Flow-SDE and Flow-CPS."""
-    sampler: Literal["sde", "cps"]
-    """Kind of the stochastic steps: Flow-SDE or Flow-CPS."""
+    sampler: Literal["sde", "cps", "ode"]
+    """Kind of the stochastic steps: Flow-SDE or Flow-CPS. With "ode" none is stochastic: the
+    finished image is noised again at `window` levels of `window_range`, drawn for each image, which
+    are the trained steps."""
     guidance: Guidance
     """Guidance of images that are made from a text alone."""
 
@@ -435,14 +437,21 @@ class TrainOptions(PassOptions):
     """Let the gradient flow through the contexts of the trained steps."""
 
 
+# Values of `loss.image` that match velocities of finished images.
+MATCHING = ("nft", "awm")
+
+
 @dataclass(config=SECTION, frozen=True, kw_only=True)
 class LossOptions:
-    """The GRPO loss of the text and the image steps."""
+    """The loss of the text and the image steps."""
 
-    text: Literal["grpo", "none"]
-    """Loss of the text steps."""
-    image: Literal["grpo", "none"]
-    """Loss of the stochastic image steps."""
+    text: Literal["grpo", "remax", "none"]
+    """Algorithm of the text steps: clipped ratios ("grpo"), or advantage times log-prob ("remax").
+    """
+    image: Literal["grpo", "nft", "awm", "remax", "none"]
+    """Algorithm of the image steps: on the log-probs of stochastic steps ("grpo", "remax"), or on
+    velocities of the finished image, noised again (DiffusionNFT "nft", advantage-weighted matching
+    "awm"), which needs rollout.sampler "ode" and the average of optimizer.average_limit."""
     text_loss_weight: float = Field(ge=0.0, le=1e6)
     """Weight of a text step, relative to all stochastic steps of the images behind it together."""
     level: Literal["sequence", "token"]
@@ -463,9 +472,21 @@ class LossOptions:
     advantage_clip: float = Field(ge=1e-6, le=1e6)
     """Largest magnitude of an advantage in the image loss."""
     image_beta: float = Field(ge=0.0, le=1e6)
-    """Weight of the image steps' KL to the pretrained model."""
+    """Weight of the image steps' KL to the pretrained model; of "nft" and "awm", of the squared
+    distance of velocities."""
+    nft_beta: float = Field(gt=0.0, le=1e3)
+    """Step from the average policy's velocity to the velocities that "nft" matches."""
+    awm_clip: float = Field(ge=0.0, le=1e6)
+    """Distance from 1 at which the ratio of "awm" is clipped."""
+    awm_average_beta: float = Field(ge=0.0, le=1e6)
+    """Weight of the squared distance to the average policy's velocities in "awm"."""
     report_kl: bool
     """Compute both KL terms as metrics even where their weight is 0; costs one more pass."""
+
+    @property
+    def matches(self) -> bool:
+        """True where the image loss matches velocities of finished images."""
+        return self.image in MATCHING
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)
@@ -503,6 +524,11 @@ class OptimizerOptions:
     """Optimizer steps over which the learning rate rises from 0."""
     decay_steps: int = Field(ge=0, le=1 << 40)
     """Optimizer steps after which the learning rate has fallen to 0 linearly; 0: it does not."""
+    average_limit: float = Field(ge=0.0, lt=1.0)
+    """Largest weight of the past in the moving average of the trained weights, which some image
+    losses compare with; 0 keeps no average."""
+    average_rate: float = Field(ge=0.0, le=1.0)
+    """Weight of the past per optimizer step done, up to `average_limit`."""
 
 
 @dataclass(config=SECTION, frozen=True, kw_only=True)

@@ -76,11 +76,16 @@ class TextSample:
 
 @struct.dataclass
 class ImageSample:
-    """A generated image and its stochastic steps."""
+    """A generated image and its trained steps.
 
-    before: jax.Array  # float32[B, J, M, C], latents entering each stochastic step
-    after: jax.Array  # float32[B, J, M, C], latents sampled from it
-    log_prob: jax.Array  # float32[B, J], the sampler's own
+    These are the stochastic ones of the sampler or, with sampler "ode", the finished image noised
+    again: `(1 - sigma) latents + sigma noise`.
+    """
+
+    before: jax.Array  # float32[B, J, M, C], latents entering each trained step
+    after: jax.Array  # float32[B, J, M, C], latents sampled from it; "ode": the noise
+    sigma: jax.Array  # float32[B, J], noise levels of `before`
+    log_prob: jax.Array  # float32[B, J], the sampler's own; "ode": 0
     start: jax.Array  # int32[], the first stochastic step in the schedule
     latents: jax.Array  # float32[B, M, C], the finished image
 
@@ -100,11 +105,12 @@ class Rollout:
 class LogProbs:
     """Log-probs of a rollout's own tokens and transitions under some policy."""
 
-    # A kind of steps that is not trained has no entries.
+    # A kind of steps that is not trained has no entries; images have log-probs or velocities.
     text_log_prob: tuple[jax.Array, ...]  # float32[B, T - 1] per text step
     text_entropy: tuple[jax.Array, ...]  # float32[B, T - 1] per text step
     image_log_prob: tuple[jax.Array, ...]  # float32[B, J] per image step
     image_mean: tuple[jax.Array, ...]  # float32[B, J, M, C], means of the transitions
+    image_velocity: tuple[jax.Array, ...]  # float32[B, J, M, C], not guided, at `before`
 
 
 @struct.dataclass

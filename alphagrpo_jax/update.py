@@ -15,9 +15,11 @@ from alphagrpo_jax.tasks import TASKS
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training.checks import TrainingError, check_sampled
 from alphagrpo_jax.training.context import Run
-from alphagrpo_jax.training.gradient import LossNormalizers, Residuals
+from alphagrpo_jax.training.gradient import Residuals
+from alphagrpo_jax.training.optimizer import average_of
 from alphagrpo_jax.training.pacing import MicroBatches
 from alphagrpo_jax.training.steps import TaskFns
+from alphagrpo_jax.training.update_loss import FixedOutputs, LossNormalizers
 from alphagrpo_jax.types import BatchAdvantages, LogProbs, RolloutBatch, TrainState, UpdateBatch
 
 
@@ -91,7 +93,8 @@ def step(
         _drop_residuals(old)
         skipped: dict[str, float] = {"update/skipped": 1}
         return state, UpdateMetrics(skipped, [dict(skipped) for _ in rollouts])
-    tasks = _group_by_task(run, rollouts, old, advantages)
+    average = average_of(state.opt_state) if run.config.loss.matches else None
+    tasks = _group_by_task(run, average, rollouts, old, advantages)
     batch_metrics: list[dict[str, float]] = [{"update/skipped": 1} for _ in rollouts]
     update_metrics: dict[str, float] = {}
     count, adapters = run.config.train.updates_per_batch, run.config.train.trainable == "lora"
@@ -138,7 +141,7 @@ class _BatchUpdate(NamedTuple):
     fns: TaskFns
     batch: UpdateBatch
     old: OldLogProbs | None
-    reference: list[LogProbs] | None  # by micro-batch; None without a KL term
+    fixed: list[FixedOutputs]  # by micro-batch
     entropy: tuple[jax.Array, ...] | None  # float32[B, T - 1] of each text step
 
 
@@ -154,6 +157,7 @@ class _TaskUpdate:
 
 def _group_by_task(
     run: Run,
+    average: Any,
     rollouts: Sequence[RolloutBatch],
     old: Sequence[OldLogProbs | None],
     advantages: Sequence[BatchAdvantages],
@@ -167,7 +171,7 @@ def _group_by_task(
     return [
         _task_update(
             run,
-            [_batch_update(run, rollouts[i], old[i], advantages[i]) for i in task_indices],
+            [_batch_update(run, average, rollouts[i], old[i], advantages[i]) for i in task_indices],
             task_indices,
             sum(used[i] for i in task_indices) / sum(used),
         )
@@ -176,26 +180,40 @@ def _group_by_task(
 
 
 def _batch_update(
-    run: Run, rollout: RolloutBatch, old: OldLogProbs | None, advantages: BatchAdvantages
+    run: Run,
+    average: Any,
+    rollout: RolloutBatch,
+    old: OldLogProbs | None,
+    advantages: BatchAdvantages,
 ) -> _BatchUpdate:
-    """Puts a batch's arrays on the device, with reference log-probs and entropies if needed."""
+    """Puts a batch's arrays on the device, with outputs of other policies and entropies if needed.
+
+    `average` is that of the trained weights, None where the loss does not need it.
+    """
     fns, loss_options = run.tasks[rollout.batch.task.name].fns, run.config.loss
     by_row = (advantages.text.advantage, advantages.image, advantages.text.used)
     text, image, used = (_padded(x.ravel(), rollout) for x in by_row)
     batch = UpdateBatch(rollout.trajectories, text, image, used)
-    reference = entropy = None
-    if loss_options.text_beta > 0 or loss_options.image_beta > 0 or loss_options.report_kl:
-        reference, pace = [], MicroBatches(run.stop)
-        for index in _micro_batch_indices(run, rollout.batch.task.name):
+    has_reference = (
+        loss_options.text_beta > 0 or loss_options.image_beta > 0 or loss_options.report_kl
+    )
+    entropy, fixed, pace = None, [], MicroBatches(run.stop)
+    for index in _micro_batch_indices(run, rollout.batch.task.name):
+        outputs = FixedOutputs()
+        if has_reference or average is not None:
             pace.begin()
-            arguments = (run.loaded.base, rollout.trajectories, index)
-            reference.append(pace.call(fns.reference, *arguments))
-            pace.dispatched(reference[-1])
+            common = (run.loaded.base, rollout.trajectories, index)
+            if has_reference:
+                outputs = outputs._replace(reference=pace.call(fns.reference, *common))
+            if average is not None:
+                outputs = outputs._replace(average=pace.call(fns.average, average, *common))
+            pace.dispatched(outputs)
+        fixed.append(outputs)
     has_texts = rollout.trajectories.texts and loss_options.text != "none"
     if loss_options.entropy_fraction < 1 and has_texts:
         assert old is not None  # the checks of a configuration refuse "self" here
         entropy = fns.entropy(old.log_probs)
-    return _BatchUpdate(rollout.batch.task.name, fns, batch, old, reference, entropy)
+    return _BatchUpdate(rollout.batch.task.name, fns, batch, old, fixed, entropy)
 
 
 def _padded(values: np.ndarray, rollout: RolloutBatch) -> jax.Array:
@@ -277,8 +295,7 @@ def _task_gradient(
     for batch in task.batches:
         for number, index in enumerate(_micro_batch_indices(run, batch.task)):
             pace.begin()
-            reference = batch.reference[number] if batch.reference else None
-            common = (reference, batch.batch, index, task.normalizers, weight)
+            common = (batch.fixed[number], batch.batch, index, task.normalizers, weight)
             if batch.old is None:
                 micro_batch = pace.call(batch.fns.gradient, *policy, *common)
             else:

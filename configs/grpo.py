@@ -170,6 +170,9 @@ def get_config() -> ConfigDict:
     config.loss.image_clip = 1e-5
     config.loss.advantage_clip = 5.0
     config.loss.image_beta = 0.0
+    config.loss.nft_beta = 1.0
+    config.loss.awm_clip = 1.0
+    config.loss.awm_average_beta = 1.0
     config.loss.report_kl = False
 
     config.advantage = ConfigDict()
@@ -186,6 +189,8 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.warmup_steps = 5  # linear from 0: the first update has rate 0
     config.optimizer.decay_steps = 200  # 0 from there on; set it with train.steps
+    config.optimizer.average_limit = 0.0
+    config.optimizer.average_rate = 0.001
 
     config.eval = ConfigDict()
     config.eval.every = 50

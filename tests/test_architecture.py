@@ -16,8 +16,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 FLOORS = (
     {"ops", "tasks", "runtime", "score_specs"},
     {"config"},
-    {"config_checks", "flow", "loss", "refinement", "models", "rewards/verifiers", "shapes"},
-    {"policy", "types", "decomposition", "rewards/workers"},
+    {"config_rules", "flow", "losses", "refinement", "models", "rewards/verifiers", "shapes"},
+    {"config_checks", "policy", "types", "decomposition", "rewards/workers", "loss"},
     {"prompts", "advantage", "sampling", "parity", "rewards"},
     {"training"},
     {"initial_images", "rollout", "reward", "update", "planning"},
@@ -27,7 +27,7 @@ FLOORS = (
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 
-PURE = {"ops", "flow", "loss", "advantage", "refinement"}
+PURE = {"ops", "flow", "loss", "losses", "advantage", "refinement"}
 PURE_MAY_IMPORT = {"alphagrpo_jax", "jax", "numpy", "chex", "flax"}
 PURE_MAY_IMPORT |= {"collections", "dataclasses", "functools", "math", "typing"}
 TORCH_PLACES = ("rewards/verifiers/", "shapes/pretraining/", "studies/", "serve_verifier")

@@ -5,7 +5,11 @@ import pytest
 from default_options import loss_options
 
 from alphagrpo_jax import loss as loss_lib
-from alphagrpo_jax.loss import ImageTerms, TextTerms
+from alphagrpo_jax.losses import image_grpo as image_lib
+from alphagrpo_jax.losses import text_grpo as text_lib
+from alphagrpo_jax.losses.image_grpo import gaussian_kl
+from alphagrpo_jax.losses.terms import ImageTerms, TextTerms
+from alphagrpo_jax.losses.text_grpo import k3_kl, top_entropy_mask
 
 B, T, J = 6, 5, 3
 
@@ -26,12 +30,12 @@ def text_grpo(
 ):
     totals = {"text_tokens_total": text_tokens_total, "trajectories_total": trajectories_total}
     totals["selected_tokens_total"] = selected_tokens_total
-    return loss_lib.text_grpo(text, valid, options=loss_options(**options), **totals)
+    return text_lib.text_grpo(text, valid, options=loss_options(**options), **totals)
 
 
 def image_grpo(image, valid, *, trajectories_total, **options):
     totals = {"trajectories_total": trajectories_total}
-    return loss_lib.image_grpo(image, valid, options=loss_options(**options), **totals)
+    return image_lib.image_grpo(image, valid, options=loss_options(**options), **totals)
 
 
 def arrays(seed=0):
@@ -480,26 +484,26 @@ def test_clipped_terms_have_no_gradient_on_the_clipped_side_only():
 
 def test_k3_kl_by_hand():
     new, ref = jnp.array([[0.0, 0.0, 5.0]]), jnp.array([[0.0, np.log(2.0), -5.0]])
-    got = loss_lib.k3_kl(new, ref, jnp.array([[True, True, False]]))
+    got = k3_kl(new, ref, jnp.array([[True, True, False]]))
     np.testing.assert_allclose(got, [[0.0, 2 - np.log(2.0) - 1, 0.0]], rtol=1e-6)
 
 
 def test_gaussian_kl_by_hand():
     mean = jnp.array([[[1.0, 3.0]], [[0.0, 0.0]]])
-    got = loss_lib.gaussian_kl(mean, jnp.zeros((2, 1, 2)), jnp.float32(2.0))
+    got = gaussian_kl(mean, jnp.zeros((2, 1, 2)), jnp.float32(2.0))
     np.testing.assert_allclose(got, [5 / 8, 0.0])
-    got = loss_lib.gaussian_kl(mean, jnp.zeros((2, 1, 2)), jnp.array([1.0, 2.0]))
+    got = gaussian_kl(mean, jnp.zeros((2, 1, 2)), jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(got, [2.5, 0.0])
 
 
 def test_top_entropy_mask():
     entropy = jnp.array([[0.1, 0.9, 9.0], [0.5, 0.7, 0.3]])
     mask = jnp.array([[True, True, False], [True, True, True]])
-    got = loss_lib.top_entropy_mask(entropy, mask, fraction=0.5)  # median 0.5 of 0.1 .3 .5 .7 .9
+    got = top_entropy_mask(entropy, mask, fraction=0.5)  # median 0.5 of 0.1 .3 .5 .7 .9
     np.testing.assert_array_equal(got, [[False, True, False], [True, True, False]])
-    np.testing.assert_array_equal(loss_lib.top_entropy_mask(entropy, mask, fraction=1.0), mask)
+    np.testing.assert_array_equal(top_entropy_mask(entropy, mask, fraction=1.0), mask)
     nothing = jnp.zeros_like(mask)
-    got = loss_lib.top_entropy_mask(entropy, nothing, fraction=0.5)
+    got = top_entropy_mask(entropy, nothing, fraction=0.5)
     np.testing.assert_array_equal(got, nothing)
 
 

@@ -22,7 +22,7 @@ from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.sampling.trajectory import Images
 from alphagrpo_jax.tasks import Task
 from alphagrpo_jax.training import options as options_lib
-from alphagrpo_jax.training.optimizer import make_optimizer
+from alphagrpo_jax.training.optimizer import average_of, make_optimizer
 from alphagrpo_jax.training.pacing import AHEAD
 from alphagrpo_jax.training.sampling import bucket_lengths
 from alphagrpo_jax.training.steps import (
@@ -34,6 +34,7 @@ from alphagrpo_jax.training.steps import (
     input_shapes,
     row_shardings,
 )
+from alphagrpo_jax.training.update_loss import FixedOutputs
 from alphagrpo_jax.types import Rollout, TrainState, UpdateBatch
 
 # Parts of a run: an iteration is its rollout, the update, and its share of initial images.
@@ -271,12 +272,17 @@ def _update(
 
     yield stage("count", fns.count, (batch, None), share * updates)
     weights = (state.trainable, plan.loaded.base)
-    loss, reference, old = config.loss, None, None
+    loss, reference, average, old = config.loss, None, None, None
     if loss.text_beta > 0 or loss.image_beta > 0 or loss.report_kl:
         arguments: tuple = (plan.loaded.base, rollout, number)
         yield stage("reference", fns.reference, arguments, passes)
         reference = jax.eval_shape(fns.reference, *arguments)
-    common = (reference, batch, number, totals, weight)
+    if loss.matches:
+        average = average_of(plan.state.opt_state)
+        arguments = (average, plan.loaded.base, rollout, number)
+        yield stage("average", fns.average, arguments, passes)
+        average = jax.eval_shape(fns.average, *arguments)
+    common = (FixedOutputs(reference, average), batch, number, totals, weight)
     if config.train.old_logprob == "self":
         yield stage("gradient", fns.gradient, (*weights, *common), passes * updates)
         return

@@ -1,4 +1,4 @@
-"""Samples images: ODE steps down the schedule, a short window of which is stochastic."""
+"""Samples images: ODE steps down the schedule, a short window of which may be stochastic."""
 
 import functools
 from itertools import groupby
@@ -37,6 +37,7 @@ def sample_image(
 ) -> ImageSample:
     """Samples one image per row; steps start .. start + J - 1 are stochastic, the others ODE.
 
+    With sampler "ode" all steps are ODE, and the finished image is noised again at J levels.
     The start is traced, so that every window runs through the same compiled code. Row i's image
     depends on its own contexts, initial noise and key only.
 
@@ -44,16 +45,17 @@ def sample_image(
       model, params: the policy.
       contexts: of B rows, merged.
       initial: float32[B, M, C] noise.
-      noise_keys: typed key[B], for the stochastic steps.
+      noise_keys: typed key[B], for the stochastic steps, or levels and noise of "ode".
       start: int32[].
       options: static.
       grid: latent token rows and columns, static.
-      stochastic: static; False: all steps are ODE (J = 0), and start and keys are not used.
+      stochastic: static; False: all steps are ODE and none is trained (J = 0); start and keys are
+        not used.
     """
     chex.assert_rank([initial, noise_keys, start], [3, 1, 0])
     chex.assert_type(initial, jnp.float32)
     levels = noise_levels(options)
-    window = options.window if stochastic else 0
+    window = options.window if stochastic and options.sampler != "ode" else 0
     shape = (max(window, 1), *initial.shape[1:])
     noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(noise_keys)
 
@@ -79,15 +81,49 @@ def sample_image(
         trails.append(trail)
         at += count
     if not window:
-        no_steps = jnp.zeros((x.shape[0], 0, *x.shape[1:]), jnp.float32)
-        return ImageSample(no_steps, no_steps, no_steps[:, :, 0, 0], start, x)
+        count = options.window if stochastic else 0
+        return noised_again(x, noise_keys, start, count=count, options=options)
     before, after, logp = (
         jnp.moveaxis(
             jax.lax.dynamic_slice_in_dim(jnp.concatenate(arrays), start, window, axis=0), 0, 1
         )
         for arrays in zip(*trails, strict=True)
     )
-    return ImageSample(before=before, after=after, log_prob=logp, start=start, latents=x)
+    sigma = jnp.broadcast_to(
+        jax.lax.dynamic_slice_in_dim(jnp.asarray(levels), start, window), logp.shape
+    )
+    return ImageSample(before, after, sigma, logp, start, x)
+
+
+def noised_again(
+    latents: jax.Array,
+    keys: jax.Array,
+    start: jax.Array,
+    *,
+    count: int,
+    options: ImageOptions,
+) -> ImageSample:
+    """Noises finished images at `count` levels of the window's range, different ones in a row.
+
+    Args:
+      latents: float32[B, M, C].
+      keys: typed key[B], of which levels and noise are made.
+      start: int32[], kept with the sample.
+      count: J.
+      options: static.
+    """
+    lo, hi = options.window_range
+    levels = jnp.asarray(noise_levels(options))[lo:hi]
+
+    def of_row(key: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        level_key, noise_key = jax.random.split(key)
+        sigma = jax.random.permutation(level_key, levels)[:count]
+        return sigma, jax.random.normal(noise_key, (count, *x.shape), jnp.float32)
+
+    sigma, noise = jax.vmap(of_row)(keys, latents)
+    weight = sigma[..., None, None]
+    before = (1.0 - weight) * latents[:, None] + weight * noise
+    return ImageSample(before, noise, sigma, jnp.zeros_like(sigma), start, latents)
 
 
 def image_log_probs(
@@ -146,6 +182,38 @@ def image_log_probs(
     else:
         _, (logp, mean) = jax.lax.scan(step, None, (before, after, at))
     return jnp.moveaxis(logp, 0, 1), jnp.moveaxis(mean, 0, 1)
+
+
+def image_velocities(
+    model: Bagel,
+    params: policy.PolicyParams,
+    ctx: kv_cache.Context,
+    sample: ImageSample,
+    *,
+    grid: tuple[int, int],
+    at_once: bool,
+) -> jax.Array:
+    """Computes the velocities of a sample's latents `before`, without guidance.
+
+    Args:
+      model, params: the policy whose velocities they are.
+      ctx: the context that images are conditioned on, of B rows, merged.
+      sample: the images.
+      grid: latent token rows and columns, static.
+      at_once: static; all levels as rows of one pass, in place of one pass after the other.
+    Returns:
+      float32[B, J, M, C].
+    """
+    if at_once:
+        return policy.packed_velocity(model, params, ctx, sample.before, sample.sigma, grid)
+
+    def step(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        x, sigma = inputs
+        return None, policy.velocity(model, params, ctx, x, sigma, grid)
+
+    by_level = (jnp.moveaxis(sample.before, 1, 0), jnp.moveaxis(sample.sigma, 1, 0))
+    _, velocities = jax.lax.scan(step, None, by_level)
+    return jnp.moveaxis(velocities, 0, 1)
 
 
 def transition(

@@ -7,8 +7,8 @@ is jitted once, in `training.steps`.
 
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,43 +16,23 @@ import optax
 from flax import struct, traverse_util
 
 from alphagrpo_jax import loss, policy
-from alphagrpo_jax.config import LoraOptions, LossOptions, PassOptions, TrainOptions
+from alphagrpo_jax.config import LoraOptions, TrainOptions
+from alphagrpo_jax.losses.terms import Metrics
 from alphagrpo_jax.models import kv_cache, lora
 from alphagrpo_jax.models.bagel import Bagel
+from alphagrpo_jax.ops.log_probs import TextLogProbs
 from alphagrpo_jax.runtime.errors import UsageError
-from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import image
 from alphagrpo_jax.sampling.contexts import context, guidance_contexts, rebuild
 from alphagrpo_jax.sampling.text import text_log_probs
-from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_options, merged_params
-from alphagrpo_jax.tasks import Plan
+from alphagrpo_jax.sampling.trajectory import image_options, merged_params
+from alphagrpo_jax.training.update_loss import (
+    FixedOutputs,
+    LossNormalizers,
+    UpdateSpec,
+    micro_loss,
+)
 from alphagrpo_jax.types import LogProbs, Rollout, TrainState, UpdateBatch, take_micro_batch
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdateSpec:
-    """Everything that an update is compiled for; hashable, a static argument of jit."""
-
-    rollout: RolloutSpec  # of the trajectories
-    loss: LossOptions
-    layout: RowLayout  # rows over the mesh, and their micro-batches
-    rebuild_contexts: bool  # compute contexts again, so that the gradient flows through them
-    lora_scale: float | None  # alpha / rank; None: part of the base is trained
-    passes: PassOptions
-
-    @property
-    def plan(self) -> Plan:
-        """Plan of the trajectories' task."""
-        return self.rollout.plan
-
-
-class LossNormalizers(NamedTuple):
-    """Batch-wide normalizers shared by all micro-batches."""
-
-    tokens: jax.Array  # float32[K], tokens of each text step of valid trajectories
-    selected_tokens: jax.Array  # float32[K], those of them that are trained
-    trajectories: jax.Array  # float32[], valid ones
-    entropy_threshold: jax.Array  # float32[K], tokens below it are not trained
 
 
 def policy_params(base: dict, trainable: Any, *, lora_scale: float | None) -> policy.PolicyParams:
@@ -101,9 +81,9 @@ def log_probs(
 ) -> LogProbs:
     """Computes log-probs of the trained steps of B trajectories, in their stored contexts.
 
-    A kind of steps whose loss is "none" is left out: its tuples are empty. The stored contexts are
-    constants; with `rebuild_contexts` they are computed again here, so that the gradient flows
-    through them.
+    A kind of steps whose loss is "none" is left out: its tuples are empty. Of images whose loss
+    matches velocities, velocities take the place of log-probs. The stored contexts are constants;
+    with `rebuild_contexts` they are computed again here, so that the gradient flows through them.
     """
     plan, owner = spec.plan, trajectories.owner
     sharing = spec.layout.sharing(spec.rollout.rows_per_prompt)
@@ -123,6 +103,20 @@ def log_probs(
         )
         for step in (plan.text_steps if spec.loss.text != "none" else ())
     ]
+    image_steps = plan.image_steps if spec.loss.image != "none" else ()
+    if spec.loss.matches:
+        velocities = tuple(
+            image.image_velocities(
+                model,
+                params,
+                guidance_contexts(pieces, step, owner, sharing=sharing).gen,
+                trajectories.images[step.index],
+                grid=spec.rollout.grid,
+                at_once=spec.passes.image_steps_at_once,
+            )
+            for step in image_steps
+        )
+        return _outputs(texts, velocities=velocities)
     images = [
         image.image_log_probs(
             model,
@@ -133,13 +127,23 @@ def log_probs(
             grid=spec.rollout.grid,
             at_once=spec.passes.image_steps_at_once,
         )
-        for step in (plan.image_steps if spec.loss.image != "none" else ())
+        for step in image_steps
     ]
+    return _outputs(texts, images)
+
+
+def _outputs(
+    texts: Sequence[TextLogProbs],
+    images: Sequence[tuple[jax.Array, jax.Array]] = (),
+    velocities: tuple[jax.Array, ...] = (),
+) -> LogProbs:
+    """Puts the outputs of all steps together; images as log-probs and means, or as velocities."""
     return LogProbs(
         text_log_prob=tuple(step.log_prob for step in texts),
         text_entropy=tuple(step.entropy for step in texts),
         image_log_prob=tuple(logp for logp, _ in images),
         image_mean=tuple(mean for _, mean in images),
+        image_velocity=velocities,
     )
 
 
@@ -213,27 +217,51 @@ def reference_log_probs(
     return log_probs(model, policy.PolicyParams(base=base), rows, spec=rebuilt)
 
 
+def average_velocities(
+    average: Any,
+    base: dict,
+    trajectories: Rollout,
+    micro_batch: jax.Array,
+    *,
+    model: Bagel,
+    spec: UpdateSpec,
+) -> tuple[jax.Array, ...]:
+    """Computes a micro-batch's velocities under the average of the trained weights.
+
+    Args:
+      average: as `trainable`, from `optimizer.average_of`.
+      base, trajectories, micro_batch, model, spec: as of `forward`.
+    Returns:
+      float32[B, J, M, C] of each image step.
+    """
+    images_alone = dataclasses.replace(spec, loss=dataclasses.replace(spec.loss, text="none"))
+    rows = take_micro_batch(spec.layout, trajectories, micro_batch)
+    params = policy_params(base, average, lora_scale=spec.lora_scale)
+    params = merged_params(params, merge_lora=spec.passes.merge_lora)
+    return log_probs(model, params, rows, spec=images_alone).image_velocity
+
+
 def backward(
     trainable: Any,
     base: dict,
     residuals: Residuals,
     new: LogProbs,
     old: LogProbs | None,
-    reference: LogProbs | None,
+    fixed: FixedOutputs,
     batch: UpdateBatch,
     micro_batch: jax.Array,
     totals: LossNormalizers,
     weight: jax.Array,
     *,
     spec: UpdateSpec,
-) -> tuple[Any, loss.Metrics]:
+) -> tuple[Any, Metrics]:
     """Computes a micro-batch's share of the gradient and of the metrics.
 
     Args:
       trainable, base: as given to `forward`.
       residuals, new: from `forward` of the same micro-batch.
       old: its log-probs before the first step of the batch; None: `new` itself.
-      reference: its log-probs under the base, if the loss has a KL term.
+      fixed: the outputs of the policies that the loss compares with.
       batch: of the whole update.
       micro_batch: int32[], its number.
       totals: from `count_normalizers`, over all batches of this task in the update.
@@ -244,13 +272,13 @@ def backward(
     given, arrays = jax.tree.leaves((trainable, base)), iter(residuals.arrays)
     leaves = [next(arrays) if index is None else given[index] for index in residuals.inputs]
     pullback = jax.tree.unflatten(residuals.structure, leaves)
-    return _pull_back(pullback, new, old, reference, batch, micro_batch, totals, weight, spec=spec)
+    return _pull_back(pullback, new, old, fixed, batch, micro_batch, totals, weight, spec=spec)
 
 
 def gradient(
     trainable: Any,
     base: dict,
-    reference: LogProbs | None,
+    fixed: FixedOutputs,
     batch: UpdateBatch,
     micro_batch: jax.Array,
     totals: LossNormalizers,
@@ -258,36 +286,36 @@ def gradient(
     *,
     model: Bagel,
     spec: UpdateSpec,
-) -> tuple[Any, loss.Metrics]:
+) -> tuple[Any, Metrics]:
     """Computes `forward` and `backward` in one function, where old log-probs are the new ones.
 
     Nothing of the forward pass leaves the function, so that the compiler decides what it keeps.
     See `forward` and `backward` for the arguments.
     """
     new, pullback = _vjp(trainable, base, batch.rollout, micro_batch, model=model, spec=spec)
-    return _pull_back(pullback, new, None, reference, batch, micro_batch, totals, weight, spec=spec)
+    return _pull_back(pullback, new, None, fixed, batch, micro_batch, totals, weight, spec=spec)
 
 
 def _pull_back(
     pullback: Callable,
     new: LogProbs,
     old: LogProbs | None,
-    reference: LogProbs | None,
+    fixed: FixedOutputs,
     batch: UpdateBatch,
     micro_batch: jax.Array,
     totals: LossNormalizers,
     weight: jax.Array,
     *,
     spec: UpdateSpec,
-) -> tuple[Any, loss.Metrics]:
+) -> tuple[Any, Metrics]:
     """Computes the loss's derivatives by the log-probs, and from them the gradient."""
     rows = take_micro_batch(spec.layout, batch, micro_batch)
     # The last micro-batch may hold rows of the one before a second time.
     rows = rows.replace(valid=rows.valid & spec.layout.new_rows(micro_batch))
     old = jax.lax.stop_gradient(new) if old is None else old
 
-    def weighted_share(new: LogProbs) -> tuple[jax.Array, loss.Metrics]:
-        share, metrics = micro_loss(new, old, reference, rows, totals, spec=spec)
+    def weighted_share(new: LogProbs) -> tuple[jax.Array, Metrics]:
+        share, metrics = micro_loss(new, old, fixed, rows, totals, spec=spec)
         return weight * share, metrics
 
     cotangents, metrics = jax.grad(weighted_share, has_aux=True)(new)
@@ -298,10 +326,10 @@ def _pull_back(
 def apply_gradient(
     state: TrainState,
     gradient: Any,
-    metrics: loss.Metrics,
+    metrics: Metrics,
     *,
     optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, loss.Metrics]:
+) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step.
 
     A loss or gradient that is not finite leaves the state as it was, and `update/finite` at 0.
@@ -317,129 +345,8 @@ def apply_gradient(
 
 
 def accumulate(
-    gradient: Any, metrics: loss.Metrics, micro_batch: tuple[Any, loss.Metrics]
-) -> tuple[Any, loss.Metrics]:
+    gradient: Any, metrics: Metrics, micro_batch: tuple[Any, Metrics]
+) -> tuple[Any, Metrics]:
     """Adds a micro-batch's gradient to those before it, and reduces their metrics."""
     gradient = jax.tree.map(jnp.add, gradient, micro_batch[0])
     return gradient, loss.merge_metrics(metrics, micro_batch[1])
-
-
-def join_entropy(micro_batches: list[LogProbs], *, layout: RowLayout) -> tuple[jax.Array, ...]:
-    """Joins the entropies of all micro-batches, float32[B, T - 1] per text step, rows in order."""
-    steps = zip(*(log_probs.text_entropy for log_probs in micro_batches), strict=True)
-    return tuple(layout.join(list(entropies)) for entropies in steps)
-
-
-def count_normalizers(
-    batch: UpdateBatch, entropy: tuple[jax.Array, ...] | None, *, spec: UpdateSpec
-) -> LossNormalizers:
-    """Counts the denominators of the means over a batch.
-
-    Args:
-      batch: of the whole update, or its trajectories of one task.
-      entropy: float32[B, T - 1] of each text step before the update, if only the most uncertain
-        tokens are trained.
-      spec: static.
-    """
-    tokens, selected_tokens, thresholds = [], [], []
-    for index, sample in enumerate(batch.rollout.texts):
-        mask = sample.scored & batch.valid[:, None]
-        tokens.append(jnp.sum(mask, dtype=jnp.float32))
-        thresholds.append(jnp.float32(-jnp.inf))
-        if entropy is not None:
-            fraction = spec.loss.entropy_fraction
-            mask = loss.top_entropy_mask(entropy[index], mask, fraction=fraction)
-            thresholds[-1] = jnp.min(jnp.where(mask, entropy[index], jnp.inf))
-        selected_tokens.append(jnp.sum(mask, dtype=jnp.float32))
-    return LossNormalizers(
-        jnp.array(tokens, jnp.float32),
-        jnp.array(selected_tokens, jnp.float32),
-        jnp.sum(batch.valid, dtype=jnp.float32),
-        jnp.array(thresholds, jnp.float32),
-    )
-
-
-def micro_loss(
-    new: LogProbs,
-    old: LogProbs,
-    reference: LogProbs | None,
-    micro_batch: UpdateBatch,
-    totals: LossNormalizers,
-    *,
-    spec: UpdateSpec,
-) -> tuple[jax.Array, loss.Metrics]:
-    """Computes a micro-batch's share of the update's loss, a function of the new log-probs."""
-    trajectories, options, plan = micro_batch.rollout, spec.loss, spec.plan
-    text_kl, image_kl = (
-        options.report_kl or beta > 0 for beta in (options.text_beta, options.image_beta)
-    )
-    if (text_kl or image_kl) and reference is None:
-        raise ValueError("got no reference log-probs, which a KL term needs; pass them")
-    text_trained, image_trained = options.text != "none", options.image != "none"
-    selects = options.entropy_fraction < 1.0
-    texts = [
-        loss.TextTerms(
-            new_logp=new.text_log_prob[k],
-            old_logp=old.text_log_prob[k],
-            mask=sample.scored,
-            advantage=micro_batch.advantage,
-            entropy=jax.lax.stop_gradient(new.text_entropy[k]),
-            ref_logp=reference.text_log_prob[k] if reference is not None and text_kl else None,
-            # Not `>=`: tokens whose entropy is NaN are trained too.
-            selected=~(old.text_entropy[k] < totals.entropy_threshold[k]) if selects else None,
-        )
-        for k, sample in enumerate(trajectories.texts if text_trained else ())
-    ]
-    images = [
-        loss.ImageTerms(
-            new_logp=new.image_log_prob[k],
-            old_logp=old.image_log_prob[k],
-            advantage=micro_batch.image_advantage,
-            kl=_image_kl(k, new, reference, trajectories, spec)
-            if reference is not None and image_kl
-            else None,
-        )
-        for k in range(len(plan.image_steps) if image_trained else 0)
-    ]
-    image_steps = spec.rollout.options.window if image_trained else 0
-    share, metrics = loss.grpo_loss(
-        texts,
-        images,
-        micro_batch.valid,
-        text_counts=plan.text_counts(image_steps) if text_trained else (),
-        text_tokens_total=totals.tokens,
-        trajectories_total=totals.trajectories,
-        options=options,
-        selected_tokens_total=totals.selected_tokens if selects else None,
-    )
-    return share, metrics | {"logp/rollout_update_max_abs_diff": _sampler_gap(old, trajectories)}
-
-
-def _image_kl(
-    index: int,
-    new: LogProbs,
-    reference: LogProbs,
-    trajectories: Rollout,
-    spec: UpdateSpec,
-) -> jax.Array:
-    """Computes the KL to the reference of an image's stochastic steps, float32[B, J]."""
-    options = spec.rollout.options
-    sample, levels = trajectories.images[index], jnp.asarray(image.noise_levels(options))
-    columns = []
-    for j in range(options.window):
-        x, at = sample.before[:, j], sample.start + j
-        _, std = image.transition(x, x, levels[at], levels[at + 1], options=options)
-        means = (new.image_mean[index][:, j], reference.image_mean[index][:, j])
-        columns.append(loss.gaussian_kl(*means, std))
-    return jnp.stack(columns, axis=1)
-
-
-def _sampler_gap(old: LogProbs, trajectories: Rollout) -> jax.Array:
-    """Computes the largest difference of the sampler's log-probs and the update's, float32[]."""
-    # Not strict: a kind of steps that is not trained has no log-probs.
-    gaps = [jnp.float32(0.0)]
-    for sample, logp in zip(trajectories.texts, old.text_log_prob, strict=False):
-        gaps.append(jnp.max(jnp.where(sample.scored, jnp.abs(sample.log_prob - logp), 0.0)))
-    for sample, logp in zip(trajectories.images, old.image_log_prob, strict=False):
-        gaps.append(jnp.max(jnp.abs(sample.log_prob - logp)))
-    return jax.lax.stop_gradient(jnp.max(jnp.stack(gaps)))

@@ -1,7 +1,7 @@
 """The optimizer of an update, and its learning rate."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,18 @@ from alphagrpo_jax.config import OptimizerOptions
 GEN_EXPERT = r"_moe_gen/|(^|/)(vae2llm|llm2vae|time_embedder)/"  # paths of the image side
 
 
+class AverageState(NamedTuple):
+    """State of `keep_average`."""
+
+    count: jax.Array  # int32[], optimizer steps
+    average: Any  # as the parameters
+
+
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     """Makes AdamW behind clipping of the global gradient norm, with the rates of `make_schedule`.
 
-    `gen_scale` multiplies the steps of the image expert's parameters.
+    `gen_scale` multiplies the steps of the image expert's parameters. With `average_limit` above 0
+    the state holds the moving average of the parameters, see `average_of`.
     """
     adamw = optax.adamw(
         make_schedule(options),
@@ -27,7 +35,40 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     transformations = [optax.clip_by_global_norm(options.clip_norm), adamw]
     if options.gen_scale != 1.0:
         transformations.append(optax.masked(optax.scale(options.gen_scale), _is_gen))
+    if options.average_limit:
+        transformations.append(keep_average(options.average_rate, options.average_limit))
     return optax.chain(*transformations)
+
+
+def keep_average(rate: float, limit: float) -> optax.GradientTransformation:
+    """Makes a transformation that keeps the parameters' average and leaves their steps as they are.
+
+    `average := d average + (1 - d) new`, `d = min(limit, rate step)`, from step 1: the average
+    policy of DiffusionNFT (arXiv 2509.16117). It must be the last of a chain.
+
+    Args:
+      rate, limit: see above.
+    """
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
+        count = state.count + 1
+        decay = jnp.minimum(limit, rate * count)
+        average = jax.tree.map(
+            lambda past, new: decay * past + (1.0 - decay) * new,
+            state.average,
+            optax.apply_updates(params, updates),
+        )
+        return updates, AverageState(count, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_of(opt_state: Any) -> Any:
+    """Returns the average of the parameters from the state of an optimizer that keeps it."""
+    return optax.tree.get(opt_state, "AverageState").average
 
 
 def make_schedule(options: OptimizerOptions) -> optax.Schedule:

@@ -11,7 +11,7 @@ from alphagrpo_jax.config import Config, MeshOptions, PassOptions, RewardOptions
 from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling.trajectory import RolloutSpec
-from alphagrpo_jax.training.gradient import UpdateSpec
+from alphagrpo_jax.training.update_loss import UpdateSpec
 
 
 def scoring_options(config: Config, task: tasks.Task) -> RewardOptions:

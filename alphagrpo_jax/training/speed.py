@@ -89,9 +89,13 @@ def update_flops(
     # A frozen weight needs no gradient of its own, so that its products count twice, else thrice.
     passes = (2 if config.train.trainable == "lora" else 3) * config.train.updates_per_batch
     passes += has_reference
+    image_passes = passes + loss.matches  # velocities of the average policy
+    by_kind = (passes, image_passes)
     untrained = [kind == "none" for kind in (loss.text, loss.image)]
     return sum(
-        step.sampled + (0 if untrained[planned.kind == tasks.IMAGE] else passes) * step.trained
+        step.sampled
+        + (0 if untrained[planned.kind == tasks.IMAGE] else by_kind[planned.kind == tasks.IMAGE])
+        * step.trained
         for planned, step in zip(plan, steps, strict=True)
     )
 

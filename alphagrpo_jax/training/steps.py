@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from alphagrpo_jax import loss, prompts, tasks
+from alphagrpo_jax import prompts, tasks
 from alphagrpo_jax.config import Config
+from alphagrpo_jax.losses.terms import Metrics
 from alphagrpo_jax.models.bagel_weights import LoadedModel
 from alphagrpo_jax.models.kv_cache import Segment
 from alphagrpo_jax.policy import PolicyParams
@@ -22,6 +23,7 @@ from alphagrpo_jax.sampling.contexts import image_block
 from alphagrpo_jax.sampling.trajectory import RolloutSpec, merged_params
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import optimizer as optimizer_lib
+from alphagrpo_jax.training import update_loss
 from alphagrpo_jax.training.options import (
     eval_spec,
     initial_spec,
@@ -64,6 +66,7 @@ class TaskFns(NamedTuple):
     eval: SampleFns
     forward: Callable
     reference: Callable
+    average: Callable  # velocities under the average of the trained weights
     count: Callable
     entropy: Callable  # of all micro-batches of a batch, from their old log-probs
     backward: Callable
@@ -142,11 +145,11 @@ def _bind(function: Callable, *arguments: Any, **options: Any) -> Callable:
 def _apply(
     state: TrainState,
     gradient: Any,
-    metrics: loss.Metrics,
+    metrics: Metrics,
     *,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-) -> tuple[TrainState, loss.Metrics]:
+) -> tuple[TrainState, Metrics]:
     """Applies `gradient.apply_gradient`, and adds the learning rate to the metrics."""
     rate = optimizer_lib.next_rate(state.opt_state, schedule=schedule)
     new_state, metrics = gradient_lib.apply_gradient(state, gradient, metrics, optimizer=optimizer)
@@ -265,8 +268,9 @@ def _task_fns(shared: _Shared, task: tasks.Task, state: TrainState) -> TaskFns:
         eval=_sample_fns(shared, task, evaluation_spec),
         forward=jax.jit(_bind(gradient_lib.forward, model=model, spec=gradient_spec)),
         reference=jax.jit(_bind(gradient_lib.reference_log_probs, model=model, spec=gradient_spec)),
-        count=jax.jit(_bind(gradient_lib.count_normalizers, spec=gradient_spec)),
-        entropy=jax.jit(_bind(gradient_lib.join_entropy, layout=gradient_spec.layout)),
+        average=jax.jit(_bind(gradient_lib.average_velocities, model=model, spec=gradient_spec)),
+        count=jax.jit(_bind(update_loss.count_normalizers, spec=gradient_spec)),
+        entropy=jax.jit(_bind(update_loss.join_entropy, layout=gradient_spec.layout)),
         backward=jax.jit(
             _bind(gradient_lib.backward, spec=gradient_spec), out_shardings=(state_shardings, None)
         ),

@@ -152,3 +152,32 @@ def test_a_row_depends_on_its_own_inputs_only(setting, draw):
     )
     permuted = draw(params, swapped, initial[order], keys[order], jnp.int32(1), options=OPTIONS)
     np.testing.assert_allclose(permuted.latents, sample.latents[order], atol=1e-5)
+
+
+def test_with_sampler_ode_the_finished_image_is_noised_again(setting, draw):
+    """At different levels of the range in every row; the image is that of the plain walk."""
+    params, contexts, initial, keys = setting
+    options = dataclasses.replace(OPTIONS, sampler="ode", window=3, window_range=(1, 5))
+    sample = draw(params, contexts, initial, keys, jnp.int32(1), options=options)
+    plain = draw(params, contexts, initial, keys, jnp.int32(0), options=OPTIONS, stochastic=False)
+    np.testing.assert_array_equal(sample.latents, plain.latents)
+    assert plain.sigma.shape == (2, 0)
+    levels = np.asarray(image.noise_levels(options))[1:5]
+    for row in np.asarray(sample.sigma):
+        assert len(set(row.tolist())) == 3
+        assert set(row.tolist()) <= set(levels.tolist())
+    weight = np.asarray(sample.sigma)[..., None, None]
+    expected = (1 - weight) * np.asarray(sample.latents)[:, None] + weight * sample.after
+    np.testing.assert_allclose(sample.before, expected, atol=1e-6)
+    noise = np.asarray(sample.after)
+    assert abs(noise.mean()) < 0.2
+    assert 0.8 < noise.std() < 1.2
+    assert not np.allclose(noise[:, 0], noise[:, 1])
+    again = draw(params, contexts, initial, keys, jnp.int32(1), options=options)
+    np.testing.assert_array_equal(again.before, sample.before)
+
+
+def test_the_noise_levels_of_stochastic_steps_are_kept(setting, draw):
+    params, contexts, initial, keys = setting
+    sample = draw(params, contexts, initial, keys, jnp.int32(2), options=OPTIONS)
+    np.testing.assert_array_equal(sample.sigma, np.tile(image.noise_levels(OPTIONS)[2:4], (2, 1)))

@@ -12,12 +12,16 @@ import pytest
 import tiny_world
 
 from alphagrpo_jax import config_checks as config_lib
+from alphagrpo_jax import policy
 from alphagrpo_jax.runtime.rows import RowLayout
 from alphagrpo_jax.sampling import contexts as contexts_lib
+from alphagrpo_jax.sampling import image as image_lib
 from alphagrpo_jax.sampling import trajectory
 from alphagrpo_jax.tasks import IMAGE, TASKS, TEXT, THINK, Task
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import options as options_lib
+from alphagrpo_jax.training import update_loss
+from alphagrpo_jax.training.update_loss import FixedOutputs
 from alphagrpo_jax.types import (
     Rollout,
     TextBlock,
@@ -33,7 +37,7 @@ ROWS, ONE = 4, jnp.float32(1.0)
 
 class Setting(NamedTuple):
     loaded: object
-    spec: gradient_lib.UpdateSpec
+    spec: update_loss.UpdateSpec
     trainable: dict
     stored: Rollout
     batch: UpdateBatch
@@ -77,7 +81,7 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
     batch = setting.batch if batch is None else batch
     forward = _jitted("forward", setting.loaded.model, spec)
     backward = _jitted("backward", None, spec)
-    totals = gradient_lib.count_normalizers(batch, None, spec=spec)
+    totals = update_loss.count_normalizers(batch, None, spec=spec)
     summed, scores = None, []
     for micro_batch in range(spec.layout.micro_batches):
         new, residuals = forward(trainable, base, batch.rollout, jnp.int32(micro_batch))
@@ -88,7 +92,7 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
             residuals,
             new,
             before,
-            None,
+            fixed_outputs(setting, spec, base, trainable, batch, jnp.int32(micro_batch)),
             batch,
             jnp.int32(micro_batch),
             totals,
@@ -97,6 +101,15 @@ def gradient_of(setting, spec, *, trainable=None, batch=None, old=None, base=Non
         summed = contribution if summed is None else gradient_lib.accumulate(*summed, contribution)
         scores.append(new)
     return *summed, scores
+
+
+def fixed_outputs(setting, spec, base, trainable, batch, micro_batch):
+    """Velocities of an average policy, half of the trained one, where the loss needs them."""
+    if not spec.loss.matches:
+        return FixedOutputs()
+    average = jax.tree.map(lambda x: 0.5 * x, trainable)
+    compute = _jitted("average_velocities", setting.loaded.model, spec)
+    return FixedOutputs(average=compute(average, base, batch.rollout, micro_batch))
 
 
 @functools.cache
@@ -152,20 +165,23 @@ def test_gradients_reach_every_adapter_of_both_experts(setting):
 def test_steps_that_are_not_trained_are_not_computed(setting):
     """The gradient is that of the same loss over the log-probs of all steps."""
     base, model = setting.loaded.base, setting.loaded.model
-    totals = gradient_lib.count_normalizers(setting.batch, None, spec=setting.spec)
+    totals = update_loss.count_normalizers(setting.batch, None, spec=setting.spec)
     for untrained in ("text", "image"):
         loss = dataclasses.replace(setting.spec.loss, **{untrained: "none"})
         spec = dataclasses.replace(setting.spec, loss=loss)
         gradient, metrics, (scores,) = gradient_of(setting, spec)
         for name, arrays in vars(scores).items():
-            assert bool(arrays) != name.startswith(untrained), name
+            expected = not name.startswith(untrained) and name != "image_velocity"
+            assert bool(arrays) == expected, name
         assert 0 < metrics["logp/rollout_update_max_abs_diff"] < 1e-4
 
         def of_all_steps(trainable, spec=spec):
             params = gradient_lib.policy_params(base, trainable, lora_scale=spec.lora_scale)
             new = gradient_lib.log_probs(model, params, setting.stored, spec=setting.spec)
             old = jax.lax.stop_gradient(new)
-            return gradient_lib.micro_loss(new, old, None, setting.batch, totals, spec=spec)[0]
+            return update_loss.micro_loss(
+                new, old, FixedOutputs(), setting.batch, totals, spec=spec
+            )[0]
 
         expected = jax.jit(jax.grad(of_all_steps))(setting.trainable)
         assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
@@ -255,8 +271,10 @@ def test_kl_to_the_reference_grows_with_the_adapters(setting):
     for trainable in (zero, setting.trainable):
         forward = _jitted("forward", setting.loaded.model, spec)
         new, _ = forward(trainable, setting.loaded.base, setting.stored, jnp.int32(0))
-        totals = gradient_lib.count_normalizers(setting.batch, None, spec=spec)
-        _, metrics = gradient_lib.micro_loss(new, new, reference, setting.batch, totals, spec=spec)
+        totals = update_loss.count_normalizers(setting.batch, None, spec=spec)
+        _, metrics = update_loss.micro_loss(
+            new, new, FixedOutputs(reference), setting.batch, totals, spec=spec
+        )
         values.append((float(metrics["text/kl"]), float(metrics["image/kl"])))
     # The stored contexts are those of the adapters, hence not exactly zero.
     assert values[0][0] < values[1][0]
@@ -304,8 +322,8 @@ def test_only_the_most_uncertain_tokens_are_trained(setting):
     loss = dataclasses.replace(setting.spec.loss, entropy_fraction=0.5)
     spec = dataclasses.replace(setting.spec, loss=loss)
     _, _, scores = gradient_of(setting, setting.spec)
-    (entropy,) = gradient_lib.join_entropy(scores, layout=setting.spec.layout)
-    totals = gradient_lib.count_normalizers(setting.batch, (entropy,), spec=spec)
+    (entropy,) = update_loss.join_entropy(scores, layout=setting.spec.layout)
+    totals = update_loss.count_normalizers(setting.batch, (entropy,), spec=spec)
     mask = np.asarray(setting.stored.texts[0].scored) & np.asarray(setting.batch.valid)[:, None]
     values = np.sort(np.asarray(entropy)[mask])
     uncertain = values[values >= np.quantile(values, 0.5)]
@@ -322,10 +340,10 @@ def test_the_loss_of_uncertain_tokens_is_averaged_as_configured(setting, mean):
     )
     spec = dataclasses.replace(setting.spec, loss=loss)
     _, _, (old,) = gradient_of(setting, setting.spec)
-    totals = gradient_lib.count_normalizers(setting.batch, old.text_entropy, spec=spec)
+    totals = update_loss.count_normalizers(setting.batch, old.text_entropy, spec=spec)
 
     def run(new):
-        return gradient_lib.micro_loss(new, old, None, setting.batch, totals, spec=spec)
+        return update_loss.micro_loss(new, old, FixedOutputs(), setting.batch, totals, spec=spec)
 
     derivatives, metrics = jax.grad(run, has_aux=True)(old)
     valid = np.asarray(setting.batch.valid)[:, None]
@@ -349,7 +367,7 @@ def test_a_text_counts_as_all_images_that_follow_it(setting, monkeypatch, image_
     window = spec.rollout.options.window
     got = {}
     monkeypatch.setattr(
-        gradient_lib.loss, "grpo_loss", lambda *_, **options: got.update(options) or (0.0, {})
+        update_loss.loss, "grpo_loss", lambda *_, **options: got.update(options) or (0.0, {})
     )
     (old,) = gradient_of(setting, setting.spec)[2]
     twice = jax.tree.map(lambda steps: steps * 2, old, is_leaf=lambda x: isinstance(x, tuple))
@@ -357,8 +375,8 @@ def test_a_text_counts_as_all_images_that_follow_it(setting, monkeypatch, image_
         texts=setting.stored.texts * 2, images=setting.stored.images * 2
     )
     batch = setting.batch.replace(rollout=stored)
-    totals = gradient_lib.count_normalizers(batch, None, spec=spec)
-    gradient_lib.micro_loss(twice, twice, None, batch, totals, spec=spec)
+    totals = update_loss.count_normalizers(batch, None, spec=spec)
+    update_loss.micro_loss(twice, twice, FixedOutputs(), batch, totals, spec=spec)
     assert window > 1
     expected = tuple(factor * window for factor in factors) if factors else (1, 1)
     assert got["text_counts"] == expected
@@ -381,11 +399,87 @@ def test_micro_batches_hold_every_row_and_repeat_where_they_run_out(setting):
     jax.tree.map(np.testing.assert_array_equal, joined, setting.stored)
 
 
+@pytest.fixture(scope="module", params=["nft", "awm"])
+def matching(request, setting):
+    """A setting whose images are noised again, for a loss that matches velocities."""
+    rollout = dataclasses.replace(setting.spec.rollout.options, sampler="ode")
+    spec = dataclasses.replace(
+        setting.spec,
+        rollout=dataclasses.replace(setting.spec.rollout, options=rollout),
+        loss=dataclasses.replace(setting.spec.loss, image=request.param),
+    )
+    levels = jnp.asarray(image_lib.noise_levels(rollout))
+    keys = jax.random.split(jax.random.key(11), ROWS)
+    (sample,) = setting.stored.images
+    noised = image_lib.noised_again(
+        sample.latents, keys, sample.start, count=rollout.window, options=rollout
+    )
+    assert set(np.asarray(noised.sigma).ravel()) <= set(np.asarray(levels))
+    stored = setting.stored.replace(images=(noised,))
+    return setting._replace(spec=spec, stored=stored, batch=setting.batch.replace(rollout=stored))
+
+
+@pytest.mark.slow
+def test_losses_of_velocities_do_not_depend_on_the_micro_batch_or_on_passes(matching):
+    """By one micro-batch and by two; both levels in one pass and one after the other."""
+    expected, metrics, _ = gradient_of(matching, matching.spec)
+    sizes = {leaf.size for leaf in jax.tree.leaves(expected)}
+    assert sizes
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+    norm = float(optax.tree.norm(expected))
+    assert norm > 0
+    in_turn = dataclasses.replace(
+        matching.spec.passes,
+        image_steps_at_once=not matching.spec.passes.image_steps_at_once,
+    )
+    for spec in (
+        dataclasses.replace(matching.spec, layout=layout_of(3)),
+        dataclasses.replace(matching.spec, passes=in_turn),
+    ):
+        gradient, again, _ = gradient_of(matching, spec)
+        assert_close(gradient, expected, atol=1e-5 * norm)
+        assert_close(again, metrics, rtol=1e-4, atol=1e-6)
+
+
+def test_velocities_are_those_of_the_policy_at_the_noised_latents(matching):
+    """Read from the stored contexts one level at a time, by the policy's own function."""
+    spec, loaded = matching.spec, matching.loaded
+    forward = _jitted("forward", loaded.model, spec)
+    new, _ = forward(matching.trainable, loaded.base, matching.stored, jnp.int32(0))
+    assert new.image_log_prob == new.image_mean == ()
+    params = gradient_lib.policy_params(loaded.base, matching.trainable, lora_scale=2.0)
+    (sample,), (step,) = matching.stored.images, spec.plan.image_steps
+    ctx = contexts_lib.guidance_contexts(matching.stored.pieces, step, matching.stored.owner).gen
+    weight = sample.sigma[..., None, None]
+    noised = (1 - weight) * sample.latents[:, None] + weight * sample.after
+    for level in range(spec.rollout.options.window):
+        expected = policy.velocity(
+            loaded.model, params, ctx, noised[:, level], sample.sigma[:, level], spec.rollout.grid
+        )
+        np.testing.assert_allclose(new.image_velocity[0][:, level], expected, atol=2e-4)
+
+
+def test_a_loss_of_velocities_needs_those_of_the_average(matching):
+    forward = _jitted("forward", matching.loaded.model, matching.spec)
+    new, _ = forward(matching.trainable, matching.loaded.base, matching.stored, jnp.int32(0))
+    totals = update_loss.count_normalizers(matching.batch, None, spec=matching.spec)
+    arguments = (new, new, FixedOutputs(), matching.batch, totals)
+    with pytest.raises(ValueError, match="no velocities of the average policy"):
+        update_loss.micro_loss(*arguments, spec=matching.spec)
+
+
 def test_one_function_for_both_passes_gives_the_gradient_of_two(setting):
     expected, metrics, _ = gradient_of(setting, setting.spec)
-    totals = gradient_lib.count_normalizers(setting.batch, None, spec=setting.spec)
+    totals = update_loss.count_normalizers(setting.batch, None, spec=setting.spec)
     fused = _jitted("gradient", setting.loaded.model, setting.spec)
-    arguments = (setting.trainable, setting.loaded.base, None, setting.batch, jnp.int32(0), totals)
+    arguments = (
+        setting.trainable,
+        setting.loaded.base,
+        FixedOutputs(),
+        setting.batch,
+        jnp.int32(0),
+        totals,
+    )
     gradient, fused_metrics = fused(*arguments, ONE)
     assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
     assert_close(fused_metrics, metrics, atol=1e-6, rtol=1e-4)

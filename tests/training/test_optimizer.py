@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from default_options import optimizer_options
 
 from alphagrpo_jax.training import optimizer as optimizer_lib
@@ -28,3 +29,24 @@ def test_the_optimizer_by_hand():
     expected = [(-rate, -rate / 2) for rate in rates]
     np.testing.assert_allclose(steps, expected, atol=1e-6)
     np.testing.assert_allclose(reported, rates, atol=1e-7)
+
+
+def test_the_average_lags_behind_the_parameters_and_changes_nothing():
+    """d = min(limit, rate step): 0.2, 0.4, 0.5, 0.5 of the past."""
+    plain = optimizer_lib.make_optimizer(optimizer_options(learning_rate=0.1))
+    averaging = optimizer_lib.make_optimizer(
+        optimizer_options(learning_rate=0.1, average_rate=0.2, average_limit=0.5)
+    )
+    params = again = {"a": jnp.array([1.0, -2.0])}
+    state, plain_state = averaging.init(params), plain.init(params)
+    expected = np.array([1.0, -2.0])
+    for decay in (0.2, 0.4, 0.5, 0.5):
+        gradient = {"a": params["a"] ** 2 + 0.5}
+        updates, state = averaging.update(gradient, state, params)
+        plain_updates, plain_state = plain.update(gradient, plain_state, again)
+        params = optax.apply_updates(params, updates)
+        again = optax.apply_updates(again, plain_updates)
+        expected = decay * expected + (1 - decay) * np.asarray(params["a"])
+        np.testing.assert_allclose(optimizer_lib.average_of(state)["a"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(params["a"], again["a"])
+    assert np.abs(np.asarray(params["a"]) - expected).max() > 1e-2
