@@ -20,11 +20,11 @@ from alphagrpo_jax.rewards.workers.ledger import VerifierResult as Answered
 from alphagrpo_jax.runtime.metric_reductions import is_listed
 from alphagrpo_jax.runtime.records import parse_record
 from alphagrpo_jax.tasks import IMAGE, SYSTEM, TEXT, THINK
-from alphagrpo_jax.training import context, setup
-from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training import context, setup, update_loss
 from alphagrpo_jax.training import options as options_lib
 from alphagrpo_jax.training import steps as steps_lib
 from alphagrpo_jax.training.optimizer import make_optimizer
+from alphagrpo_jax.training.update_loss import FixedOutputs
 from alphagrpo_jax.types import InitialImageQueue, TextSample
 
 SECOND_LOOK = tasks.Task(
@@ -106,7 +106,7 @@ def one_step(world, name):
         fixed = np.array([[1.0, -0.5, 0.75, -1.25], [-0.25, 0.5, 1.5, -1.0]], np.float32)
         text = advantages.text._replace(advantage=fixed, used=np.ones((2, 4), bool))
         advantages = types.BatchAdvantages(text, fixed)
-        (task_update,) = update._group_by_task(run, [sampled], [old], [advantages])
+        (task_update,) = update._group_by_task(run, None, [sampled], [old], [advantages])
         gradient, _ = update._task_gradient(run, state, task_update, jnp.float32(1.0))
         gradient = jax.tree.map(np.asarray, gradient)
         by_log_prob = cotangents(config, loaded, task_update)
@@ -126,8 +126,8 @@ def cotangents(config, loaded, task_update):
     micro_batch = types.take_micro_batch(spec.layout, batch.batch, jnp.int32(0))
     old = batch.old.log_probs[0]
     derivatives = jax.grad(
-        lambda new: gradient_lib.micro_loss(
-            new, old, None, micro_batch, task_update.normalizers, spec=spec
+        lambda new: update_loss.micro_loss(
+            new, old, FixedOutputs(), micro_batch, task_update.normalizers, spec=spec
         )[0]
     )(old)
     return jax.tree.map(np.asarray, (derivatives, micro_batch.rollout.texts))

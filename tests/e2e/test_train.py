@@ -294,6 +294,42 @@ def test_plain_images_and_full_weights(run, world, rows):
     assert second["update/grad_norm"] > 0.0
 
 
+MATCHING = (
+    "--config.task=t2i",
+    "--config.loss.text=none",
+    "--config.rollout.sampler=ode",
+    "--config.optimizer.average_limit=0.5",
+    "--config.optimizer.average_rate=0.2",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["nft", "awm"])
+def test_losses_of_velocities_train_and_resume_exactly(algorithm, run, world, rows):
+    """The average is part of the checkpoint: without it the second step would differ."""
+    flags = (*MATCHING, f"--config.loss.image={algorithm}", "--config.loss.image_beta=0.01")
+    flags = (*flags, "--config.optimizer.decay_steps=0", "--config.checkpoint.every=1")
+    whole, resumed = world / algorithm, world / f"{algorithm}_resumed"
+    for workdir, steps in ((whole, 3), (resumed, 2), (resumed, 3)):
+        code, errors = run(workdir, *flags, f"--config.train.steps={steps}")
+        assert code == 0, errors
+    first, second, third = rows(whole)[1:]
+    assert first["image/average_gap"] == 0.0
+    assert second["image/average_gap"] > 0.0
+    assert first["image/kl"] < 1e-9 < third["image/kl"]
+    assert rows(resumed)[3] == third
+
+
+@pytest.mark.slow
+def test_remax_of_texts_and_images(run, world, rows):
+    flags = ("--config.loss.text=remax", "--config.loss.image=remax")
+    code, errors = run(world / "remax", *flags, "--config.train.steps=1")
+    assert code == 0, errors
+    row = rows(world / "remax")[1]
+    assert row["text/ratio_max_dev"] == row["image/ratio_max_dev"] == 0.0
+    assert row["update/grad_norm"] > 0.0
+
+
 @pytest.mark.slow
 def test_several_updates_per_batch(run, world, rows):
     code, errors = run(world / "several", *SEVERAL_UPDATES, "--config.train.steps=1")
