@@ -232,6 +232,9 @@ def records(
 def files(seed: int = SEED) -> dict[str, list[dict]]:
     """Generates the shipped files: name -> records."""
     result = {f"{split}.jsonl": records(split, SIZES[split], seed=seed) for split in SPLITS}
+    for split in ("train", "heldout"):  # for images without think texts, which solve no riddles
+        plain = records(split, SIZES[split], kinds=("plain",), seed=seed, name=f"plain-{split}")
+        result[f"plain_{split}.jsonl"] = plain
     result["heldout_riddles.jsonl"] = records(
         "heldout",
         HELDOUT_RIDDLE_RECORDS,

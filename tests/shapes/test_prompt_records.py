@@ -80,6 +80,7 @@ def test_repeats_only_on_request():
 
 
 FILES = ("train.jsonl", "validation.jsonl", "heldout.jsonl", "heldout_riddles.jsonl")
+PLAIN_FILES = ("plain_train.jsonl", "plain_heldout.jsonl")
 
 
 def test_shipped_files():
@@ -110,9 +111,19 @@ def test_shipped_files():
     assert sum(count for (kind, _), count in counts.items() if kind == "implied") == 200
 
 
+def test_shipped_plain_files():
+    train, heldout = (read_jsonl(DATA / name) for name in PLAIN_FILES)
+    assert (len(train), len(heldout)) == (1600, 400)
+    assert all(record.extra["kind"] == "plain" for record in (*train, *heldout))
+    types = collections.Counter(record.extra["type"] for record in heldout)
+    assert types == dict.fromkeys(requests.PLAIN_TYPES, 80)
+    meanings = [{record.extra["combination"] for record in records} for records in (train, heldout)]
+    assert not meanings[0] & meanings[1]
+
+
 def test_shipped_files_are_what_the_command_writes(tmp_path, capsys):
     prompts.main(["--out", str(tmp_path)])
     assert "train.jsonl: 1600 records" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
-    for name in FILES:
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, *PLAIN_FILES}
+    for name in (*FILES, *PLAIN_FILES):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()

@@ -1,0 +1,37 @@
+"""Images alone, without a text step, in the shapes world: DiffusionNFT on the image half.
+
+    python -m alphagrpo_jax.train --config=configs/t2i.py
+
+Hardware: two CPU cores; time, memory and results stand in docs/results.md with their commands.
+
+Nothing is thought before an image, and the text loss is off: what is learned here, the image half
+learns. Prompts are plain ones, since no image solves a riddle that no text has solved.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import grpo
+
+
+def get_config() -> ConfigDict:
+    """Returns the default configuration, changed to images alone."""
+    config = grpo.get_config()
+    config.task = "t2i"
+    config.data.train = "package:data/plain_train.jsonl"
+    config.data.heldout = "package:data/plain_heldout.jsonl"
+    config.loss.text = "none"
+    config.loss.image = "nft"
+    config.loss.image_beta = 0.03
+    config.rollout.sampler = "ode"
+    config.rollout.window = 3
+    config.rollout.window_range = (0, 11)
+    config.rollout.shared_noise = False
+    config.optimizer.learning_rate = 8e-4
+    config.optimizer.gen_scale = 1.0
+    config.optimizer.average_limit = 0.5
+    config.optimizer.average_rate = 0.005
+    config.optimizer.decay_steps = 300
+    config.train.steps = 300
+    config.eval.every = 50
+    config.eval.prompts = 400
+    return config
