@@ -1,8 +1,11 @@
 """Stage 2: samples the trajectories of a batch and hands their images on as they come."""
 
+import collections
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alphagrpo_jax.policy import PolicyParams
@@ -79,7 +82,10 @@ def sample(
         decode_texts(run.loaded.tokenizer, sample.tokens, sample.mask)[: len(records)]
         for sample in samples
     ]
-    metrics = _text_metrics(_first_rows(samples, len(records)))
+    metrics = _text_metrics(_first_rows(samples, len(records)), texts, group)
+    for image_sample in trajectories.images[-1:]:
+        spread = _group_spread(image_sample.latents, len(records), group)
+        metrics["image/group_spread"] = float(distributed.to_host(spread))
     rollout = RolloutBatch(batch, trajectories, records, sample_ids, texts, metrics)
     if on_texts is not None:
         on_texts(rollout)
@@ -112,13 +118,43 @@ def decode_texts(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> 
     return [tokenizer.decode(row[valid][1:-1]) for row, valid in zip(tokens, mask, strict=True)]
 
 
-def _text_metrics(samples: Sequence[TextSample]) -> dict[str, float]:
-    """Averages over the texts of all text steps; samples are numpy."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _group_spread(latents: jax.Array, count: int, group: int) -> jax.Array:
+    """Computes the spread of a prompt's images relative to that of all, float32[] in [0, 1].
+
+    The root of the ratio of two variances: of latents around their group's mean, and around the
+    mean of all; 0 where all images of each prompt are alike.
+
+    Args:
+      latents: float32[B, M, C].
+      count: rows that are no filling.
+      group: rows per prompt.
+    """
+    rows = latents[:count].reshape(-1, group, *latents.shape[1:])
+    within = jnp.mean(jnp.var(rows, axis=1))
+    return jnp.sqrt(within / jnp.maximum(jnp.mean(jnp.var(rows, axis=(0, 1))), 1e-12))
+
+
+def _text_metrics(
+    samples: Sequence[TextSample], texts: Sequence[list[str]], group: int
+) -> dict[str, float]:
+    """Averages over the texts of all text steps; samples are numpy.
+
+    A text is repeated if another one of its group equals it.
+    """
     if not samples:
         return {}
     lengths = np.concatenate([sample.scored.sum(axis=1) for sample in samples])
     truncated = np.concatenate([sample.truncated for sample in samples])
+    repeated = [
+        count
+        for step_texts in texts
+        for first in range(0, len(step_texts), group)
+        for count in collections.Counter(step_texts[first : first + group]).values()
+        if count > 1
+    ]
     return {
+        "text/repeated_fraction": sum(repeated) / sum(map(len, texts)),
         "text/length": float(lengths.mean()),
         "text/truncated_fraction": float(truncated.mean()),
     }

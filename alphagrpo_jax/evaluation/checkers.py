@@ -1,6 +1,7 @@
 """Exact checkers: what is true of a generated image, by rule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,10 +9,12 @@ from alphagrpo_jax.config import RewardOptions
 from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.records import Record
-from alphagrpo_jax.shapes import checker
+from alphagrpo_jax.shapes import checker, diversity
 
 # An image and its record -> which facts hold, or None where the record describes none.
 FactCheck = Callable[[np.ndarray, Record], Mapping[str, bool] | None]
+# An image and its record -> the choices it makes where the prompt leaves them open, by name.
+ReadChoices = Callable[[np.ndarray, Record], Mapping[str, Sequence[str]]]
 
 
 def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None:
@@ -19,7 +22,23 @@ def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None
     return checker.facts(image, record.extra["facts"]) if "facts" in record.extra else None
 
 
-CHECKERS: dict[str, FactCheck] = {"shapes": shapes_facts, "": lambda image, record: None}
+def shapes_choices(image: np.ndarray, record: Record) -> Mapping[str, Sequence[str]]:
+    """The open choices of the shapes world; none for records without "facts"."""
+    facts = record.extra.get("facts")
+    return {} if facts is None else diversity.open_choices(image, facts)
+
+
+class Checker(NamedTuple):
+    """What is read from images by rule."""
+
+    facts: FactCheck
+    choices: ReadChoices
+
+
+CHECKERS = {
+    "shapes": Checker(shapes_facts, shapes_choices),
+    "": Checker(lambda image, record: None, lambda image, record: {}),
+}
 
 
 def check_scored(

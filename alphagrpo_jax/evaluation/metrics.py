@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alphagrpo_jax.config import RewardOptions
-from alphagrpo_jax.evaluation.checkers import FactCheck
+from alphagrpo_jax.evaluation.checkers import Checker, FactCheck
+from alphagrpo_jax.evaluation.diversity import diversity
 from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
 from alphagrpo_jax.runtime.records import Record
@@ -50,7 +51,7 @@ def evaluate_images(
     *,
     micro_batch: int,
     scoring_options: RewardOptions,
-    check: FactCheck,
+    check: Checker,
     prefix: str,
     second: scoring.VerifierPool | None = None,
 ) -> Evaluation:
@@ -85,8 +86,8 @@ def evaluate_images(
     thinks = _join_steps(think_batches)
     rewards = scoring.gather(verifier, sample_ids, records, thinks, scoring_options)
     images = np.concatenate(image_batches)
-    facts = [check(image, record) for image, record in zip(images, records, strict=True)]
-    metrics = summarize(rewards, facts, records)
+    facts = [check.facts(image, record) for image, record in zip(images, records, strict=True)]
+    metrics = summarize(rewards, facts, records) | diversity(images, records, check.choices)
     for pool, options in pools[1:]:
         second_rewards = scoring.gather(pool, sample_ids, records, (), options)
         second_rewards = scoring.with_scores_of(second_rewards, rewards, scoring_options)

@@ -29,6 +29,7 @@ REDUCTIONS = {
     "group/zero_std_fraction": MEAN,
     "image/average_gap": MEAN,
     "image/clip_fraction": MEAN,
+    "image/group_spread": MEAN,
     "image/kl": MEAN,
     "image/ratio_max_dev": LARGEST_DEVIATION,
     "image/target_error": MEAN,
@@ -55,6 +56,7 @@ REDUCTIONS = {
     "text/kl": MEAN,
     "text/length": MEAN,
     "text/ratio_max_dev": LARGEST_DEVIATION,
+    "text/repeated_fraction": MEAN,
     "text/truncated_fraction": MEAN,
     "update/skipped": MEAN,
 }

@@ -197,8 +197,14 @@ def test_a_cut_answer_counts_though_no_think_text_was_cut():
         scored = np.ones((4, 3), bool)
         return TextSample(None, None, scored, None, np.array(truncated))
 
-    metrics = rollout._text_metrics([sample([False] * 4), sample([True, True, False, False])])
-    assert metrics == {"text/length": 3.0, "text/truncated_fraction": 0.25}
+    samples = [sample([False] * 4), sample([True, True, False, False])]
+    texts = [["a", "a", "a", "b"], ["c", "d", "d", "d"]]  # two groups of two in each step
+    metrics = rollout._text_metrics(samples, texts, 2)
+    assert metrics == {
+        "text/length": 3.0,
+        "text/truncated_fraction": 0.25,
+        "text/repeated_fraction": 0.5,
+    }
 
 
 def test_the_worst_initial_image_is_repaired(step):

@@ -10,6 +10,7 @@ from default_options import reward_options
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.evaluation import metrics
+from alphagrpo_jax.evaluation.checkers import Checker
 from alphagrpo_jax.evaluation.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet, TaskData
 from alphagrpo_jax.rewards.scoring import Rewards
@@ -129,7 +130,10 @@ def test_micro_batches_are_filled_up_and_cut():
         rows,
         micro_batch=2,
         scoring_options=reward_options(),
-        check=lambda image, record: {"bright": bool(image.mean() > 100)},
+        check=Checker(
+            lambda image, record: {"bright": bool(image.mean() > 100)},
+            lambda image, record: {"level": [str(image[0, 0, 0])], "place": []},
+        ),
         prefix="eval",
         second=Brightness(half=True),
     )
@@ -143,6 +147,8 @@ def test_micro_batches_are_filled_up_and_cut():
     assert evaluation.records == rows
     assert evaluation.metrics["eval/reward/format"] == 1.0
     assert evaluation.metrics["eval/exact_all"] == pytest.approx(1 / 3)
+    assert evaluation.metrics["eval/diversity/level"] == pytest.approx(3.0)
+    assert "eval/diversity/place" not in evaluation.metrics
     assert evaluation.captions[0] == {
         "prompt": rows[0].prompt, "think": "<think>0</think>", "reward": 0.0, "exact": False
     }  # fmt: skip

@@ -1,0 +1,43 @@
+"""Gauges of collapse: how many different images a policy still draws."""
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+from alphagrpo_jax.evaluation.checkers import ReadChoices
+from alphagrpo_jax.runtime.records import Record
+
+
+def diversity(
+    images: np.ndarray, records: Sequence[Record], read_choices: ReadChoices
+) -> dict[str, float]:
+    """Measures how evenly images use what their prompts leave open.
+
+    `diversity/NAME`, for each kind of open choice: the effective number of values, the exponential
+    of the entropy of their shares; 1 where all images choose the same. `diversity/pixels`: the mean
+    absolute difference of an image from the mean image, in [0, 1].
+
+    Args:
+      images: uint8[N, H, W, 3].
+      records: N.
+      read_choices: lists the choices of an image.
+    """
+    counts: dict[str, collections.Counter[str]] = {}
+    for image, record in zip(images, records, strict=True):
+        for name, values in read_choices(image, record).items():
+            counts.setdefault(name, collections.Counter()).update(values)
+    metrics = {
+        f"diversity/{name}": effective_number(list(values.values()))
+        for name, values in counts.items()
+        if values
+    }
+    pixels = images.astype(np.float32) / 255.0
+    metrics["diversity/pixels"] = float(np.abs(pixels - pixels.mean(axis=0)).mean())
+    return metrics
+
+
+def effective_number(counts: Sequence[int]) -> float:
+    """Computes `exp(-sum p log p)` of the shares `p` of positive counts."""
+    shares = np.asarray(counts, np.float64) / np.sum(counts)
+    return float(np.exp(-np.sum(shares * np.log(shares))))
