@@ -6,7 +6,7 @@ import pytest
 from alphagrpo_jax.evaluation import diversity
 from alphagrpo_jax.evaluation.checkers import CHECKERS
 from alphagrpo_jax.runtime.records import parse_record
-from alphagrpo_jax.shapes import scenes
+from alphagrpo_jax.shapes import scenes, specs
 from alphagrpo_jax.shapes.scenes import Scene, SceneObject
 
 
@@ -18,7 +18,9 @@ def record(groups, relation=None, background=None):
     return parse_record(fields | {"facts": facts})
 
 
-ANY_CIRCLE, RED_ANY, RED_SQUARE = [1, "circle", None], [1, None, "red"], [1, "square", "red"]
+ANY_CIRCLE = {"count": 1, "shape": "circle", "color": None}
+RED_ANY = {"count": 1, "shape": None, "color": "red"}
+RED_SQUARE = {"count": 1, "shape": "square", "color": "red"}
 
 
 def test_effective_numbers_by_hand():
@@ -35,7 +37,8 @@ def test_choices_count_where_the_prompt_leaves_them_open():
         "background": ["white"], "place": ["0 2"], "color": ["blue"], "shape": [],
     }  # fmt: skip
     two = scenes.render(Scene((circle, square), "black"))
-    related = record([ANY_CIRCLE, RED_SQUARE], relation=["left of", 0, 1], background="black")
+    relation = {"name": specs.RELATIONS[0], "first": 0, "second": 1}
+    related = record([ANY_CIRCLE, RED_SQUARE], relation=relation, background="black")
     assert choices(two, related) == {
         "background": [], "place": [], "color": ["blue"], "shape": [],
     }  # fmt: skip
