@@ -317,7 +317,7 @@ class ImageOptions:
     window: int = Field(ge=1, le=999)
     """Number of stochastic sampling steps, which are the trained ones."""
     window_range: tuple[int, int]
-    """Steps (lo, hi): the stochastic steps lie within lo .. hi - 1."""
+    """Steps (lo, hi): the trained steps, or levels with sampler "ode", lie within lo .. hi - 1."""
     noise_level: float = Field(ge=1e-6, le=100.0)
     """Noise of a stochastic step, the factor a of Flow-SDE and Flow-CPS."""
     sampler: Literal["sde", "cps", "ode"]
@@ -470,7 +470,8 @@ class LossOptions:
     image_clip: float = Field(ge=0.0, le=1.0)
     """Distance from 1 at which an image step's ratio is clipped."""
     advantage_clip: float = Field(ge=1e-6, le=1e6)
-    """Largest magnitude of an advantage in the image loss."""
+    """Largest magnitude of an advantage in the image losses and in "remax" of texts; "awm" divides
+    by it."""
     image_beta: float = Field(ge=0.0, le=1e6)
     """Weight of the image steps' KL to the pretrained model; of "nft" and "awm", of the squared
     distance of velocities."""

@@ -15,8 +15,8 @@ def check(config: Config) -> None:
       ConfigError: fields that do not go together; the message names them.
     """
     _check_sizes(config)
-    _check_algorithms(config)
     _check_tasks(config)
+    _check_algorithms(config)
     _check_verifier(config)
     _check_reward(config)
 
@@ -56,6 +56,14 @@ def _check_algorithms(config: Config) -> None:
             f"rollout.sampler: got {sampler!r} for loss.image={loss.image}, expected {expected}: "
             "losses of velocities train on finished images, the others on stochastic steps"
         )
+    if sampler == "ode" and config.rollout.shared_noise:
+        alike = [name for name in config.tasks if TASKS[name].draws and not TASKS[name].text_kinds]
+        if alike:
+            raise ConfigError(
+                f"rollout.shared_noise: got True with rollout.sampler=ode and task {alike[0]!r}, "
+                "expected False: without texts and stochastic steps all images of a group would be "
+                "the same, and no update would be taken"
+            )
     if loss.matches and not config.optimizer.average_limit:
         raise ConfigError(
             f"optimizer.average_limit: got 0, but loss.image={loss.image} compares with the moving "

@@ -248,7 +248,7 @@ def _most_uncertain(
 ) -> LossNormalizers:
     """Replaces selected tokens and thresholds by those over several batches of one task.
 
-    The same as `gradient.count_normalizers` computes on the device for a single batch.
+    The same as `update_loss.count_normalizers` computes on the device for a single batch.
     """
     selected_tokens = joint.selected_tokens.copy()
     thresholds = joint.entropy_threshold.copy()

@@ -330,6 +330,7 @@ def check_options(config: Config) -> None:
         "loss.text_beta": (loss.text_beta, 0.0),
         "loss.image_beta": (loss.image_beta, 0.0),
         "loss.report_kl": (loss.report_kl, False),
+        "optimizer.average_limit": (config.optimizer.average_limit, 0.0),
     }
     for name, (value, only) in expected.items():
         if value != only:

@@ -26,12 +26,12 @@ def get_config() -> ConfigDict:
     config.rollout.window = 3
     config.rollout.window_range = (0, 11)
     config.rollout.shared_noise = False
-    config.optimizer.learning_rate = 8e-4
+    config.optimizer.learning_rate = 1.2e-3
     config.optimizer.gen_scale = 1.0
     config.optimizer.average_limit = 0.5
     config.optimizer.average_rate = 0.005
-    config.optimizer.decay_steps = 300
-    config.train.steps = 300
-    config.eval.every = 50
+    config.optimizer.decay_steps = 500
+    config.train.steps = 500
+    config.eval.every = 100
     config.eval.prompts = 400
     return config

@@ -55,6 +55,27 @@ def test_values_arrive():
         ({"rollout__window_range": (1, 2, 3)}, r"got \[1, 2, 3\], expected a list of 2"),
         ({"train__updates_per_batch": 2, "train__old_logprob": "self"}, "use 'recompute'"),
         ({"loss__text": "none", "loss__image": "none"}, "nothing would be trained"),
+        ({"loss__image": "nft"}, r"rollout\.sampler: got 'sde' for loss\.image=nft, expected ode"),
+        ({"rollout__sampler": "ode"}, "got 'ode' for loss.image=grpo, expected sde or cps"),
+        (
+            {"loss__image": "awm", "rollout__sampler": "ode"},
+            r"optimizer\.average_limit: got 0, but loss\.image=awm compares with the moving",
+        ),
+        (
+            {
+                "loss__image": "nft",
+                "rollout__sampler": "ode",
+                "optimizer__average_limit": 0.3,
+                "task": "t2i",
+            },
+            r"rollout\.shared_noise: got True with rollout\.sampler=ode and task 't2i'",
+        ),
+        ({"loss__text": "remax", "loss__text_beta": 0.1}, r"loss\.text=remax: got .*0\.1"),
+        (
+            {"loss__text": "remax", "loss__entropy_fraction": 0.5},
+            r"fraction=0\.5, expected 0 and 1",
+        ),
+        ({"loss__image": "remax", "loss__image_beta": 0.1}, r"loss\.image=remax: got .*0\.1"),
         ({"loss__entropy_fraction": 0.2, "train__old_logprob": "self"}, "needs train.old_logprob"),
         ({"rollout__sampler": "cps", "rollout__noise_level": 1.5}, "noise_level must be below 1"),
         ({"verifier__kind": "openai"}, r"needs verifier\.endpoints"),

@@ -23,7 +23,7 @@ from alphagrpo_jax.runtime import checkpoint, sharding
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.training import gradient as gradient_lib
 from alphagrpo_jax.training import setup
-from alphagrpo_jax.training.optimizer import make_optimizer
+from alphagrpo_jax.training.optimizer import average_of, make_optimizer
 from alphagrpo_jax.training.run_folder import CONFIG_FILE, payload
 
 
@@ -134,6 +134,11 @@ def test_adapters_are_exported_without_the_weights_and_start_a_run(
     started = setup.with_adapter(config, fresh)
     jax.tree.map(np.testing.assert_array_equal, started.trainable, policy.params.lora)
     assert setup.with_adapter(policy.config, fresh) is fresh
+    averaging = config_lib.change_options(config, {"optimizer.average_limit": 0.3})
+    optimizer = make_optimizer(averaging.optimizer)
+    fresh = setup.initial_state(averaging, policy.params.base, optimizer, mesh)
+    average = average_of(setup.with_adapter(averaging, fresh).opt_state)
+    jax.tree.map(np.testing.assert_array_equal, average, policy.params.lora)
     full = config_lib.change_options(config, {"train.trainable": "full"})
     with pytest.raises(ConfigError, match=r"lora\.init_from=.* needs train\.trainable=lora"):
         setup.with_adapter(full, fresh)

@@ -29,7 +29,7 @@ def shapes_choices(image: np.ndarray, record: Record) -> Mapping[str, Sequence[s
 
 
 class Checker(NamedTuple):
-    """What is read from images by rule."""
+    """Reads facts and open choices from images, by rule."""
 
     facts: FactCheck
     choices: ReadChoices

@@ -35,7 +35,7 @@ def image_nft(
     `E = sigma mean((v - target)^2) / max(mean |v - target|, 1e-5)`, means over the latent, the
     divisor a constant. With `w = clip(A / (2 c) + 1/2, 0, 1)` and `c = advantage_clip`, the loss is
     `5 (w E+ + (1 - w) E-) / b + image_beta mean((v - v_ref)^2)`, mean over noise levels and the
-    update's valid trajectories.
+    update's valid trajectories. The factor 5 stays whatever `c` is.
 
     Args:
       image: velocities, targets, noise levels and advantages.

@@ -17,6 +17,7 @@ from alphagrpo_jax.losses.terms import (
     masked_difference,
     share_of_mean,
 )
+from alphagrpo_jax.losses.text_grpo import k3_kl
 
 SCALE = 10.0  # divides the advantage, as released
 
@@ -42,8 +43,8 @@ def text_remax(
       options: `level` and `advantage_clip`.
       selected_tokens_total: None; the argument is that of `text_grpo`.
     Returns:
-      (float32[] share, metrics): `loss/text`, `text/ratio_max_dev` (largest |token ratio - 1|) and
-      `text/entropy`.
+      (float32[] share, metrics): `loss/text`, `text/ratio_max_dev` (largest |token ratio - 1|),
+      `text/entropy`, and `text/kl`, mean over tokens, where a reference is given.
     Raises:
       ValueError: selected tokens, or a weight of the KL.
     """
@@ -69,6 +70,9 @@ def text_remax(
         "text/ratio_max_dev": jnp.max(jnp.abs(jnp.expm1(log_ratio))),
         "text/entropy": share_of_mean(text.entropy, tokens, text_tokens_total),
     }
+    if text.ref_logp is not None:
+        kl = k3_kl(text.new_logp, text.ref_logp, tokens)
+        metrics["text/kl"] = share_of_mean(kl, tokens, text_tokens_total)
     return loss, jax.lax.stop_gradient(metrics)
 
 
@@ -89,7 +93,7 @@ def image_remax(
       trajectories_total: float32[], valid trajectories in the whole update.
       options: `advantage_clip`.
     Returns:
-      (float32[] share, metrics): `loss/image` and `image/ratio_max_dev`.
+      (float32[] share, metrics): `loss/image`, `image/ratio_max_dev`, and `image/kl` where given.
     Raises:
       ValueError: a weight of the KL.
     """
@@ -107,4 +111,6 @@ def image_remax(
         "loss/image": loss,
         "image/ratio_max_dev": jnp.max(jnp.abs(jnp.expm1(log_ratio))),
     }
+    if image.kl is not None:
+        metrics["image/kl"] = share_of_mean(image.kl, steps, denominator)
     return loss, jax.lax.stop_gradient(metrics)

@@ -61,11 +61,14 @@ def check_matching(image: MatchingTerms, valid: jax.Array, *, image_beta: float)
             f"got image_beta={image_beta} without ref_velocity; pass the reference velocities"
         )
     chex.assert_rank([image.velocity, image.sigma, image.advantage, valid], [4, 2, 1, 1])
-    velocities = (image.velocity, image.target, image.old_velocity, image.average_velocity)
+    velocities = [image.velocity, image.target, image.old_velocity, image.average_velocity]
+    velocities += [] if image.ref_velocity is None else [image.ref_velocity]
     chex.assert_equal_shape(velocities)
     chex.assert_equal_shape([image.advantage, valid])
     chex.assert_shape(image.sigma, image.velocity.shape[:2])
-    chex.assert_type([*velocities, image.sigma, valid], [jnp.float32] * 5 + [bool])
+    chex.assert_type(
+        [*velocities, image.sigma, valid], [jnp.float32] * (len(velocities) + 1) + [bool]
+    )
 
 
 def clipped_advantage(advantage: jax.Array, valid: jax.Array, limit: float) -> jax.Array:

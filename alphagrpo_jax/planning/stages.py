@@ -282,6 +282,8 @@ def _update(
         arguments = (average, plan.loaded.base, rollout, number)
         yield stage("average", fns.average, arguments, passes)
         average = jax.eval_shape(fns.average, *arguments)
+    outputs = device_bytes((reference, average)) * layout.micro_batches
+    alive |= {"fixed outputs": outputs} if outputs else {}
     common = (FixedOutputs(reference, average), batch, number, totals, weight)
     if config.train.old_logprob == "self":
         yield stage("gradient", fns.gradient, (*weights, *common), passes * updates)

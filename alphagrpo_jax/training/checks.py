@@ -111,11 +111,13 @@ def check_sampled(trajectories: Rollout, step: int) -> None:
     """Stops a run whose rewards are all alike because its samples are not finite.
 
     Raises:
-      TrainingError: a log-prob of the sampler is NaN or infinite.
+      TrainingError: a log-prob of the sampler, or an image, is NaN or infinite.
     """
-    samples = distributed.to_host((trajectories.texts, trajectories.images))
-    if not all(np.isfinite(sample.log_prob).all() for steps in samples for sample in steps):
+    texts, images = distributed.to_host((trajectories.texts, trajectories.images))
+    arrays = [sample.log_prob for sample in (*texts, *images)]
+    arrays += [sample.latents for sample in images]
+    if not all(np.isfinite(values).all() for values in arrays):
         raise TrainingError(
-            f"step {step}: the sampled log-probs are not finite, so the policy's weights are "
-            "broken; the last checkpoint is untouched. Look for broken weights (model.path)"
+            f"step {step}: the sampled log-probs or images are not finite, so the policy's weights "
+            "are broken; the last checkpoint is untouched. Look for broken weights (model.path)"
         )

@@ -1,4 +1,4 @@
-"""Log-probs of stored trajectories, the gradient of the GRPO loss, and the optimizer step.
+"""Log-probs of stored trajectories, the gradient of the loss, and the optimizer step.
 
 An update is: `forward` of each micro-batch for the old log-probs; then, per micro-batch, `forward`
 and `backward`, or `gradient` where the new log-probs are the old ones; then `apply_gradient`. Each

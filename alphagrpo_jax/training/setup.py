@@ -22,6 +22,7 @@ from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.runtime.errors import UsageError
 from alphagrpo_jax.runtime.paths import model_folder, resolve
 from alphagrpo_jax.training import gradient as gradient_lib
+from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.types import TrainState
 
 # By platform, those of `ops.fused_attention`. A GPU that is only described may be called "cuda".
@@ -175,4 +176,10 @@ def with_adapter(config: Config, state: TrainState) -> TrainState:
         # Each process what its devices hold: `jax.device_put` would compare all of it across hosts.
         return jax.make_array_from_callback(old.shape, old.sharding, lambda index: values[index])
 
-    return dataclasses.replace(state, trainable=jax.tree.map(place, state.trainable, leaves))
+    state = dataclasses.replace(state, trainable=jax.tree.map(place, state.trainable, leaves))
+    if not config.optimizer.average_limit:
+        return state
+    # The average begins at the adapter, as it would at fresh ones.
+    shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
+    init = jax.jit(make_optimizer(config.optimizer).init, out_shardings=shardings)
+    return dataclasses.replace(state, opt_state=init(state.trainable))

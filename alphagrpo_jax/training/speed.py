@@ -71,9 +71,9 @@ def update_flops(
     """Counts the FLOPs that a batch of trajectories and the update on it need at least.
 
     Counted are the decoder's products and attention over texts and image steps: sampling, the
-    log-probs of the reference where they are computed, and the gradient. Not counted: inputs (one
-    row per prompt), contexts of inputs, autoencoder, adapters, and what is computed twice to save
-    memory, such as the forward pass before the update.
+    outputs of the reference and of the average policy where they are computed, and the gradient.
+    Not counted: inputs (one row per prompt), contexts of inputs, autoencoder, adapters, and what is
+    computed twice to save memory, such as the forward pass before the update.
 
     Args:
       config: the run's.
@@ -120,7 +120,8 @@ def _step_flops(
     branches = [_branches(options.guidance, level) for level in noise_levels(options)[:-1]]
     # The window lies somewhere within its range; the mean of its steps stands for all places.
     low, high = options.window_range
-    trained = options.window * sum(branches[low:high]) / len(branches[low:high])
+    mean_branches = sum(branches[low:high]) / len(branches[low:high])
+    trained = options.window * (1 if config.loss.matches else mean_branches)
     return StepFlops(sum(branches) * evaluation, trained * evaluation)
 
 

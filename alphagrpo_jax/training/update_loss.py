@@ -1,6 +1,7 @@
 """The loss of a micro-batch as a function of log-probs and velocities, and its normalizers."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -118,10 +119,10 @@ def micro_loss(
         )
         for k, sample in enumerate(trajectories.texts if text_trained else ())
     ]
-    image_terms = _matching_terms if options.matches else _image_terms
+    image_terms = _matching_terms if options.matches else functools.partial(_image_terms, spec=spec)
     with_kl = fixed if image_kl else fixed._replace(reference=None)
     images = [
-        image_terms(k, new, old, with_kl, micro_batch, spec)
+        image_terms(k, new, old, with_kl, micro_batch)
         for k in range(len(plan.image_steps) if image_trained else 0)
     ]
     image_steps = spec.rollout.options.window if image_trained else 0
@@ -144,6 +145,7 @@ def _image_terms(
     old: LogProbs,
     fixed: FixedOutputs,
     micro_batch: UpdateBatch,
+    *,
     spec: UpdateSpec,
 ) -> ImageTerms:
     """Returns the terms of an image step whose loss is of log-probs."""
@@ -164,10 +166,8 @@ def _matching_terms(
     old: LogProbs,
     fixed: FixedOutputs,
     micro_batch: UpdateBatch,
-    spec: UpdateSpec,
 ) -> MatchingTerms:
     """Returns the terms of an image step whose loss matches velocities."""
-    del spec
     if fixed.average is None:
         raise ValueError("got no velocities of the average policy; pass `average_velocities`")
     sample, reference = micro_batch.rollout.images[index], fixed.reference

@@ -321,6 +321,24 @@ def test_losses_of_velocities_train_and_resume_exactly(algorithm, run, world, ro
 
 
 @pytest.mark.slow
+def test_losses_of_velocities_in_mixed_runs_and_of_old_ones_own(run, world, rows):
+    """Tasks without images, several updates per batch; then `train.old_logprob=self`."""
+    flags = ("--config.loss.image=awm", *MATCHING[2:], "--config.train.steps=1")
+    mixed = ("--config.task=mixed", "--config.mixed.tasks=('rt2i', 'ti2t')",
+             "--config.mixed.weights=(1.0, 1.0)", "--config.mixed.batches=2",
+             "--config.train.updates_per_batch=2")  # fmt: skip
+    code, errors = run(world / "awm_mixed", *flags, *mixed)
+    assert code == 0, errors
+    row = rows(world / "awm_mixed")[1]
+    assert row["rt2i/image/average_gap"] > 0.0  # the first of two updates has moved the policy
+    assert "ti2t/image/average_gap" not in row
+    alone = ("--config.train.old_logprob=self",)
+    code, errors = run(world / "awm_self", *flags, *alone)
+    assert code == 0, errors
+    assert rows(world / "awm_self")[1]["image/ratio_max_dev"] == 0.0
+
+
+@pytest.mark.slow
 def test_remax_of_texts_and_images(run, world, rows):
     flags = ("--config.loss.text=remax", "--config.loss.image=remax")
     code, errors = run(world / "remax", *flags, "--config.train.steps=1")

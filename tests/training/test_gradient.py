@@ -423,8 +423,6 @@ def matching(request, setting):
 def test_losses_of_velocities_do_not_depend_on_the_micro_batch_or_on_passes(matching):
     """By one micro-batch and by two; both levels in one pass and one after the other."""
     expected, metrics, _ = gradient_of(matching, matching.spec)
-    sizes = {leaf.size for leaf in jax.tree.leaves(expected)}
-    assert sizes
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
     norm = float(optax.tree.norm(expected))
     assert norm > 0

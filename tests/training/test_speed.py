@@ -53,6 +53,25 @@ def test_guidance_evaluates_further_contexts(model):
     assert flops(guided, model) - flops(DEFAULT, model) == pytest.approx(steps * image)
 
 
+def test_velocities_of_finished_images_are_not_guided_and_have_an_average(model):
+    config = change_options(
+        DEFAULT,
+        {
+            "loss.image": "nft",
+            "rollout.sampler": "ode",
+            "optimizer.average_limit": 0.3,
+            "rollout.guidance.text_scale": 4.0,
+            "rollout.guidance.interval": (0.0, 1.0),
+        },
+    )
+    height, width = model.latent_grid(config.model.height, config.model.width)
+    text = decoder_flops(model, 2, 10, 0) + head_flops(model, 2, 10)
+    image = decoder_flops(model, 2, height * width, 10)
+    steps, window = config.rollout.num_points - 1, config.rollout.window
+    sampled = text + 2 * steps * image
+    assert flops(config, model) == pytest.approx(sampled + 2 * text + (2 + 1) * window * image)
+
+
 def test_weights_of_a_layer_are_those_of_the_model(model):
     llm = model.llm
     heads = 2 * llm.num_attention_heads + 2 * llm.num_key_value_heads
