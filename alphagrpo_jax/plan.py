@@ -172,7 +172,13 @@ def run(options: argparse.Namespace) -> int:
         print(f"{kind}: {source}")
     print("\n" + report.memory_table(needs))
     print("\n" + report.work_table(needs, chip) + "\n")
-    for line in (*report.collective_lines(needs), *report.time_lines(needs, chip)):
+    images = stages_lib.images(config)
+    for line in (
+        *report.collective_lines(needs),
+        *report.minimum_lines(needs, config, exact=target.exact),
+        *report.time_lines(needs, chip),
+        report.speed_line(needs, target, images),
+    ):
         print(line)
     worst = report.worst_of(needs)
     print(f"most memory: {worst.stage.name}, {worst.peak / report.GB:.1f} GB per chip")
@@ -181,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
         suggestion = fit.suggest(config, loaded, worst, sizes, chip.memory)
         print("\n".join(report.suggestion_lines(suggestion, chip)))
     if options.out:
-        content = report.as_json(needs, target, sizes, notes)
+        content = report.as_json(needs, target, sizes, notes, images)
         replace_text(options.out, json.dumps(content, indent=2) + "\n")
     print(report.verdict(needs, chip))
     return cli.DONE if fits else cli.FAILED

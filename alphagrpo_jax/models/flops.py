@@ -11,14 +11,21 @@ def layer_weights(config: BagelConfig) -> int:
     return llm.num_hidden_layers * (attention + 3 * llm.hidden_size * llm.intermediate_size)
 
 
+def attention_flops(config: BagelConfig, rows: int, tokens: float, keys: float) -> float:
+    """Counts the FLOPs of attention's two products, scores and sums of values, in all layers.
+
+    Each of `tokens` tokens per row looks at `keys` keys.
+    """
+    return float(4 * config.llm.num_hidden_layers * config.llm.hidden_size * rows * tokens * keys)
+
+
 def decoder_flops(config: BagelConfig, rows: int, tokens: float, context: float) -> float:
     """Counts the FLOPs of weights and attention for `tokens` new tokens per row.
 
     The new tokens attend to each other and to `context` earlier tokens.
     """
-    llm = config.llm
-    attention = 4 * llm.num_hidden_layers * llm.hidden_size * (context + tokens)
-    return float(rows * tokens * (2 * layer_weights(config) + attention))
+    attention = attention_flops(config, rows, tokens, context + tokens)
+    return 2.0 * rows * tokens * layer_weights(config) + attention
 
 
 def head_flops(config: BagelConfig, rows: int, tokens: float) -> float:

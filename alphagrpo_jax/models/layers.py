@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from alphagrpo_jax.ops.norm import layer_norm, rms_norm
 
@@ -17,10 +18,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+PRODUCT = "product"  # name of what `matmul` computes
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        # Policies do not see the product inside of a function with a derivative of its own.
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
 }
 
 
@@ -115,7 +121,8 @@ def matmul(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
     Its derivative by the kernel turns the narrower of the two arrays that it multiplies: XLA for
     CPUs turns the other one, and computes it again while it does so.
     """
-    return cast(jax.Array, _matmul(x, kernel, out_dtype))
+    product = checkpoint_name(_matmul(x, kernel, out_dtype), PRODUCT)
+    return cast(jax.Array, product)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

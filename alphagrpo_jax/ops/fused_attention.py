@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 TILE = 128  # of both kernels, in tokens; shorter queries are not worth a copy of the keys
-MOST_OF_A_BLOCK = 512  # tokens that the splash kernel holds at a time
+BLOCKS = (256, 384, 512, 640)  # tokens that the splash kernel may hold at a time
 UNSPLIT = PartitionSpec(None, None)  # all rows and heads on every device
 
 # query [B, T, N, H], key and value [B, K, S, H], mask bool[B or 1, T, S] -> [B, T, N, H]
@@ -160,9 +160,14 @@ def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 
 
 def _block(length: int) -> int:
-    """Returns the multiple of `TILE` that divides a length into few blocks with little padding."""
-    blocks = math.ceil(length / MOST_OF_A_BLOCK)
-    return math.ceil(length / (blocks * TILE)) * TILE
+    """Returns how many of so many queries or keys the splash kernel holds at a time.
+
+    Whole blocks are computed: of the sizes that pad the length little, the largest.
+    """
+    if length <= TILE:
+        return TILE
+    padded = {size: math.ceil(length / size) * size for size in BLOCKS}
+    return max(size for size, total in padded.items() if total <= 1.05 * min(padded.values()))
 
 
 def _over_mesh(

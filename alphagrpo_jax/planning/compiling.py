@@ -20,7 +20,7 @@ from alphagrpo_jax.runtime.device_memory import needed_bytes
 from alphagrpo_jax.runtime.errors import InputError
 from alphagrpo_jax.runtime.files import replace_text
 
-FORMAT = 1  # of cached results: raise it when what is read from a compiler changes
+FORMAT = 2  # of cached results: raise it when what is read from a compiler changes
 
 
 @dataclasses.dataclass

@@ -46,6 +46,18 @@ class StageNeeds:
         """Bytes per device; infinity where a compiler refused the stage without a number."""
         return sum(self.bytes_by_kind.values())
 
+    @property
+    def flops_ratio(self) -> float | None:
+        """FLOPs of the program by the least of the model's arithmetic; None: not counted."""
+        least = self.stage.minimum.flops
+        return self.compiled.flops / least if least else None
+
+    @property
+    def token_bytes_ratio(self) -> float | None:
+        """Bytes that a token of a text moves by those it must read; None: no text, or no number."""
+        least, moved = self.stage.minimum.token_bytes, self.compiled.step_memory_traffic
+        return moved / least if least and moved else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -89,6 +101,38 @@ def iteration_seconds(needs: Sequence[StageNeeds], chip: Chip) -> dict[str, floa
 def without_evaluation(parts: dict[str, float]) -> float:
     """Returns the seconds of an iteration."""
     return sum(seconds for part, seconds in parts.items() if part != EVALUATION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Says what an iteration at the roofline comes to."""
+
+    images_per_second: float  # of all chips
+    arithmetic_seconds: float  # of the model's arithmetic at the chips' peak
+    seconds: float  # at the roofline
+
+    @property
+    def share(self) -> float:
+        """Share of the arithmetic's roof."""
+        return self.arithmetic_seconds / self.seconds
+
+
+def speed(needs: Sequence[StageNeeds], chip: Chip, images: float) -> Speed | None:
+    """Computes the speed of an iteration at the roofline.
+
+    Args:
+      needs: of all stages; evaluations do not count.
+      chip: of all devices.
+      images: of an iteration.
+    Returns:
+      None where a compiler refused a stage, so that its time is not known.
+    """
+    training = [entry for entry in needs if entry.stage.part != EVALUATION]
+    seconds = without_evaluation(iteration_seconds(training, chip))
+    if not seconds or any(entry.compiled.too_large for entry in training):
+        return None
+    flops = sum(entry.stage.calls * entry.stage.minimum.model_flops for entry in training)
+    return Speed(images / seconds, flops / chip.flops, seconds)
 
 
 def resident_bytes(config: Config, loaded: LoadedModel, sizes: dict[str, int]) -> float:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from alphagrpo_jax.planning.groups import device_groups
+
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0}
 COLLECTIVES = (
     "all-gather",
@@ -269,8 +271,11 @@ class Module:
                 total += self._read(computation, user.name, full)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called["calls"][0]]
-                at = user.operands.index(name)
-                total += self._read(inner, _parameters(inner)[at], full)
+                parameter = _parameters(inner)[user.operands.index(name)]
+                total += self._read(inner, parameter, full)
+                root = next((x for x in inner.values() if x.is_root), None)
+                if root and _origin(inner, root).name == parameter:  # handed on in another shape
+                    total += self._read(computation, user.name, full)
             else:
                 return full
         return total
@@ -285,8 +290,7 @@ class Module:
             outputs = [computation[x] for x in root.operands if x in computation]
         total = 0.0
         for output, array in zip(outputs, fusion.arrays, strict=False):
-            while output.opcode in ("bitcast", "reshape") and output.operands[0] in computation:
-                output = computation[output.operands[0]]
+            output = _origin(computation, output)
             update = None
             if output.opcode == "dynamic-update-slice":
                 update = computation.get(output.operands[1])
@@ -309,20 +313,7 @@ class Module:
 
     def groups(self, instruction: Instruction) -> np.ndarray:
         """Returns which devices exchange with each other, int64[groups, ways]; may be empty."""
-        text = instruction.text
-        if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
-            return np.array(re.findall(r"\{(\d+),(\d+)\}", pairs[1]), dtype=np.int64).reshape(-1, 2)
-        if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-            shape, source = _integers(iota[1]), _integers(iota[2])
-            numbers = np.arange(math.prod(source)).reshape(source)
-            numbers = numbers.transpose(_integers(iota[3])) if iota[3] else numbers
-            return numbers.reshape(-1, shape[-1])
-        if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
-            return _mesh_groups(mesh[1], mesh[2])
-        if explicit := re.search(r"replica_groups=\{(\{.*?\})\}", text):
-            rows = [_integers(row) for row in re.findall(r"\{([\d,]+)\}", explicit[1])]
-            return np.array(rows, dtype=np.int64) if len({len(r) for r in rows}) == 1 else _NONE
-        return _NONE
+        return device_groups(instruction.text)
 
     def _sent_between_slices(self, instruction: Instruction) -> tuple[str, float] | None:
         """Returns the kind and bytes of what a device sends to other slices by its host."""
@@ -350,39 +341,17 @@ class Module:
         return bool((members != members[:, :1]).any())
 
 
-_NONE = np.zeros((0, 0), np.int64)
+def _origin(computation: Computation, instruction: Instruction) -> Instruction:
+    """Follows an array back through changes of its shape alone."""
+    while instruction.opcode in ("bitcast", "reshape") and instruction.operands[0] in computation:
+        instruction = computation[instruction.operands[0]]
+    return instruction
 
 
 def collective_kind(opcode: str) -> str | None:
     """Returns the kind of a collective; None for other instructions and for the end of one."""
     name = opcode.removesuffix("-start")
     return name if name in COLLECTIVES else None
-
-
-def _mesh_groups(axes: str, reduced: str) -> np.ndarray:
-    """Reads groups that are written as axes of a mesh: mesh['a'=2,'b'=4] {'b'}."""
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    parts: dict[str, tuple[int, int, int]] = {}  # axis -> sizes before, of and behind the group
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", reduced):
-        total = sizes.get(name, 1)
-        low, middle = (int(before), int(size)) if size else (1, total)
-        parts[name] = (low, middle, max(1, total // (low * middle)))
-    shape: list[int] = []
-    inner: list[int] = []
-    for name, size in sizes.items():
-        if name in parts:
-            inner.append(len(shape) + 1)
-            shape.extend(parts[name])
-        else:
-            shape.append(size)
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    outer = [axis for axis in range(len(shape)) if axis not in inner]
-    ways = math.prod(shape[axis] for axis in inner)
-    return numbers.transpose(outer + inner).reshape(-1, ways)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
 
 
 def _instruction(name: re.Match[str], line: str) -> Instruction:

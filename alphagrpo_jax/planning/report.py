@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from alphagrpo_jax.config import Config
 from alphagrpo_jax.planning.chips import GPU_FRACTION, GPU_FRACTION_VARIABLE, Chip
 from alphagrpo_jax.planning.fit import (
     StageNeeds,
     Suggestion,
     iteration_seconds,
     roofline,
+    speed,
     without_evaluation,
 )
 from alphagrpo_jax.planning.stages import EVALUATION, INITIAL, ROLLOUT, UPDATE
@@ -132,6 +134,47 @@ def is_text(entry: StageNeeds) -> bool:
     return entry.stage.name.endswith("write_text")
 
 
+def minimum_lines(needs: Sequence[StageNeeds], config: Config, *, exact: bool) -> list[str]:
+    """Holds stages against the least work of the model's arithmetic.
+
+    Args:
+      needs: of all stages.
+      config: the run's.
+      exact: False leaves out bytes, which are then no compiler's.
+    """
+    lines = []
+    for entry in needs:
+        name, least = entry.stage.name, entry.stage.minimum
+        if entry.flops_ratio is not None and not is_text(entry):
+            remat = f" with model.remat={config.model.remat}" if entry.stage.part == UPDATE else ""
+            lines.append(
+                f"{name}, per call and device: {entry.compiled.flops / 1e12:.1f} TFLOP, "
+                f"{entry.flops_ratio:.2f} x the {least.flops / 1e12:.1f} of the arithmetic{remat}"
+            )
+        if exact and entry.token_bytes_ratio is not None:
+            moved = entry.compiled.step_memory_traffic / GB
+            lines.append(
+                f"{name}, per token and device: {moved:.2f} GB moved, "
+                f"{entry.token_bytes_ratio:.2f} x the {least.token_bytes / GB:.2f} that must be "
+                f"read (weights {least.token_weights / GB:.2f}, caches "
+                f"{least.token_caches / GB:.2f})"
+            )
+    return lines
+
+
+def speed_line(needs: Sequence[StageNeeds], target: Target, images: float) -> str:
+    """Says how many images a second are drawn, judged and trained on at the roofline."""
+    at_roofline = speed(needs, target.chip, images)
+    if at_roofline is None:
+        return "images per second: not known, as a function was refused"
+    rates = (at_roofline.images_per_second / count for count in (1, len(target.devices)))
+    return (
+        "images per second at the roofline: {:.3g}, {:.3g} per chip; ".format(*rates)
+        + f"share of the arithmetic's roof: {at_roofline.share:.0%} (the model's arithmetic alone "
+        f"takes {at_roofline.arithmetic_seconds:.2f} s at the chips' peak)"
+    )
+
+
 def time_lines(needs: Sequence[StageNeeds], chip: Chip) -> list[str]:
     """Says how long an iteration takes at the roofline, and an evaluation."""
     parts = iteration_seconds(needs, chip)
@@ -170,11 +213,16 @@ def suggestion_lines(suggestion: Suggestion | None, chip: Chip) -> list[str]:
 
 
 def as_json(
-    needs: Sequence[StageNeeds], target: Target, mesh: dict[str, int], notes: Sequence[str]
+    needs: Sequence[StageNeeds],
+    target: Target,
+    mesh: dict[str, int],
+    notes: Sequence[str],
+    images: float,
 ) -> dict[str, Any]:
     """Returns the plan as JSON's types; bytes per device, seconds, stages by name."""
     chip = target.chip
     parts = iteration_seconds(needs, chip)
+    at_roofline = speed(needs, chip, images)
     return {
         "target": target.name,
         "compiler": target.compiler,
@@ -191,8 +239,16 @@ def as_json(
         },
         "notes": list(notes),
         "sources": sources(target),
-        "stages": {entry.stage.name: _stage_json(entry, chip) for entry in needs},
+        "stages": {
+            entry.stage.name: _stage_json(entry, chip, exact=target.exact) for entry in needs
+        },
         "iteration_seconds": {"all": without_evaluation(parts), **parts},
+        "images": images,
+        "images_per_second": at_roofline and at_roofline.images_per_second,
+        "images_per_second_per_chip": at_roofline
+        and at_roofline.images_per_second / len(target.devices),
+        "arithmetic_seconds": at_roofline and at_roofline.arithmetic_seconds,
+        "arithmetic_share": at_roofline and at_roofline.share,
         "peak_bytes": _finite(worst_of(needs).peak),
         "peak_stage": worst_of(needs).stage.name,
         "fits": fits(needs, chip),
@@ -200,7 +256,8 @@ def as_json(
     }
 
 
-def _stage_json(entry: StageNeeds, chip: Chip) -> dict[str, Any]:
+def _stage_json(entry: StageNeeds, chip: Chip, *, exact: bool) -> dict[str, Any]:
+    least_work = entry.stage.minimum
     compiled, least = entry.compiled, roofline(entry.compiled, chip)
     row = {
         "part": entry.stage.part,
@@ -209,6 +266,9 @@ def _stage_json(entry: StageNeeds, chip: Chip) -> dict[str, Any]:
         "peak_bytes": _finite(entry.peak),
         "refused_bytes": _finite(compiled.too_large),
         "flops": compiled.flops,
+        "least_flops": least_work.flops or None,
+        "flops_ratio": entry.flops_ratio,
+        "model_flops": least_work.model_flops,
         "memory_traffic_bytes": compiled.memory_traffic,
         "collectives": {
             kind: {"count": number, "bytes": size}
@@ -224,6 +284,9 @@ def _stage_json(entry: StageNeeds, chip: Chip) -> dict[str, Any]:
     if is_text(entry):
         row["collective_bytes_per_token"] = compiled.step_collective_bytes
         row["memory_traffic_bytes_per_token"] = compiled.step_memory_traffic
+        row["least_weight_bytes_per_token"] = least_work.token_weights
+        row["least_cache_bytes_per_token"] = least_work.token_caches
+        row["token_bytes_ratio"] = entry.token_bytes_ratio if exact else None
     return row
 
 

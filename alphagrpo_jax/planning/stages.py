@@ -6,7 +6,7 @@ Lengths are the greatest that the configuration allows, and nothing is ever comp
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,12 @@ from jax.sharding import Mesh
 from alphagrpo_jax import tasks
 from alphagrpo_jax.config import Config
 from alphagrpo_jax.models.bagel_weights import LoadedModel
+from alphagrpo_jax.planning import minimum
+from alphagrpo_jax.planning.minimum import UNCOUNTED, Minimum, Pass
 from alphagrpo_jax.planning.model import abstract_state, device_bytes, placed
 from alphagrpo_jax.runtime import sharding
 from alphagrpo_jax.sampling import trajectory
+from alphagrpo_jax.sampling.contexts import with_pieces
 from alphagrpo_jax.sampling.trajectory import Images
 from alphagrpo_jax.tasks import Task
 from alphagrpo_jax.training import options as options_lib
@@ -54,6 +57,7 @@ class PlanStage:
     while_steps: int = 1  # how often its loop of unknown length runs at most
     holds: tuple[str, ...] = ()  # stages of its part whose results are alive too
     rows: int = 0  # per device, of a micro-batch; 0: all rows
+    minimum: Minimum = UNCOUNTED
 
 
 class PlannedRun(NamedTuple):
@@ -121,6 +125,13 @@ def stages(plan: PlannedRun, *, evaluation: bool = True) -> Iterator[PlanStage]:
         task, count = tasks.TASKS[name], config.eval.micro_batch
         walk = _Walk(plan, EVALUATION, task, count, batches, "eval_" + _prefix(config, name))
         yield from walk.sample(fns.eval)
+
+
+def images(config: Config) -> float:
+    """Counts the images of an iteration that the verifiers judge."""
+    shares = _task_shares(config).items()
+    steps = sum(share * tasks.TASKS[name].events.count(tasks.IMAGE) for name, share in shares)
+    return config.trajectories * steps
 
 
 def _training_walk(plan: PlannedRun, name: str) -> "_Walk":
@@ -192,6 +203,12 @@ class _Walk:
             self.prefix + name, self.part, function, arguments, kinds, self.calls * calls, **more
         )
 
+    def _least(self, passes: Iterable[Pass], real: float) -> Minimum:
+        """Returns the least work of a call that samples, a share `real` of whose rows count."""
+        params, model = self.plan.params, self.plan.loaded.config
+        flops = minimum.forward_flops(model, minimum.products(params.base, params.lora), passes)
+        return _per_device(self.plan, flops, flops * real)
+
     def _text(self, fns: SampleFns, step_fns: Any, step: Any) -> Iterator[PlanStage]:
         plan = self.plan
         layout = fns.spec.layout(self.prompts * fns.spec.rows_per_prompt)
@@ -203,8 +220,16 @@ class _Walk:
         arguments = (plan.params, ctx, plan.state.key, _number(plan.mesh), rows, temperature)
         steps = fns.spec.options.text_tokens + 1
         alive = (self.rollout, ctx, pieces)
-        yield self._stage("write_text", step_fns.sample, arguments, *alive, while_steps=steps)
         written = _results(plan, step_fns.sample, *arguments)
+        all_pieces = with_pieces(self.rollout.pieces, pieces)
+        written_work = minimum.written_text(layout.rows, steps, all_pieces, step)
+        least = dataclasses.replace(
+            self._least([written_work], layout.count / layout.rows),
+            token_weights=minimum.token_weights(plan.params, jnp.dtype(plan.config.model.dtype)),
+            token_caches=minimum.token_caches(ctx, written[1], steps),
+        )
+        more = {"while_steps": steps, "minimum": least}
+        yield self._stage("write_text", step_fns.sample, arguments, *alive, **more)
         add = functools.partial(trajectory.add_text, step=step)
         self.rollout = _results(plan, add, self.rollout, *written, pieces)
         buckets = bucket_lengths(steps + 1, plan.config.rollout.length_buckets)
@@ -232,13 +257,54 @@ class _Walk:
             "image_contexts", step_fns.contexts, arguments, self.rollout, before, **more
         )
         alive = (self.rollout, before, contexts, pieces)
-        yield self._stage("draw", step_fns.sample, draw, *alive, **more)
+        all_pieces = with_pieces(self.rollout.pieces, pieces)
+        passes = minimum.image_steps(layout.micro_batch, fns.spec, all_pieces, step, trained=False)
+        least = self._least(passes, layout.count / (layout.micro_batch * count))
+        yield self._stage("draw", step_fns.sample, draw, *alive, minimum=least, **more)
         if step_fns.absorb is not None:
             alive = (self.rollout, before, pieces, sample, pixels)
             yield self._stage("absorb_image", step_fns.absorb, absorb, *alive, **more)
         arguments = (self.rollout, [images] * count)
         yield self._stage("join", step_fns.join, arguments, *arguments)
         self.rollout = _results(plan, step_fns.join, *arguments)
+
+
+def _per_device(plan: PlannedRun, flops: float, model_flops: float) -> Minimum:
+    return Minimum(flops / plan.mesh.size, model_flops / plan.mesh.size)
+
+
+class _LeastWork(NamedTuple):
+    """The least work of the functions of an update."""
+
+    gradient: Minimum
+    reference: Minimum
+    forward: Minimum
+    backward: Minimum
+
+
+def _update_minimum(plan: PlannedRun, task: Task, rollout: Rollout) -> _LeastWork:
+    """Computes the least work of an update's functions on a micro-batch.
+
+    Where contexts are computed again, that is no part of it, and there is no ratio.
+    """
+    spec, model = options_lib.update_spec(plan.config, plan.loaded, task), plan.loaded.config
+    layout, base = spec.layout, plan.loaded.base
+    passes = minimum.trained_passes(layout.micro_batch, spec, rollout)
+    elements = minimum.products(base, plan.state.trainable)
+    real = layout.count / (layout.micro_batch * layout.micro_batches)
+    forward = minimum.forward_flops(model, elements, passes)
+    gradient = minimum.gradient_flops(model, elements, passes, plan.config.model.remat)
+    model_flops = real * minimum.gradient_flops(model, elements, passes, None)
+    reference = real * minimum.forward_flops(model, minimum.products(base, None), passes)
+    if spec.rebuild_contexts:
+        gradient = forward = 0.0
+    return _LeastWork(
+        gradient=_per_device(plan, gradient, model_flops),
+        reference=_per_device(plan, 0.0, reference),
+        # Log-probs from before the update are those of its first pass, computed twice.
+        forward=_per_device(plan, forward, 0.0),
+        backward=_per_device(plan, gradient - forward, model_flops),
+    )
 
 
 def _update(
@@ -264,6 +330,7 @@ def _update(
     prefix = _prefix(config, task.name)
     updates = config.train.updates_per_batch
     passes, rows = share * layout.micro_batches, layout.micro_rows
+    least = _update_minimum(plan, task, rollout)
 
     def stage(name: str, function: Any, arguments: tuple, calls: float, **more: Any) -> PlanStage:
         return PlanStage(
@@ -275,7 +342,7 @@ def _update(
     loss, reference, average, old = config.loss, None, None, None
     if loss.text_beta > 0 or loss.image_beta > 0 or loss.report_kl:
         arguments: tuple = (plan.loaded.base, rollout, number)
-        yield stage("reference", fns.reference, arguments, passes)
+        yield stage("reference", fns.reference, arguments, passes, minimum=least.reference)
         reference = jax.eval_shape(fns.reference, *arguments)
     if loss.matches:
         average = average_of(plan.state.opt_state)
@@ -286,7 +353,9 @@ def _update(
     alive |= {"fixed outputs": outputs} if outputs else {}
     common = (FixedOutputs(reference, average), batch, number, totals, weight)
     if config.train.old_logprob == "self":
-        yield stage("gradient", fns.gradient, (*weights, *common), passes * updates)
+        arguments = (*weights, *common)
+        calls = passes * updates
+        yield stage("gradient", fns.gradient, arguments, calls, minimum=least.gradient)
         return
     arguments = (*weights, rollout, number)
     old, residuals = jax.eval_shape(fns.forward, *arguments)
@@ -294,10 +363,11 @@ def _update(
         batches = config.mixed.batches if config.task == "mixed" else 1
         alive["kept residuals"] = device_bytes(residuals) * (batches * layout.micro_batches - 1)
     first_pass = 0 if config.train.keep_residuals else 1
-    yield stage("forward", fns.forward, arguments, passes * (updates + first_pass))
+    calls = passes * (updates + first_pass)
+    yield stage("forward", fns.forward, arguments, calls, minimum=least.forward)
     arguments = (*weights, residuals, old, old, *common)
-    held = (prefix + "forward",)
-    yield stage("backward", fns.backward, arguments, passes * updates, holds=held)
+    more: dict[str, Any] = {"holds": (prefix + "forward",), "minimum": least.backward}
+    yield stage("backward", fns.backward, arguments, passes * updates, **more)
 
 
 def _copied_state(plan: PlannedRun) -> dict[str, float]:

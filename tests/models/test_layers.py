@@ -10,8 +10,9 @@ from flax import errors
 
 from alphagrpo_jax import policy
 from alphagrpo_jax.models.bagel import Bagel, base_shapes
-from alphagrpo_jax.models.layers import Linear, matmul
+from alphagrpo_jax.models.layers import REMAT_POLICIES, Linear, matmul
 from alphagrpo_jax.models.vae import Conv
+from alphagrpo_jax.planning.flops import count_flops
 from benchmarks import layer_scan
 
 
@@ -51,6 +52,20 @@ def test_the_derivatives_of_a_product_are_those_of_jax(width, features, dtype):
         np.testing.assert_allclose(
             np.asarray(first, np.float32), np.asarray(second, np.float32), rtol=2e-2, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 4), ("dots", 4), ("full", 6)])
+def test_rematerialization_of_dots_keeps_products_of_weights(remat, products):
+    x, kernels = jnp.ones((3, 4)), jnp.ones((2, 4, 4))
+
+    def layer(x, kernel):
+        return jnp.sin(matmul(x, kernel, jnp.float32)), None
+
+    policy = REMAT_POLICIES[remat]
+    again = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    step = layer if remat == "none" else again
+    traced = jax.jit(jax.grad(lambda x: jax.lax.scan(step, x, kernels)[0].sum())).trace(x).jaxpr
+    assert count_flops(traced, while_steps=1) == products * 2 * 3 * 4 * 4
 
 
 def test_a_missing_parameter_is_an_error():

@@ -188,3 +188,29 @@ def test_sizes_of_arrays():
     assert (pred.bytes, pred.near, low.bytes, low.near) == (21, False, 5, True)
     assert hlo.arrays("f8e4m3fn[4]")[0].bytes == 4
     assert hlo.arrays("bf16[]")[0].bytes == 2
+
+
+# A fusion whose weights pass through another one, which changes their shape alone.
+HANDED_ON = """
+%as_matrix (w: bf16[4,1,8]) -> bf16[4,8] {
+  %w = bf16[4,1,8]{2,1,0} parameter(0)
+  ROOT %flat = bf16[4,8]{1,0} bitcast(%w)
+}
+
+%product (x: bf16[2,4], y: bf16[4,1,8]) -> bf16[2,8] {
+  %x = bf16[2,4]{1,0} parameter(0)
+  %y = bf16[4,1,8]{2,1,0} parameter(1)
+  %matrix = bf16[4,8]{1,0} fusion(%y), kind=kLoop, calls=%as_matrix
+  ROOT %out = bf16[2,8]{1,0} convolution(%x, %matrix), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: bf16[2,4], q: bf16[4,1,8]) -> bf16[2,8] {
+  %p = bf16[2,4]{1,0} parameter(0)
+  %q = bf16[4,1,8]{2,1,0} parameter(1)
+  ROOT %r = bf16[2,8]{1,0} fusion(%p, %q), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_weights_that_an_inner_fusion_hands_on_are_read():
+    assert hlo.Module(HANDED_ON).traffic(while_steps=1).memory == 2 * (2 * 4 + 4 * 8 + 2 * 8)

@@ -301,7 +301,7 @@ def test_the_verdict_names_the_stage():
 def test_json_has_the_bytes_per_token():
     text = needs("write_text", step_collectives={"all-gather": [2, 512.0]})
     target = targets.Target("v5p:2x2x1", CHIPS["v5p"], (1, 2), (0, 0), exact=True, compiler="c 1")
-    content = report.as_json([text, needs()], target, {"data": 2}, ["note"])
+    content = report.as_json([text, needs()], target, {"data": 2}, ["note"], images=4)
     assert content["stages"]["write_text"]["collective_bytes_per_token"] == 512
     assert "collective_bytes_per_token" not in content["stages"]["draw"]
     assert content["fits"]
@@ -431,7 +431,7 @@ def test_a_refused_stage_does_not_end_the_plan(message: str, end: str, tmp_path)
         entries = [taken, fit.StageNeeds(stage, result, 0.0)]
         assert report.verdict(entries, CHIPS["v6e"]) == f"fits: no (product {end}"
         target = dataclasses.replace(cpu_target(), chip=CHIPS["v6e"])
-        content = report.as_json(entries, target, {"data": 1}, [])
+        content = report.as_json(entries, target, {"data": 1}, [], images=1)
         assert not content["fits"]
         assert json.loads(json.dumps(content, allow_nan=False))["peak_stage"] == "product"
         assert "(refused)" in report.memory_table(entries)
