@@ -23,7 +23,7 @@ from alphagrpo_jax.policy import PolicyParams
 from alphagrpo_jax.sampling.image import noise_levels
 from alphagrpo_jax.sampling.trajectory import RolloutSpec, image_options
 from alphagrpo_jax.tasks import PlannedStep
-from alphagrpo_jax.training.gradient import UpdateSpec
+from alphagrpo_jax.training.update_loss import UpdateSpec
 from alphagrpo_jax.types import Piece, Rollout
 
 LAYERS, HEAD, GEN = "language_model/layers/", "lm_head/", "_moe_gen"
@@ -128,6 +128,7 @@ def image_steps(
     step: PlannedStep,
     *,
     trained: bool,
+    unguided: bool = False,
 ) -> Iterator[Pass]:
     """Lists the work of an image's steps: one pass for every branch of their guidance.
 
@@ -138,6 +139,7 @@ def image_steps(
       step: the image's.
       trained: True for the steps that are trained: their window may lie anywhere in its range, and
         the mean over that stands for them; False for all steps of the schedule.
+      unguided: True where no guidance is computed, whatever the options.
     """
     options, latents = image_options(spec.options, step), math.prod(spec.grid)
     levels, times = noise_levels(options)[:-1], 1.0
@@ -145,7 +147,7 @@ def image_steps(
         levels = levels[slice(*options.window_range)]
         times = options.window / len(levels)
     guidance = options.guidance
-    guided = times * sum(is_active(guidance, level) for level in levels)
+    guided = 0.0 if unguided else times * sum(is_active(guidance, level) for level in levels)
     for count, nodes in (
         (times * len(levels), step.gen),
         (guided, step.cfg_text),
@@ -164,7 +166,8 @@ def trained_passes(rows: int, spec: UpdateSpec, rollout: Rollout) -> list[Pass]:
             passes.append(written_text(rows, tokens, pieces, step))
     if spec.loss.image != "none":
         for step in spec.plan.image_steps:
-            passes.extend(image_steps(rows, spec.rollout, pieces, step, trained=True))
+            options = {"trained": True, "unguided": spec.loss.matches}
+            passes.extend(image_steps(rows, spec.rollout, pieces, step, **options))
     return passes
 
 

@@ -278,6 +278,7 @@ class _LeastWork(NamedTuple):
 
     gradient: Minimum
     reference: Minimum
+    average: Minimum
     forward: Minimum
     backward: Minimum
 
@@ -296,11 +297,16 @@ def _update_minimum(plan: PlannedRun, task: Task, rollout: Rollout) -> _LeastWor
     gradient = minimum.gradient_flops(model, elements, passes, plan.config.model.remat)
     model_flops = real * minimum.gradient_flops(model, elements, passes, None)
     reference = real * minimum.forward_flops(model, minimum.products(base, None), passes)
+    images_alone = dataclasses.replace(spec, loss=dataclasses.replace(spec.loss, text="none"))
+    image_passes = minimum.trained_passes(layout.micro_batch, images_alone, rollout)
+    average = minimum.forward_flops(model, elements, image_passes)
+    average_model_flops = real * average
     if spec.rebuild_contexts:
-        gradient = forward = 0.0
+        gradient = forward = average = 0.0
     return _LeastWork(
         gradient=_per_device(plan, gradient, model_flops),
         reference=_per_device(plan, 0.0, reference),
+        average=_per_device(plan, average, average_model_flops),
         # Log-probs from before the update are those of its first pass, computed twice.
         forward=_per_device(plan, forward, 0.0),
         backward=_per_device(plan, gradient - forward, model_flops),
@@ -347,7 +353,7 @@ def _update(
     if loss.matches:
         average = average_of(plan.state.opt_state)
         arguments = (average, plan.loaded.base, rollout, number)
-        yield stage("average", fns.average, arguments, passes)
+        yield stage("average", fns.average, arguments, passes, minimum=least.average)
         average = jax.eval_shape(fns.average, *arguments)
     outputs = device_bytes((reference, average)) * layout.micro_batches
     alive |= {"fixed outputs": outputs} if outputs else {}

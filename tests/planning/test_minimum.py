@@ -155,6 +155,31 @@ def test_programs_do_little_more_than_the_least(world, remat):
     assert stages["prefill"].minimum == Minimum()
 
 
+def test_velocities_of_finished_images_have_no_branches_and_an_average(world):
+    changes = {
+        "loss.image": "nft",
+        "rollout.sampler": "ode",
+        "optimizer.average_limit": 0.3,
+        "rollout.guidance.text_scale": 4.0,
+        "rollout.guidance.interval": (0.0, 1.0),
+    }
+    run, stages = planned(world, **APART, **changes)
+    for name in ("average", "gradient"):
+        ratio = traced_flops(run, stages[name]) / stages[name].minimum.flops
+        assert 1.0 <= ratio < 1.1, name
+    average, gradient = stages["average"].minimum, stages["gradient"].minimum
+    assert 0 < average.model_flops < gradient.model_flops / 2
+    held = stages["gradient"].alive["fixed outputs"]
+    assert (
+        held
+        == stages["gradient"].rows
+        * run.config.rollout.window
+        * 4
+        * run.loaded.config.latent_width
+        * 4
+    )
+
+
 def test_a_sum_of_adapters_and_weights_costs_more_than_the_least(world):
     """`train.merge_lora` takes the derivatives by whole matrices."""
     run, stages = planned(world, **APART | {"train.merge_lora": True})
