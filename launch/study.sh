@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/results.md, one after another, then the studies and the pictures: three seeds of the default, one run
-# of each ablation, and two seeds of refinement with and without rectified rewards. Finished runs are skipped; interrupted, the
+# of each ablation, images alone, and two seeds of refinement with and without rectified rewards. Finished runs are skipped; interrupted, the
 # same command continues. Arguments go to every run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,6 +26,10 @@ for name in no_text_loss no_image_loss full_weights; do
 done
 python -m alphagrpo_jax.studies.curves --run "$RUNS/seed0" --run "$RUNS/seed1" --run "$RUNS/seed2" --out docs/curves.png \
   --samples "$RUNS/seed0" --out2 docs/samples.png
+
+export CONFIG=configs/t2i.py
+run t2i "$@"
+run t2i_large_steps --config.optimizer.learning_rate=1.2e-3 --config.optimizer.decay_steps=500 --config.train.steps=500 "$@"
 
 export CONFIG=configs/srr.py
 REFINED=()
