@@ -23,6 +23,7 @@ from alphagrpo_jax.training import setup
 from alphagrpo_jax.training.optimizer import make_optimizer
 from alphagrpo_jax.training.sampling import collect_images, run_steps
 from alphagrpo_jax.training.steps import compile_fns
+from alphagrpo_jax.training.update_loss import FixedOutputs
 from alphagrpo_jax.types import TextBlock, UpdateBatch, join_micro_batches, map_rows
 
 ROWS = 8
@@ -66,7 +67,15 @@ def numbers(config, mesh, stored=None):
         for number in map(jnp.int32, range(spec.layout.micro_batches)):
             new, residuals = task.forward(*policy, placed, number)
             micro_batch = task.backward(
-                *policy, residuals, new, None, None, batch, number, totals, jnp.float32(1.0)
+                *policy,
+                residuals,
+                new,
+                None,
+                FixedOutputs(),
+                batch,
+                number,
+                totals,
+                jnp.float32(1.0),
             )
             accumulated = (
                 micro_batch if accumulated is None else fns.accumulate(*accumulated, micro_batch)
