@@ -23,17 +23,17 @@ def get_config() -> ConfigDict:
     config.data.heldout = "package:data/plain_heldout.jsonl"
     config.loss.text = "none"
     config.loss.image = "nft"
-    config.loss.image_beta = 0.03
+    config.loss.image_beta = 0.3  # keeps the drawings diverse
     config.rollout.sampler = "ode"
     config.rollout.window = 3
     config.rollout.window_range = (0, 11)
     config.rollout.shared_noise = False
-    config.optimizer.learning_rate = 8e-4
+    config.optimizer.learning_rate = 1.6e-3
     config.optimizer.gen_scale = 1.0
     config.optimizer.average_limit = 0.5
     config.optimizer.average_rate = 0.005
-    config.optimizer.decay_steps = 300
-    config.train.steps = 300
-    config.eval.every = 50
+    config.optimizer.decay_steps = 480
+    config.train.steps = 480
+    config.eval.every = 120
     config.eval.prompts = 400
     return config

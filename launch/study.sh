@@ -29,7 +29,7 @@ python -m alphagrpo_jax.studies.curves --run "$RUNS/seed0" --run "$RUNS/seed1" -
 
 export CONFIG=configs/t2i.py
 run t2i "$@"
-run t2i_large_steps --config.optimizer.learning_rate=1.2e-3 --config.optimizer.decay_steps=500 --config.train.steps=500 "$@"
+run t2i_large_steps --config.loss.image_beta=0.03 --config.optimizer.learning_rate=1.2e-3 --config.optimizer.decay_steps=500 --config.train.steps=500 "$@"
 
 export CONFIG=configs/srr.py
 REFINED=()
