@@ -10,34 +10,31 @@ from alphagrpo_jax.prompts import PromptSet
 from alphagrpo_jax.runtime.errors import InputError, UserError
 from alphagrpo_jax.runtime.records import Record
 from alphagrpo_jax.shapes import checker, diversity
-
-# An image and its record -> which facts hold, or None where the record describes none.
-FactCheck = Callable[[np.ndarray, Record], Mapping[str, bool] | None]
-# An image and its record -> the choices it makes where the prompt leaves them open, by name.
-ReadChoices = Callable[[np.ndarray, Record], Mapping[str, Sequence[str]]]
+from alphagrpo_jax.shapes.specs import Spec
 
 
-def shapes_facts(image: np.ndarray, record: Record) -> Mapping[str, bool] | None:
-    """The exact checker of the shapes world; None for records without "facts"."""
-    return checker.facts(image, record.extra["facts"]) if "facts" in record.extra else None
+class ImageReading(NamedTuple):
+    """Facts and open choices that rules read from an image."""
+
+    facts: Mapping[str, bool] | None  # which hold; None where the record describes none
+    choices: Mapping[str, Sequence[str]]  # made where the prompt leaves them open, by name
 
 
-def shapes_choices(image: np.ndarray, record: Record) -> Mapping[str, Sequence[str]]:
-    """The open choices of the shapes world; none for records without "facts"."""
-    facts = record.extra.get("facts")
-    return {} if facts is None else diversity.open_choices(image, facts)
+ImageReader = Callable[[np.ndarray, Record], ImageReading]
+NOTHING = ImageReading(None, {})
 
 
-class Checker(NamedTuple):
-    """Reads facts and open choices from images, by rule."""
+def read_shapes(image: np.ndarray, record: Record) -> ImageReading:
+    """Reads an image of the shapes world; nothing for records without "facts"."""
+    if "facts" not in record.extra:
+        return NOTHING
+    parsed, spec = checker.parse(image), Spec.from_json(record.extra["facts"])
+    return ImageReading(checker.parsed_facts(parsed, spec), diversity.open_choices(parsed, spec))
 
-    facts: FactCheck
-    choices: ReadChoices
 
-
-CHECKERS = {
-    "shapes": Checker(shapes_facts, shapes_choices),
-    "": Checker(lambda image, record: None, lambda image, record: {}),
+CHECKERS: dict[str, ImageReader] = {
+    "shapes": read_shapes,
+    "": lambda image, record: NOTHING,
 }
 
 
@@ -56,7 +53,7 @@ def check_scored(
     """
     for spec in options.scorers:
         if spec.kind == "exact":
-            check_records(prompts, shapes_facts, size, source=source)
+            check_records(prompts, read_shapes, size, source=source)
         for number, record in enumerate(prompts.records, start=1):
             where = f"{source}, record {number} ({record.prompt!r}), score {spec.name}"
             if spec.kind == "exact" and "facts" not in record.extra:
@@ -74,7 +71,7 @@ def check_scored(
 
 
 def check_records(
-    prompts: PromptSet, check: FactCheck, size: tuple[int, int], *, source: str
+    prompts: PromptSet, check: ImageReader, size: tuple[int, int], *, source: str
 ) -> None:
     """Tries the exact checker on a blank image for every prompt, before anything is sampled.
 

@@ -1,16 +1,13 @@
 """Gauges of collapse: how many different images a policy still draws."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alphagrpo_jax.evaluation.checkers import ReadChoices
-from alphagrpo_jax.runtime.records import Record
-
 
 def diversity(
-    images: np.ndarray, records: Sequence[Record], read_choices: ReadChoices
+    images: np.ndarray, choices: Sequence[Mapping[str, Sequence[str]]]
 ) -> dict[str, float]:
     """Measures how evenly images use what their prompts leave open.
 
@@ -20,12 +17,11 @@ def diversity(
 
     Args:
       images: uint8[N, H, W, 3].
-      records: N.
-      read_choices: lists the choices of an image.
+      choices: of each image, the values that it chose by name.
     """
     counts: dict[str, collections.Counter[str]] = {}
-    for image, record in zip(images, records, strict=True):
-        for name, values in read_choices(image, record).items():
+    for image_choices in choices:
+        for name, values in image_choices.items():
             counts.setdefault(name, collections.Counter()).update(values)
     metrics = {
         f"diversity/{name}": effective_number(list(values.values()))

@@ -58,9 +58,7 @@ def check_heldout(config: Config, data: Mapping[str, prompts.TaskData]) -> None:
         if task.reward == "image":
             _, path = config.data.pair(task.data)
             source = f"{HELDOUT_FIELDS[task.data]}={path}"
-            check_records(
-                task_data.heldout, CHECKERS[config.eval.checker].facts, size, source=source
-            )
+            check_records(task_data.heldout, CHECKERS[config.eval.checker], size, source=source)
             for prompt_set, name in (
                 (task_data.train, "training"),
                 (task_data.heldout, "held-out"),
@@ -212,7 +210,7 @@ def evaluate_task(
         return evaluation
     assert input_images is not None  # a refining task starts from images
     assert evaluation.images is not None
-    refined = refinement_metrics(records, input_images, evaluation.images, check.facts)
+    refined = refinement_metrics(records, input_images, evaluation.images, check)
     named = {f"{prefix}/{key}": value for key, value in refined.items()}
     return evaluation._replace(metrics=evaluation.metrics | named)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alphagrpo_jax.config import RewardOptions
-from alphagrpo_jax.evaluation.checkers import Checker, FactCheck
+from alphagrpo_jax.evaluation.checkers import ImageReader
 from alphagrpo_jax.evaluation.diversity import diversity
 from alphagrpo_jax.refinement import outcomes
 from alphagrpo_jax.rewards import scoring
@@ -51,7 +51,7 @@ def evaluate_images(
     *,
     micro_batch: int,
     scoring_options: RewardOptions,
-    check: Checker,
+    check: ImageReader,
     prefix: str,
     second: scoring.VerifierPool | None = None,
 ) -> Evaluation:
@@ -86,8 +86,10 @@ def evaluate_images(
     thinks = _join_steps(think_batches)
     rewards = scoring.gather(verifier, sample_ids, records, thinks, scoring_options)
     images = np.concatenate(image_batches)
-    facts = [check.facts(image, record) for image, record in zip(images, records, strict=True)]
-    metrics = summarize(rewards, facts, records) | diversity(images, records, check.choices)
+    readings = [check(image, record) for image, record in zip(images, records, strict=True)]
+    facts = [reading.facts for reading in readings]
+    choices = [reading.choices for reading in readings]
+    metrics = summarize(rewards, facts, records) | diversity(images, choices)
     for pool, options in pools[1:]:
         second_rewards = scoring.gather(pool, sample_ids, records, (), options)
         second_rewards = scoring.with_scores_of(second_rewards, rewards, scoring_options)
@@ -122,7 +124,7 @@ def evaluate_answers(
 
 
 def refinement_metrics(
-    records: Sequence[Record], before: np.ndarray, after: np.ndarray, check: FactCheck
+    records: Sequence[Record], before: np.ndarray, after: np.ndarray, check: ImageReader
 ) -> dict[str, float]:
     """Compares the share of facts that hold before and after refinement.
 
@@ -135,7 +137,7 @@ def refinement_metrics(
       by how much the share of fully right images rose; empty if no record describes facts.
     """
     pairs = [
-        (check(image_before, record), check(image_after, record))
+        (check(image_before, record).facts, check(image_after, record).facts)
         for image_before, image_after, record in zip(before, after, records, strict=True)
     ]
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None]

@@ -301,8 +301,11 @@ def facts(image: np.ndarray, spec: Spec | Mapping) -> dict[str, bool]:
     Returns:
       The facts of `specs.facts`, and "well_formed": nothing in the image is unknown.
     """
-    spec = spec if isinstance(spec, Spec) else Spec.from_json(spec)
-    parsed = parse(image)
+    return parsed_facts(parse(image), spec if isinstance(spec, Spec) else Spec.from_json(spec))
+
+
+def parsed_facts(parsed: ParsedImage, spec: Spec) -> dict[str, bool]:
+    """Decides which facts of a spec hold in a parsed image; see `facts`."""
     result = specs.facts(spec, parsed.objects, parsed.background)
     result["well_formed"] = parsed.unknown == 0 and parsed.background is not None
     return result

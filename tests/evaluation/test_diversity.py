@@ -30,7 +30,9 @@ def test_effective_numbers_by_hand():
 
 
 def test_choices_count_where_the_prompt_leaves_them_open():
-    choices = CHECKERS["shapes"].choices
+    def choices(image, prompt):
+        return CHECKERS["shapes"](image, prompt).choices
+
     circle, square = SceneObject("circle", "blue", 0, 2), SceneObject("square", "red", 1, 1)
     one = scenes.render(Scene((circle,), "white"))
     assert choices(one, record([ANY_CIRCLE])) == {
@@ -51,19 +53,22 @@ def test_a_policy_that_always_draws_the_same_has_a_diversity_of_one():
         scenes.render(Scene((SceneObject("circle", "red", i % 3, i // 3),), background))
         for i, background in enumerate(backgrounds)
     ])  # fmt: skip
-    records, choices = [record([ANY_CIRCLE])] * 4, CHECKERS["shapes"].choices
-    metrics = diversity.diversity(different, records, choices)
+    read = CHECKERS["shapes"]
+    choices = [read(image, record([ANY_CIRCLE])).choices for image in different]
+    metrics = diversity.diversity(different, choices)
     assert metrics["diversity/background"] == pytest.approx(2**1.5)  # shares 1/2, 1/4, 1/4
     assert metrics["diversity/place"] == pytest.approx(4.0)
     assert metrics["diversity/color"] == 1.0
     assert metrics["diversity/pixels"] > 0.1
     alike = np.repeat(different[:1], 4, axis=0)
-    collapsed = diversity.diversity(alike, records, choices)
+    collapsed = diversity.diversity(alike, choices[:1] * 4)
     assert collapsed["diversity/background"] == collapsed["diversity/place"] == 1.0
     assert collapsed["diversity/pixels"] == 0.0
 
 
 def test_without_an_exact_checker_pixels_are_left():
     images = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1).repeat(3, axis=3)
-    metrics = diversity.diversity(images, [record([ANY_CIRCLE])] * 2, CHECKERS[""].choices)
+    metrics = diversity.diversity(
+        images, [CHECKERS[""](images[0], record([ANY_CIRCLE])).choices] * 2
+    )
     assert metrics == {"diversity/pixels": pytest.approx(0.5)}

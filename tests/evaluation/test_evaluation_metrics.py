@@ -10,7 +10,7 @@ from default_options import reward_options
 
 from alphagrpo_jax import config_checks as config_lib
 from alphagrpo_jax.evaluation import metrics
-from alphagrpo_jax.evaluation.checkers import Checker
+from alphagrpo_jax.evaluation.checkers import NOTHING, ImageReading
 from alphagrpo_jax.evaluation.heldout import check_heldout
 from alphagrpo_jax.prompts import PromptSet, TaskData
 from alphagrpo_jax.rewards.scoring import Rewards
@@ -130,9 +130,8 @@ def test_micro_batches_are_filled_up_and_cut():
         rows,
         micro_batch=2,
         scoring_options=reward_options(),
-        check=Checker(
-            lambda image, record: {"bright": bool(image.mean() > 100)},
-            lambda image, record: {"level": [str(image[0, 0, 0])], "place": []},
+        check=lambda image, record: ImageReading(
+            {"bright": bool(image.mean() > 100)}, {"level": [str(image[0, 0, 0])], "place": []}
         ),
         prefix="eval",
         second=Brightness(half=True),
@@ -177,10 +176,12 @@ def test_refinement_by_hand():
     before, after = (np.broadcast_to(v[:, None, None, None], (4, 1, 1, 3)) for v in values.T)
 
     def check(image, record):
-        return {"lit": bool(image.mean() > 50), "bright": bool(image.mean() > 150)}
+        return ImageReading(
+            {"lit": bool(image.mean() > 50), "bright": bool(image.mean() > 150)}, {}
+        )
 
     shares = metrics.refinement_metrics(rows, before, after, check)
     assert shares == {
         "refined/improved": 0.5, "refined/kept": 0.25, "refined/spoilt": 0.25, "refined/gain": 0.25
     }  # fmt: skip
-    assert metrics.refinement_metrics(rows, before, after, lambda *_: None) == {}
+    assert metrics.refinement_metrics(rows, before, after, lambda *_: NOTHING) == {}
